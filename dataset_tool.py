@@ -1,0 +1,57 @@
+"""Make a dataset for training out of images: a thin command over training.dataset_sources and .dataset_convert."""
+
+import os
+import re
+import signal
+import sys
+
+import click
+
+from dnnlib import UserError
+from training.dataset_convert import TRANSFORMS, convert
+from training.dataset_sources import open_source
+
+MAX_WORKERS = 16  # one process writes the output; more than this only wait for it
+
+
+def parse_resolution(ctx, param, text):
+    """'64x48' → (64, 48); None stays None."""
+    match = re.fullmatch(r'(\d{1,6})x(\d{1,6})', text or '')
+    if text is not None and not match:
+        raise UserError(f"--resolution='{text}' is not of the form WxH; write for example --resolution=64x64")
+    return match and (int(match[1]), int(match[2]))
+
+
+def default_workers():
+    """How many CPU cores this process may use, up to `MAX_WORKERS`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)
+
+
+@click.command()
+@click.option('--source', required=True, metavar='PATH',
+              help='Folder or zip of images, cifar-10-python.tar.gz, train-images-idx3-ubyte.gz (MNIST), '
+                   'a folder ending in _lmdb (LSUN), or cifar10 to download CIFAR-10.')
+@click.option('--dest', required=True, metavar='PATH', help='New or empty folder, or a file ending in .zip.')
+@click.option('--max-images', type=click.IntRange(min=1), metavar='INT', help='Read only so many images. [all]')
+@click.option('--transform', type=click.Choice(list(TRANSFORMS)), help='How to crop; needs --resolution. [none]')
+@click.option('--resolution', metavar='WxH', callback=parse_resolution, help='Size to resize to. [as it is]')
+@click.option('--workers', type=click.IntRange(min=1), metavar='INT', default=default_workers,
+              help='Processes that decode and encode; the result is the same. [CPU cores]')
+def main(source, dest, max_images, transform, resolution, workers):
+    """Convert images into a dataset: square PNG files of one size and dataset.json with their labels.
+
+    Labels come from the source's dataset.json; without one, from the sorted names of its top-level folders.
+    Both transforms give RGB images: center-crop the largest centred square, center-crop-wide the full width
+    in WxH on a black WxW square, leaving out images that are too small. Resizing is by Lanczos.
+    """
+    summary = convert(open_source(source), dest, transform, resolution, max_images, workers)
+    skipped = f', {summary.num_skipped} too small and left out' if summary.num_skipped else ''
+    click.echo(f'{dest}: {summary.num_images} images of {summary.size}x{summary.size}, {summary.channels} channel(s), '
+               f'{"no" if summary.labels is None else "with"} labels{skipped}')
+
+
+if __name__ == '__main__':
+    # A job that is told to end removes its temporary files like one that is interrupted.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    main()

@@ -1,0 +1,115 @@
+"""Writing files so that a crash, a full disk or a second reader never meets half of one."""
+
+import contextlib
+import hashlib
+import os
+import sys
+import tempfile
+
+from dnnlib.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode='wb'):
+    """Open a temporary file beside `path`; on a clean exit flush it to disk and rename it to `path`.
+
+    Whatever goes wrong inside the block, `path` keeps its former content and the temporary file is
+    removed.
+
+    Raises:
+        UserError: the disk is full, the folder is missing or not writable.
+    """
+    path = os.fspath(path)
+    folder = os.path.dirname(os.path.abspath(path))
+    tmp = None
+    try:
+        fd, tmp = tempfile.mkstemp(prefix='.tmp-', suffix=os.path.basename(path)[-32:], dir=folder)
+        with os.fdopen(fd, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(tmp, 0o666 & ~_umask())
+        os.replace(tmp, path)
+        tmp = None
+        _sync_folder(folder)
+    except OSError as e:
+        raise UserError(f'could not write {path}: {e.strerror or e}; nothing was changed there, '
+                        'free some space or choose another folder and run the command again') from e
+    finally:
+        if tmp is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(tmp)
+
+
+def _umask():
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder):
+    """Make a rename durable; not every file system lets a folder be opened or synced."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def make_dirs(path):
+    """Create folder `path` and its parents.
+
+    Raises:
+        UserError: the folder cannot be created (permissions, a file of that name, a full disk).
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise UserError(f'could not create the folder {path}: {e.strerror or e}; choose another one') from e
+
+
+def file_sha256(path):
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Tee:
+    """Copy everything printed to stdout and stderr into a log file, until closed."""
+
+    def __init__(self, path):
+        self._file = open(path, 'a', encoding='utf-8', errors='replace')
+        self._streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (_TeeStream(s, self._file) for s in self._streams)
+
+    def close(self):
+        sys.stdout, sys.stderr = self._streams
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+class _TeeStream:
+    """One duplicated stream; lines that rewrite themselves on a terminal stay out of the log."""
+
+    def __init__(self, stream, file):
+        self._stream, self._file = stream, file
+
+    def write(self, text):
+        self._stream.write(text)
+        if '\r' not in text:
+            self._file.write(text)
+            self._file.flush()
+        return len(text)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)

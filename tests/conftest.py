@@ -1,0 +1,28 @@
+"""Shared by all tests: the recorded values and the project's root."""
+
+import json
+import pathlib
+import types
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope='session')
+def root():
+    """The project's root folder, where the commands lie."""
+    return ROOT
+
+
+@pytest.fixture(scope='session')
+def golden():
+    """golden('warm-blur') → the arrays of tests/golden/warm-blur.npz, `meta` parsed from JSON."""
+    def load(name):
+        with np.load(ROOT / 'tests' / 'golden' / f'{name}.npz') as z:
+            arrays = {k: z[k] for k in z.files}
+        meta = json.loads(str(arrays.pop('meta')))
+        return types.SimpleNamespace(meta=meta, **{k: v for k, v in arrays.items() if k.isidentifier()},
+                                     arrays=arrays)
+    return load

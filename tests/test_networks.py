@@ -1,0 +1,420 @@
+"""Networks: equal to the recorded ones, and the laws that hold for any weights."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from dnnlib import UserError
+from training import networks
+from training.layers import (INIT_MODES, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding,
+                             attend, draw_parameters, filter_down, filter_up, make_resample_filter, plain_attention,
+                             split_heads)
+from training.precond import Precond, compute_dtype, edm_scalings, vp_sigma, vp_sigma_inv
+from training.unet import DECODERS, EMBEDDINGS, ENCODERS, MODELS
+
+RECORDS = ['net-edm-adm', 'net-edm-ddpmpp', 'net-edm-ncsnpp', 'net-edm-skip', 'net-iddpm-ddpmpp', 'net-ve-ncsnpp',
+           'net-vp-ddpmpp']
+LAYOUTS = ['cifar10-ddpmpp', 'cifar10-ncsnpp', 'ffhq-ddpmpp', 'imagenet-adm']
+PRECONDS = {c.__name__: c for c in (networks.VPPrecond, networks.VEPrecond, networks.iDDPMPrecond,
+                                    networks.EDMPrecond)}
+SMALL = {
+    'SongUNet': dict(model_type='SongUNet', model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]),
+    'DhariwalUNet': dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 4], num_blocks=1,
+                         attn_resolutions=[4]),
+}
+
+
+def small_net(model_type='SongUNet', precond='EDMPrecond', label_dim=3, **kwargs):
+    """An 8×8 network in evaluation mode whose weights are all away from their (often zero) start."""
+    torch.manual_seed(0)
+    net = PRECONDS[precond](img_resolution=8, img_channels=3, label_dim=label_dim, **{**SMALL[model_type], **kwargs})
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return net.eval()
+
+
+def batch_of(n=4, label_dim=3):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn([n, 3, 8, 8], generator=g)
+    sigma = torch.linspace(-2, 2, n).exp()
+    labels = torch.eye(label_dim)[torch.arange(n) % label_dim]
+    return x, sigma, labels
+
+
+def assert_close(actual, expected, rel=1e-5):
+    """Largest difference within ``rel`` of the largest expected value."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    assert (actual - expected).abs().max() <= rel * expected.abs().max()
+
+
+# --------------------------------------------------------------------------------------- records
+
+def load_record(golden, name):
+    record = golden(name)
+    net = getattr(networks, record.meta['precond'])(**record.meta['kwargs']).eval()
+    arrays = {k: torch.from_numpy(v) for k, v in record.arrays.items()}
+    state = {k.removeprefix('sd/'): v for k, v in arrays.items() if k.startswith('sd/')}
+    return record.meta, net, arrays, state
+
+
+@pytest.mark.parametrize('name', RECORDS)
+def test_equals_recorded_network(golden, name):
+    meta, net, arrays, state = load_record(golden, name)
+    assert list(net.state_dict()) == list(state)
+    if 'u' in state:
+        assert_close(net.u, state['u'], rel=1e-6)
+    net.load_state_dict(state)
+    assert sum(p.numel() for p in net.parameters()) == meta['params']
+
+    inputs = arrays['x'], arrays['sigma'], arrays['labels']
+    out = net(*inputs)
+    out_aug = net(*inputs, augment_labels=arrays['augment_labels'])
+    for actual, expected in ((out.detach(), arrays['out']), (out_aug.detach(), arrays['out_aug'])):
+        for actual_image, expected_image in zip(actual, expected):
+            assert_close(actual_image, expected_image)
+
+    out.square().mean().backward()
+    norms = {k: float(p.grad.norm()) for k, p in net.named_parameters() if p.grad is not None}
+    assert norms == pytest.approx(meta['grad_norm'], rel=1e-5)
+
+
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_layout_of_published_networks(root, name):
+    layout = json.loads((root / 'tests' / 'golden' / 'layouts.json').read_text())[name]
+    with torch.device('meta'):
+        net = getattr(networks, layout['precond'])(**layout['kwargs'])
+    assert {k: list(v.shape) for k, v in net.state_dict().items()} == layout['tensors']
+    assert list(net.state_dict()) == list(layout['tensors'])
+    assert sum(p.numel() for p in net.parameters()) == layout['params']
+
+
+# ---------------------------------------------------------------------------------------- layers
+
+@pytest.mark.parametrize('mode', INIT_MODES)
+@pytest.mark.parametrize('shape', [(40, 90), (24, 30, 3, 3)])
+def test_init_statistics(mode, shape):
+    area = math.prod(shape[2:])
+    fan_out, fan_in = shape[0] * area, shape[1] * area
+    variance = 2 / (fan_in + fan_out) if 'xavier' in mode else 1 / fan_in
+    torch.manual_seed(0)
+    weight, bias = draw_parameters(shape, Init(mode, weight=0.5, bias=2.0))
+    assert weight.mean().abs() < 0.5 * math.sqrt(variance) * 4 / math.sqrt(weight.numel())
+    assert weight.var().item() == pytest.approx(0.25 * variance, rel=0.1)
+    assert bias.var().item() == pytest.approx(4 * variance, rel=0.7)
+    if 'uniform' in mode:
+        assert 0.99 < weight.abs().max() / (0.5 * math.sqrt(3 * variance)) <= 1
+
+
+@pytest.mark.parametrize('mode', INIT_MODES)
+def test_weight_is_drawn_before_bias(mode):
+    torch.manual_seed(0)
+    weight, bias = draw_parameters([4, 6], Init(mode, bias=1.0))
+    torch.manual_seed(0)
+    weight_alone, none = draw_parameters([4, 6], Init(mode), bias=False)
+    assert torch.equal(weight, weight_alone) and none is None
+    assert bias.shape == (4,) and bias.std() > 0
+
+
+@torch.no_grad()
+def test_initial_gains():
+    song = MODELS['SongUNet'](8, 3, 3, augment_dim=9, model_channels=8, channel_mult=[1, 2], attn_resolutions=[4])
+    block = song.dec['4x4_in0']
+    assert block.conv1.weight.abs().max() < 1e-5 and block.proj.weight.abs().max() < 1e-5
+    assert song.dec['8x8_aux_conv'].weight.abs().max() < 1e-5
+    assert block.qkv.weight.abs().max() == pytest.approx(math.sqrt(0.2 * 6 / (16 + 48)), rel=0.02)
+    assert not any(p.any() for k, p in song.named_parameters() if k.endswith('bias') and 'norm' not in k)
+
+    adm = MODELS['DhariwalUNet'](8, 3, 3, label_dim=50, augment_dim=9, model_channels=16, channel_mult=[1, 4],
+                                 attn_resolutions=[4])
+    block = adm.dec['4x4_in0']
+    zeros = (block.conv1, block.proj, adm.out_conv, adm.map_augment)
+    assert not any(p.any() for layer in zeros for p in layer.parameters())
+    assert adm.map_label.weight.std() == pytest.approx(1, rel=0.1)
+    assert block.conv0.bias.abs().max() == pytest.approx(1 / math.sqrt(64 * 9), rel=0.05)
+
+
+@pytest.mark.parametrize('taps', [(1, 1), (1, 3, 3, 1)])
+def test_resampling(taps):
+    f = make_resample_filter(taps)
+    pad = (len(taps) - 1) // 2
+    flat = torch.ones([1, 2, 8, 8])
+    assert torch.allclose(filter_down(flat, f, pad)[..., 1:-1, 1:-1], torch.ones([1, 2, 2, 2]))
+    assert torch.allclose(filter_up(flat, f, pad)[..., 2:-2, 2:-2], torch.ones([1, 2, 12, 12]))
+    # Up is four times the adjoint of down.
+    x, y = torch.randn([1, 2, 8, 8]), torch.randn([1, 2, 4, 4])
+    assert torch.allclose((filter_down(x, f, pad) * y).sum() * 4, (x * filter_up(y, f, pad)).sum(), atol=1e-4)
+
+
+@pytest.mark.parametrize('taps', [(1, 1), (1, 3, 3, 1)])
+@pytest.mark.parametrize('direction', ['up', 'down'])
+def test_fused_resampling(taps, direction):
+    torch.manual_seed(0)
+    kwargs = {'init': Init('kaiming_normal', bias=1.0), direction: True, 'resample_filter': taps}
+    fused = Conv2d(2, 5, 3, fused=True, **kwargs)
+    apart = Conv2d(2, 5, 3, **kwargs)
+    apart.load_state_dict(fused.state_dict())
+    x = torch.randn([1, 2, 16, 16])
+    if direction == 'up':
+        # Up, both filter first: only the border, where the paddings differ, may differ.
+        assert fused(x).shape == apart(x).shape == (1, 5, 32, 32)
+        assert torch.allclose(fused(x)[..., 4:-4, 4:-4], apart(x)[..., 4:-4, 4:-4], atol=1e-5)
+    else:
+        # Down, the fused layer is a plain convolution at full resolution, then the filter.
+        plain = Conv2d(2, 5, 3, init=kwargs['init'])
+        plain.load_state_dict({'weight': fused.weight, 'bias': fused.bias})
+        expected = filter_down(plain(x), fused.resample_filter, (len(taps) - 1) // 2)
+        assert fused(x).shape == apart(x).shape == expected.shape == (1, 5, 8, 8)
+        assert torch.allclose(fused(x)[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-5)
+
+
+@pytest.mark.parametrize('heads, dtype, rel', [(1, torch.float32, 1e-5), (4, torch.float32, 1e-5),
+                                               (4, torch.float64, 1e-12), (2, torch.float16, 5e-3)])
+def test_fused_attention_equals_plain(heads, dtype, rel):
+    g = torch.Generator().manual_seed(0)
+    qkv = (torch.randn([2, 3 * 32, 5, 6], generator=g) * 2).to(dtype).requires_grad_()
+    weight = torch.randn([2, 32, 5, 6], generator=g).to(dtype)
+    fast = attend(qkv, heads)
+    plain = plain_attention(*split_heads(qkv, heads)).transpose(-1, -2).reshape(2, 32, 5, 6)
+    assert_close(fast, plain, rel)
+    grads = [torch.autograd.grad((out * weight).sum(), qkv)[0] for out in (fast, plain)]
+    assert_close(*grads, 2 * rel)
+
+
+def test_plain_attention_by_hand():
+    """The channel order is head, then channel, then query/key/value."""
+    qkv = torch.randn([1, 3 * 4, 2, 1])
+    out = torch.zeros([1, 4, 2, 1])
+    for head in range(2):
+        q, k, v = (torch.stack([qkv[0, (head * 2 + c) * 3 + i, :, 0] for c in range(2)]) for i in range(3))
+        for pixel in range(2):
+            w = (q[:, pixel] @ k / math.sqrt(2)).softmax(dim=0)
+            out[0, head * 2:head * 2 + 2, pixel, 0] = v @ w
+    assert torch.allclose(attend(qkv, 2), out, atol=1e-6)
+
+
+def test_embeddings():
+    x = torch.tensor([0.0, 0.7, 900.0])
+    song = PositionalEmbedding(8, endpoint=True, sin_first=True)(x)
+    freqs = torch.tensor([1, 10000 ** (-1 / 3), 10000 ** (-2 / 3), 1e-4])
+    assert torch.allclose(song, torch.cat([(x[:, None] * freqs).sin(), (x[:, None] * freqs).cos()], 1), atol=1e-4)
+    adm = PositionalEmbedding(8, endpoint=False, sin_first=False)(x)
+    freqs = torch.tensor([1, 1e-1, 1e-2, 1e-3])
+    assert torch.allclose(adm, torch.cat([(x[:, None] * freqs).cos(), (x[:, None] * freqs).sin()], 1), atol=1e-4)
+    fourier = FourierEmbedding(2000)
+    assert fourier.freqs.std() == pytest.approx(16, rel=0.1)
+    assert torch.allclose(fourier(x[:2]).square().sum(1), torch.tensor([1000.0, 1000.0]))
+
+
+# ----------------------------------------------------------------------------------- whole networks
+
+@pytest.mark.parametrize('embedding, encoder, decoder', list(itertools.product(EMBEDDINGS, ENCODERS, DECODERS)))
+def test_every_song_variant_runs_and_learns(embedding, encoder, decoder):
+    net = small_net(embedding_type=embedding, encoder_type=encoder, decoder_type=decoder, channel_mult=[1, 2, 2],
+                    resample_filter=[1, 3, 3, 1])
+    x, sigma, labels = batch_of()
+    out = net(x, sigma, labels)
+    assert out.shape == x.shape and out.isfinite().all()
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+@pytest.mark.parametrize('model_type, precond', list(itertools.product(MODELS, PRECONDS)))
+class TestAnyNetwork:
+    """Laws of every U-Net under every preconditioner."""
+
+    def test_images_do_not_see_each_other(self, model_type, precond):
+        net = small_net(model_type, precond)
+        x, sigma, labels = batch_of()
+        whole = net(x, sigma, labels)
+        for i in range(len(x)):
+            assert_close(net(x[i:i + 1], sigma[i], labels[i:i + 1]), whole[i:i + 1])
+
+    def test_rebuilt_from_init_kwargs(self, model_type, precond):
+        net = small_net(model_type, precond, augment_dim=9)
+        again = type(net)(**json.loads(json.dumps(net.init_kwargs))).eval()
+        again.load_state_dict(net.state_dict())
+        assert again.init_kwargs == net.init_kwargs
+        assert (again.sigma_min, again.sigma_max) == (net.sigma_min, net.sigma_max)
+        inputs = batch_of()
+        assert torch.equal(again(*inputs), net(*inputs))
+
+    def test_contract(self, model_type, precond):
+        net = small_net(model_type, precond, label_dim=0, use_fp16=True)
+        assert isinstance(net, Precond) and isinstance(net.model, MODELS[model_type])
+        assert (net.img_resolution, net.img_channels, net.label_dim, net.use_fp16) == (8, 3, 0, True)
+        assert 0 <= net.sigma_min < net.sigma_max
+        x, sigma, _ = batch_of()
+        out = net(x.double(), sigma.double())
+        assert out.dtype == torch.float32 and out.shape == x.shape
+        assert torch.equal(out, net(x, sigma.reshape(-1, 1, 1, 1), torch.zeros([4, 0]), force_fp32=True))
+        assert_close(net(x, 0.7), net(x, torch.full([4], 0.7)))
+        assert net.round_sigma(sigma).shape == sigma.shape
+
+    def test_missing_labels_are_zeros(self, model_type, precond):
+        net = small_net(model_type, precond)
+        x, sigma, labels = batch_of()
+        assert_close(net(x, sigma), net(x, sigma, torch.zeros_like(labels)), rel=1e-6)
+        assert torch.equal(net(x, sigma, labels[0]), net(x, sigma, labels[:1]))
+        assert (net(x, sigma) - net(x, sigma, labels)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize('model_type', MODELS)
+class TestAnyUNet:
+
+    def test_extra_embedding(self, model_type):
+        net = small_net(model_type)
+        inputs = batch_of()
+        zero = torch.zeros([1, net.model.noise_channels])
+        extra = torch.randn([4, net.model.noise_channels])
+        plain = net(*inputs)
+        assert torch.equal(net(*inputs, extra_embedding=zero), plain)
+        assert (net(*inputs, extra_embedding=extra) - plain).abs().max() > 1e-4
+
+    def test_extra_embedding_joins_the_noise_embedding(self, model_type):
+        model = small_net(model_type).model
+        x, sigma, labels = batch_of()
+        difference = model.map_noise(sigma) - model.map_noise(sigma * 2)
+        assert_close(model(x, sigma * 2, labels, extra_embedding=difference), model(x, sigma, labels))
+
+    def test_dropout_only_in_training(self, model_type):
+        net = small_net(model_type, dropout=0.5)
+        inputs = batch_of()
+        assert torch.equal(net(*inputs), net(*inputs))
+        net.train()
+        assert not torch.equal(net(*inputs), net(*inputs))
+        torch.manual_seed(5)
+        first = net(*inputs)
+        torch.manual_seed(5)
+        assert torch.equal(net(*inputs), first)
+
+    def test_label_dropout_only_in_training(self, model_type):
+        net = small_net(model_type, label_dropout=1.0, dropout=0)
+        x, sigma, labels = batch_of()
+        unlabelled = net(x, sigma)
+        assert not torch.allclose(net(x, sigma, labels), unlabelled, atol=1e-4)
+        net.train()
+        assert_close(net(x, sigma, labels), unlabelled, rel=1e-6)
+        # Half of the images lose their label, each by its own draw.
+        half = small_net(model_type, label_dropout=0.5, dropout=0).train()
+        torch.manual_seed(3)
+        out = half(*(t[:1].expand(64, *t.shape[1:]) for t in (x, sigma, labels)))
+        kept = (out - unlabelled[:1]).abs().amax(dim=(1, 2, 3)) > 1e-4
+        assert 16 < kept.sum() < 48
+
+    def test_every_precision(self, model_type):
+        model = small_net(model_type).model
+        x, sigma, labels = batch_of()
+        out = model(x, sigma.log(), labels)
+        # Double in, double throughout, with the same float32 weights.
+        assert_close(out.double(), model(x.double(), sigma.double().log(), labels.double()), rel=1e-4)
+        assert_close(model(x.half(), sigma.log(), labels).float(), out, rel=2e-2)
+        assert model(x.half(), sigma.log(), labels).dtype == torch.float16
+
+    def test_more_output_than_input_channels(self, model_type):
+        kwargs = {k: v for k, v in SMALL[model_type].items() if k != 'model_type'}
+        model = MODELS[model_type](8, 3, 5, **kwargs)
+        assert model(batch_of()[0], torch.zeros(4)).shape == (4, 5, 8, 8)
+
+
+def test_narrow_adm_levels_have_no_attention():
+    net = small_net('DhariwalUNet', attn_resolutions=[8, 4])
+    assert not hasattr(net.model.enc['8x8_block0'], 'qkv') and hasattr(net.model.enc['4x4_block0'], 'qkv')
+
+
+# ---------------------------------------------------------------------------------- preconditioning
+
+def test_edm_scalings_give_unit_variance():
+    """Karras et al. 2022, Eq. 131–138: F's input and target have unit variance, c_out is least."""
+    sigma, sigma_data = torch.linspace(-4, 4, 9, dtype=torch.float64).exp(), 0.5
+    c_skip, c_out, c_in, c_noise = edm_scalings(sigma, sigma_data)
+    assert torch.allclose(c_in ** 2 * (sigma ** 2 + sigma_data ** 2), torch.ones_like(sigma))
+
+    def target_variance(c):
+        return (1 - c) ** 2 * sigma_data ** 2 + c ** 2 * sigma ** 2
+
+    assert torch.allclose(target_variance(c_skip), c_out ** 2)
+    assert (target_variance(c_skip + 1e-3) > c_out ** 2).all() and (target_variance(c_skip - 1e-3) > c_out ** 2).all()
+    assert torch.equal(c_noise, sigma.log() / 4)
+
+
+def test_vp_time_and_noise_level():
+    t = torch.linspace(1e-5, 1, 50, dtype=torch.float64)
+    assert torch.allclose(vp_sigma_inv(vp_sigma(t)), t, rtol=1e-9)
+    assert torch.allclose(vp_sigma(t.float()).double(), vp_sigma(t), rtol=1e-5)
+    net = small_net(precond='VPPrecond')
+    assert net.sigma_min == pytest.approx(math.sqrt(math.expm1(0.5 * 19.9e-10 + 0.1e-5)))
+    assert net.sigma_max == pytest.approx(math.sqrt(math.expm1(0.5 * 19.9 + 0.1)))
+    assert net.sigma(net.sigma_inv(3.0)) == pytest.approx(3.0, rel=1e-5)
+
+
+def test_iddpm_rounds_to_its_grid():
+    net = small_net(precond='iDDPMPrecond')
+    assert (net.u[:-1] > net.u[1:]).all() and net.u[-1] == 0
+    assert (net.sigma_min, net.sigma_max) == (float(net.u[999]), float(net.u[0]))
+    index = torch.tensor([[0, 1], [500, 999]])
+    between = net.u[index].double() * (1 + 1e-4)
+    assert torch.equal(net.round_sigma(between, return_index=True), index)
+    assert torch.equal(net.round_sigma(between), net.u[index].double())
+    assert net.round_sigma(1e9) == net.u[0] and net.round_sigma(0) == 0 and 0 < (net.round_sigma(5) - 5).abs() < 0.1
+    # What rounds alike is denoised by the same F.
+    x, _, _ = batch_of()
+    F = [net.run_model(x, net.scalings(net.as_sigma(s, x))[3]) for s in (net.u[500], net.u[500] * 1.0001)]
+    assert torch.equal(*F) and F[0].shape == (4, 6, 8, 8)
+
+
+def test_float16_only_on_cuda():
+    cpu, cuda = torch.device('cpu'), torch.device('cuda', 0)
+    assert compute_dtype(True, False, cuda) == torch.float16
+    assert {compute_dtype(True, True, cuda), compute_dtype(False, False, cuda), compute_dtype(True, False, cpu)} == {
+        torch.float32}
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize('kwargs, names', [
+    (dict(model_type='NoUNet'), ['NoUNet', 'SongUNet', 'DhariwalUNet']),
+    (dict(embedding_type='sine'), ['embedding_type', 'sine', *EMBEDDINGS]),
+    (dict(encoder_type='sine'), ['encoder_type', 'sine', *ENCODERS]),
+    (dict(decoder_type='residual'), ['decoder_type', 'residual', *DECODERS]),
+    (dict(channel_mult=[1, 1, 1, 1, 1]), ['8x8', 'divisible by 16']),
+    (dict(model_channels=2), ['not 2', 'model_channels']),
+    (dict(model_channels=140), ['140', 'model_channels', 'multiples of 32']),
+])
+def test_impossible_networks(kwargs, names):
+    with pytest.raises(UserError) as error:
+        networks.EDMPrecond(8, 3, **{**SMALL['SongUNet'], **kwargs})
+    assert all(name in str(error.value) for name in names)
+
+
+def test_heads_must_divide_channels():
+    with pytest.raises(UserError, match='attention heads'):
+        networks.EDMPrecond(8, 3, **{**SMALL['DhariwalUNet'], 'model_channels': 56})
+
+
+def test_up_and_down_at_once():
+    with pytest.raises(UserError, match='not both'):
+        Conv2d(4, 4, 0, up=True, down=True)
+
+
+def test_impossible_inputs():
+    net = small_net()
+    x, sigma, labels = batch_of()
+    for args, name in (((x[:, :1], sigma), r'\[1, 8, 8\]'), ((x[..., :4], sigma), r'\[3, 8, 4\]'),
+                       ((x, sigma[:3]), '3 noise levels'), ((x, sigma, labels[:, :2]), r'\[4, 2\]'),
+                       ((x, sigma, labels[:3]), r'\[3, 3\]'), ((x, sigma, labels[None]), r'\[1, 4, 3\]')):
+        with pytest.raises(UserError, match=name):
+            net(*args)
+    with pytest.raises(UserError, match='label dimension 0'):
+        small_net(label_dim=0)(x, sigma, labels)
+
+
+def test_layers_keep_float32_weights():
+    init = Init('xavier_normal')
+    for layer, shape in ((Linear(4, 8, init), [1, 4]), (GroupNorm(8), [1, 8, 2, 2]),
+                         (Conv2d(4, 8, 3, init), [1, 4, 2, 2])):
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            assert layer(torch.ones(shape, dtype=dtype)).dtype == dtype and layer.weight.dtype == torch.float32

@@ -1,0 +1,78 @@
+"""warm.samplers against the recorded values, the exact oracle and EDM's sampler."""
+
+import math
+
+import pytest
+import torch
+
+from dnnlib import UserError
+from training.samplers import StackedRandomGenerator, edm_sampler
+from warm.blur import blur_mask, dct2, idct2, prior_spectrum, rest_mask
+from warm.path import BlurringSchedule, ConstantBNR
+from warm.samplers import SOLVERS, Level, transition, warm_sampler
+
+PATHS = {'bnr0': ConstantBNR(0), 'bnr0.1': ConstantBNR(0.1), 'bnr0.5': ConstantBNR(0.5), 'bnr1': ConstantBNR(1),
+         'bnr2': ConstantBNR(2), 'blurring20': BlurringSchedule(20)}
+
+
+class Oracle:
+    """E[x₀|x] = V [M S/(M² S + β²)] Vᵀ x for Gaussian data with spectrum S, split into D and R."""
+
+    sigma_min, sigma_max = 0, float('inf')
+
+    def __init__(self, spectrum):
+        self.S, self.calls = spectrum, 0
+
+    def round_sigma(self, sigma):
+        return torch.as_tensor(sigma)
+
+    def denoise_deblur(self, x, sigma, class_labels=None, alpha=None):
+        self.calls += 1
+        n = x.shape[-1]
+        M = blur_mask(alpha, n)
+        clean = M * self.S / (M ** 2 * self.S + sigma ** 2) * dct2(x)
+        return idct2(M * clean), idct2(rest_mask(alpha, n) * clean)
+
+
+class Uneven(Oracle):
+    """A D and an R that do not fit together; R has a mean, which the sampler must ignore."""
+
+    def denoise_deblur(self, x, sigma, class_labels=None, alpha=None):
+        self.calls += 1
+        R = 0.1 * torch.tanh(x) + 0.02 if alpha > 0 else torch.zeros_like(x)
+        return 0.25 * x / (0.25 + sigma ** 2), R
+
+
+@pytest.fixture(scope='module')
+def record(golden):
+    return golden('warm-sampler')
+
+
+def recorded_cases(root=None):
+    import json
+    import pathlib
+
+    import numpy as np
+    with np.load(pathlib.Path(__file__).parent / 'golden' / 'warm-sampler.npz') as z:
+        return json.loads(str(z['meta']))['cases']
+
+
+@pytest.mark.parametrize('name', recorded_cases())
+def test_recorded(record, name):
+    case = dict(record.meta['cases'][name])
+    path, steps, nfe = PATHS[case.pop('path')], case.pop('steps'), case.pop('nfe')
+    net = (Uneven if case.pop('net', None) else Oracle)(torch.tensor(record.spectrum))
+    noise = iter(torch.tensor(record.churn_noise)) if 'S_churn' in case else None
+    draw = (lambda x: next(noise)) if noise is not None else torch.randn_like
+    out = warm_sampler(net, torch.tensor(record.latents), randn_like=draw, num_steps=steps, path=path, **case)
+    torch.testing.assert_close(out, torch.tensor(record.arrays[name]), rtol=1e-9, atol=1e-9)
+    assert net.calls == nfe
+
+
+def test_recorded_transition(golden):
+    r = golden('warm-transition')
+    m = r.meta
+    x, D, R, z = (torch.tensor(r.arrays[k]) for k in 'xDRz')
+    here, there = Level(m['alpha'], m['beta']), Level(m['alpha_next'], m['beta_next'])
+    torch.testing.assert_close(transition(x, D, R, here, there, m['sigma'], z), torch.tensor(r.x_next),
+                               rtol=1e-9, atol=1e-9)

@@ -1,0 +1,1 @@
+"""Plumbing around PyTorch: ranks, random state, statistics."""

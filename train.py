@@ -1,0 +1,117 @@
+"""Train a diffusion model: EDM's command, for EDM, Warm Diffusion and their kin."""
+
+import contextlib
+
+import click
+import torch
+
+from torch_utils import distributed as dist
+from training.training_loop import training_loop
+from warm import config as cfg
+from warm.flags import given_flags, system_flags
+from warm.systems import SYSTEMS
+
+
+def parse_ints(ctx, param, value):
+    """'1,2,2' → [1, 2, 2]; ranges make no sense here."""
+    if value is None:
+        return None
+    try:
+        numbers = [int(part) for part in value.split(',')]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"'{value}' is not a list of positive integers such as 1,2,2")
+    return numbers
+
+
+TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
+GRID = 64 if torch.cuda.is_available() else 16
+
+
+@click.command(context_settings=dict(show_default=True, max_content_width=120))
+# Main options.
+@click.option('--outdir', metavar='DIR', default='training-runs', help='Where to save the results')
+@click.option('--data', metavar='ZIP|DIR', default=None, help='Data set  [default: the embedded digits]')
+@click.option('--cond', metavar='BOOL', type=bool, default=False, help='Train a class-conditional model')
+@click.option('--arch', type=click.Choice(list(cfg.ARCHITECTURES)), default='ddpmpp', help='Network architecture')
+@click.option('--precond', type=click.Choice(TRAINABLE), default='edm', help='System: preconditioning and loss')
+# Hyperparameters.
+@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True), default=200,
+              help='Length of training, in millions of images')
+@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=512, help='Batch size over all ranks')
+@click.option('--batch-gpu', metavar='INT', type=click.IntRange(min=1), default=None,
+              help='Limit of the batch per GPU; the rest is accumulated')
+@click.option('--cbase', metavar='INT', type=click.IntRange(min=1), default=None,
+              help='Base number of channels  [default: of the architecture]')
+@click.option('--cres', metavar='LIST', callback=parse_ints, default=None,
+              help='Channels per resolution, such as 1,2,2  [default: of the architecture]')
+@click.option('--lr', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=1e-3, help='Learning rate')
+@click.option('--lr-rampup', metavar='MIMG', type=click.FloatRange(min=0), default=10,
+              help='Images over which the learning rate rises linearly, in millions')
+@click.option('--ema', metavar='MIMG', type=click.FloatRange(min=0), default=0.5,
+              help='Half-life of the moving average of the weights, in millions of images')
+@click.option('--dropout', metavar='FLOAT', type=click.FloatRange(min=0, max=1), default=0.13,
+              help='Dropout probability')
+@click.option('--augment', metavar='FLOAT', type=click.FloatRange(min=0, max=1), default=0.12,
+              help='Augmentation probability')
+@click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add the mirrored images to the data set')
+# Performance.
+@click.option('--fp16', metavar='BOOL', type=bool, default=False, help='Train the network in float16 (CUDA)')
+@click.option('--ls', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=1, help='Loss scaling')
+@click.option('--bench', metavar='BOOL', type=bool, default=True, help='cuDNN benchmarking')
+@click.option('--cache', metavar='BOOL', type=bool, default=True, help='Keep the data set in CPU memory')
+@click.option('--workers', metavar='INT', type=click.IntRange(min=0), default=1,
+              help='Processes that load data, per rank; 0 loads in the training process')
+# Input and output.
+@click.option('--desc', metavar='STR', default=None, help='String to include in the name of the run folder')
+@click.option('--nosubdir', is_flag=True, help='Write into --outdir itself')
+@click.option('--tick', metavar='KIMG', type=click.FloatRange(min=0, min_open=True), default=50,
+              help='How often to print progress, in thousands of images')
+@click.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50,
+              help='How often to save snapshots; 0: only at the end')
+@click.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=500,
+              help='How often to save training states; 0: only at the end')
+@click.option('--grid', metavar='INT', type=click.IntRange(min=0), default=GRID, show_default='64, on the CPU 16',
+              help='Images in the grid drawn at each snapshot; 0: none')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0, max=(1 << 31) - 1), default=None,
+              help='Random seed  [default: random, the same on all ranks]')
+@click.option('--transfer', metavar='FILE|URL', default=None, help='Start from the weights of a snapshot')
+@click.option('--resume', metavar='PT', default=None, help='Continue from a training state')
+@click.option('-n', '--dry-run', is_flag=True, help='Print the training options and exit')
+@system_flags('train_options')
+def main(**options):
+    """Train a diffusion model.
+
+    \b
+    # The embedded handwritten digits, a small Warm model, minutes on a laptop
+    python train.py --precond=warm --cbase=32 --cres=1,2 --lr-rampup=0.01 --duration=0.2
+
+    \b
+    # Warm Diffusion on CIFAR-10 with 8 GPUs
+    torchrun --standalone --nproc_per_node=8 train.py --data=datasets/cifar10-32x32.zip --precond=warm --bnr=0.5
+    """
+    dist.init()
+    try:
+        run(options)
+    finally:
+        dist.cleanup()
+
+
+def run(options):
+    """Flags → dict → one call."""
+    config = cfg.training_config(options, given_flags('train_options', options))
+    name = cfg.run_name(config, options['arch'], options['desc'])
+    run_dir = options['outdir'] if options['nosubdir'] else dist.on_rank0(
+        lambda: cfg.next_run_dir(options['outdir'], name))
+    if options['dry_run']:
+        dist.print0(cfg.summary(config, run_dir))
+        dist.print0('Dry run; exiting.')
+        return
+    with cfg.create_run_dir(run_dir, config) if dist.get_rank() == 0 else contextlib.nullcontext():
+        dist.print0(cfg.summary(config, run_dir))
+        training_loop(run_dir=run_dir, systems=SYSTEMS, **config)
+
+
+if __name__ == '__main__':
+    main()

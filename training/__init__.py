@@ -1,0 +1,1 @@
+"""EDM's side: networks, losses, data, augmentation, samplers, scores and the training loop."""

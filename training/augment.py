@@ -1,0 +1,260 @@
+"""Augmentation of training images, with labels that tell the network what was done.
+
+The non-leaking augmentation of Karras et al. 2022 (EDM, appendix F.2, after StyleGAN2-ADA, Karras et
+al. 2020). Each transform is one function below and one line of TRANSFORMS.
+"""
+
+import dataclasses
+import math
+from typing import Callable, NamedTuple
+
+import torch
+
+from dnnlib import UserError
+from training import affine
+
+# Strengths that training uses; `--augment` is p. Mirroring in x is an even coin whatever p, unless p is 0.
+TRAIN_AUGMENT = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
+
+
+@dataclasses.dataclass(eq=False)
+class AugmentPipe:
+    """Random transforms of a batch of images: `images, labels = pipe(images)`.
+
+    A transform takes part if its strength is above 0, and is applied to an image with probability
+    p·strength. Draws come from the global generator of the images' device.
+
+    Raises:
+        UserError: a setting out of range, or images that an enabled transform cannot take.
+    """
+
+    p: float = 1                    # overall probability, 0…1
+
+    xflip: float = 0                # strengths: multipliers of p
+    yflip: float = 0
+    rotate_int: float = 0
+    translate_int: float = 0
+    translate_int_max: float = 0.125    # fraction of the image's size
+
+    scale: float = 0
+    rotate_frac: float = 0
+    aniso: float = 0
+    translate_frac: float = 0
+    scale_std: float = 0.2          # octaves
+    rotate_frac_max: float = 1      # half turns
+    aniso_std: float = 0.2          # octaves
+    aniso_rotate_prob: float = 0.5
+    translate_frac_std: float = 0.125   # fraction of the image's size
+
+    brightness: float = 0
+    contrast: float = 0
+    lumaflip: float = 0
+    hue: float = 0
+    saturation: float = 0
+    brightness_std: float = 0.2     # of the range −1…1
+    contrast_std: float = 0.5       # octaves
+    hue_max: float = 1              # half turns
+    saturation_std: float = 1       # octaves
+
+    def __post_init__(self):
+        for name, value in self.init_kwargs.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f'the augmentation setting {name} is {value}; give a number of at least 0')
+        if self.p > 1:
+            raise UserError(f'the augmentation probability p is {self.p}; give a number between 0 and 1')
+        if self.translate_int_max == 0:
+            raise UserError('the augmentation setting translate_int_max is 0; give a positive fraction of the image, '
+                            'or leave out translate_int')
+
+    @property
+    def init_kwargs(self):
+        """All settings: AugmentPipe(**pipe.init_kwargs) is the same pipe."""
+        return dataclasses.asdict(self)
+
+    @property
+    def enabled(self):
+        """The transforms of strength above 0, in draw order."""
+        return [t for t in TRANSFORMS if getattr(self, t.name) > 0]
+
+    @property
+    def label_dim(self):
+        """Number of label columns."""
+        return sum(t.columns for t in self.enabled)
+
+    def __call__(self, images):
+        """Transform images [N, C, H, W], float in [−1, 1].
+
+        Returns:
+            The images, same shape and dtype, and labels [N, label_dim] float32: the random variates
+            before scaling, all 0 for an image left alone.
+        """
+        self._check(images)
+        M = C = None
+        labels = [torch.zeros([0, images.shape[0]], device=images.device)]
+        for transform in self.enabled:
+            effect, columns = transform.draw(self, images)
+            if transform.kind == 'blit':
+                images = effect
+            elif transform.kind == 'geometry':
+                M = affine.compose(M, effect)  # inverse maps, hence on the right
+            else:
+                C = affine.compose(effect, C)
+            labels.append(torch.stack(columns).to(torch.float32))
+        if M is not None:
+            images = affine.warp(images, M)
+        if C is not None:
+            images = affine.recolour(images, C)
+        return images, torch.cat(labels).T.contiguous()
+
+    def gated(self, name, w):
+        """The variates w […, N] of transform `name` for the images whose coin says so, 0 for the others."""
+        return torch.where(torch.rand(w.shape[-1:], device=w.device) < self.p * getattr(self, name), w, 0)
+
+    def _check(self, images):
+        if images.ndim != 4 or not images.is_floating_point():
+            raise UserError(f'augmentation got a {images.dtype} tensor of shape {list(images.shape)}; '
+                            'give float images [N, C, H, W] with values in [-1, 1]')
+        channels, H, W = images.shape[1:]
+        if self.rotate_int > 0 and H != W:
+            raise UserError(f'rotate_int turns square images only, not {W}x{H} ones; '
+                            'use square images or leave it out')
+        if channels not in (1, 3) and any(t.kind == 'colour' for t in self.enabled):
+            raise UserError(f'colour augmentation takes images of 1 or 3 channels, not {channels}; '
+                            'leave out brightness, contrast, lumaflip, hue and saturation')
+
+
+def _normal(images, *leading):
+    return torch.randn([*leading, images.shape[0]], device=images.device)
+
+
+def _signed(images, *leading):
+    """Uniform in −1…1."""
+    return torch.rand([*leading, images.shape[0]], device=images.device) * 2 - 1
+
+
+def _choice(images, count):
+    return torch.randint(count, [images.shape[0]], device=images.device)
+
+
+def _where(condition, a, b):
+    """Choose image by image: condition [N]."""
+    return torch.where(condition[:, None, None, None], a, b)
+
+
+# -- blits: pixels change places. Each function gives the new images and the label columns, [N] each.
+
+def xflip(pipe, images):
+    w = pipe.gated('xflip', _choice(images, 2))
+    return _where(w == 1, images.flip(3), images), [w]
+
+
+def yflip(pipe, images):
+    w = pipe.gated('yflip', _choice(images, 2))
+    return _where(w == 1, images.flip(2), images), [w]
+
+
+def rotate_int(pipe, images):
+    """Turn by w quarters, made of two mirrorings and a transposition."""
+    w = pipe.gated('rotate_int', _choice(images, 4))
+    turned_x, turned_y = (w == 1) | (w == 2), (w == 2) | (w == 3)
+    images = _where(turned_x, images.flip(3), images)
+    images = _where(turned_y, images.flip(2), images)
+    images = _where(w % 2 == 1, images.transpose(2, 3), images)
+    return images, [turned_x, turned_y]
+
+
+def translate_int(pipe, images):
+    """Move by whole pixels, right and up where positive, over the mirrored image."""
+    H, W = images.shape[2:]
+    limit_x, limit_y = W * pipe.translate_int_max, H * pipe.translate_int_max
+    w = pipe.gated('translate_int', _signed(images, 2))
+    tx, ty = (w[0] * limit_x).round(), (w[1] * limit_y).round()
+    n, c, y, x = (torch.arange(size, device=images.device) for size in images.shape)
+    x = affine.reflect(x - tx[:, None].to(torch.int64), W)[:, None, None, :]
+    y = affine.reflect(y + ty[:, None].to(torch.int64), H)[:, None, :, None]
+    return images[n[:, None, None, None], c[:, None, None], y, x], [tx / limit_x, ty / limit_y]
+
+
+# -- geometry: the matrix [N, 3, 3] that takes a pixel to the place it is looked up at, and the columns
+
+def scale(pipe, images):
+    w = pipe.gated('scale', _normal(images))
+    s = torch.exp2(-w * pipe.scale_std)
+    return affine.zoom(s, s), [w]
+
+
+def rotate_frac(pipe, images):
+    w = pipe.gated('rotate_frac', _signed(images) * (math.pi * pipe.rotate_frac_max))
+    return affine.rotation(w), [w.cos() - 1, w.sin()]
+
+
+def aniso(pipe, images):
+    """Stretch along the direction r, and shrink as much across it."""
+    w, r = _normal(images), _signed(images) * math.pi
+    w = pipe.gated('aniso', w)
+    r = torch.where(torch.rand(r.shape, device=r.device) < pipe.aniso_rotate_prob, r, 0)
+    s = w * pipe.aniso_std
+    stretch = affine.compose(affine.zoom(torch.exp2(-s), torch.exp2(s)), affine.rotation(r))
+    return affine.compose(affine.rotation(-r), stretch), [w * r.cos(), w * r.sin()]
+
+
+def translate_frac(pipe, images):
+    w = pipe.gated('translate_frac', _normal(images, 2))
+    H, W = images.shape[2:]
+    return affine.shift(-w[0] * (W * pipe.translate_frac_std), -w[1] * (H * pipe.translate_frac_std)), [w[0], w[1]]
+
+
+# -- colour: the matrix [N, 4, 4] that takes a pixel's colour to the new one, and the columns
+
+def brightness(pipe, images):
+    w = pipe.gated('brightness', _normal(images))
+    return affine.colour_map(offset=w * pipe.brightness_std), [w]
+
+
+def contrast(pipe, images):
+    w = pipe.gated('contrast', _normal(images))
+    s = torch.exp2(w * pipe.contrast_std)
+    return affine.colour_map(luma=s, chroma=s), [w]
+
+
+def lumaflip(pipe, images):
+    w = pipe.gated('lumaflip', _choice(images, 2))
+    return affine.colour_map(luma=1 - 2 * w.to(torch.float32)), [w]
+
+
+def hue(pipe, images):
+    w = pipe.gated('hue', _signed(images) * (math.pi * pipe.hue_max))
+    return affine.colour_map(chroma=w.cos(), quarter_turn=w.sin()), [w.cos() - 1, w.sin()]
+
+
+def saturation(pipe, images):
+    w = pipe.gated('saturation', _normal(images))
+    return affine.colour_map(chroma=torch.exp2(w * pipe.saturation_std)), [w]
+
+
+class Transform(NamedTuple):
+    """One line of the table: its strength is the setting of AugmentPipe that bears its name."""
+
+    name: str
+    kind: str           # 'blit', 'geometry' or 'colour': what `draw` gives
+    columns: int        # label columns
+    draw: Callable      # (pipe, images) → (new images or matrix, label columns)
+
+
+# In draw order, which is also the order of the label columns. A new transform goes to the end of its
+# kind, so that the draws of the others stay as they are.
+TRANSFORMS = [
+    Transform('xflip', 'blit', 1, xflip),
+    Transform('yflip', 'blit', 1, yflip),
+    Transform('rotate_int', 'blit', 2, rotate_int),
+    Transform('translate_int', 'blit', 2, translate_int),
+    Transform('scale', 'geometry', 1, scale),
+    Transform('rotate_frac', 'geometry', 2, rotate_frac),
+    Transform('aniso', 'geometry', 2, aniso),
+    Transform('translate_frac', 'geometry', 2, translate_frac),
+    Transform('brightness', 'colour', 1, brightness),
+    Transform('contrast', 'colour', 1, contrast),
+    Transform('lumaflip', 'colour', 1, lumaflip),
+    Transform('hue', 'colour', 2, hue),
+    Transform('saturation', 'colour', 1, saturation),
+]

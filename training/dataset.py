@@ -1,0 +1,209 @@
+"""Images and labels for training: uint8 pixels in [C, H, W], one-hot float32 labels (spec: EDM, section 2)."""
+
+import os
+import pathlib
+import types
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from training.image_archive import ZipArchive, image_names, labels_of, open_archive, read_labels
+from training.image_codec import PNG_HEADER_BYTES, decode, png_shape
+
+EMBEDDED = str(pathlib.Path(__file__).resolve().parent / 'data' / 'digits-8x8.zip')
+
+
+def load_embedded(**kwargs):
+    """The handwritten digits that come with the project: 1797 grey 8×8 images in 10 classes.
+
+    Args:
+        kwargs: Further arguments of `ImageFolderDataset`; labels are used unless ``use_labels=False``.
+    """
+    return ImageFolderDataset(EMBEDDED, **{'use_labels': True, **kwargs})
+
+
+class ImageFolderDataset(torch.utils.data.Dataset):
+    """Square images of one size in a folder or zip, read recursively and sorted by name.
+
+    Items are ``(image, label)``: a uint8 array [C, H, W] and a float32 vector [label_dim] (length 0
+    without labels). Objects pickle and fork: each process opens the zip for itself and fills its own cache.
+
+    Args:
+        path: Folder or zip, as dataset_tool.py makes them; any images of one square size do.
+        resolution: Size the images must have; None takes what is there.
+        use_labels: Use the labels of dataset.json: class numbers become one-hot vectors of the highest
+            number's length plus one, float vectors stay as they are.
+        max_size: Keep a random subset of this many images, in their order; None keeps all.
+        xflip: Append the mirrored copy of every image.
+        random_seed: Chooses the subset.
+        cache: Keep decoded images in memory.
+
+    Raises:
+        UserError: missing, damaged or mixed images or labels. Sizes of PNG files in a zip are all
+            compared here, other files when they are read.
+    """
+
+    def __init__(self, path, resolution=None, use_labels=False, max_size=None, xflip=False, random_seed=0,
+                 cache=False):
+        self._archive = open_archive(path)
+        self.name = _name(self._archive)
+        names = image_names(self._archive)
+        self._labels = self._load_labels(names) if use_labels else np.zeros([len(names), 0], np.float32)
+        self._label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
+        self._raw_idx = _subset(len(names), max_size, random_seed)
+        self._names = names
+        self._xflip = bool(xflip)
+        self._first = names[self._raw_idx[0]]
+        self._shape = list(decode(self._archive.read(self._first), self._what(self._first)).shape)
+        self._check_resolution(resolution)
+        if isinstance(self._archive, ZipArchive):
+            self._check_png_headers()
+        self._use_cache = bool(cache)
+        self._cache = self._cached = None
+        if cache:
+            self._allocate_cache()
+
+    @property
+    def image_shape(self):
+        """[C, H, W] of every image."""
+        return list(self._shape)
+
+    @property
+    def num_channels(self):
+        return self._shape[0]
+
+    @property
+    def resolution(self):
+        return self._shape[1]
+
+    @property
+    def label_dim(self):
+        """Length of a label vector; 0 without labels."""
+        return self._label_dim
+
+    @property
+    def label_shape(self):
+        return [self.label_dim]
+
+    @property
+    def has_labels(self):
+        return self.label_dim > 0
+
+    @property
+    def has_onehot_labels(self):
+        """Whether labels are class numbers in dataset.json."""
+        return self._labels.ndim == 1
+
+    def __len__(self):
+        return len(self._raw_idx) * (2 if self._xflip else 1)
+
+    def __getitem__(self, idx):
+        k, flipped = self._locate(idx)
+        image = self._load(k)
+        return (image[:, :, ::-1] if flipped else image).copy(), self.get_label(idx)
+
+    def get_label(self, idx):
+        """Label of item `idx`: float32 vector [label_dim]."""
+        label = self._labels[self._raw_idx[self._locate(idx)[0]]]
+        if not self.has_onehot_labels:
+            return label.copy()
+        onehot = np.zeros(self.label_dim, np.float32)
+        onehot[label] = 1
+        return onehot
+
+    def get_details(self, idx):
+        """`raw_idx` (index among all images of the path), `xflip` and `raw_label` of item `idx`."""
+        k, flipped = self._locate(idx)
+        raw_idx = int(self._raw_idx[k])
+        return types.SimpleNamespace(raw_idx=raw_idx, xflip=flipped, raw_label=self._labels[raw_idx].copy())
+
+    def __getstate__(self):
+        return {**self.__dict__, '_cache': None, '_cached': None}
+
+    def _locate(self, idx):
+        """(position in the subset, whether mirrored) of item `idx`; mirrored copies follow the originals."""
+        if not -len(self) <= idx < len(self):
+            raise IndexError(f'index {idx} in a dataset of {len(self)} items')
+        flipped, k = divmod(int(idx) % len(self), len(self._raw_idx))
+        return k, bool(flipped)
+
+    def _load(self, k):
+        """Pixels of the k-th image of the subset, from the cache where there is one."""
+        if not self._use_cache:
+            return self._decode(self._names[self._raw_idx[k]])
+        if self._cache is None:  # a copy in another process starts with an empty cache
+            self._allocate_cache()
+        if not self._cached[k]:
+            self._cache[k] = self._decode(self._names[self._raw_idx[k]])
+            self._cached[k] = True
+        return self._cache[k]
+
+    def _decode(self, name):
+        image = decode(self._archive.read(name), self._what(name))
+        self._check_shape(name, list(image.shape))
+        return image
+
+    def _allocate_cache(self):
+        """One array for all images; the system hands out its memory as images are written to it."""
+        try:
+            self._cache = np.empty([len(self._raw_idx), *self._shape], np.uint8)
+        except MemoryError as e:
+            raise UserError(f'the {len(self._raw_idx)} images of {self._archive.path} do not fit into memory; '
+                            'turn the cache off with --cache=0') from e
+        self._cached = np.zeros(len(self._raw_idx), bool)
+
+    def _what(self, name):
+        return f'{name} in {self._archive.path}'
+
+    def _load_labels(self, names):
+        remedy = 'train without labels (--cond=0), or make it anew with dataset_tool.py from a labelled source'
+        if not self._archive.has('dataset.json'):
+            raise UserError(f'{self._archive.path} has no labels (no dataset.json); {remedy}')
+        labels = read_labels(self._archive)
+        if labels is None:
+            raise UserError(f'{self._archive.path} has no labels; {remedy}')
+        ordered = labels_of(names, labels, self._archive.path)
+        return np.array(ordered, np.float32 if isinstance(ordered[0], list) else np.int64)
+
+    def _check_resolution(self, resolution):
+        c, h, w = self._shape
+        what = f'{self._what(self._first)} is {w}x{h} pixels'
+        if h != w:
+            raise UserError(f'{what}, not square; crop the images with dataset_tool.py --transform=center-crop')
+        if resolution is not None and h != resolution:
+            raise UserError(f'{what} where {resolution}x{resolution} is needed; '
+                            f'convert the images with dataset_tool.py --resolution={resolution}x{resolution}')
+
+    def _check_shape(self, name, shape):
+        if shape != self._shape:
+            sizes = [f'{s[2]}x{s[1]} with {s[0]} channel{"s" if s[0] > 1 else ""}' for s in (self._shape, shape)]
+            raise UserError(f'{self._first} in {self._archive.path} is {sizes[0]} but {name} is {sizes[1]}; '
+                            'make all images alike with dataset_tool.py --resolution=WxH --transform=center-crop')
+
+    def _check_png_headers(self):
+        """Compare the sizes of all PNG files with the first image's: half a second for 50,000 of them."""
+        for name in (self._names[i] for i in self._raw_idx):
+            if name.lower().endswith('.png'):
+                shape = png_shape(self._archive.head(name, PNG_HEADER_BYTES))
+                if shape is None:
+                    self._decode(name)
+                else:
+                    self._check_shape(name, shape)
+
+
+def _name(archive):
+    """A zip's file name without its ending, or a folder's name."""
+    name = os.path.basename(os.path.abspath(archive.path))
+    return os.path.splitext(name)[0] if isinstance(archive, ZipArchive) else name
+
+
+def _subset(size, max_size, random_seed):
+    """Sorted indices of the images kept (spec: EDM, section 2)."""
+    if max_size is not None and max_size < 1:
+        raise UserError(f'a dataset of {max_size} images cannot be used; give a size of at least 1')
+    raw_idx = np.arange(size, dtype=np.int64)
+    if max_size is not None and max_size < size:
+        np.random.RandomState(random_seed % (1 << 31)).shuffle(raw_idx)
+        raw_idx = np.sort(raw_idx[:max_size])
+    return raw_idx

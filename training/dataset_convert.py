@@ -1,0 +1,268 @@
+"""Any source of images into a dataset: cropped, resized, checked, written all or not at all."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import zipfile
+
+import PIL.Image
+import tqdm
+
+from dnnlib import UserError
+from dnnlib.files import atomic_write, make_dirs
+from training.image_codec import encode_png
+
+CHUNK = 64  # images handed to a worker process at once
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can state; a fixed one keeps equal input equal output
+
+
+def resize(image, size):
+    """The whole image at `size` (width, height)."""
+    return image if image.size == size else image.resize(size, PIL.Image.LANCZOS)
+
+
+def center_crop(image, size):
+    """The largest centred square, resized to `size`; RGB, as photographs of one set may be grey or coloured."""
+    crop = min(image.size)
+    left, top = (image.width - crop) // 2, (image.height - crop) // 2
+    return resize(image.convert('RGB').crop((left, top, left + crop, top + crop)), size)
+
+
+def center_crop_wide(image, size):
+    """The image at its full width, cut above and below to the shape of `size`, on a black square of that width.
+
+    RGB; None for an image that would have to be enlarged, or that is wider than that shape.
+    """
+    width, height = size
+    crop = round(image.width * height / width)
+    if image.width < width or image.height < crop:
+        return None
+    top = (image.height - crop) // 2
+    wide = resize(image.convert('RGB').crop((0, top, image.width, top + crop)), size)
+    canvas = PIL.Image.new('RGB', (width, width))
+    canvas.paste(wide, (0, (width - height) // 2))
+    return canvas
+
+
+TRANSFORMS = {'center-crop': center_crop, 'center-crop-wide': center_crop_wide}
+
+
+def make_transform(transform, resolution):
+    """A picklable function from one image to its converted form, or to None if the image is to be skipped.
+
+    Args:
+        transform: A key of `TRANSFORMS`; None only resizes.
+        resolution: (width, height) in pixels; None, allowed without a transform, keeps sizes.
+
+    Raises:
+        UserError: the output cannot be a square with a power of two as its side.
+    """
+    if resolution is None:
+        if transform is not None:
+            raise UserError(f'--transform={transform} needs a size; add --resolution=WxH')
+        return _unchanged
+    width, height = resolution
+    wide = transform == 'center-crop-wide'
+    if not _is_power_of_two(width) or (height != width and not wide) or not 0 < height <= width:
+        shape = ('a width that is a power of two and a height up to that' if wide
+                 else 'a square whose side is a power of two')
+        raise UserError(f'--resolution={width}x{height} is not {shape}; choose another such as '
+                        + ('64x48' if wide else '64x64'))
+    return functools.partial(TRANSFORMS[transform] if transform else resize, size=(width, height))
+
+
+def _unchanged(image):
+    return image
+
+
+@dataclasses.dataclass
+class Summary:
+    """What `convert` wrote."""
+
+    num_images: int
+    num_skipped: int
+    size: int
+    channels: int
+    labels: list | None
+
+
+def convert(source, dest, transform=None, resolution=None, max_images=None, workers=1):
+    """Write the images of a `training.dataset_sources.Source` as a dataset.
+
+    Args:
+        source: Images and labels.
+        dest: Folder, new or empty, or a file ending in .zip (replaced if it exists). It appears when all is done.
+        transform, resolution: See `make_transform`.
+        max_images: Read only so many images of the source.
+        workers: Processes that decode and encode; the output is the same for any number.
+
+    Returns:
+        A `Summary`.
+
+    Raises:
+        UserError: an image that does not decode or fit, or a destination that cannot be written.
+    """
+    job = source.load, make_transform(transform, resolution)
+    total = len(source.items) if max_images is None else min(max_images, len(source.items))
+    chunks = (source.items[i:min(i + CHUNK, total)] for i in range(0, total, CHUNK))
+    labels, first, skipped = [], None, 0
+    with open_dest(dest) as add, contextlib.closing(_run(job, chunks, workers)) as results, \
+            tqdm.tqdm(total=total, unit='img', disable=None) as progress:
+        for i, result in enumerate(itertools.chain.from_iterable(results)):
+            progress.update()
+            if isinstance(result, UserError):
+                raise result
+            if result is None:
+                skipped += 1
+                continue
+            png, kind = result
+            first = first or (source.describe(i), kind)
+            _check(source.describe(i), kind, *first)
+            name = '{0:.5}/img{0}.png'.format(f'{len(labels):08d}')
+            add(name, png)
+            labels.append([name, source.labels[i] if source.labels is not None else None])
+        if not labels:
+            raise UserError(f'none of the {total} images in {source.path} is large enough for '
+                            f'--resolution={resolution[0]}x{resolution[1]}; choose a smaller one')
+        labels = labels if source.labels is not None else None
+        add('dataset.json', json.dumps({'labels': labels}).encode())
+    (size, _), mode = first[1]
+    return Summary(total - skipped, skipped, size, _channels(mode), labels and [label for _, label in labels])
+
+
+def _check(what, kind, first, first_kind):
+    """Refuse an image that is not square, no power of two, or unlike the first. `kind` is (size, mode)."""
+    (width, height), mode = kind
+    if width != height:
+        raise UserError(f'{what} is {width}x{height} pixels, not square; '
+                        'crop with --transform=center-crop --resolution=WxH')
+    if not _is_power_of_two(width):
+        raise UserError(f'{what} is {width}x{height} pixels, not a power of two; resize with --resolution=WxH')
+    if kind[0] != first_kind[0]:
+        raise UserError(f'{what} is {width}x{height} pixels but {first} is {first_kind[0][0]}x{first_kind[0][1]}; '
+                        'make them alike with --resolution=WxH, adding --transform=center-crop to keep proportions')
+    if mode != first_kind[1]:
+        raise UserError(f'{what} has {_channels(mode)} channel(s) but {first} has {_channels(first_kind[1])}; '
+                        'make all of them RGB with --transform=center-crop --resolution=WxH')
+
+
+def _channels(mode):
+    return {'L': 1, 'RGB': 3}[mode]
+
+
+def _is_power_of_two(n):
+    return n > 0 and n & (n - 1) == 0
+
+
+def _convert_chunk(job, items):
+    """For each item (PNG bytes, (size, mode)), None if skipped, or the UserError that ends the list."""
+    load, transform = job
+    results = []
+    for item in items:
+        try:
+            image = transform(load(item))
+        except UserError as e:
+            return [*results, e]
+        results.append(image and (encode_png(image), (image.size, image.mode)))
+    return results
+
+
+_worker_job = None
+
+
+def _init_worker(job):
+    global _worker_job
+    _worker_job = job
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def _convert_in_worker(items):
+    return _convert_chunk(_worker_job, items)
+
+
+def _run(job, chunks, workers):
+    """Results of `_convert_chunk` in order; few chunks are under way at a time, so memory stays bounded."""
+    if workers == 1:
+        yield from (_convert_chunk(job, items) for items in chunks)
+        return
+    # Spawned rather than forked: forking a process that has threads (PyTorch's, tqdm's) may deadlock.
+    context = multiprocessing.get_context('spawn')
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _init_worker, (job,)) as pool:
+        pending = collections.deque()
+        try:
+            for items in chunks:
+                pending.append(pool.submit(_convert_in_worker, items))
+                if len(pending) > 4 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as e:
+            raise UserError('a worker process died, perhaps for lack of memory; run again with --workers=1') from e
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def open_dest(dest, compress=False):
+    """Context manager for writing a dataset; yields ``add(name, data)``.
+
+    `dest` appears, complete, when the block ends; after an exception it is as it was.
+
+    Args:
+        dest: A file ending in .zip, or a folder that is new or empty.
+        compress: Deflate the members of a zip.
+
+    Raises:
+        UserError: `dest` is in the way or cannot be written.
+    """
+    dest = os.path.abspath(dest)
+    if dest.lower().endswith('.zip'):
+        if os.path.isdir(dest):
+            raise UserError(f'{dest} is a folder; choose another name for the zip')
+        return _zip_dest(dest, zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED)
+    if os.path.exists(dest) and not os.path.isdir(dest):
+        raise UserError(f'{dest} is a file; choose another folder, or a name ending in .zip')
+    if os.path.isdir(dest) and os.listdir(dest):
+        raise UserError(f'the folder {dest} is not empty; choose a new one, or a name ending in .zip')
+    return _folder_dest(dest)
+
+
+@contextlib.contextmanager
+def _zip_dest(dest, compression):
+    make_dirs(os.path.dirname(dest))
+    with atomic_write(dest) as f, zipfile.ZipFile(f, 'w', compression) as z:
+        def add(name, data):
+            info = zipfile.ZipInfo(name, ZIP_TIME)
+            info.create_system, info.external_attr = 3, 0o644 << 16  # an ordinary Unix file, whoever writes it
+            z.writestr(info, data, compression)
+        yield add
+
+
+@contextlib.contextmanager
+def _folder_dest(dest):
+    make_dirs(os.path.dirname(dest))
+    stage = os.path.join(os.path.dirname(dest), f'.tmp-{os.path.basename(dest)}-{os.getpid()}')
+
+    def add(name, data):
+        path = os.path.join(stage, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, 'wb') as f:
+            f.write(data)
+    try:
+        os.mkdir(stage)
+        yield add
+        if os.path.isdir(dest):
+            os.rmdir(dest)
+        os.rename(stage, dest)
+    except OSError as e:
+        raise UserError(f'could not write {dest}: {e.strerror or e}; nothing was changed there, '
+                        'free some space or choose another folder and run the command again') from e
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)

@@ -1,0 +1,264 @@
+"""What dataset_tool.py reads: folders and zips of images, CIFAR-10, MNIST, LSUN."""
+
+import dataclasses
+import gzip
+import io
+import os
+import pickle
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import PIL.Image
+
+from dnnlib import UserError
+from dnnlib.download import fetch
+from training.image_archive import folder_labels, image_names, labels_of, open_archive, read_labels
+from training.image_codec import open_image
+
+CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz'
+CIFAR10_SHA256 = '6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce'
+CIFAR10_MD5 = 'c58f30108f718f92721af3b95e74349a'
+CIFAR10_MAX_BYTES = 200 << 20
+CIFAR10_BATCHES = [f'cifar-10-batches-py/data_batch_{i}' for i in range(1, 6)]
+MAX_BATCH_BYTES = 64 << 20  # CIFAR-10's pickles are 31 MB each
+MAX_MNIST_IMAGES = 1_000_000
+
+
+@dataclasses.dataclass
+class Source:
+    """Images to convert, in order.
+
+    Attributes:
+        path: Where they come from, for messages.
+        items: One entry an image: its name, or its pixels; what a worker process is sent.
+        load: Picklable function from an item to a Pillow image of mode L or RGB.
+        labels: Class number or list of floats for each image; None without labels.
+    """
+
+    path: str
+    items: Sequence
+    load: Callable
+    labels: list | None = None
+
+    def describe(self, i):
+        """The i-th image in words."""
+        item = self.items[i]
+        return f'{item if isinstance(item, str) else f"image {i}"} in {self.path}'
+
+
+def open_source(path):
+    """The images that `path` names, by the kinds listed in `READERS`.
+
+    Raises:
+        UserError: nothing there, no known kind, or damaged.
+    """
+    path = os.fspath(path)
+    if path == 'cifar10' and not os.path.exists(path):
+        return read_cifar10(fetch(CIFAR10_URL, CIFAR10_SHA256, CIFAR10_MD5, max_bytes=CIFAR10_MAX_BYTES))
+    path = path.rstrip('/') or '/'
+    if not os.path.exists(path):
+        raise UserError(f'there is no {path}; check --source')
+    for _, matches, read in READERS:
+        if matches(path):
+            return read(path)
+    kinds = ', '.join(kind for kind, _, _ in READERS)
+    raise UserError(f'{path} is no source that is known ({kinds}); rename it or put its images into a folder')
+
+
+def read_archive(path):
+    """Images of a folder or zip, labelled by its dataset.json, or else by its top-level folders."""
+    archive = open_archive(path)
+    names = image_names(archive)
+    if archive.has('dataset.json'):
+        labels = read_labels(archive)
+        labels = None if labels is None else labels_of(names, labels, path)
+    else:
+        labels = folder_labels(names, path)
+    return Source(path, names, _ArchiveLoader(archive), labels)
+
+
+class _ArchiveLoader:
+    def __init__(self, archive):
+        self.archive = archive
+
+    def __call__(self, name):
+        return open_image(self.archive.read(name), f'{name} in {self.archive.path}')
+
+
+def read_cifar10(path):
+    """The 50,000 training images of cifar-10-python.tar.gz, with labels; nothing is extracted.
+
+    Raises:
+        UserError: the file is damaged, incomplete, or its pickles ask for anything but arrays.
+    """
+    remedy = f'download it again from {CIFAR10_URL}'
+    batches = {}
+    try:
+        with tarfile.open(path, 'r:gz') as tar:
+            for member in tar:
+                if member.isfile() and member.name in CIFAR10_BATCHES:
+                    if member.size > MAX_BATCH_BYTES:
+                        raise UserError(f'{member.name} in {path} is larger than {MAX_BATCH_BYTES} bytes; {remedy}')
+                    batches[member.name] = _read_batch(tar.extractfile(member).read(), f'{member.name} in {path}')
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
+        raise UserError(f'{path} is not a readable tar.gz file ({e}); {remedy}') from e
+    missing = [name for name in CIFAR10_BATCHES if name not in batches]
+    if missing:
+        raise UserError(f'{path} lacks {missing[0]}; {remedy}')
+    images = np.concatenate([batches[name][0] for name in CIFAR10_BATCHES])
+    labels = [label for name in CIFAR10_BATCHES for label in batches[name][1]]
+    return Source(str(path), images, PIL.Image.fromarray, labels)
+
+
+def _read_batch(data, what):
+    """(uint8 [N, 32, 32, 3], list of N labels) from the content of one batch file."""
+    try:
+        batch = _BatchUnpickler(io.BytesIO(data), encoding='bytes').load()
+        batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
+        images = batch['data'].pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        labels = list(batch['labels'])
+        if len(labels) != len(images) or not all(type(v) is int and 0 <= v < 10 for v in labels):
+            raise ValueError('its labels do not fit its images')
+        return images, labels
+    except Exception as e:  # a damaged pickle raises nearly anything
+        raise UserError(f'{what} is not a batch of CIFAR-10 ({e}); download the file again from {CIFAR10_URL}') from e
+
+
+class _PickledArray:
+    """Stands in for numpy.ndarray while a batch is read, so that a file calls none of NumPy's code."""
+
+    def __init__(self, *args):
+        self.pixels = None
+
+    def __setstate__(self, state):
+        if state[3]:
+            raise ValueError('its array is stored column by column')
+        self.pixels = np.frombuffer(state[4], np.uint8)
+
+
+class _PickledDtype:
+    """Stands in for numpy.dtype: a batch's array is read as bytes, whatever the file calls them."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _encode(text, encoding):
+    """Stands in for _codecs.encode, by which newer Pythons write bytes in old protocols."""
+    return text.encode('latin1')
+
+
+def _array(*args):
+    return _PickledArray()
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Reads dictionaries, lists, bytes, numbers and uint8 arrays; every other name is refused."""
+
+    ALLOWED = {
+        ('numpy.core.multiarray', '_reconstruct'): _array,
+        ('numpy._core.multiarray', '_reconstruct'): _array,
+        ('numpy', 'ndarray'): _PickledArray,
+        ('numpy', 'dtype'): _PickledDtype,
+        ('_codecs', 'encode'): _encode,
+    }
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+        return self.ALLOWED[module, name]
+
+
+def read_mnist(path):
+    """Images of MNIST's *-images-idx3-ubyte.gz, padded with black to 32×32, with the labels file beside it.
+
+    Raises:
+        UserError: either file is missing or damaged.
+    """
+    folder, name = os.path.split(path)
+    labels_path = os.path.join(folder, name.replace('-images-idx3-', '-labels-idx1-'))
+    if not os.path.isfile(labels_path):
+        raise UserError(f'there is no labels file {labels_path} beside {path}; download it to there')
+    images = _read_idx(path, 3)
+    labels = _read_idx(labels_path, 1)
+    if images.shape[1:] != (28, 28):
+        raise UserError(f'{path} holds {images.shape[2]}x{images.shape[1]} images where MNIST has 28x28; '
+                        'download it again')
+    if len(images) != len(labels):
+        raise UserError(f'{path} holds {len(images)} images but {labels_path} {len(labels)} labels; '
+                        'download both again')
+    images = np.pad(images, [(0, 0), (2, 2), (2, 2)])
+    return Source(path, images, PIL.Image.fromarray, labels.tolist())
+
+
+def _read_idx(path, ndim):
+    """uint8 array of a gzipped IDX file with `ndim` dimensions."""
+    try:
+        with gzip.open(path, 'rb') as f:
+            magic, *shape = struct.unpack(f'>{1 + ndim}I', f.read(4 * (1 + ndim)))
+            if magic != 0x800 + ndim or shape[0] > MAX_MNIST_IMAGES or max(shape[1:], default=0) > 1024:
+                raise ValueError('its header is not that of such a file')
+            size = int(np.prod(shape))
+            data = f.read(size)
+            if len(data) != size:
+                raise ValueError(f'it ends after {len(data)} of {size} bytes')
+    except (OSError, EOFError, zlib.error, struct.error, ValueError) as e:
+        raise UserError(f'{path} is not a readable IDX file of MNIST ({e}); download it again') from e
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def read_lsun(path):
+    """Images of an LSUN database, a folder ending in _lmdb; no labels.
+
+    Raises:
+        UserError: the package lmdb is not installed, or the database cannot be read.
+    """
+    loader = _LmdbLoader(path)
+    keys = loader.read(lambda txn: [bytes(key) for key in txn.cursor().iternext(values=False)])
+    if not keys:
+        raise UserError(f'there are no images in {path}; download it again')
+    return Source(path, keys, loader)
+
+
+class _LmdbLoader:
+    """Reads the database by key; picklable, every process opens it for itself."""
+
+    def __init__(self, path):
+        self.path = path
+        self._env = None
+
+    def __getstate__(self):
+        return {'path': self.path, '_env': None}
+
+    def read(self, query):
+        """The result of ``query(transaction)``."""
+        try:
+            import lmdb  # optional: only LSUN needs it
+        except ImportError as e:
+            raise UserError(f'reading {self.path} needs the package lmdb; install it with pip install lmdb') from e
+        try:
+            if self._env is None:
+                self._env = lmdb.open(self.path, readonly=True, lock=False, create=False)
+            with self._env.begin() as txn:
+                return query(txn)
+        except lmdb.Error as e:
+            raise UserError(f'{self.path} is not a readable LMDB database ({e}); download it again') from e
+
+    def __call__(self, key):
+        data = self.read(lambda txn: txn.get(key))
+        return open_image(data, f'{key.decode("ascii", "replace")} in {self.path}')
+
+
+READERS = [
+    ('a folder ending in _lmdb', lambda path: path.endswith('_lmdb') and os.path.isdir(path), read_lsun),
+    ('a folder of images', os.path.isdir, read_archive),
+    ('cifar-10-python.tar.gz', lambda path: os.path.basename(path) == 'cifar-10-python.tar.gz', read_cifar10),
+    ('train-images-idx3-ubyte.gz', lambda path: path.endswith('-images-idx3-ubyte.gz'), read_mnist),
+    ('a zip of images', lambda path: path.lower().endswith('.zip'), read_archive),
+]

@@ -1,0 +1,263 @@
+"""Detectors: what turns images into the features and class probabilities that the scores compare.
+
+`load_detector('inception')`, or another name of `DETECTORS`, or a file. Loading a file executes no
+pickled code: TorchScript archives carry none, state dicts are read with weights-only loading.
+"""
+
+import contextlib
+import hashlib
+import pathlib
+import pickle
+import urllib.parse
+import zipfile
+
+import torch
+
+from dnnlib import UserError
+from dnnlib.download import fetch, is_url, local_path
+from training.inception import NUM_FEATURES, InceptionV3
+
+SCRIPT_URL = ('https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/'
+              'inception-2015-12-05.pt')
+WEIGHTS_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
+               'pt_inception-2015-12-05-6726825d.pth')
+WEIGHTS_SHA256_PREFIX = '6726825d'
+# The digest other projects publish for SCRIPT_URL. It only recognises a local copy as Inception; a download
+# is never refused for it.
+SCRIPT_SHA256 = 'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4'
+
+INCEPTION = 'inception-2015-12-05'  # both files of it; the only detector whose distance is called FID
+FILE_PREFIX = 'file:'  # of the names of detectors that a user brought: known by their digest, not by their name
+
+
+class Detector:
+    """Images in, features and class probabilities out.
+
+    Attributes:
+        name: What the detector is, as stored in statistics: `INCEPTION`, 'pixels' or 'file:<stem>'.
+        digest: SHA-256 of its file, or a fixed word for an embedded one.
+        num_features: D, or None while unknown.
+        has_probs: Whether it gives class probabilities.
+    """
+
+    def __init__(self, name, digest, device, num_features=None, has_probs=False):
+        self.name = name
+        self.digest = digest
+        self.device = torch.device(device)
+        self.num_features = num_features
+        self.has_probs = has_probs
+
+    @property
+    def suffix(self):
+        """What a score's name carries besides: nothing for Inception, else the detector's own name."""
+        return '' if self.name == INCEPTION else '-' + self.name.removeprefix(FILE_PREFIX)
+
+    def made(self, name, digest):
+        """Whether statistics that record this detector's `name` and `digest` were made by this detector."""
+        return digest == self.digest or (name == self.name and not name.startswith(FILE_PREFIX))
+
+    @torch.inference_mode()
+    def __call__(self, images, features=True, probs=False):
+        """(features [B, D] or None, class probabilities [B, K] or None) of a batch, float32, on the device.
+
+        Args:
+            images: uint8 [B, 1 or 3, H, W]; grey is repeated to three channels.
+        """
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
+            raise UserError(f'images of shape {list(images.shape)} and type {images.dtype} cannot be scored; '
+                            'they must be uint8 with 1 or 3 channels')
+        rgb = images.to(self.device).expand(-1, 3, -1, -1).contiguous()
+        with full_float32(self.device):
+            return self.run(rgb, features, probs)
+
+    def run(self, rgb, features, probs):
+        """As `__call__`, for uint8 [B, 3, H, W] on the detector's device."""
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """No TF32 and no autocast, so that a score doesn't depend on who asks for it or on which machine."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type == 'cuda':
+            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+                yield
+        else:
+            yield
+
+
+class PixelDetector(Detector):
+    """Plain pixels: RGB in [−1, 1], averaged by area to 8×8; 192 features.
+
+    For small images and machines without network; the distance of these features is no FID.
+    """
+
+    SIZE = 8
+
+    def __init__(self, device):
+        super().__init__('pixels', 'embedded-1', device, num_features=3 * self.SIZE ** 2)
+
+    def run(self, rgb, features, probs):
+        x = rgb.to(torch.float32) / 127.5 - 1
+        return torch.nn.functional.interpolate(x, (self.SIZE, self.SIZE), mode='area').flatten(1), None
+
+
+class InceptionDetector(Detector):
+    """`training.inception.InceptionV3` with a state dict in the public layout."""
+
+    def __init__(self, name, digest, device, state_dict):
+        super().__init__(name, digest, device, num_features=NUM_FEATURES, has_probs=True)
+        with torch.device('meta'):
+            self.network = InceptionV3()
+        self.network.load_state_dict(state_dict, assign=True)
+        self.network.to(self.device).requires_grad_(False)
+
+    def run(self, rgb, features, probs):
+        f = self.network.features(rgb)
+        p = self.network.logits(f, no_output_bias=True).softmax(dim=1) if probs else None
+        return f, p
+
+
+class ScriptDetector(Detector):
+    """A TorchScript module called on uint8 [B, 3, H, W]: `return_features=True`, `no_output_bias=True`.
+
+    Asked for both, it runs twice: a scripted module returns one of the two at a time.
+    """
+
+    def __init__(self, name, digest, device, path, module):
+        arguments = {a.name for a in module.forward.schema.arguments}
+        if 'return_features' not in arguments:
+            raise UserError(f"the TorchScript module {path} takes no 'return_features' argument; script one that "
+                            'returns features for it, as NVIDIA\'s Inception file does')
+        super().__init__(name, digest, device, num_features=NUM_FEATURES if name == INCEPTION else None,
+                         has_probs='no_output_bias' in arguments)
+        self.path = path
+        self.module = module.eval()
+
+    def run(self, rgb, features, probs):
+        f = self._call(rgb, return_features=True) if features else None
+        p = self._call(rgb, no_output_bias=True) if probs else None
+        if p is not None and not ((p >= 0).all() and (p.sum(dim=1) - 1).abs().max() < 1e-3):
+            raise UserError(f'with no_output_bias=True {self.path} returns no class probabilities (rows that are '
+                            'not ≥ 0 with sum 1); apply a softmax in the scripted module')
+        return f, p
+
+    def _call(self, rgb, **kwargs):
+        try:
+            out = self.module(rgb, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            reason = str(e).strip().splitlines()[-1]
+            raise UserError(f'the TorchScript module {self.path} failed on uint8 images of shape '
+                            f'{list(rgb.shape)} ({reason}); give a detector that takes these') from e
+        if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(rgb):
+            raise UserError(f'the TorchScript module {self.path} does not return a row per image for '
+                            f'{next(iter(kwargs))}=True; give a detector that returns [B, D]')
+        return out.to(torch.float32)
+
+
+# ---- Loading.
+
+def _inception_script(device):
+    """The default: NVIDIA's TorchScript file, downloaded once."""
+    return detector_from_file(fetch(SCRIPT_URL), device, INCEPTION)
+
+
+def _inception_weights(device):
+    """The public state dict in our own graph."""
+    path = fetch(WEIGHTS_URL)
+    digest = file_sha256(path)
+    if not digest.startswith(WEIGHTS_SHA256_PREFIX):
+        path.unlink(missing_ok=True)
+        raise UserError(f'{WEIGHTS_URL} has the SHA-256 {digest}, which should begin with {WEIGHTS_SHA256_PREFIX}; '
+                        f'try again, or save the right file as {path}')
+    return detector_from_file(path, device, INCEPTION)
+
+
+DETECTORS = {'inception': _inception_script, 'inception-pth': _inception_weights, 'pixels': PixelDetector}
+
+
+def load_detector(spec='inception', device='cpu'):
+    """The detector of that name, or the one in a file.
+
+    Args:
+        spec: A name of `DETECTORS`, or a path or https address of a TorchScript archive or of a state dict
+            in the layout of the public Inception weights.
+
+    Raises:
+        UserError: an unknown name, a missing or damaged file, a failed download.
+    """
+    if spec in DETECTORS:
+        return DETECTORS[spec](device)
+    if spec == SCRIPT_URL:
+        return _inception_script(device)
+    looks_like_file = is_url(spec) or any(c in spec for c in '/\\.') or pathlib.Path(spec).exists()
+    if not looks_like_file:
+        raise UserError(f"there is no detector '{spec}'; choose {', '.join(DETECTORS)}, or give the path or "
+                        'address of a TorchScript or .pth file')
+    stem = pathlib.PurePath(urllib.parse.urlsplit(spec).path if is_url(spec) else spec).stem
+    return detector_from_file(local_path(spec), device, FILE_PREFIX + stem)
+
+
+def detector_from_file(path, device, name):
+    """The detector in a file of either kind, told apart by content; Inception's own files are recognised.
+
+    Raises:
+        UserError: the file is neither kind, or damaged, or its tensors don't fit.
+    """
+    digest = file_sha256(path)
+    if digest == SCRIPT_SHA256 or digest.startswith(WEIGHTS_SHA256_PREFIX):
+        name = INCEPTION
+    if is_torchscript(path):
+        try:
+            module = torch.jit.load(str(path), map_location=device)
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f'the TorchScript file {path} is damaged or not for this PyTorch; '
+                            'delete it and get it again') from e
+        return ScriptDetector(name, digest, device, path, module)
+    return InceptionDetector(name, digest, device, load_inception_state(path))
+
+
+def file_sha256(path):
+    """Hexadecimal SHA-256 of a file's content."""
+    h = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while chunk := f.read(1 << 20):
+            h.update(chunk)
+    return h.hexdigest()
+
+
+def is_torchscript(path):
+    """Whether a file is a zip archive laid out as `torch.jit.save` does: code beside constants.pkl."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            names = z.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return False
+    return any(n.endswith('/constants.pkl') for n in names) and any('/code/' in n for n in names)
+
+
+def load_inception_state(path):
+    """State dict of `InceptionV3` from a .pth file, read without executing anything it pickles.
+
+    Raises:
+        UserError: not such a file, or a tensor that is missing, superfluous or of another shape.
+    """
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError, AttributeError, pickle.UnpicklingError) as e:
+        raise UserError(f'{path} is neither a TorchScript archive nor a state dict of plain tensors, or it is '
+                        'damaged; delete it and get the detector again') from e
+    with torch.device('meta'):
+        expected = InceptionV3().state_dict()
+    shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)} \
+        if isinstance(state, dict) else {}
+    # Batch norm's counters mean nothing in evaluation mode, and older files lack them.
+    counters = {k: torch.zeros((), dtype=torch.int64) for k in expected if k.endswith('num_batches_tracked')}
+    wrong = [k for k in expected if k not in counters and shapes.get(k) != tuple(expected[k].shape)]
+    wrong += [k for k in shapes if k not in expected]
+    if wrong:
+        raise UserError(f"the state dict {path} is not laid out as the public Inception weights: '{wrong[0]}' is "
+                        f'{shapes.get(wrong[0], "missing")}; give pt_inception-2015-12-05-6726825d.pth')
+    return {**{k: v.to(torch.float32) for k, v in state.items() if k not in counters}, **counters}

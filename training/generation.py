@@ -1,0 +1,156 @@
+"""From seeds to images: latents and classes per seed, batches over ranks, PNG files that survive an interruption."""
+
+import io
+import json
+import os
+import pathlib
+
+import numpy as np
+import PIL.Image
+import torch
+
+from dnnlib import UserError
+from dnnlib.files import atomic_write, make_dirs
+from training.samplers import StackedRandomGenerator
+from torch_utils import distributed
+
+
+def check_class(net, class_idx):
+    """Refuse a class index that the network does not have (UserError)."""
+    if class_idx is None:
+        return
+    if not net.label_dim:
+        raise UserError(f'--class={class_idx} needs a class-conditional network, but this one is unconditional; '
+                        'leave --class out')
+    if not 0 <= class_idx < net.label_dim:
+        raise UserError(f'--class={class_idx} is out of range: this network has the classes 0 to {net.label_dim - 1}')
+
+
+@torch.no_grad()
+def generate_batch(net, seeds, sampler, class_idx=None, **extra):
+    """Images of `seeds` [B]: latents, class and sampler noise come from each seed's own generator.
+
+    Args:
+        net: Preconditioned network on its device, in evaluation mode.
+        seeds: B integers.
+        sampler: callable(latents, class_labels, randn_like, **extra) (System.make_sampler).
+        class_idx: Class of all images, or None for one drawn per seed; drawn in either case.
+
+    Returns:
+        Floating-point images [B, C, H, W], nominally in [−1, 1].
+    """
+    device = next(net.parameters()).device
+    rnd = StackedRandomGenerator(device, seeds)
+    latents = rnd.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution], device=device)
+    class_labels = None
+    if net.label_dim:
+        index = rnd.randint(net.label_dim, size=[len(seeds)], device=device)
+        if class_idx is not None:
+            index = torch.full_like(index, class_idx)
+        class_labels = torch.eye(net.label_dim, device=device)[index]
+    return sampler(latents, class_labels, rnd.randn_like, **extra)
+
+
+def to_uint8(images):
+    """[−1, 1] → 0…255: x·127.5 + 128, clipped, truncated (EDM's rounding)."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def generate_images(net, seeds, sampler, max_batch=64, class_idx=None):
+    """Yield (seeds, uint8 images [B, C, H, W]) for this rank's share of `seeds`, in batches."""
+    batches = [seeds[i:i + max_batch] for i in range(0, len(seeds), max_batch)]
+    for batch in batches[distributed.get_rank()::distributed.get_world_size()]:
+        yield batch, to_uint8(generate_batch(net, batch, sampler, class_idx))
+
+
+def gather_images(net, seeds, sampler, max_batch=64, class_idx=None):
+    """All images of `seeds` as one uint8 array [N, C, H, W] in the order of `seeds`, on every rank."""
+    share = -(-len(seeds) // distributed.get_world_size())  # every rank works, however few the seeds
+    parts = [(s, x.cpu().numpy()) for s, x in
+             generate_images(net, seeds, sampler, max(min(max_batch, share), 1), class_idx)]
+    images = {seed: image for rank in distributed.gather_objects(parts) for s, x in rank for seed, image in zip(s, x)}
+    return np.stack([images[seed] for seed in seeds])
+
+
+def to_pil(image):
+    """uint8 image [C, H, W] → Pillow image: one channel as L, three as RGB."""
+    return PIL.Image.fromarray(image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+
+
+def tile(images, columns=None):
+    """uint8 images [N, C, H, W] → one [C, rows·H, columns·W], row by row, missing cells black."""
+    n, c, h, w = images.shape
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    cells = np.zeros([rows * columns, c, h, w], dtype=np.uint8)
+    cells[:n] = images
+    return cells.reshape(rows, columns, c, h, w).transpose(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
+
+
+def save_grid(path, images, columns=None, min_cell=64):
+    """Write uint8 images [N, C, H, W] as one contact sheet; tiny images are enlarged to whole pixels."""
+    sheet = to_pil(tile(images, columns))
+    zoom = max(min_cell // images.shape[-1], 1)
+    sheet = sheet.resize((sheet.width * zoom, sheet.height * zoom), PIL.Image.NEAREST)
+    encoded = io.BytesIO()
+    sheet.save(encoded, format='PNG')
+    with atomic_write(path) as f:
+        f.write(encoded.getvalue())
+
+
+def image_path(outdir, seed, subdirs=False):
+    """OUTDIR/SEED.png with six digits; with `subdirs` in a folder for each 1000 seeds."""
+    folder = pathlib.Path(outdir) / f'{seed - seed % 1000:06d}' if subdirs else pathlib.Path(outdir)
+    return folder / f'{seed:06d}.png'
+
+
+def save_png(path, image):
+    """Write uint8 image [C, H, W] as PNG; the file appears only when it is complete."""
+    tmp = path.with_name(f'.tmp-{path.name}')
+    try:
+        to_pil(image).save(tmp, format='PNG')
+        os.replace(tmp, path)
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and run the same command again, '
+                        'finished images are kept') from e
+
+
+RECORD = 'generation.json'
+
+
+def remaining_seeds(outdir, seeds, subdirs, settings, overwrite=False):
+    """The seeds whose images OUTDIR still lacks, after checking that those present were made in the same way.
+
+    `settings` (plain JSON values: everything that decides the images) is kept in OUTDIR/generation.json.
+
+    Raises:
+        UserError: OUTDIR holds images of other settings.
+    """
+    make_dirs(outdir)
+    record = pathlib.Path(outdir) / RECORD
+    missing = [s for s in seeds if overwrite or not image_path(outdir, s, subdirs).is_file()]
+    if len(missing) < len(seeds) and _read_json(record) != settings:
+        raise UserError(f'{outdir} holds images that were made with another network or other options; choose another '
+                        '--outdir, or replace them with --overwrite')
+    with atomic_write(record, 'w') as f:
+        json.dump(settings, f, indent=2)
+    return missing
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_images(outdir, batches, subdirs=False, progress=lambda n: None):
+    """Write the batches of `generate_images` as PNG files; `progress` is called with each batch's size."""
+    for seeds, images in batches:
+        for seed, image in zip(seeds, images.cpu().numpy()):
+            path = image_path(outdir, seed, subdirs)
+            if subdirs:
+                make_dirs(path.parent)
+            save_png(path, image)
+        progress(len(seeds))

@@ -1,0 +1,198 @@
+"""Where images lie: a folder or a zip, read the same way, and what its dataset.json says about them."""
+
+import json
+import math
+import os
+import zipfile
+import zlib
+
+from dnnlib import UserError
+from training.image_codec import is_image_name
+
+MAX_FILE_BYTES = 1 << 30  # no image or label file of a dataset is near this; a zip may claim anything
+MAX_CLASSES = 100_000  # a one-hot vector longer than this is a mistaken label
+
+
+def open_archive(path):
+    """The folder or zip `path` as a `FolderArchive` or `ZipArchive`.
+
+    Raises:
+        UserError: no such path, or neither a folder nor a readable zip.
+    """
+    path = os.fspath(path)
+    if os.path.isdir(path):
+        return FolderArchive(path)
+    if os.path.isfile(path):
+        return ZipArchive(path)
+    raise UserError(f'there is no folder or zip {path}; check the path, or make the dataset with dataset_tool.py')
+
+
+class FolderArchive:
+    """Files of a folder by their relative names, parts joined with '/'."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def names(self):
+        """All files below the folder. Folders reached only by symbolic links are not entered."""
+        def fail(e):
+            raise UserError(f'could not read {e.filename}: {e.strerror}; check its permissions') from e
+        return [os.path.relpath(os.path.join(folder, name), self.path).replace(os.sep, '/')
+                for folder, _, files in os.walk(self.path, onerror=fail) for name in files]
+
+    def has(self, name):
+        return os.path.isfile(os.path.join(self.path, name))
+
+    def read(self, name):
+        """The bytes of one file. Raises UserError when it cannot be read."""
+        try:
+            with open(os.path.join(self.path, name), 'rb') as f:
+                data = f.read(MAX_FILE_BYTES + 1)
+        except OSError as e:
+            raise UserError(f'could not read {name} in {self.path}: {e.strerror}; '
+                            'check the file and its permissions') from e
+        if len(data) > MAX_FILE_BYTES:
+            raise _too_large(name, self.path)
+        return data
+
+
+class ZipArchive:
+    """Files of a zip. Picklable and safe across fork: every process opens the file for itself."""
+
+    def __init__(self, path):
+        self.path = path
+        self._zip = self._pid = None
+        self._open()
+
+    def __getstate__(self):
+        return {'path': self.path, '_zip': None, '_pid': None}
+
+    def _open(self):
+        # After a fork, parent and child would share one file position.
+        if self._zip is None or self._pid != os.getpid():
+            try:
+                self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+                raise UserError(f'{self.path} is not a readable zip ({e}); '
+                                'copy it again, or make it anew with dataset_tool.py') from e
+        return self._zip
+
+    def names(self):
+        """All files of the zip. Names are keys only: nothing is ever extracted to them."""
+        return [info.filename for info in self._open().infolist() if not info.is_dir()]
+
+    def has(self, name):
+        return name in self._open().NameToInfo
+
+    def read(self, name):
+        """The bytes of one file. Raises UserError when it is missing or damaged."""
+        return self._read(name, -1)
+
+    def head(self, name, size):
+        """The first `size` bytes of one file, unchecked; cheap for uncompressed members."""
+        return self._read(name, size)
+
+    def _read(self, name, size):
+        try:
+            with self._open().open(name) as f:
+                if self._open().getinfo(name).file_size > MAX_FILE_BYTES:
+                    raise _too_large(name, self.path)
+                return f.read(size)
+        except KeyError as e:
+            raise UserError(f'there is no {name} in {self.path}; make the zip anew with dataset_tool.py') from e
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as e:
+            raise UserError(f'could not read {name} in {self.path} ({e}); '
+                            'copy the zip again, or make it anew with dataset_tool.py') from e
+
+
+def _too_large(name, path):
+    return UserError(f'{name} in {path} is larger than {MAX_FILE_BYTES} bytes; remove it from the dataset')
+
+
+def image_names(archive):
+    """Sorted names of the images in an archive, hidden files and macOS's `__MACOSX` left out.
+
+    Raises:
+        UserError: there are none.
+    """
+    def hidden(name):
+        return any(part == '__MACOSX' or (part.startswith('.') and part not in ('.', '..'))
+                   for part in name.split('/'))
+    names = sorted({name for name in archive.names() if is_image_name(name) and not hidden(name)})
+    if not names:
+        raise UserError(f'there are no images in {archive.path}; give a folder or zip with PNG or JPEG files')
+    return names
+
+
+def read_labels(archive):
+    """Labels of dataset.json: {image name: class number or list of floats}, or None for `{"labels": null}`.
+
+    Raises:
+        UserError: there is no dataset.json, it is no JSON, or not of the form
+            ``{"labels": [["00000/img00000000.png", 6], …]}``.
+    """
+    where = f'dataset.json in {archive.path}'
+    remedy = 'correct it, or make the dataset anew with dataset_tool.py'
+    try:
+        content = json.loads(archive.read('dataset.json'))
+    except (ValueError, RecursionError) as e:
+        reason = 'nested too deeply' if isinstance(e, RecursionError) else e
+        raise UserError(f'{where} is not valid JSON ({reason}); {remedy}') from e
+    if not isinstance(content, dict) or 'labels' not in content:
+        raise UserError(f'{where} is not an object with the key "labels"; {remedy}')
+    if content['labels'] is None:
+        return None
+    if not isinstance(content['labels'], list):
+        raise UserError(f'"labels" in {where} is neither a list nor null; {remedy}')
+    for i, entry in enumerate(content['labels']):
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise UserError(f'entry {i} of "labels" in {where} is not a pair ["name", label]; {remedy}')
+        if not (_is_class(entry[1]) or _is_vector(entry[1])):
+            raise UserError(f'the label of {entry[0]} in {where} is neither a class number '
+                            f'from 0 to {MAX_CLASSES - 1} nor a list of finite numbers; {remedy}')
+    return dict(content['labels'])
+
+
+def _is_class(label):
+    return type(label) is int and 0 <= label < MAX_CLASSES
+
+
+def _is_vector(label):
+    return isinstance(label, list) and len(label) > 0 and all(
+        type(v) in (int, float) and math.isfinite(v) and abs(v) < 3e38 for v in label)
+
+
+def labels_of(names, labels, path):
+    """The labels of `names` in their order, all of one kind and length (`labels` as from `read_labels`).
+
+    Raises:
+        UserError: an image without a label, or labels of different kinds; both name the image.
+    """
+    remedy = 'correct it, or make the dataset anew with dataset_tool.py'
+    missing = next((name for name in names if name not in labels), None)
+    if missing is not None:
+        raise UserError(f'dataset.json in {path} has no label for the image {missing}; {remedy}')
+    ordered = [labels[name] for name in names]
+    lengths = [len(label) if isinstance(label, list) else 0 for label in ordered]
+    odd = next((i for i, length in enumerate(lengths) if length != lengths[0]), None)
+    if odd is not None:
+        raise UserError(f'the labels of {names[0]} and {names[odd]} in dataset.json in {path} differ in '
+                        f'length or kind; {remedy}')
+    return ordered
+
+
+def folder_labels(names, path):
+    """Class numbers from the top-level folders of `names`, sorted; None with fewer than two folders.
+
+    Raises:
+        UserError: some images lie in folders and some in none.
+    """
+    folders = [name.split('/')[0] if '/' in name else None for name in names]
+    classes = sorted({folder for folder in folders if folder is not None})
+    if len(classes) < 2:
+        return None
+    if None in folders:
+        raise UserError(f'{names[folders.index(None)]} in {path} lies in no folder while other images do, so its '
+                        'class is unknown; move it, or add a dataset.json with {"labels": null}')
+    numbers = {folder: i for i, folder in enumerate(classes)}
+    return [numbers[folder] for folder in folders]

@@ -1,0 +1,308 @@
+"""The parts U-Nets are made of: weights and their initialisation, resampling convolutions, attention, the block.
+
+Every layer keeps its parameters in float32 and casts them to the dtype of its input, so one set of
+weights serves float32, float16 and float64. Parameter names are those of EDM's checkpoints.
+"""
+
+import dataclasses
+import math
+import typing
+
+import torch
+from torch.nn import functional as F
+
+from dnnlib import UserError
+
+
+# ------------------------------------------------------------------------------ initialisation
+
+class Init(typing.NamedTuple):
+    """How a layer draws its first weights: a mode of INIT_MODES and a gain for weight and bias."""
+    mode: str
+    weight: float = 1.0
+    bias: float = 0.0
+
+
+def _uniform(shape, variance):
+    return math.sqrt(3 * variance) * (torch.rand(shape) * 2 - 1)
+
+
+def _normal(shape, variance):
+    return math.sqrt(variance) * torch.randn(shape)
+
+
+# mode → (distribution, variance as a function of fan_in and fan_out)
+INIT_MODES = {
+    'xavier_uniform': (_uniform, lambda fan_in, fan_out: 2 / (fan_in + fan_out)),
+    'xavier_normal': (_normal, lambda fan_in, fan_out: 2 / (fan_in + fan_out)),
+    'kaiming_uniform': (_uniform, lambda fan_in, fan_out: 1 / fan_in),
+    'kaiming_normal': (_normal, lambda fan_in, fan_out: 1 / fan_in),
+}
+
+
+def draw_parameters(shape, init, bias=True):
+    """Draw a layer's weight, then its bias, from the global generator.
+
+    Args:
+        shape: [out, in] or [out, in, k, k]; fans count the kernel's area.
+        init: an ``Init``. The bias has the weight's distribution and fans, with its own gain.
+        bias: False returns None for the bias and draws nothing for it.
+
+    Returns:
+        (weight, bias) as ``torch.nn.Parameter``; a gain of zero still uses up the draws.
+    """
+    distribution, variance_of = INIT_MODES[init.mode]
+    area = math.prod(shape[2:])
+    variance = variance_of(shape[1] * area, shape[0] * area)
+    weight = torch.nn.Parameter(distribution(shape, variance) * init.weight)
+    if not bias:
+        return weight, None
+    return weight, torch.nn.Parameter(distribution(shape[:1], variance) * init.bias)
+
+
+# -------------------------------------------------------------------------------------- layers
+
+def cast(parameter, like):
+    """The parameter in the dtype of ``like``; None stays None."""
+    return None if parameter is None else parameter.to(like.dtype)
+
+
+class Linear(torch.nn.Module):
+    """Affine map [B, in_features] → [B, out_features]."""
+
+    def __init__(self, in_features, out_features, init, bias=True):
+        super().__init__()
+        self.weight, self.bias = draw_parameters([out_features, in_features], init, bias)
+
+    def forward(self, x):
+        return F.linear(x, cast(self.weight, x), cast(self.bias, x))
+
+
+class GroupNorm(torch.nn.Module):
+    """Group normalisation with min(32, C // 4) groups.
+
+    Raises UserError if C channels cannot be divided into that many groups.
+    """
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.num_groups = min(32, channels // 4)
+        if self.num_groups == 0 or channels % self.num_groups:
+            raise UserError(f'A group norm of {channels} channels is impossible: choose model_channels and '
+                            'channel_mult so that all widths are multiples of 4, and above 128 multiples of 32.')
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(channels))
+        self.bias = torch.nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, cast(self.weight, x), cast(self.bias, x), self.eps)
+
+
+def make_resample_filter(taps):
+    """The 2-D low-pass [1, 1, k, k] of a 1-D filter with k taps: outer product, total 1."""
+    taps = torch.as_tensor(taps, dtype=torch.float32)
+    return (taps.outer(taps) / taps.sum().square())[None, None]
+
+
+def filter_down(x, low_pass, padding):
+    """Low-pass each channel and keep every second pixel: [B, C, H, W] → [B, C, H/2, W/2]."""
+    channels = x.shape[1]
+    return F.conv2d(x, low_pass.to(x.dtype).expand(channels, -1, -1, -1), stride=2, padding=padding, groups=channels)
+
+
+def filter_up(x, low_pass, padding):
+    """Insert zeros between the pixels and low-pass with gain 4: [B, C, H, W] → [B, C, 2H, 2W]."""
+    channels = x.shape[1]
+    kernel = (low_pass * 4).to(x.dtype).expand(channels, -1, -1, -1)
+    return F.conv_transpose2d(x, kernel, stride=2, padding=padding, groups=channels)
+
+
+class Conv2d(torch.nn.Module):
+    """Same-size convolution, optionally preceded by a 2× resampling; ``kernel=0`` only resamples.
+
+    With ``fused`` the two share one padding. Going down the convolution then comes first, at full
+    resolution, and only its result is low-passed.
+
+    Raises UserError if both ``up`` and ``down`` are set.
+    """
+
+    def __init__(self, in_channels, out_channels, kernel, init=None, up=False, down=False, resample_filter=(1, 1),
+                 fused=False):
+        super().__init__()
+        if up and down:
+            raise UserError('A convolution resamples up or down, not both: choose one of up and down.')
+        self.up, self.down, self.fused = up, down, fused
+        if kernel:
+            self.weight, self.bias = draw_parameters([out_channels, in_channels, kernel, kernel], init)
+        else:
+            self.weight = self.bias = None
+        self.register_buffer('resample_filter', make_resample_filter(resample_filter) if up or down else None)
+        self.pad = kernel // 2
+        self.filter_pad = (len(resample_filter) - 1) // 2
+
+    def forward(self, x):
+        if self.fused and self.weight is not None:
+            return self._fused(x)
+        if self.up:
+            x = filter_up(x, self.resample_filter, self.filter_pad)
+        if self.down:
+            x = filter_down(x, self.resample_filter, self.filter_pad)
+        return x if self.weight is None else self._convolve(x, self.pad)
+
+    def _convolve(self, x, padding):
+        return F.conv2d(x, cast(self.weight, x), cast(self.bias, x), padding=padding)
+
+    def _fused(self, x):
+        if self.up:
+            x = filter_up(x, self.resample_filter, max(self.filter_pad - self.pad, 0))
+            return self._convolve(x, max(self.pad - self.filter_pad, 0))
+        x = self._convolve(x, self.pad + self.filter_pad)
+        # The filter sums to one and meets no padding here, so it leaves the bias as it is.
+        return filter_down(x, self.resample_filter, 0) if self.down else x
+
+
+# ------------------------------------------------------------------------------------ embeddings
+
+class PositionalEmbedding(torch.nn.Module):
+    """Sinusoids of a number [B] → [B, num_channels], frequencies falling geometrically from 1.
+
+    They reach 1/10000 in the last channel with ``endpoint``, otherwise stop one step before it.
+    ``sin_first`` puts the sines into the first half of the channels, otherwise the cosines.
+    """
+
+    def __init__(self, num_channels, endpoint, sin_first):
+        super().__init__()
+        self.half, self.endpoint, self.sin_first = num_channels // 2, endpoint, sin_first
+
+    def forward(self, x):
+        exponents = torch.arange(self.half, dtype=torch.float32, device=x.device) / (self.half - self.endpoint)
+        return _sinusoids(x.outer(((1 / 10000) ** exponents).to(x.dtype)), self.sin_first)
+
+
+class FourierEmbedding(torch.nn.Module):
+    """Sinusoids [B] → [B, num_channels] of random, fixed frequencies 16·N(0, 1), sines first."""
+
+    def __init__(self, num_channels):
+        super().__init__()
+        self.register_buffer('freqs', torch.randn(num_channels // 2) * 16)
+
+    def forward(self, x):
+        return _sinusoids(x.outer((2 * math.pi * self.freqs).to(x.dtype)), sin_first=True)
+
+
+def _sinusoids(phase, sin_first):
+    cos, sin = phase.cos(), phase.sin()
+    return torch.cat([sin, cos] if sin_first else [cos, sin], dim=1)
+
+
+# ------------------------------------------------------------------------------------- attention
+
+def split_heads(qkv, num_heads):
+    """[B, 3C, H, W] → query, key, value, each [B, heads, H·W, C/heads], contiguous as fused kernels need them.
+
+    Channels are ordered by head, then channel, then query/key/value.
+    """
+    batch, channels, height, width = qkv.shape
+    parts = qkv.reshape(batch, num_heads, channels // (3 * num_heads), 3, height * width)
+    return parts.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
+
+
+def plain_attention(q, k, v):
+    """softmax(q·kᵀ/√c)·v over [..., pixels, c], the softmax in at least float32: the reference."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    weights = (q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+    return weights.to(v.dtype) @ v
+
+
+def attend(qkv, num_heads):
+    """Self-attention over the pixels: [B, 3C, H, W] → [B, C, H, W].
+
+    Equals ``plain_attention`` on ``split_heads``; the fused kernel keeps no [H·W, H·W] matrix.
+    """
+    batch, channels, height, width = qkv.shape
+    a = F.scaled_dot_product_attention(*split_heads(qkv, num_heads))
+    return a.transpose(-1, -2).reshape(batch, channels // 3, height, width)
+
+
+# ----------------------------------------------------------------------------------------- block
+
+@dataclasses.dataclass(frozen=True)
+class BlockStyle:
+    """What all blocks of one network share.
+
+    Attributes:
+        emb_channels: width of the embedding that modulates the blocks.
+        dropout: probability, before the second convolution.
+        skip_scale: factor on every residual sum.
+        eps: of the group norms.
+        init, init_zero, init_attn: first weights of most layers; of the last layer of each
+            residual branch; of the attention's query, key and value.
+        resample_filter: 1-D filter of the resampling blocks.
+        resample_proj: resampling blocks also project their skip by a 1×1 convolution.
+        adaptive_scale: the embedding scales and shifts the second norm, instead of being added before it.
+        channels_per_head: of the attention; None means a single head.
+    """
+    emb_channels: int
+    dropout: float
+    skip_scale: float
+    eps: float
+    init: Init
+    init_zero: Init
+    init_attn: Init
+    resample_filter: tuple = (1, 1)
+    resample_proj: bool = False
+    adaptive_scale: bool = False
+    channels_per_head: int | None = None
+
+    def num_heads(self, channels):
+        """Attention heads for that many channels; 0, no attention, if they do not fill one (as in EDM)."""
+        heads = 1 if self.channels_per_head is None else channels // self.channels_per_head
+        if heads and channels % heads:
+            raise UserError(f'{channels} channels cannot be divided among {heads} attention heads: make them a '
+                            f'multiple of {self.channels_per_head}, or leave that level out of attn_resolutions.')
+        return heads
+
+
+class UNetBlock(torch.nn.Module):
+    """Residual block with optional 2× resampling, modulated by an embedding, then optional self-attention.
+
+    ``forward(x [B, in_channels, H, W], emb [B or 1, emb_channels])`` → [B, out_channels, H', W'].
+    """
+
+    def __init__(self, in_channels, out_channels, style, up=False, down=False, attention=False):
+        super().__init__()
+        resampling = dict(up=up, down=down, resample_filter=style.resample_filter)
+        self.style = style
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.num_heads = style.num_heads(out_channels) if attention else 0
+
+        self.norm0 = GroupNorm(in_channels, style.eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **resampling)
+        self.affine = Linear(style.emb_channels, out_channels * (2 if style.adaptive_scale else 1), style.init)
+        self.norm1 = GroupNorm(out_channels, style.eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
+
+        self.skip = None
+        if out_channels != in_channels or up or down:
+            kernel = 1 if out_channels != in_channels or style.resample_proj else 0
+            self.skip = Conv2d(in_channels, out_channels, kernel, style.init, **resampling)
+
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, style.eps)
+            self.qkv = Conv2d(out_channels, out_channels * 3, 1, style.init_attn)
+            self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
+
+    def forward(self, x, emb):
+        h = self.conv0(F.silu(self.norm0(x)))
+        h = F.silu(self._modulate(h, self.affine(emb)[:, :, None, None].to(h.dtype)))
+        h = self.conv1(F.dropout(h, p=self.style.dropout, training=self.training))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+        if self.num_heads:
+            x = (self.proj(attend(self.qkv(self.norm2(x)), self.num_heads)) + x) * self.style.skip_scale
+        return x
+
+    def _modulate(self, h, params):
+        if self.style.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            return torch.addcmul(shift, self.norm1(h), scale + 1)
+        return self.norm1(h + params)

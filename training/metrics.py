@@ -1,0 +1,241 @@
+"""Scores of images against reference statistics: one pass over the images serves all of them.
+
+    stats = accumulate(batches, detector, metrics, total)    on all ranks
+    scores = score(metrics, stats, ref, seed)                on rank 0
+
+Statistics are dicts of NumPy arrays: mu, sigma, num, detector, detector_hash and what the metrics
+need besides (see `metric_collectors`). As .npz files they are readable as EDM's, and EDM's are read.
+"""
+
+import dataclasses
+import os
+import typing
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from dnnlib.download import is_url, local_path
+from dnnlib.files import atomic_write, make_dirs
+from torch_utils import distributed
+from training import metric_fid, metric_is, metric_kid, metric_pr
+from training.metric_collectors import Features, Moments, SplitProbabilities, rank_share
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """One score.
+
+    Attributes:
+        title: In words, for help texts.
+        collectors: Names in `COLLECTORS` of what it needs of the images.
+        ref_arrays: What it needs of the reference statistics; empty if it needs none.
+        min_images: Fewest images, on either side, for which it is defined.
+        score: (stats, ref, seed) → {name: value}.
+    """
+
+    title: str
+    collectors: tuple
+    ref_arrays: tuple
+    min_images: int
+    score: typing.Callable
+
+
+COLLECTORS = {'moments': Moments, 'features': Features, 'splits': SplitProbabilities}
+
+METRICS = {
+    'fid': Metric('Frechet distance', ('moments',), ('mu', 'sigma'), 2, metric_fid.score_fid),
+    'is': Metric('Inception Score', ('splits',), (), metric_is.NUM_SPLITS, metric_is.score_is),
+    'kid': Metric('kernel distance', ('features',), ('features',), metric_kid.SUBSET_SIZE, metric_kid.score_kid),
+    'pr': Metric('precision and recall', ('features',), ('features',), metric_pr.NEIGHBOURS + 1, metric_pr.score_pr),
+}
+
+
+def parse_metrics(text):
+    """'fid,is' → ['fid', 'is'], each once, in the order given.
+
+    Raises:
+        UserError: an unknown metric, or none.
+    """
+    names = list(dict.fromkeys(part.strip() for part in text.split(',')))
+    unknown = [n for n in names if n not in METRICS]
+    if unknown:
+        raise UserError(f"there is no metric '{unknown[0]}'; choose from {','.join(METRICS)}")
+    return names
+
+
+# ---- One pass over the images.
+
+def accumulate(batches, detector, metrics, total, num_features=None):
+    """Statistics of images for `metrics`; mu and sigma always. To be called on all ranks together.
+
+    Args:
+        batches: This rank's images as an iterable of uint8 tensors [B, C, H, W]: those of
+            `rank_share(total)`, in order.
+        detector: A `training.detectors.Detector`.
+        metrics: Names in `METRICS`.
+        total: Number of images over all ranks, at least 2.
+        num_features: Number of features that the detector must give (the reference's), or None.
+
+    Returns:
+        Statistics, complete on rank 0; other ranks lack `features`.
+
+    Raises:
+        UserError: too few images, a detector without class probabilities, NaN features, or their
+            number is not `num_features`.
+    """
+    check_images(metrics, total, detector)
+    wanted = dict.fromkeys(('moments', *(c for m in metrics for c in METRICS[m].collectors)))
+    collectors = [COLLECTORS[name](total) for name in wanted]
+    need_probs = any(c.uses == 'probs' for c in collectors)
+    share = rank_share(total)
+    index = share.start
+    for images in batches:
+        features, probs = detector(images, features=True, probs=need_probs)
+        _check_features(features, index, detector, num_features)
+        for c in collectors:
+            c.update(features if c.uses == 'features' else probs)
+        index += len(images)
+    if index != share.stop:
+        raise ValueError(f'got {index - share.start} images where {len(share)} were announced')
+    stats = {'num': np.int64(total), 'detector': np.str_(detector.name), 'detector_hash': np.str_(detector.digest)}
+    for c in collectors:
+        stats.update(c.result())
+    return stats
+
+
+def check_images(metrics, total, detector):
+    """Raise UserError unless `metrics` are defined for that many images and this detector."""
+    for name in metrics:
+        _check_enough(name, total, 'images')
+        if 'splits' in METRICS[name].collectors and not detector.has_probs:
+            raise UserError(f"the metric '{name}' needs class probabilities, which the detector "
+                            f"'{detector.name}' does not give; use --detector=inception or leave '{name}' out")
+    if total < distributed.get_world_size() or total < 2:
+        raise UserError(f'{total} images are too few for {distributed.get_world_size()} processes; '
+                        'statistics need at least 2 images, and one per process')
+
+
+def _check_enough(name, count, what):
+    least = METRICS[name].min_images
+    if count < least:
+        raise UserError(f"the metric '{name}' needs at least {least} {what} and there are {count}; "
+                        f"give more, or leave '{name}' out of --metrics")
+
+
+def _check_features(features, index, detector, num_features):
+    if num_features is not None and features.shape[1] != num_features:
+        raise UserError(f"the detector '{detector.name}' gives {features.shape[1]} features and the reference has "
+                        f'{num_features}; make the reference with the same --detector (fid.py ref)')
+    finite = torch.isfinite(features).all(dim=1)
+    if not finite.all():
+        bad = index + int(torch.nonzero(~finite)[0])
+        raise UserError(f"the detector '{detector.name}' gave NaN or infinite features for image number {bad} "
+                        '(counted from 0); check that image and the detector file')
+
+
+# ---- Scores.
+
+def score(metrics, stats, ref=None, seed=0):
+    """{name: value} of all metrics in order, e.g. {'FID': 1.97, 'IS': 9.8, 'IS_std': 0.1}.
+
+    Args:
+        stats: Statistics of the images scored.
+        ref: Statistics of the reference; None if no metric needs one.
+        seed: Chooses KID's subsets.
+    """
+    values = {}
+    for name in metrics:
+        values.update(METRICS[name].score(stats, ref, seed))
+    return values
+
+
+def label(name, detector):
+    """A score's name with its detector: 'FID' for Inception, 'FD-pixels', 'KID-pixels_std' for others."""
+    base, mark, rest = name.partition('_')
+    if base == 'FID' and detector.suffix:
+        base = 'FD'
+    return base + detector.suffix + mark + rest
+
+
+# ---- Statistics as files.
+
+def save_statistics(path, stats):
+    """Write statistics as .npz, atomically; EDM reads mu and sigma of it."""
+    make_dirs(os.path.dirname(os.path.abspath(path)))
+    with atomic_write(path) as f:
+        np.savez(f, **stats)
+
+
+def load_reference(path_or_url, metrics, detector):
+    """Reference statistics, checked to serve `metrics` with `detector`.
+
+    A file with mu and sigma only (EDM's layout) serves FID; nothing tells its detector, only its
+    number of features.
+
+    Raises:
+        UserError: no such file, not an .npz, arrays missing or malformed, made by another detector.
+    """
+    path = local_path(path_or_url)
+    needed = dict.fromkeys(a for m in metrics for a in METRICS[m].ref_arrays)
+    try:
+        ref = _read_npz(path, {'mu', 'sigma', 'num', 'detector', 'detector_hash', *needed})
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+        if is_url(path_or_url):
+            path.unlink(missing_ok=True)  # or the bad answer would be served from the cache for ever
+        raise UserError(f'{path_or_url} is not an .npz file of statistics, or it is damaged (if it was downloaded, '
+                        'it may be a web page); make one with fid.py ref, or get it again') from e
+    _check_arrays(ref, needed, path_or_url)
+    _check_detector(ref, detector, path_or_url)
+    for name in metrics:
+        if 'features' in METRICS[name].ref_arrays:
+            _check_enough(name, len(ref['features']), f'images in {path_or_url}')
+    return ref
+
+
+def _read_npz(path, names):
+    with np.load(path, allow_pickle=False) as z:
+        if not isinstance(z, np.lib.npyio.NpzFile):
+            raise ValueError('a single array')
+        return {name: z[name] for name in names if name in z.files}
+
+
+def _check_arrays(ref, needed, what):
+    missing = [a for a in needed if a not in ref]
+    if missing:
+        users = ','.join(m for m in METRICS if missing[0] in METRICS[m].ref_arrays)
+        raise UserError(f"{what} has no array '{missing[0]}', which {users} need; make the reference anew "
+                        f'with fid.py ref --metrics={users}')
+    dim = num_features_of(ref)
+    shapes = {'mu': (dim,), 'sigma': (dim, dim), 'features': (len(ref['features']) if 'features' in ref else 0, dim)}
+    for name in (n for n in shapes if n in ref):
+        a = ref[name]
+        if a.shape != shapes[name] or a.dtype.kind != 'f' or not np.isfinite(a).all():
+            raise UserError(f"the array '{name}' of {what} ({a.dtype}, {list(a.shape)}) is not finite numbers of "
+                            f'shape {list(shapes[name])}; make the reference anew with fid.py ref')
+
+
+def num_features_of(ref):
+    """D of statistics, taken from whichever array is there; None without any."""
+    return next((ref[a].shape[-1] for a in ('mu', 'features', 'sigma') if a in ref and ref[a].ndim), None)
+
+
+def _check_detector(ref, detector, what):
+    if 'detector' in ref:
+        name, digest = str(ref['detector']), str(ref.get('detector_hash', ''))
+        if not detector.made(name, digest):
+            raise UserError(f"{what} was made with the detector '{name}', not with '{detector.name}' (or with another "
+                            'file of that name); give the same --detector, or make the reference anew with fid.py ref')
+    if None not in (detector.num_features, num_features_of(ref)) and detector.num_features != num_features_of(ref):
+        raise UserError(f'{what} has {num_features_of(ref)} features and the detector '
+                        f"'{detector.name}' gives {detector.num_features}; give the --detector it was made with, "
+                        'or make the reference anew with fid.py ref')
+
+
+def check_reference_given(metrics, ref):
+    """Raise UserError if a metric needs a reference and none is given."""
+    names = [m for m in metrics if METRICS[m].ref_arrays]
+    if names and not ref:
+        raise UserError(f"the metric '{names[0]}' compares with a reference; give --ref=NPZ (fid.py ref makes one)")

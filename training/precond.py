@@ -1,0 +1,240 @@
+"""Preconditioned denoisers D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise) (Karras et al. 2022, Eq. 7 and Table 1).
+
+One class a column of that table; what differs between them is ``scalings`` and the range of σ.
+"""
+
+import copy
+
+import torch
+
+from dnnlib import UserError
+from training.snapshot import copy_matching_tensors
+from training.unet import MODELS, require_choice
+
+# Constants that a preconditioner shares with its loss.
+VP_BETA_D, VP_BETA_MIN, VP_EPSILON_T = 19.9, 0.1, 1e-5
+VE_SIGMA_MIN, VE_SIGMA_MAX = 0.02, 100
+SIGMA_DATA = 0.5
+
+
+# ------------------------------------------------------------------------------------- formulas
+
+def vp_sigma(t, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN):
+    """Noise level of the VP process at time t (a tensor, 0…1): σ(t) = √(e^{β_d t²/2 + β_min t} − 1)."""
+    return torch.expm1(0.5 * beta_d * t ** 2 + beta_min * t).sqrt()
+
+
+def vp_sigma_inv(sigma, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN):
+    """Time at which the VP process reaches noise level σ (a tensor): the inverse of ``vp_sigma``."""
+    return ((beta_min ** 2 + 2 * beta_d * torch.log1p(sigma ** 2)).sqrt() - beta_min) / beta_d
+
+
+def iddpm_noise_levels(C_1, C_2, M):
+    """iDDPM's noise levels u_0 > … > u_M = 0, float32 [M + 1] (Karras et al. 2022, Table 1).
+
+    u_{j−1} = √((u_j² + 1) / max(ᾱ_{j−1}/ᾱ_j, C_1) − 1), ᾱ_j = sin²(½π·j/M/(C_2 + 1)), all in float32.
+    """
+    j = torch.arange(M + 1, dtype=torch.float32, device='cpu')
+    alpha_bar = (0.5 * torch.pi * j / M / (C_2 + 1)).sin() ** 2
+    ratio = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1)
+    u = torch.zeros(M + 1, dtype=torch.float32, device='cpu')
+    for i in range(M, 0, -1):
+        u[i - 1] = ((u[i] ** 2 + 1) / ratio[i - 1] - 1).sqrt()
+    return u
+
+
+def compute_dtype(use_fp16, force_fp32, device):
+    """float16 where asked for, not overruled and on CUDA; float32 otherwise."""
+    return torch.float16 if use_fp16 and not force_fp32 and device.type == 'cuda' else torch.float32
+
+
+def edm_scalings(sigma, sigma_data=SIGMA_DATA):
+    """EDM's (c_skip, c_out, c_in, c_noise) at noise level σ > 0, a tensor of any shape."""
+    total = sigma ** 2 + sigma_data ** 2
+    c_skip = sigma_data ** 2 / total
+    c_out = sigma * sigma_data / total.sqrt()
+    c_in = 1 / total.sqrt()
+    c_noise = sigma.log() / 4
+    return c_skip, c_out, c_in, c_noise
+
+
+# ----------------------------------------------------------------------------------------- base
+
+class Precond(torch.nn.Module):
+    """A U-Net F and what surrounds it: the noise level, the labels, the precision.
+
+    A subclass gives ``scalings``, or a ``forward`` of its own that calls ``run_model``.
+
+    Args:
+        img_resolution, img_channels: of the images.
+        label_dim: width of the class labels, 0 for none.
+        use_fp16: run F in float16 on CUDA.
+        model_type: one of training.unet.MODELS; model_kwargs: its further arguments.
+        constants: the subclass's own arguments by name; they become attributes.
+        sigma_min, sigma_max: range of noise levels the network supports.
+        out_channels: of F, img_channels unless given; F's first img_channels are the image.
+
+    Attributes: all of these, ``model`` (F) and ``init_kwargs``, the subclass's constructor arguments
+    as a dict that JSON can hold; ``type(net)(**net.init_kwargs)`` has the same architecture.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
+                 sigma_min, sigma_max, out_channels=None):
+        super().__init__()
+        require_choice('model_type', model_type, MODELS)
+        self.init_kwargs = copy.deepcopy(dict(
+            img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, use_fp16=use_fp16,
+            **constants, model_type=model_type, **model_kwargs))
+        self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
+        self.use_fp16 = use_fp16
+        for name, value in constants.items():
+            setattr(self, name, value)
+        self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
+        self.model = MODELS[model_type](img_resolution=img_resolution, in_channels=img_channels,
+                                        out_channels=out_channels or img_channels, label_dim=label_dim,
+                                        **model_kwargs)
+
+    def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
+        """The denoised image D(x; σ).
+
+        Args:
+            x: [B, img_channels, img_resolution, img_resolution], of any float dtype.
+            sigma: noise level > 0, in units of the images: a number or tensor of 1 or B values.
+            class_labels: [B, label_dim] or [1, label_dim]; None means zeros.
+            force_fp32: do without float16.
+            model_kwargs: passed on to F, such as augment_labels.
+
+        Returns:
+            float32, shaped like x. Raises UserError for an image or labels of the wrong shape.
+        """
+        x, sigma = self.check_images(x), self.as_sigma(sigma, x)
+        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
+        F_x = self.run_model(c_in * x, c_noise, class_labels, force_fp32, **model_kwargs)
+        return c_skip * x + c_out * F_x[:, :self.img_channels]
+
+    def scalings(self, sigma):
+        """(c_skip, c_out, c_in, c_noise) at σ, float32 [B or 1, 1, 1, 1]."""
+        raise NotImplementedError
+
+    def run_model(self, c_in_x, c_noise, class_labels=None, force_fp32=False, **model_kwargs):
+        """F at a scaled image, in the precision that suits the device; float32 [B, out_channels, H, W]."""
+        dtype = compute_dtype(self.use_fp16, force_fp32, c_in_x.device)
+        labels = self.check_labels(class_labels, c_in_x)
+        return self.model(c_in_x.to(dtype), c_noise.flatten(), labels, **model_kwargs).to(torch.float32)
+
+    def transfer(self, source):
+        """Copy every tensor of state dict `source` whose name and shape match; returns their names."""
+        return copy_matching_tensors(source, self)[0]
+
+    def round_sigma(self, sigma):
+        """The noise level nearest to σ that the network knows: a tensor like σ."""
+        return torch.as_tensor(sigma)
+
+    def check_images(self, x):
+        """x in float32; UserError unless its shape is the network's."""
+        expected = (self.img_channels, self.img_resolution, self.img_resolution)
+        if tuple(x.shape[1:]) != expected:
+            raise UserError(f'The network works on images [channels, height, width] = {list(expected)} but got '
+                            f'{list(x.shape[1:])}: resize the images, or use a network made for them.')
+        return x.to(torch.float32)
+
+    def as_sigma(self, sigma, x):
+        """σ as float32 [B or 1, 1, 1, 1] on x's device."""
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if len(sigma) not in (1, len(x)):
+            raise UserError(f'Got {len(sigma)} noise levels for {len(x)} images: give one in all, or one an image.')
+        return sigma
+
+    def check_labels(self, class_labels, x):
+        """Labels as float32 [B or 1, label_dim], zeros for None; None for a network without labels."""
+        if class_labels is None:
+            return torch.zeros([1, self.label_dim], device=x.device) if self.label_dim else None
+        shape = list(class_labels.shape)
+        if shape[-1:] != [self.label_dim] or class_labels.ndim > 2 or (len(shape) == 2 and shape[0] not in (1, len(x))):
+            raise UserError(f'Class labels of shape {shape} do not fit {len(x)} images and a network with label '
+                            f'dimension {self.label_dim}: give shape {[len(x), self.label_dim]}, or none at all.')
+        return class_labels.to(torch.float32).reshape(-1, self.label_dim) if self.label_dim else None
+
+
+# ----------------------------------------------------------------------------- the four columns
+
+class VPPrecond(Precond):
+    """Variance preserving (Song et al. 2021): F predicts the unit noise, time stands for σ.
+
+    Own arguments: beta_d, beta_min: of the noise schedule; M: number of steps the time is
+    expressed in; epsilon_t: smallest time.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, beta_d=VP_BETA_D,
+                 beta_min=VP_BETA_MIN, M=1000, epsilon_t=VP_EPSILON_T, model_type='SongUNet', **model_kwargs):
+        ends = vp_sigma(torch.tensor([epsilon_t, 1], dtype=torch.float64, device='cpu'), beta_d, beta_min).tolist()
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
+                         dict(beta_d=beta_d, beta_min=beta_min, M=M, epsilon_t=epsilon_t), *ends)
+
+    def scalings(self, sigma):
+        return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
+
+    def sigma(self, t):
+        """Noise level at time t, a number or tensor in 0…1."""
+        return vp_sigma(torch.as_tensor(t), self.beta_d, self.beta_min)
+
+    def sigma_inv(self, sigma):
+        """Time of noise level σ, a number or tensor."""
+        return vp_sigma_inv(torch.as_tensor(sigma), self.beta_d, self.beta_min)
+
+
+class VEPrecond(Precond):
+    """Variance exploding (Song et al. 2021): F predicts (D − x)/σ from the unscaled image.
+
+    Own arguments: sigma_min, sigma_max: range of the noise levels.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=VE_SIGMA_MIN,
+                 sigma_max=VE_SIGMA_MAX, model_type='SongUNet', **model_kwargs):
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
+                         dict(sigma_min=sigma_min, sigma_max=sigma_max), sigma_min, sigma_max)
+
+    def scalings(self, sigma):
+        return 1, sigma, 1, (0.5 * sigma).log()
+
+
+class iDDPMPrecond(Precond):
+    """Improved DDPM (Nichol & Dhariwal 2021): a grid of noise levels, F's second half of channels unused.
+
+    Own arguments: C_1, C_2, M: of the grid, see ``iddpm_noise_levels``. Its buffer ``u`` is the grid.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, C_1=0.001, C_2=0.008, M=1000,
+                 model_type='DhariwalUNet', **model_kwargs):
+        u = iddpm_noise_levels(C_1, C_2, M)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
+                         dict(C_1=C_1, C_2=C_2, M=M), sigma_min=u[M - 1], sigma_max=u[0],
+                         out_channels=img_channels * 2)
+        self.register_buffer('u', u)
+
+    def scalings(self, sigma):
+        c_noise = self.M - 1 - self.round_sigma(sigma, return_index=True).to(torch.float32)
+        return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), c_noise
+
+    def round_sigma(self, sigma, return_index=False):
+        """The grid's noise level nearest to σ, in σ's shape, float dtype and device; or its index, as int64."""
+        sigma = torch.as_tensor(sigma)
+        gaps = (sigma.to(self.u.device, torch.float32).reshape(-1, 1) - self.u).abs()
+        index = gaps.argmin(dim=1)
+        nearest = index if return_index else self.u[index].to(torch.result_type(sigma, 1.0))
+        return nearest.reshape(sigma.shape).to(sigma.device)
+
+
+class EDMPrecond(Precond):
+    """EDM's own (Karras et al. 2022): unit variance of F's input and target at every σ.
+
+    Own arguments: sigma_min, sigma_max: supported range; sigma_data: standard deviation of the data.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0,
+                 sigma_max=float('inf'), sigma_data=SIGMA_DATA, model_type='DhariwalUNet', **model_kwargs):
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
+                         dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data), sigma_min, sigma_max)
+
+    def scalings(self, sigma):
+        return edm_scalings(sigma, self.sigma_data)

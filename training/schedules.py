@@ -1,0 +1,148 @@
+"""What a diffusion sampler chooses about time: noise schedule σ(t), signal scaling s(t), discretisation.
+
+Karras et al. 2022, table 1 and appendix C. All functions take and give float64 tensors on the CPU.
+"""
+
+import math
+from typing import Callable, NamedTuple
+
+import torch
+
+from dnnlib import UserError
+from training.precond import VP_BETA_D, VP_BETA_MIN
+
+
+# -- noise schedules σ(t)
+
+class Schedule(NamedTuple):
+    """σ(t), its derivative dσ/dt and its inverse t(σ)."""
+
+    sigma: Callable
+    sigma_deriv: Callable
+    sigma_inv: Callable
+
+
+def vp_schedule(beta_d, beta_min):
+    """σ(t) = √(exp(½β_d t² + β_min t) − 1).
+
+    Not written with expm1 and log1p: σ⁻¹(σ(t)) differs from t by round-off, the square root of which
+    decides how much noise a step without churn adds, and the recorded samples contain that noise.
+    """
+    def sigma(t):
+        return ((0.5 * beta_d * t ** 2 + beta_min * t).exp() - 1).sqrt()
+
+    def sigma_deriv(t):
+        return 0.5 * (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t))
+
+    def sigma_inv(sigma):
+        return ((beta_min ** 2 + 2 * beta_d * (sigma ** 2 + 1).log()).sqrt() - beta_min) / beta_d
+
+    return Schedule(sigma, sigma_deriv, sigma_inv)
+
+
+def fitted_vp_schedule(sigma_min, sigma_max, epsilon_s):
+    """The VP schedule with σ(epsilon_s) = sigma_min and σ(1) = sigma_max."""
+    log_min, log_max = math.log(sigma_min ** 2 + 1), math.log(sigma_max ** 2 + 1)
+    beta_d = 2 * (log_min / epsilon_s - log_max) / (epsilon_s - 1)
+    return vp_schedule(beta_d, log_max - 0.5 * beta_d)
+
+
+def ve_schedule(*_):
+    """σ(t) = √t."""
+    return Schedule(lambda t: t.sqrt(), lambda t: 0.5 / t.sqrt(), lambda sigma: sigma ** 2)
+
+
+def linear_schedule(*_):
+    """σ(t) = t."""
+    return Schedule(lambda t: t, lambda t: torch.ones_like(t), lambda sigma: sigma)
+
+
+# Each makes a Schedule from the floats (sigma_min, sigma_max, epsilon_s).
+SCHEDULES = {'vp': fitted_vp_schedule, 've': ve_schedule, 'linear': linear_schedule}
+
+
+# -- signal scalings s(t)
+
+class Scaling(NamedTuple):
+    """s as a function of σ, and ds/dt of (σ, dσ/dt)."""
+
+    s: Callable
+    s_deriv: Callable
+
+
+SCALINGS = {
+    # Data of variance 1 plus noise keep variance 1.
+    'vp': Scaling(lambda sigma: 1 / (1 + sigma ** 2).sqrt(),
+                  lambda sigma, sigma_deriv: -sigma * sigma_deriv / (1 + sigma ** 2) ** 1.5),
+    'none': Scaling(torch.ones_like, lambda sigma, sigma_deriv: torch.zeros_like(sigma)),
+}
+
+
+# -- discretisations: noise levels decreasing from sigma_max to sigma_min, the final 0 not among them
+
+class Discretization(NamedTuple):
+    """How the steps are spread, and over what range unless told otherwise.
+
+    `levels`(num_steps, sigma_min, sigma_max, *, rho, epsilon_s, C_1, C_2, M) → [num_steps], each using
+    what it needs; `default_range`(epsilon_s) → floats (sigma_min, sigma_max).
+    """
+
+    levels: Callable
+    default_range: Callable
+
+
+def _fractions(num_steps):
+    """num_steps numbers evenly from 0 to 1; a single one is 0."""
+    return torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
+
+
+def edm_sigmas(num_steps, sigma_min, sigma_max, *, rho, **_):
+    """Evenly spaced in σ^(1/rho) (equation 5)."""
+    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (high + _fractions(num_steps) * (low - high)) ** rho
+
+
+def vp_sigmas(num_steps, sigma_min, sigma_max, *, epsilon_s, **_):
+    """Evenly spaced in the time of the VP schedule, from 1 to epsilon_s."""
+    schedule = fitted_vp_schedule(sigma_min, sigma_max, epsilon_s)
+    return schedule.sigma(1 + _fractions(num_steps) * (epsilon_s - 1))
+
+
+def ve_sigmas(num_steps, sigma_min, sigma_max, **_):
+    """Evenly spaced in ln σ."""
+    return sigma_max * (sigma_min / sigma_max) ** _fractions(num_steps)
+
+
+def iddpm_sigmas(num_steps, sigma_min, sigma_max, *, C_1, C_2, M, **_):
+    """Evenly chosen among those of iDDPM's levels u_0…u_M that lie between sigma_min and sigma_max.
+
+    ᾱ and its ratios are in float32, as the networks trained on these levels have them; u is in float64.
+
+    Raises:
+        UserError: no level is in the range.
+    """
+    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float32) / M / (C_2 + 1)).sin() ** 2
+    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1).tolist()
+    u = [0.0]  # from u_M upwards
+    for ratio in reversed(ratios):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
+    kept = [level for level in reversed(u) if sigma_min <= level <= sigma_max]
+    if not kept:
+        raise UserError(f'none of the {M} noise levels of iDDPM lies between sigma_min {sigma_min} and '
+                        f'sigma_max {sigma_max}; widen the range')
+    chosen = [round((len(kept) - 1) * i / max(num_steps - 1, 1)) for i in range(num_steps)]
+    return torch.tensor([kept[j] for j in chosen], dtype=torch.float64)
+
+
+def _vp_range(epsilon_s):
+    """σ(epsilon_s)…σ(1) of the VP model of Song et al. 2021."""
+    ends = vp_schedule(VP_BETA_D, VP_BETA_MIN).sigma(torch.tensor([epsilon_s, 1], dtype=torch.float64))
+    return tuple(ends.tolist())
+
+
+DISCRETIZATIONS = {
+    'vp': Discretization(vp_sigmas, _vp_range),
+    've': Discretization(ve_sigmas, lambda epsilon_s: (0.02, 100.0)),
+    'iddpm': Discretization(iddpm_sigmas, lambda epsilon_s: (0.002, 81.0)),
+    'edm': Discretization(edm_sigmas, lambda epsilon_s: (0.002, 80.0)),
+}

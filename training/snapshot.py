@@ -1,0 +1,244 @@
+"""Network snapshots: weights and what is needed to rebuild the network around them, as data alone.
+
+A snapshot is one safetensors file. The key `HEADER_KEY` of its metadata holds a JSON object: format
+(version), system, network_kwargs (constructor arguments), dataset (facts about the training data),
+kimg, and extra. Unknown entries are ignored, so that a later version may add some without a new format.
+EDM's .pkl snapshots are read too (training.edm_pickle).
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+
+import safetensors
+import safetensors.torch
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dnnlib import UserError
+from dnnlib.download import local_path
+from dnnlib.files import atomic_write
+from training.edm_pickle import load_edm_pickle
+from training.state import parse_kimg
+
+SNAPSHOT_FORMAT = 1
+HEADER_KEY = 'warm_diffusion'
+MAX_HEADER_BYTES = 8 << 20  # a thousand tensors take about 0.1 MB
+EDM_SYSTEMS = {'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm', 'EDMPrecond': 'edm'}
+
+
+@dataclasses.dataclass
+class Snapshot:
+    """What a snapshot file says.
+
+    Attributes:
+        system: Name in the registry of systems, e.g. 'edm'.
+        network_kwargs: Constructor arguments of the system's network.
+        state_dict: {name: CPU tensor}; may be views of the file, copy before changing them.
+        dataset: Facts about the training data, plain values.
+        kimg: Thousands of images trained on, or None.
+        extra: Whatever else the writer recorded, plain values.
+        path: The file that was read, a local path.
+    """
+
+    system: str
+    network_kwargs: dict
+    state_dict: dict
+    dataset: dict
+    kimg: float | None
+    extra: dict
+    path: pathlib.Path
+
+
+def save_snapshot(path, net, system, *, dataset=None, kimg=None, extra=None):
+    """Write `net`'s weights with the header; `path` keeps its former content unless all of it reaches the disk.
+
+    Args:
+        path: Usually network-snapshot-KIMG.safetensors in the run folder.
+        net: Preconditioned network (bare, not wrapped) with `init_kwargs`.
+        system: Name of its system.
+        dataset, extra: Dicts of plain JSON values.
+        kimg: Thousands of images trained on.
+
+    Raises:
+        TypeError: a value that JSON cannot hold (a mistake of the program).
+        UserError: the disk is full or not writable.
+    """
+    header = {'format': SNAPSHOT_FORMAT, 'system': system, 'network_kwargs': net.init_kwargs,
+              'dataset': dataset or {}, 'kimg': kimg, 'extra': extra or {}}
+    # Each tensor is copied: safetensors takes neither views of one storage nor strides.
+    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, tensor in net.state_dict().items()}
+    content = safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(header)})
+    with atomic_write(path) as f:
+        f.write(content)
+
+
+def read_snapshot(path_or_url):
+    """Read a snapshot, this project's or EDM's (told apart by content); executes nothing in it.
+
+    Raises:
+        UserError: no such file or failed download; damaged or cut off; not a snapshot; of a newer format.
+    """
+    path = pathlib.Path(local_path(path_or_url))
+    try:
+        with open(path, 'rb') as f:
+            start = f.read(9)
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror or e}); check its permissions') from e
+    if start[8:] == b'{':  # safetensors: length of the header in eight bytes, then the header
+        return _read_safetensors(path, int.from_bytes(start[:8], 'little'))
+    if start[:1] == b'\x80':  # pickle: the opcode for its protocol
+        return _read_edm_pickle(path)
+    raise UserError(f'{path} is not a network snapshot; give a network-snapshot-*.safetensors or a .pkl of EDM')
+
+
+def _read_safetensors(path, header_bytes):
+    damaged = f'{path} is damaged or cut off; copy or download it again, or use another snapshot'
+    if header_bytes > min(MAX_HEADER_BYTES, os.path.getsize(path)):
+        raise UserError(damaged)
+    try:
+        with safetensors.safe_open(path, framework='pt') as f:
+            text = (f.metadata() or {}).get(HEADER_KEY)
+            if text is None:
+                raise UserError(f'{path} holds tensors but is not a network snapshot of this project; '
+                                'give a network-snapshot-*.safetensors or a .pkl of EDM')
+            header = _check_header(text, path)
+            state_dict = {name: f.get_tensor(name) for name in f.keys()}
+    except UserError:
+        raise
+    except Exception as e:  # SafetensorError, but also what torch says to dtypes it lacks or sizes it cannot map
+        raise UserError(damaged) from e
+    return Snapshot(**header, state_dict=state_dict, path=path)
+
+
+def _check_header(text, path):
+    """The header's entries, by name, with their types checked."""
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f'the header of {path} is not valid JSON; copy or download the file again') from e
+    if not isinstance(header, dict) or type(header.get('format')) is not int or header['format'] < 1:
+        raise UserError(f'the header of {path} names no format; it is not a network snapshot of this project')
+    if header['format'] > SNAPSHOT_FORMAT:
+        raise UserError(f"{path} was written by a newer version of this program (format {header['format']}, "
+                        f'this one reads up to {SNAPSHOT_FORMAT}); update it')
+    header.setdefault('extra', {})
+    types = {'system': str, 'network_kwargs': dict, 'dataset': dict, 'kimg': (int, float, type(None)), 'extra': dict}
+    for name, kind in types.items():
+        if name not in header or not isinstance(header[name], kind):
+            raise UserError(f"the header of {path} has no proper entry '{name}'; copy or download the file again")
+    return {name: header[name] for name in types}
+
+
+def _read_edm_pickle(path):
+    content = load_edm_pickle(path)
+    if content['class_name'] not in EDM_SYSTEMS:
+        raise UserError(f"{path} holds a network of the class {content['class_name'][:80]}; "
+                        f"EDM snapshots of {', '.join(EDM_SYSTEMS)} can be read")
+    kimg = None
+    with contextlib.suppress(UserError):  # published networks carry other names
+        kimg = parse_kimg(path)
+    extra = {name: content[name] for name in ('class_name', 'loss_class', 'loss_kwargs', 'augment_kwargs')}
+    return Snapshot(system=EDM_SYSTEMS[content['class_name']], network_kwargs=content['kwargs'],
+                    state_dict=content['state_dict'], dataset=content['dataset_kwargs'] or {}, kimg=kimg,
+                    extra=extra, path=path)
+
+
+def build_network(snapshot, systems, device='cpu', **overrides):
+    """The snapshot's network, in evaluation mode, without gradients.
+
+    The arguments in a file may ask for a network of any size. So it is first built without memory (device
+    'meta') and compared with the tensors in the file, and only then for real.
+
+    Args:
+        snapshot: From `read_snapshot`.
+        systems: Registry {name: object with `network_class`}.
+        overrides: Constructor arguments to replace, e.g. use_fp16=True.
+
+    Raises:
+        UserError: unknown system; arguments that its network does not accept; tensors that do not fit it.
+    """
+    if snapshot.system not in systems:
+        raise UserError(f"{snapshot.path} is of the system '{snapshot.system[:80]}', which this version does not know; "
+                        f"it knows {', '.join(systems)}")
+    network_class = systems[snapshot.system].network_class
+    kwargs = {**snapshot.network_kwargs, **overrides}
+    with torch.device('meta'), _Bounded(snapshot.state_dict):
+        outline = _construct(network_class, kwargs, snapshot.path)
+    _check_tensors(snapshot, outline)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, but not from the caller's random numbers
+        net = _construct(network_class, kwargs, snapshot.path)
+    net.load_state_dict(snapshot.state_dict)
+    return net.eval().requires_grad_(False).to(device)
+
+
+def _construct(network_class, kwargs, path):
+    """network_class(**kwargs); the arguments come from a file, so that is to blame whatever goes wrong."""
+    try:
+        return network_class(**kwargs)
+    except Exception as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(f'the network arguments in {path} do not suit {network_class.__name__} ({reason}); '
+                        'use another snapshot, or the version that wrote this one') from e
+
+
+class _Bounded(TorchFunctionMode):
+    """Ends a construction that makes far more tensors, or far larger ones, than belong to the given weights."""
+
+    def __init__(self, state_dict):
+        super().__init__()
+        self.calls_left = 40_000 + 50 * len(state_dict)  # U-Nets take four a tensor, iDDPM's table ten thousand in all
+        # Drawing and scaling the initial weights makes five tensors for each; the constant is for tables.
+        self.elements_left = (1 << 24) + 16 * sum(t.numel() for t in state_dict.values())
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if kwargs.get('device') is not None:  # a table that insists on real memory: ask for its size first
+            self.count(func(*args, **{**kwargs, 'device': 'meta'}))
+        result = func(*args, **kwargs)
+        self.count(result)
+        return result
+
+    def count(self, result):
+        self.calls_left -= 1
+        if isinstance(result, torch.Tensor):
+            self.elements_left -= result.numel()
+        if self.calls_left < 0 or self.elements_left < 0:
+            raise ValueError('they ask for a network much larger than the file')
+
+
+def _check_tensors(snapshot, net):
+    """Compare names and shapes; the sentence names the first difference."""
+    expected, found = net.state_dict(), snapshot.state_dict
+    problems = {
+        'lacks the tensor': [name for name in expected if name not in found],
+        'has the unexpected tensor': [name for name in found if name not in expected],
+        'has the wrong shape for the tensor': [
+            f'{name} ({list(found[name].shape)} instead of {list(expected[name].shape)})'
+            for name in expected if name in found and found[name].shape != expected[name].shape],
+    }
+    for problem, names in problems.items():
+        if names:
+            others = f' and {len(names) - 1} more' if len(names) > 1 else ''
+            raise UserError(f'{snapshot.path} {problem} {names[0][:200]}{others}: its weights are not those of the '
+                            f'{type(net).__name__} that it describes; use another snapshot')
+
+
+def copy_matching_tensors(src_state, dst_module):
+    """Copy every parameter and buffer whose name and shape match, for `--transfer`.
+
+    Returns:
+        (copied, skipped): the names in `dst_module` that were overwritten, and those that were left as they are.
+    """
+    copied, skipped = [], []
+    with torch.no_grad():
+        for name, target in dst_module.state_dict().items():
+            source = src_state.get(name)
+            fits = source is not None and source.shape == target.shape
+            if fits:
+                target.copy_(source)
+            (copied if fits else skipped).append(name)
+    return copied, skipped

@@ -1,0 +1,164 @@
+"""Training states on disk: what `--resume` needs, as tensors and plain values, never as code."""
+
+import io
+import os
+import pathlib
+import re
+import zipfile
+
+import torch
+
+from dnnlib import UserError
+from dnnlib.files import atomic_write
+from training.edm_pickle import TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id
+
+STATE_FORMAT = 1
+STATE_NAME = 'training-state-{:06d}.pt'
+SNAPSHOT_NAMES = ('network-snapshot-{:06d}.safetensors', 'network-snapshot-{:06d}.pkl')  # ours, then EDM's
+PLAIN = (str, int, float, bool, type(None))
+KIND = 'warm-diffusion training state'
+
+
+def parse_kimg(path):
+    """The KIMG in 'network-snapshot-KIMG.*' or 'training-state-KIMG.pt'.
+
+    Raises:
+        UserError: the file is not named so.
+    """
+    name = os.path.basename(os.fspath(path))
+    match = re.search(r'(?:network-snapshot-(\d{6,12})\.(?:safetensors|pkl)|training-state-(\d{6,12})\.pt)$', name)
+    if not match:
+        raise UserError(f"{path} is not named like training-state-000123.pt or network-snapshot-000123.safetensors; "
+                        'give it back the name under which training saved it')
+    return int(match[1] or match[2])
+
+
+def find_latest(run_dir):
+    """Path of the training state with the highest KIMG in a run folder, None without one."""
+    states = pathlib.Path(run_dir).glob('training-state-*.pt')
+    states = [path for path in states if re.fullmatch(r'training-state-\d{6,12}\.pt', path.name)]
+    return max(states, key=parse_kimg, default=None)
+
+
+def matching_snapshot(state_path):
+    """Path of the network snapshot that was saved together with a training state.
+
+    Raises:
+        UserError: the state's name says no KIMG, or no snapshot of that KIMG lies beside it.
+    """
+    kimg = parse_kimg(state_path)
+    choices = [pathlib.Path(state_path).parent / name.format(kimg) for name in SNAPSHOT_NAMES]
+    for path in choices:
+        if path.is_file():
+            return path
+    raise UserError(f'the snapshot {choices[0].name} is missing beside {state_path}; '
+                    'put it back there, or resume from another training state')
+
+
+def save_state(path, state):
+    """Write a training state; `path` keeps its former content unless all of it reaches the disk.
+
+    Args:
+        path: Usually STATE_NAME.format(kimg) in the run folder.
+        state: Tree of dicts (plain keys), lists, tuples, tensors, str, int, float, bool and None. Long
+            tables of numbers belong into tensors.
+
+    Raises:
+        TypeError: anything else in the tree, or a tree too large to be read back (a mistake of the program).
+        UserError: the disk is full or not writable.
+    """
+    buffer = io.BytesIO()
+    torch.save({'kind': KIND, 'format': STATE_FORMAT, 'state': _checked_copy(state, 'state')}, buffer)
+    try:
+        with zipfile.ZipFile(buffer) as archive:
+            _check_archive(archive, buffer.getbuffer().nbytes)
+    except Refused as e:
+        raise TypeError(f'this training state could not be read back: {e}') from e
+    with atomic_write(path) as f:
+        f.write(buffer.getbuffer())
+
+
+def load_state(path):
+    """The tree that `save_state` wrote, tensors on the CPU.
+
+    The archive is checked before PyTorch sees it (checksums, and that its tensors lie within what it
+    stores), since releases up to 2.9 trust the sizes written there.
+
+    Raises:
+        UserError: no such file, not a training state, damaged or cut off, or of a newer format.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_archive(archive, os.path.getsize(path))
+            damaged = archive.testzip()
+        if damaged is None:
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError as e:
+        raise UserError(f'there is no training state {path}; check the path') from e
+    except Refused as e:
+        raise UserError(f'{path} was refused as a training state: {e}; {_remedy()}') from e
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror or e}); {_remedy()}') from e
+    except Exception as e:  # zipfile and torch have many ways to stumble over a damaged file
+        raise UserError(f'{path} is not a training state, or it is damaged or cut off; {_remedy()}') from e
+    if damaged is not None:
+        raise UserError(f'{path} is damaged: the checksum of its part {damaged[:80]} is wrong; {_remedy()}')
+    return _unwrap(content, path)
+
+
+def _remedy():
+    return 'resume from another training-state-*.pt'
+
+
+def _unwrap(content, path):
+    if not isinstance(content, dict) or content.get('kind') != KIND or not isinstance(content.get('format'), int):
+        raise UserError(f'{path} is not a training state of this program; {_remedy()}')
+    if content['format'] > STATE_FORMAT:
+        raise UserError(f"{path} was written by a newer version of this program (format {content['format']}, "
+                        f'this one reads up to {STATE_FORMAT}); update it')
+    if 'state' not in content:
+        raise UserError(f'{path} is damaged; {_remedy()}')
+    return content['state']
+
+
+def _checked_copy(value, where):
+    """The tree with its tensors detached and freed of larger storages that they are views of."""
+    if isinstance(value, dict):
+        for key in value:
+            if type(key) not in PLAIN:
+                raise TypeError(f'{where} has a key of type {type(key).__name__}, which a training state cannot hold')
+        return {key: _checked_copy(item, f'{where}[{key!r}]') for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_checked_copy(item, f'{where}[{i}]') for i, item in enumerate(value))
+    if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        value = value.detach()
+        fits = value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
+        return value if fits else value.clone(memory_format=torch.contiguous_format)
+    if type(value) not in PLAIN:
+        raise TypeError(f'{where} is a {type(value).__name__}, which a training state cannot hold')
+    return value
+
+
+def _check_archive(archive, total_bytes):
+    """Refuse an archive that is not exactly what torch.save makes of tensors and plain values."""
+    infos = archive.infolist()
+    sizes = {info.filename: info.file_size for info in infos}
+    _refuse_if(len(sizes) != len(infos), 'it has two parts of the same name')
+    stored = all(i.compress_type == zipfile.ZIP_STORED and i.compress_size == i.file_size for i in infos)
+    _refuse_if(not stored, 'its parts are compressed')
+    _refuse_if(sum(sizes.values()) > total_bytes, 'its parts overlap')
+    pickles = [name for name in sizes if name.endswith('/data.pkl')]
+    _refuse_if(len(pickles) != 1, 'it has no description of its content')
+    prefix = pickles[0].removesuffix('data.pkl')
+
+    def check_storage(pid):
+        dtype, length = parse_storage_id(pid)
+        _refuse_if(sizes.get(f'{prefix}data/{pid[2]}') != length * dtype.itemsize, 'a tensor in it has a wrong size')
+        return Storage(torch.empty(length, dtype=dtype, device='meta'))
+
+    Machine(archive.read(pickles[0]), TENSOR_GLOBALS, check_storage).load()
+
+
+def _refuse_if(condition, reason):
+    if condition:
+        raise Refused(reason)

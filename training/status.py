@@ -1,0 +1,128 @@
+"""What a training run says about itself: status lines, stats.jsonl, and a progress line for a person."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+import psutil
+import torch
+
+from dnnlib import UserError
+from dnnlib.text import format_time
+from torch_utils import distributed as dist
+from torch_utils import training_stats
+
+
+class Status:
+    """Timing and statistics of one run: everything that happens at the end of a tick but the saving.
+
+    Args:
+        run_dir: Folder of stats.jsonl.
+        nimg, total_nimg: Images seen so far, and at the end.
+        earlier_sec: Seconds that earlier pieces of the run took.
+    """
+
+    def __init__(self, run_dir, nimg, total_nimg, earlier_sec, device):
+        self.started = time.time() - earlier_sec
+        self.device = device
+        self.collector = training_stats.Collector()
+        self.line = ProgressLine(nimg, total_nimg)
+        self.path = pathlib.Path(run_dir) / 'stats.jsonl'
+        self.maintenance = 0.0
+        self.tick_nimg, self.tick_time = nimg, time.time()
+
+    def elapsed(self):
+        """Seconds of training up to now, over all pieces of the run."""
+        return time.time() - self.started
+
+    def end_tick(self, tick, nimg):
+        """Print EDM's status line and report its numbers; what follows until `start_tick` is maintenance."""
+        self.ended = time.time()
+        self.line.clear()
+        for name, value in self.fields(tick, nimg).items():
+            training_stats.report(name, value)
+        self.collector.update()
+        print_status(self.collector)
+
+    def start_tick(self, nimg):
+        """Append the tick's line to stats.jsonl and start timing the next."""
+        if dist.get_rank() == 0:
+            append_line(self.path, {**self.collector.as_dict(), 'timestamp': time.time()})
+        self.tick_nimg, self.tick_time = nimg, time.time()
+        self.maintenance = self.tick_time - self.ended
+
+    def fields(self, tick, nimg):
+        """The numbers of the status line under their names in stats.jsonl; resets the peaks of GPU memory."""
+        tick_sec = self.ended - self.tick_time
+        cuda = self.device.type == 'cuda'
+        fields = {
+            'Progress/tick': tick,
+            'Progress/kimg': nimg / 1000,
+            'Timing/total_sec': self.elapsed(),
+            'Timing/sec_per_tick': tick_sec,
+            'Timing/sec_per_kimg': tick_sec / (nimg - self.tick_nimg) * 1000,
+            'Timing/maintenance_sec': self.maintenance,
+            'Resources/cpu_mem_gb': psutil.Process(os.getpid()).memory_info().rss / 2 ** 30,
+            'Resources/peak_gpu_mem_gb': torch.cuda.max_memory_allocated(self.device) / 2 ** 30 if cuda else 0,
+            'Resources/peak_gpu_mem_reserved_gb': torch.cuda.max_memory_reserved(self.device) / 2 ** 30 if cuda else 0,
+        }
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return fields
+
+
+def print_status(collector):
+    """EDM's status line, averages over the ranks."""
+    mean = collector.mean
+    dist.print0(' '.join([
+        f"tick {mean('Progress/tick'):<5.0f}",
+        f"kimg {mean('Progress/kimg'):<9.1f}",
+        f"time {format_time(mean('Timing/total_sec')):<12s}",
+        f"sec/tick {mean('Timing/sec_per_tick'):<7.1f}",
+        f"sec/kimg {mean('Timing/sec_per_kimg'):<7.2f}",
+        f"maintenance {mean('Timing/maintenance_sec'):<6.1f}",
+        f"cpumem {mean('Resources/cpu_mem_gb'):<6.2f}",
+        f"gpumem {mean('Resources/peak_gpu_mem_gb'):<6.2f}",
+        f"reserved {mean('Resources/peak_gpu_mem_reserved_gb'):<6.2f}",
+        f"loss {mean('Loss/loss'):<7.4f}",
+    ]))
+
+
+def append_line(path, record):
+    """Append `record` as one JSON line.
+
+    Raises:
+        UserError: the disk is full or gone.
+    """
+    try:
+        with open(path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(record) + '\n')
+    except OSError as e:
+        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and resume from the last '
+                        'training state') from e
+
+
+class ProgressLine:
+    """A line for a person at a terminal: images/s and time left, rewritten once a second; silent elsewhere."""
+
+    def __init__(self, nimg, total_nimg):
+        self.start, self.total, self.began, self.shown = nimg, total_nimg, time.time(), 0.0
+        self.active = dist.get_rank() == 0 and sys.stderr.isatty()
+
+    def show(self, nimg):
+        """Rewrite the line if the last one is over a second old."""
+        now = time.time()
+        if not self.active or now < self.shown + 1:
+            return
+        self.shown = now
+        rate = (nimg - self.start) / max(now - self.began, 1e-8)
+        left = format_time((self.total - nimg) / max(rate, 1e-8))
+        sys.stderr.write(f'\r  {nimg / 1000:.1f} of {self.total / 1000:g} kimg, {rate:.1f} images/s, {left} left   \r')
+        sys.stderr.flush()
+
+    def clear(self):
+        """Blank the line before something else is printed."""
+        if self.active and self.shown:
+            sys.stderr.write('\r' + ' ' * 79 + '\r')

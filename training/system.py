@@ -1,0 +1,128 @@
+"""What a system (EDM, Warm, …) has to bring to be trained, sampled and scored: `System`, and EDM's own.
+
+A system is a network class, a loss, and samplers, with the options they take. The registry of all
+systems is warm/systems.py; training code receives the system that it works for.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from dnnlib import UserError
+from training.loss import EDMLoss, VELoss, VPLoss
+from training.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from training.samplers import ablation_sampler, edm_sampler
+
+COMMON_SAMPLE_OPTIONS = ('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise')
+ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option that only some systems have; train.py and generate.py make their flags from these.
+
+    Attributes:
+        name: Keyword of the network's constructor or of the sampler; the flag is --name with dashes.
+        default: Value where the user gives none; None leaves it to the constructor or sampler.
+        help: For the help text.
+        type: Converts the text of the command line: str, int, float or a click type.
+        shown: The default as the help text shows it, where it is not `default`.
+    """
+
+    name: str
+    default: object
+    help: str
+    type: object = str
+    shown: str | None = None
+
+    @property
+    def flag(self):
+        """As typed on the command line."""
+        return '--' + self.name.replace('_', '-')
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A diffusion system under the common data, networks, loop and scores.
+
+    Attributes:
+        name: As in `--precond`; also recorded in snapshots.
+        title, paper: For help texts.
+        network_class: Preconditioned network, called as net(x, sigma, class_labels, …) (training.precond.Precond).
+        loss: loss(net) → callable(net, images, labels, augment_pipe) → tensor like images; `net` is bare, not wrapped.
+        train_options: Options of train.py that become constructor arguments of the network.
+        sample_options: Names of the options common to generate.py that its sampler accepts.
+        own_sample_options: Options of generate.py that only such systems have.
+        sampler: sampler(net, **options) → callable(net, latents, class_labels, randn_like) → float64 images.
+        trainable: Whether train.py offers it; otherwise its snapshots can only be used.
+    """
+
+    name: str
+    title: str
+    paper: str
+    network_class: type
+    loss: Callable
+    sampler: Callable
+    sample_options: tuple
+    own_sample_options: tuple = ()
+    train_options: tuple = ()
+    trainable: bool = True
+
+    def network_kwargs(self, given):
+        """Constructor arguments from the system's own training options, defaults filled in.
+
+        Args:
+            given: {name: value} of the system-specific options that the user gave.
+
+        Raises:
+            UserError: an option that this system does not have.
+        """
+        options = {option.name: option for option in self.train_options}
+        for name in given:
+            if name not in options:
+                raise UserError(f"--{name.replace('_', '-')} is not an option of --precond={self.name}; "
+                                'leave it out or choose the system that has it')
+        return {name: given.get(name, option.default) for name, option in options.items()}
+
+    def make_sampler(self, net, options=None):
+        """The sampler as callable(latents, class_labels, randn_like, **extra) with `options` checked and bound.
+
+        Raises:
+            UserError: an option that this system's sampler does not have, or a value that it refuses.
+        """
+        options = {} if options is None else options
+        known = (*self.sample_options, *(option.name for option in self.own_sample_options))
+        for name in options:
+            if name not in known:
+                raise UserError(f"'{name}' is not an option of the {self.title} sampler; it takes {', '.join(known)}")
+        return functools.partial(self.sampler(net, **options), net)
+
+
+def edm_samplers(net, **options):
+    """EDM's sampler, or the generalised ablation sampler as soon as one of its four own options is given."""
+    ablated = any(name in options for name in ABLATION_OPTIONS)
+    return functools.partial(ablation_sampler if ablated else edm_sampler, **options)
+
+
+def _edm_system(name, title, paper, network_class, loss_class, trainable=True):
+    return System(name=name, title=title, paper=paper, network_class=network_class, loss=lambda net: loss_class(),
+                  sampler=edm_samplers, sample_options=COMMON_SAMPLE_OPTIONS + ABLATION_OPTIONS, trainable=trainable)
+
+
+EDM_SYSTEMS = (
+    _edm_system('vp', 'VP', 'Song et al. 2021, as in Karras et al. 2022', VPPrecond, VPLoss),
+    _edm_system('ve', 'VE', 'Song et al. 2021, as in Karras et al. 2022', VEPrecond, VELoss),
+    # EDM trains no iDDPM either: it samples from Dhariwal and Nichol's network.
+    _edm_system('iddpm', 'iDDPM', 'Nichol and Dhariwal 2021, as in Karras et al. 2022', iDDPMPrecond, EDMLoss,
+                trainable=False),
+    _edm_system('edm', 'EDM', 'Karras et al. 2022', EDMPrecond, EDMLoss),
+)
+
+
+def own_options(systems, attribute):
+    """{option: [names of the systems that have it]} over a registry; `attribute` is the System's list of them."""
+    users = {}
+    for system in systems.values():
+        for option in getattr(system, attribute):
+            users.setdefault(option, []).append(system.name)
+    return users

@@ -1,0 +1,1 @@
+"""Warm Diffusion (blur–noise mixture diffusion): blur, paths, network, loss, samplers, and the registry of systems."""

@@ -1,0 +1,141 @@
+"""Gaussian blur in the DCT basis: V M_α Vᵀ x₀ and the rest V (I − M_α) Vᵀ x₀ (Warm Diffusion, Eq. 1 and 6).
+
+Vᵀ is the orthonormal two-dimensional DCT-II of each channel of an N×N image, V its inverse. M_α is
+diagonal: M = exp(−λ α²/2) with λ[k,l] = (πk/N)² + (πl/N)², a Gaussian blur of standard deviation α
+pixels with reflecting edges.
+
+Everything here is computed in float64 and returned in the precision of its input. That is immune to
+TF32 and autocast, which touch float32 products only, and needs no global switch; at these sizes its
+cost is far below that of a network (tests/benchmarks/bench_warm.py).
+"""
+
+import functools
+import math
+
+import torch
+
+
+def _constant(function):
+    """Cache a function's tensors; made outside inference mode, since autograd may need them later."""
+    return functools.lru_cache(maxsize=32)(torch.inference_mode(False)(function))
+
+
+@_constant
+def dct_matrix(n, device=torch.device('cpu')):
+    """Orthonormal DCT-II matrix [n, n], float64: row k holds √(2/n)·cos(πk(i+½)/n), row 0 is √(1/n)."""
+    k, i = (torch.arange(n, dtype=torch.float64) for _ in range(2))
+    matrix = torch.cos(math.pi / n * k[:, None] * (i + 0.5)) * math.sqrt(2 / n)
+    matrix[0] = math.sqrt(1 / n)
+    return matrix.to(device)
+
+
+@_constant
+def frequencies(n, device=torch.device('cpu')):
+    """λ[k,l] = (πk/n)² + (πl/n)² [n, n], float64, per squared pixel: the eigenvalues of −Laplace."""
+    f = (torch.arange(n, dtype=torch.float64) * (math.pi / n)).square()
+    return (f[:, None] + f).to(device)
+
+
+def dct2(x):
+    """Vᵀx: orthonormal DCT-II over the last two dimensions of x [..., N, N]; returns float64 bands."""
+    matrix = dct_matrix(x.shape[-1], x.device)
+    return matrix @ x.to(torch.float64) @ matrix.T
+
+
+def idct2(bands):
+    """Vy: inverse of `dct2`, float64."""
+    matrix = dct_matrix(bands.shape[-1], bands.device)
+    return matrix.T @ bands.to(torch.float64) @ matrix
+
+
+def filter_bands(x, gain):
+    """V (gain ∘ Vᵀx): images x [B, C, N, N] with their bands scaled by gain [..., N, N]; x's dtype."""
+    return idct2(gain * dct2(x)).to(x.dtype)
+
+
+def _half_square(alpha):
+    """α²/2 (the heat time, in squared pixels) as float64, with axes for the bands: [] or [B, 1, 1, 1]."""
+    alpha = torch.as_tensor(alpha, dtype=torch.float64)
+    return (alpha if alpha.ndim == 0 else alpha.reshape(-1, 1, 1, 1)).square() / 2
+
+
+def blur_mask(alpha, n):
+    """M_α = exp(−λ α²/2).
+
+    Args:
+        alpha: Blur in pixels, ≥ 0: a number or 0-d tensor, or one per image ([B] or [B, 1, 1, 1]).
+        n: Image width N.
+
+    Returns:
+        float64 in (0, 1]: [n, n], or [B, 1, n, n] for one blur per image.
+    """
+    tau = _half_square(alpha)
+    return torch.exp(-frequencies(n, tau.device) * tau)
+
+
+def rest_mask(alpha, n):
+    """1 − M_α, shaped as `blur_mask`; through expm1, so that a blur near 0 keeps its relative precision."""
+    tau = _half_square(alpha)
+    return -torch.expm1(-frequencies(n, tau.device) * tau)
+
+
+def log_mask_ratio(alpha, alpha_next, n):
+    """ln(M′/M) = λ(α² − α′²)/2, shaped as `blur_mask`; never a quotient of masks, nearly all 0 at strong blur."""
+    tau, tau_next = _half_square(alpha), _half_square(alpha_next)
+    return frequencies(n, tau.device) * (tau - tau_next.to(tau.device))
+
+
+def mask_difference(alpha, alpha_next, n):
+    """M′ − M, shaped as `blur_mask`: ±max(M, M′)·(1 − exp(−|ln M′/M|)), which neither cancels nor overflows."""
+    log_ratio = log_mask_ratio(alpha, alpha_next, n)
+    larger = torch.maximum(blur_mask(alpha, n), blur_mask(alpha_next, n))
+    return -log_ratio.sign() * larger * torch.expm1(-log_ratio.abs())
+
+
+def blur(x, alpha):
+    """V M_α Vᵀ x: images x [B, C, N, N] blurred by α pixels (as in `blur_mask`); x's dtype."""
+    return filter_bands(x, blur_mask(_on(alpha, x), x.shape[-1]))
+
+
+def rest(x, alpha):
+    """V (I − M_α) Vᵀ x: what `blur` takes away, without the cancellation of x − blur(x, α); x's dtype."""
+    return filter_bands(x, rest_mask(_on(alpha, x), x.shape[-1]))
+
+
+def blur_and_rest(x, alpha):
+    """(blur(x, α), rest(x, α)) from one forward transform."""
+    bands, alpha = dct2(x), _on(alpha, x)
+    return tuple(idct2(mask(alpha, x.shape[-1]) * bands).to(x.dtype) for mask in (blur_mask, rest_mask))
+
+
+def _on(alpha, x):
+    return alpha.to(x.device) if isinstance(alpha, torch.Tensor) else torch.tensor(
+        alpha, dtype=torch.float64, device=x.device)
+
+
+def prior_spectrum(n, sigma_data=0.5):
+    """Natural-image prior S ∝ (k² + l² + 1)^−1.2 of mean σ_data² over the bands: [n, n], float64 (ours)."""
+    k = torch.arange(n, dtype=torch.float64).square()
+    s = (k[:, None] + k + 1) ** -1.2
+    return s * (sigma_data ** 2 / s.mean())
+
+
+@_constant
+def _prior_on(n, sigma_data, device):
+    return prior_spectrum(n, sigma_data).to(device)
+
+
+def residual_scale(alpha, n, sigma_data=0.5):
+    """s_R(α) = √mean((1−M)² S): expected magnitude of the rest under the prior spectrum (ours).
+
+    Args:
+        alpha: Blur in pixels, [B, 1, 1, 1] or a number.
+        n: Image width N.
+        sigma_data: Standard deviation of the data.
+
+    Returns:
+        float64, [B, 1, 1, 1] or a 0-d tensor; 0 at α = 0.
+    """
+    gone = rest_mask(alpha, n)
+    power = gone.square() * _prior_on(n, sigma_data, gone.device)
+    return power.mean(dim=(-2, -1), keepdim=power.ndim > 2).sqrt()

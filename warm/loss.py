@@ -1,0 +1,56 @@
+"""Warm's training loss: Eq. 5 and 6 under EDM's weight and noise levels."""
+
+import dataclasses
+
+import torch
+
+from torch_utils import training_stats
+from training.loss import P_MEAN, P_STD, augment, edm_loss_weight, sample_edm_sigma
+from training.precond import SIGMA_DATA
+from warm.blur import blur_and_rest
+from warm.path import OnePath
+
+
+@dataclasses.dataclass
+class WarmLoss:
+    """λ(β)·Σ over the branches of (estimate − target)², by default ‖D − V M Vᵀ x₀‖² + ‖R − V (I−M) Vᵀ x₀‖².
+
+    The same λ for both (ours): at small blur and constant BNR an error of R enters the sampler like one of
+    D, since Ṁ/(1−M) tends to −2/β there. Random numbers are drawn in this order: β's variate [B, 1, 1, 1],
+    the BNR's [B, 1, 1, 1] if the network is trained on several, the augmentation, the noise. The blur comes
+    after the augmentation. Each branch's term is also reported by itself, as `Loss/denoise`, `Loss/deblur`.
+
+    Args:
+        P_mean, P_std: EDM's distribution of ln β.
+        sigma_data: Standard deviation of the data.
+        path: Path or family of paths (warm.path); None takes the network's own.
+    """
+
+    P_mean: float = P_MEAN
+    P_std: float = P_STD
+    sigma_data: float = SIGMA_DATA
+    path: object = None
+
+    def __call__(self, net, images, labels=None, augment_pipe=None):
+        """Loss of each element, float32 like `images` [B, C, N, N] in [−1, 1]; `net` may be wrapped in DDP."""
+        bare = getattr(net, 'module', net)
+        family = self.family(bare)
+        sigma = sample_edm_sigma(images.shape[0], images.device, self.P_mean, self.P_std)
+        alpha = family.draw_alpha(sigma)
+        y, augment_labels = augment(images, augment_pipe)
+        noise = torch.randn_like(y) * sigma
+        blurred, rest = (y, None) if family.is_hot else blur_and_rest(y, alpha)
+        estimates = net(blurred + noise, sigma, labels, alpha=alpha, return_estimates=True,
+                        augment_labels=augment_labels)
+        weight = edm_loss_weight(sigma, self.sigma_data)
+        terms = [weight * (estimate - target) ** 2
+                 for estimate, target in zip(estimates, bare.targets.targets(y, blurred, rest))]
+        for name, term in zip(bare.targets.names, terms):
+            training_stats.report(f'Loss/{name}', term)
+        return sum(terms[1:], start=terms[0])
+
+    def family(self, net):
+        """The paths to train on."""
+        if self.path is None:
+            return net.family
+        return self.path if hasattr(self.path, 'draw_alpha') else OnePath(self.path)

@@ -1,0 +1,218 @@
+"""Paths through the (α, β) plane: how many pixels of blur go with each noise level (Eq. 7, Table 4, Fig. 6).
+
+A path gives α for each β. What a network was trained on is a *family* of paths: a single one, a list of
+constant BNRs, or a range of them; training draws from it per image, sampling takes any path inside it.
+To add a schedule: one class here and one line in PATHS.
+"""
+
+import dataclasses
+import math
+import re
+
+import torch
+
+from dnnlib import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantBNR:
+    """α = BNR·β (Eq. 7); BNR = 0 is hot diffusion."""
+
+    bnr: float
+
+    def __post_init__(self):
+        if not (math.isfinite(self.bnr) and self.bnr >= 0):
+            raise UserError(f'a Blur-to-Noise Ratio of {self.bnr} makes no sense; give a number ≥ 0, such as 0.5')
+
+    @property
+    def is_hot(self):
+        """Whether there is no blur anywhere on the path."""
+        return self.bnr == 0
+
+    def alpha(self, beta):
+        """Blur in pixels at noise level β (number or tensor of any shape, in image units, ≥ 0)."""
+        return beta * self.bnr
+
+    def bnr_bounds(self, beta_min, beta_max):
+        """Smallest and largest α/β between two noise levels."""
+        return self.bnr, self.bnr
+
+    def __str__(self):
+        return f'constant BNR {self.bnr:g}'
+
+
+@dataclasses.dataclass(frozen=True)
+class BlurringSchedule:
+    """α = σ_B,max·β²/(1+β²): Blurring Diffusion's cosine schedule in this parametrisation (Table 4).
+
+    There β = tan(πt/2) and σ_B = σ_B,max·sin²(πt/2). This is the ideal form, without d_min and without
+    the rescaled log-SNR: at β = 0.01 the original's α is ten times smaller, from β = 1 on equal within 0.2 %.
+    """
+
+    sigma_b_max: float = 20.0
+    is_hot = False
+
+    def __post_init__(self):
+        if not (math.isfinite(self.sigma_b_max) and self.sigma_b_max > 0):
+            raise UserError(f'the largest blur {self.sigma_b_max} of the blurring schedule must be > 0 pixels; '
+                            'for no blur use --bnr=0')
+
+    def alpha(self, beta):
+        """Blur in pixels at noise level β (number or tensor of any shape, in image units, ≥ 0)."""
+        square = beta * beta
+        return self.sigma_b_max * (square / (1 + square))
+
+    def bnr_bounds(self, beta_min, beta_max):
+        """Smallest and largest α/β between two noise levels; α/β = σ_B,max·β/(1+β²) peaks at β = 1."""
+        ends = [self.alpha(b) / b for b in (beta_min, beta_max)]
+        return min(ends), self.sigma_b_max / 2 if beta_min <= 1 <= beta_max else max(ends)
+
+    def __str__(self):
+        return f'blurring schedule up to {self.sigma_b_max:g} pixels'
+
+
+PATHS = {'constant': ConstantBNR, 'blurring': BlurringSchedule}
+
+
+# Families: what a network was trained on. `draw_bnr` is None where training draws nothing per image.
+
+@dataclasses.dataclass(frozen=True)
+class OnePath:
+    """Training along a single path."""
+
+    path: object
+
+    @property
+    def is_hot(self):
+        """Whether the network is EDM's: no blur conditioning, one output."""
+        return self.path.is_hot
+
+    def draw_alpha(self, beta):
+        """α for β [B, 1, 1, 1]; no random numbers are drawn."""
+        return self.path.alpha(beta)
+
+    def contains(self, path, beta_min, beta_max):
+        """Whether `path` was trained between the two noise levels."""
+        return path == self.path
+
+    @property
+    def default(self):
+        """The path that sampling takes when none is asked for."""
+        return self.path
+
+    def __str__(self):
+        return str(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class BNRList:
+    """Training over several constant BNRs, one drawn uniformly per image."""
+
+    values: tuple
+    is_hot = False
+
+    def __post_init__(self):
+        if len(set(self.values)) < len(self.values):
+            raise UserError(f'the list of BNRs {_join(self.values)} names a value twice; give each once')
+        for bnr in self.values:
+            ConstantBNR(bnr)
+
+    def draw_alpha(self, beta):
+        """α for β [B, 1, 1, 1]; draws an index [B, 1, 1, 1] from the global generator."""
+        index = torch.randint(len(self.values), beta.shape, device=beta.device)
+        return beta * torch.tensor(self.values, dtype=beta.dtype, device=beta.device)[index]
+
+    def contains(self, path, beta_min, beta_max):
+        """Whether `path` is one of the trained BNRs."""
+        return isinstance(path, ConstantBNR) and path.bnr in self.values
+
+    @property
+    def default(self):
+        """The trained BNR nearest to the paper's 0.5."""
+        return ConstantBNR(min(self.values, key=lambda bnr: abs(bnr - PAPER_BNR)))
+
+    def __str__(self):
+        return f'the constant BNRs {_join(self.values)}'
+
+
+@dataclasses.dataclass(frozen=True)
+class BNRRange:
+    """Training over a range of BNRs, log-uniform per image."""
+
+    low: float
+    high: float
+    is_hot = False
+
+    def __post_init__(self):
+        if not (0 < self.low < self.high < math.inf):
+            raise UserError(f'the range of BNRs {self.low:g}-{self.high:g} is empty or starts at 0; '
+                            'give 0 < low < high, such as 0.1-2, or a list that includes 0')
+
+    def draw_alpha(self, beta):
+        """α for β [B, 1, 1, 1]; draws a uniform variate [B, 1, 1, 1] from the global generator."""
+        u = torch.rand(beta.shape, device=beta.device)
+        return beta * (self.low * (self.high / self.low) ** u)
+
+    def contains(self, path, beta_min, beta_max):
+        """Whether α/β stays inside the trained range all along `path`."""
+        low, high = path.bnr_bounds(beta_min, beta_max)
+        return self.low <= low and high <= self.high
+
+    @property
+    def default(self):
+        """The trained BNR nearest to the paper's 0.5."""
+        return ConstantBNR(min(max(PAPER_BNR, self.low), self.high))
+
+    def __str__(self):
+        return f'BNRs from {self.low:g} to {self.high:g}'
+
+
+PAPER_BNR = 0.5  # the paper's choice (Table 3), and the default everywhere
+
+
+def _join(values):
+    return ','.join(f'{v:g}' for v in values)
+
+
+def _number(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise UserError(f"'{text}' is not a Blur-to-Noise Ratio; give a number ≥ 0 such as 0.5, "
+                        'a list such as 0,0.1,0.5 or a range such as 0.1-2')
+    return value
+
+
+def parse_path(bnr=None, schedule=None):
+    """One path from the texts of --bnr (a number) and --bnr-schedule (`constant` or `blurring[:SIGMA_B_MAX]`).
+
+    Raises:
+        UserError: unknown schedule, bad number, or a BNR together with a schedule that has none.
+    """
+    name, _, argument = (schedule or 'constant').partition(':')
+    if name not in PATHS:
+        raise UserError(f"'{schedule}' is not a BNR schedule; choose one of {', '.join(PATHS)}")
+    if name == 'constant':
+        if argument:
+            raise UserError(f"the schedule '{schedule}' takes no argument; give the ratio as --bnr={argument}")
+        return ConstantBNR(PAPER_BNR if bnr is None else _number(bnr))
+    if bnr is not None:
+        raise UserError(f'--bnr={bnr} does not go with --bnr-schedule={schedule}, which sets α itself; give one')
+    return PATHS[name](*([_number(argument)] if argument else []))
+
+
+def parse_family(bnr=None, schedule=None):
+    """The family of paths from the texts of --bnr (number, list or range) and --bnr-schedule.
+
+    Raises:
+        UserError: as `parse_path`; also duplicates in a list and an empty range.
+    """
+    text = str(bnr if bnr is not None else '').strip()
+    a_range = re.fullmatch(r'([^-,]+?)-([^-,]+)', text) if 'e-' not in text.lower() else None
+    if (schedule or 'constant') == 'constant' and ',' in text:
+        return BNRList(tuple(_number(part) for part in text.split(',')))
+    if (schedule or 'constant') == 'constant' and a_range:
+        return BNRRange(_number(a_range[1]), _number(a_range[2]))
+    return OnePath(parse_path(bnr, schedule))

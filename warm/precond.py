@@ -1,0 +1,126 @@
+"""Warm's preconditioned network: D denoises, R deblurs, x̂₀ = D + R (Sec. 2.2, 3.1)."""
+
+
+import torch
+
+from training.layers import Init, Linear, PositionalEmbedding
+from training.precond import SIGMA_DATA, Precond, edm_scalings
+from warm.path import parse_family
+from warm.targets import TARGETS, Hot
+
+
+class WarmPrecond(Precond):
+    """EDM's U-Net with a second conditioning input (blur) and one output per branch.
+
+    D = c_skip·x + c_out·F_D with EDM's coefficients at σ = β; R = s_R(α)·F_R (warm.targets). Noise is
+    conditioned on through ln(β)/4 as in EDM, blur through ln(α)/4: a positional embedding and a linear map
+    without bias, added to the noise embedding; exactly zero for images with α = 0. A network whose only BNR
+    is 0 is EDM's, tensor for tensor.
+
+    Args:
+        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
+        sigma_min, sigma_max: Supported noise levels β.
+        sigma_data: Standard deviation of the data.
+        bnr: What to train on: a number, a list '0,0.1,0.5' or a range '0.1-2' (None: the paper's 0.5).
+        bnr_schedule: 'constant', or 'blurring[:SIGMA_B_MAX]', which takes the place of `bnr`.
+        targets: What the branches estimate, a name in warm.targets.TARGETS (Table 5).
+
+    Attributes:
+        family: The paths that the network is trained on (warm.path).
+        targets: The class of warm.targets in use.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'),
+                 sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None, targets='residual', model_type='SongUNet',
+                 **model_kwargs):
+        family = parse_family(bnr, bnr_schedule)
+        chosen = Hot if family.is_hot else TARGETS[targets]
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
+                         dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, bnr=bnr,
+                              bnr_schedule=bnr_schedule, targets=targets),
+                         sigma_min, sigma_max, out_channels=img_channels * len(chosen.names))
+        self.family, self.targets = family, chosen
+        self.map_blur = None if family.is_hot else BlurEmbedding(self.model.noise_channels)
+
+    def scalings(self, sigma):
+        """EDM's coefficients at σ = β."""
+        return edm_scalings(sigma, self.sigma_data)
+
+    def estimates(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
+        """What the branches estimate (the loss compares it with `targets.targets`).
+
+        Args:
+            x: Blurred and noisy images [B, C, N, N], x = V M_α Vᵀ x₀ + β ε.
+            sigma: Noise level β > 0: a number, or one per image.
+            class_labels: [B, label_dim], or None.
+            alpha: Blur in pixels ≥ 0: a number, or one per image; None: that of the network's default path.
+
+        Returns:
+            Tuple of float32 tensors like x, one per branch.
+        """
+        x, sigma = self.check_images(x), self.as_sigma(sigma, x)
+        alpha = self.as_alpha(alpha, sigma, x)
+        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
+        if self.map_blur is not None:
+            model_kwargs['extra_embedding'] = self.map_blur(alpha.flatten().to(torch.float32))
+        F = self.run_model(c_in * x, c_noise, class_labels, force_fp32, **model_kwargs)
+        return self.targets.estimates(F.split(self.img_channels, dim=1), c_skip * x, c_out, alpha, self.sigma_data)
+
+    def as_alpha(self, alpha, sigma, x):
+        """α as [B or 1, 1, 1, 1] on x's device."""
+        if alpha is None:
+            alpha = self.family.default.alpha(sigma)
+        return torch.as_tensor(alpha, device=x.device).reshape(-1, 1, 1, 1)
+
+    def denoise_deblur(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
+        """(D, R): the blurred image without noise (Eq. 5) and what the blur took away (Eq. 6), as `estimates`."""
+        sigma = self.as_sigma(sigma, x)
+        alpha = self.as_alpha(alpha, sigma, x)
+        estimates = self.estimates(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
+        return self.targets.parts(estimates, alpha)
+
+    def forward(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, return_estimates=False,
+                **model_kwargs):
+        """x̂₀ = D + R, float32 like x; with `return_estimates` what `estimates` gives (for losses, through DDP)."""
+        if return_estimates:
+            return self.estimates(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
+        D, R = self.denoise_deblur(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
+        return D + R
+
+    def transfer(self, source):
+        """Start from the weights of an EDM (or Warm) network; returns the names of the tensors it set.
+
+        Every tensor of the same name and shape is copied. Where this network has an output for each of
+        several branches, D takes EDM's and the others start at zero, as does the blur embedding: at BNR 0
+        the network then equals its source.
+
+        Args:
+            source: State dict of the source network.
+        """
+        copied = super().transfer(source)
+        own = self.state_dict()
+        with torch.no_grad():
+            for name, tensor in own.items():
+                first = source.get(name)
+                if name in copied or first is None or first.shape[1:] != tensor.shape[1:]:
+                    continue
+                if len(tensor) == len(self.targets.names) * len(first):
+                    tensor.zero_()[:len(first)].copy_(first)
+                    copied.append(name)
+            if self.map_blur is not None and 'map_blur.linear.weight' not in source:
+                self.map_blur.linear.weight.zero_()
+        return copied
+
+
+class BlurEmbedding(torch.nn.Module):
+    """Embedding [B, channels] of blur levels α [B] in pixels, through ln(α)/4; zero at α = 0 (ours)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.features = PositionalEmbedding(channels, endpoint=True, sin_first=True)
+        self.linear = Linear(channels, channels, Init('xavier_uniform'), bias=False)
+
+    def forward(self, alpha):
+        tiny = torch.finfo(alpha.dtype).tiny
+        features = self.features(alpha.clamp(min=tiny).log() / 4)
+        return torch.where(alpha[:, None] > 0, self.linear(features), 0)

@@ -1,0 +1,70 @@
+"""The registry of systems: what --precond offers, what a snapshot may be of. A new system is one line here."""
+
+import dataclasses
+import functools
+
+from dnnlib import UserError
+from training.samplers import edm_sigma_steps
+from training.system import COMMON_SAMPLE_OPTIONS, EDM_SYSTEMS, Option, System
+from warm.loss import WarmLoss
+from warm.path import PATHS, parse_path
+from warm.precond import WarmPrecond
+from warm.samplers import SAMPLER_DEFAULTS, check_options, warm_sampler
+from warm.targets import TARGETS
+
+
+def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
+    """`warm_sampler` with its options checked, along the path that --bnr and --bnr-schedule ask for.
+
+    Raises:
+        UserError: a path that the network was not trained for; options that do not go together.
+    """
+    full = {**SAMPLER_DEFAULTS, **options}
+    check_options(*(full[name] for name in ('num_steps', 'S_churn', 'S_noise', 'solver', 'eta')))
+    edm_sigma_steps(*(full[name] for name in ('num_steps', 'sigma_min', 'sigma_max', 'rho')), net, 'cpu')
+    path = None
+    if bnr is not None or bnr_schedule is not None:
+        path = parse_path(bnr, bnr_schedule)
+        if not net.family.contains(path, full['sigma_min'], full['sigma_max']):
+            raise UserError(f'this network knows {net.family}, not {path}; choose --bnr or --bnr-schedule inside that, '
+                            'or train a network for it')
+    return functools.partial(warm_sampler, path=path, **options)
+
+
+def with_multistep(system):
+    """An EDM system with the solver dpmpp2m (warm.samplers at BNR 0) beside its own."""
+    def sampler(net, **options):
+        if options.get('solver') != 'dpmpp2m':
+            return system.sampler(net, **options)
+        for name in options:
+            if name not in (*COMMON_SAMPLE_OPTIONS, 'solver'):
+                raise UserError(f"--solver=dpmpp2m has no '{name}'; leave it out or choose euler or heun")
+        full = {**SAMPLER_DEFAULTS, **options}
+        check_options(*(full[name] for name in ('num_steps', 'S_churn', 'S_noise', 'solver', 'eta')))
+        return functools.partial(warm_sampler, **options)
+    return dataclasses.replace(system, sampler=sampler)
+
+
+WARM = System(
+    name='warm',
+    title='Warm',
+    paper='Warm Diffusion, ICLR 2025',
+    network_class=WarmPrecond,
+    loss=lambda net: WarmLoss(sigma_data=net.sigma_data),
+    sampler=warm_samplers,
+    sample_options=(*COMMON_SAMPLE_OPTIONS, 'solver'),
+    own_sample_options=(
+        Option('bnr', None, 'Blur-to-Noise Ratio of the path', shown='as trained'),
+        Option('bnr_schedule', None, f"Schedule of the blur: {', '.join(PATHS)}[:SIGMA_B_MAX]", shown='as trained'),
+        Option('eta', None, 'Noise of the stochastic steps of Eq. 4, 0 to 1', type=float, shown='0'),
+    ),
+    train_options=(
+        Option('bnr', None, 'Blur-to-Noise Ratio: a number, a list such as 0,0.1,0.5 or a log-uniform range '
+                            'such as 0.1-2, drawn per image', shown='0.5'),
+        Option('bnr_schedule', None, f"Schedule of the blur: {', '.join(PATHS)}[:SIGMA_B_MAX]",
+               shown='constant'),
+        Option('targets', 'residual', f"What the branches estimate (Table 5): {', '.join(TARGETS)}"),
+    ),
+)
+
+SYSTEMS = {system.name: system for system in (*map(with_multistep, EDM_SYSTEMS), WARM)}
