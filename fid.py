@@ -9,14 +9,14 @@ from training.detectors import DETECTORS, load_detector
 from training.metric_images import image_batches, open_images
 
 
-def load_detector_once(spec):
-    """The detector on this rank's device; rank 0 downloads first, the others find its copy."""
+def rank0_first(load, *args):
+    """load(*args) on every rank; rank 0 downloads what it names first, the others find the cached copy."""
     if distributed.get_rank() > 0:
         distributed.barrier()
-    detector = load_detector(spec, distributed.device())
+    loaded = load(*args)
     if distributed.get_rank() == 0:
         distributed.barrier()
-    return detector
+    return loaded
 
 
 def dataset_statistics(dataset, detector, metrics, batch, num_features=None):
@@ -39,8 +39,8 @@ def calc(images, ref, num, seed, batch, detector, metrics):
     """Scores of a folder or zip of images, {name: value}; {} on ranks other than 0."""
     names = m.parse_metrics(metrics)
     m.check_reference_given(names, ref)
-    detector = load_detector_once(detector)
-    reference = m.load_reference(ref, names, detector) if ref else None
+    detector = rank0_first(load_detector, detector, distributed.device())
+    reference = rank0_first(m.load_reference, ref, names, detector) if ref else None
     dataset = open_images(images, num, seed)
     distributed.print0(f'Scoring {len(dataset)} images of {images} ...')
     stats = dataset_statistics(dataset, detector, names, batch, m.num_features_of(reference or {}))
@@ -51,8 +51,9 @@ def calc(images, ref, num, seed, batch, detector, metrics):
 
 def ref(data, dest, batch, detector, metrics):
     """Write reference statistics of a folder or zip of images to an .npz file."""
-    names = m.parse_metrics(metrics)
-    detector = load_detector_once(detector)
+    names = [name for name in m.parse_metrics(metrics) if m.METRICS[name].ref_arrays]
+    m.check_destination(dest)
+    detector = rank0_first(load_detector, detector, distributed.device())
     dataset = open_images(data)
     distributed.print0(f'Reference statistics of {len(dataset)} images of {data} ...')
     stats = dataset_statistics(dataset, detector, names, batch)
@@ -98,7 +99,7 @@ def main():
     Examples:
 
     \b
-    # Reference statistics of a dataset, then the FID of 50,000 images.
+    # Reference statistics of a dataset, then the FID of 50,000 images. (With --num, torchrun needs "--" before fid.py.)
     python fid.py ref --data=datasets/cifar10-32x32.zip --dest=fid-refs/cifar10-32x32.npz
     torchrun --standalone --nproc_per_node=1 fid.py calc --images=fid-tmp --ref=fid-refs/cifar10-32x32.npz
 

@@ -18,8 +18,10 @@ from training.snapshot import build_network, read_snapshot
 from warm.flags import system_flags
 from warm.samplers import SOLVERS
 from warm.systems import SYSTEMS
+from warm.trajectory import check_writer, save_trajectory, watch
 
 MAX_GRID = 1024  # images in a contact sheet
+MAX_WATCHED = 4  # images whose reverse process is shown
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
@@ -32,6 +34,8 @@ MAX_GRID = 1024  # images in a contact sheet
 @click.option('--batch', 'max_batch', metavar='INT', type=click.IntRange(min=1), default=64,
               help='Largest batch per rank')
 @click.option('--grid', metavar='FILE.png', default=None, help='Also write a contact sheet of the images')
+@click.option('--trajectory', metavar='FILE', default=None,
+              help='Also show x, D, R and D + R through the reverse process: .png, .gif or .mp4')
 @click.option('--overwrite', is_flag=True, help='Replace images that are there; otherwise they are kept')
 # Sampler.
 @click.option('--steps', 'num_steps', metavar='INT', type=click.IntRange(min=1), default=None,
@@ -57,7 +61,7 @@ MAX_GRID = 1024  # images in a contact sheet
 @click.option('--schedule', type=click.Choice(list(SCHEDULES)), default=None, help='Ablation: noise schedule')
 @click.option('--scaling', type=click.Choice(list(SCALINGS)), default=None, help='Ablation: signal scaling')
 @system_flags('own_sample_options')
-def main(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, overwrite, **sampler_options):
+def main(**options):
     """Generate images as OUTDIR/SEED.png. An image depends on its seed alone, whatever the batch and the ranks.
 
     \b
@@ -70,18 +74,21 @@ def main(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, overw
     """
     dist.init()
     try:
-        run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, overwrite,
-            {name: value for name, value in sampler_options.items() if value is not None})
+        run(**options)
     finally:
         dist.cleanup()
 
 
-def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, overwrite, sampler_options):
+def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajectory, overwrite, **sampler_options):
     """Generate what is missing of `seeds` in `outdir`, over all ranks."""
+    sampler_options = {name: value for name, value in sampler_options.items() if value is not None}
+    if trajectory is not None:
+        check_writer(trajectory)
     dist.print0(f'Loading network from {network_path}...')
     snapshot = dist.first_on_rank0(lambda: read_snapshot(network_path))
     net = build_network(snapshot, SYSTEMS, dist.device())
-    sampler = SYSTEMS[snapshot.system].make_sampler(net, sampler_options)
+    system = SYSTEMS[snapshot.system]
+    sampler = system.make_sampler(net, sampler_options)
     check_class(net, class_idx)
     settings = dict(network=pathlib.Path(snapshot.path).name, sha256=file_sha256(snapshot.path), class_idx=class_idx,
                     sampler=sampler_options)
@@ -95,6 +102,8 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, overwr
     dist.barrier()
     if grid is not None and dist.get_rank() == 0:
         save_grid(grid, read_images(outdir, seeds[:MAX_GRID], subdirs))
+    if trajectory is not None and dist.get_rank() == 0:
+        save_trajectory(trajectory, watch(net, system, seeds[:MAX_WATCHED], sampler_options, class_idx))
     dist.print0('Done.')
 
 

@@ -71,9 +71,8 @@ def fetch(url, sha256=None, md5=None, max_bytes=8 << 30, timeout=30):
     remedy = f'download it by other means and save it as {path}'
     try:
         # The bytes as they are: a server that calls a .gz file "encoded" would have it unpacked on the way.
-        with requests.get(url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'}) as response:
-            for hop in (*response.history, response):
-                _check_scheme(hop.url)
+        with requests.get(url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'},
+                          hooks={'response': _check_redirect}) as response:
             _check_response(url, response, max_bytes, remedy)
             with atomic_write(path) as f:
                 _receive(url, response, f, digests, max_bytes, remedy)
@@ -102,6 +101,12 @@ def _check_scheme(url):
         accepted = False
     if not accepted:
         raise UserError(f'{url} is not an https address; use https or a local path')
+
+
+def _check_redirect(response, **kwargs):
+    """Refuse to be sent to an address that `fetch` would not take, before it is asked."""
+    if response.is_redirect:
+        _check_scheme(urllib.parse.urljoin(response.url, response.headers['Location']))
 
 
 def _check_response(url, response, max_bytes, remedy):

@@ -187,6 +187,7 @@ def _batches(ds, context):
     return [images for images, _ in loader]
 
 
+@pytest.mark.filterwarnings('ignore:This process:DeprecationWarning')  # Python 3.12 on forking with threads
 def test_pickles_and_forks(place):
     write(place, small_set(12, labels=list(range(12))))
     ds = ImageFolderDataset(place, use_labels=True, cache=True)

@@ -159,6 +159,10 @@ def test_unknown_globals_are_refused_by_name(module, name):
     assert f'{module}.{name}' in refusal(P + b'c' + f'{module}\n{name}\n'.encode() + b')R.')
 
 
+def test_names_are_shown_without_control_characters():
+    assert 'a\\x1b[31m\\nb.' in refusal(P + call('a\x1b[31m\nb', 'c' * 10_000) + b'.')
+
+
 def test_an_ordinary_exploit_does_not_run(tmp_path):
     class Exploit:
         def __reduce__(self):
@@ -242,7 +246,8 @@ def test_tensors_cannot_leave_their_storage(offset, size, stride):
 
 def test_tensors_within_their_storage_are_views_of_it():
     flat = torch.arange(10.)
-    for offset, size, stride in [(0, (10,), (1,)), (9, (1,), (1,)), (1, (3, 3), (3, 1)), (0, (3, 2), (1, 5)), (3, (), ())]:
+    for offset, size, stride in [(0, (10,), (1,)), (9, (1,), (1,)), (1, (3, 3), (3, 1)), (0, (3, 2), (1, 5)),
+                                 (3, (), ())]:
         assert torch.equal(rebuild_tensor(Storage(flat), offset, size, stride), flat.as_strided(size, stride, offset))
 
 

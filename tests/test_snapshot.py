@@ -211,8 +211,9 @@ def tensor(**changes):
 
 @pytest.mark.parametrize('header, data', [
     (tensor(), bytes(4)), (tensor(), bytes(12)), (tensor(shape=[3]), bytes(8)), (tensor(shape=[2 ** 62, 4]), bytes(8)),
-    (tensor(data_offsets=[0, 2 ** 63]), bytes(8)), (tensor(data_offsets=[8, 0]), bytes(8)), (tensor(dtype='X9'), bytes(8)),
-    (tensor(data_offsets=[4, 12]), bytes(12)), (tensor(shape='x'), bytes(8)), (b'{' * 100_000, b''), (b'{"w":', b''),
+    (tensor(data_offsets=[0, 2 ** 63]), bytes(8)), (tensor(data_offsets=[8, 0]), bytes(8)),
+    (tensor(dtype='X9'), bytes(8)), (tensor(data_offsets=[4, 12]), bytes(12)), (tensor(shape='x'), bytes(8)),
+    (b'{' * 100_000, b''), (b'{"w":', b''),
     ({**tensor(), 'v': tensor()['w']}, bytes(8))])
 def test_headers_that_lie_about_tensors(header, data, tmp_path):
     if isinstance(header, dict):
@@ -260,18 +261,20 @@ def test_an_unknown_system_is_named_with_the_known_ones():
     assert "'later'" in message and 'vp, ve, iddpm, edm' in message
 
 
-def test_arguments_that_the_network_does_not_accept(tmp_path):
+def test_arguments_that_the_network_does_not_accept():
     net = networks.EDMPrecond(**SMALL)
     for change in ({'wings': 2}, {'model_channels': 'many'}, {'model_type': 'NoUNet'}, {'img_resolution': None},
                    {'channel_mult': 3}, {'model_channels': -8}, {'model_channels': 0}, {'num_blocks': 1e9}):
-        assert 'x.safetensors' in refusal(build_network, snapshot_of(net.state_dict(), 'edm', **{**SMALL, **change}), SYSTEMS)
+        snapshot = snapshot_of(net.state_dict(), 'edm', **{**SMALL, **change})
+        assert 'x.safetensors' in refusal(build_network, snapshot, SYSTEMS)
 
 
 def test_tensors_that_do_not_match():
     state = Tiny().state_dict()
     assert 'lacks the tensor tied' in refusal(
         build_network, snapshot_of({k: v for k, v in state.items() if k != 'tied'}), TINY)
-    assert 'unexpected tensor surplus' in refusal(build_network, snapshot_of({**state, 'surplus': torch.zeros(1)}), TINY)
+    assert 'unexpected tensor surplus' in refusal(
+        build_network, snapshot_of({**state, 'surplus': torch.zeros(1)}), TINY)
     assert 'wrong shape' in refusal(build_network, snapshot_of({**state, 'steps': torch.zeros(9)}), TINY)
     assert 'and 3 more' in refusal(build_network, snapshot_of({'steps': state['steps'], 'view': state['view']}), TINY)
 

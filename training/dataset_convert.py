@@ -126,7 +126,7 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
             png, kind = result
             first = first or (source.describe(i), kind)
             _check(source.describe(i), kind, *first)
-            name = '{0:.5}/img{0}.png'.format(f'{len(labels):08d}')
+            name = image_name(len(labels))
             add(name, png)
             labels.append([name, source.labels[i] if source.labels is not None else None])
         if not labels:
@@ -208,6 +208,11 @@ def _run(job, chunks, workers):
             raise UserError('a worker process died, perhaps for lack of memory; run again with --workers=1') from e
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def image_name(idx):
+    """Name of the idx-th image in a dataset, a folder for each thousand: 00001/img00001234.png."""
+    return f'{idx // 1000:05d}/img{idx:08d}.png'
 
 
 def open_dest(dest, compress=False):

@@ -9,6 +9,7 @@ import hashlib
 import pathlib
 import pickle
 import urllib.parse
+import warnings
 import zipfile
 
 import torch
@@ -22,8 +23,8 @@ SCRIPT_URL = ('https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained
 WEIGHTS_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                'pt_inception-2015-12-05-6726825d.pth')
 WEIGHTS_SHA256_PREFIX = '6726825d'
-# The digest other projects publish for SCRIPT_URL. It only recognises a local copy as Inception; a download
-# is never refused for it.
+# The digest k-diffusion states for SCRIPT_URL, not checked against the file by us. So it only recognises a local
+# copy as Inception; nothing is refused for it.
 SCRIPT_SHA256 = 'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4'
 
 INCEPTION = 'inception-2015-12-05'  # both files of it; the only detector whose distance is called FID
@@ -211,7 +212,9 @@ def detector_from_file(path, device, name):
         name = INCEPTION
     if is_torchscript(path):
         try:
-            module = torch.jit.load(str(path), map_location=device)
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', DeprecationWarning)  # NVIDIA's file exists in this form only
+                module = torch.jit.load(str(path), map_location=device)
         except (RuntimeError, ValueError) as e:
             raise UserError(f'the TorchScript file {path} is damaged or not for this PyTorch; '
                             'delete it and get it again') from e

@@ -65,6 +65,11 @@ STORAGE_DTYPES = {
 }
 
 
+def shown(text, limit=80):
+    """Text out of a file as a sentence may show it: short, on one line, without control characters."""
+    return str(text)[:limit].encode('unicode_escape').decode('ascii')
+
+
 def _need(condition, reason):
     if not condition:
         raise Refused(reason)
@@ -209,7 +214,7 @@ class Machine:
 
     def push_global(self, module, name):
         known = type(module) is str and type(name) is str and (module, name) in self.find_global
-        _need(known, f'it names the Python global {str(module)[:80]}.{str(name)[:80]}, which no such file needs')
+        _need(known, f'it names the Python global {shown(module)}.{shown(name)}, which no such file needs')
         self.push(self.find_global[module, name])
 
     def call(self):
@@ -415,7 +420,7 @@ def _collect_tensors(module, prefix, out, machine, depth=0):
     for name, tensor in own.items():
         machine.spend()
         if tensor is not None and name not in passing:
-            _need(isinstance(tensor, torch.Tensor), f'its parameter {(prefix + name)[:80]} is not a tensor')
+            _need(isinstance(tensor, torch.Tensor), f'its parameter {shown(prefix + name)} is not a tensor')
             out[prefix + name] = tensor
     for name, child in _entries(module, '_modules').items():
         if child is not None:

@@ -77,23 +77,27 @@ def to_pil(image):
     return PIL.Image.fromarray(image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
 
 
-def tile(images, columns=None):
-    """uint8 images [N, C, H, W] → one [C, rows·H, columns·W], row by row, missing cells black."""
+def tile(images, columns=None, min_cell=64, gap=2):
+    """uint8 images [N, C, H, W] → one [C, H', W'], row by row on grey.
+
+    Images narrower than `min_cell` are enlarged by a whole factor; `gap` pixels of grey stand around each.
+    """
+    zoom = max(min_cell // images.shape[-1], 1)
+    images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
     n, c, h, w = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
-    cells = np.zeros([rows * columns, c, h, w], dtype=np.uint8)
-    cells[:n] = images
-    return cells.reshape(rows, columns, c, h, w).transpose(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w)
+    cells = np.full([rows * columns, c, h + gap, w + gap], 128, dtype=np.uint8)
+    cells[:n, :, :h, :w] = images
+    sheet = cells.reshape(rows, columns, c, h + gap, w + gap).transpose(2, 0, 3, 1, 4)
+    sheet = sheet.reshape(c, rows * (h + gap), columns * (w + gap))
+    return np.pad(sheet, [(0, 0), (gap, 0), (gap, 0)], constant_values=128)
 
 
-def save_grid(path, images, columns=None, min_cell=64):
-    """Write uint8 images [N, C, H, W] as one contact sheet; tiny images are enlarged to whole pixels."""
-    sheet = to_pil(tile(images, columns))
-    zoom = max(min_cell // images.shape[-1], 1)
-    sheet = sheet.resize((sheet.width * zoom, sheet.height * zoom), PIL.Image.NEAREST)
+def save_grid(path, images, columns=None):
+    """Write uint8 images [N, C, H, W] as one contact sheet (`tile`)."""
     encoded = io.BytesIO()
-    sheet.save(encoded, format='PNG')
+    to_pil(tile(images, columns)).save(encoded, format='PNG')
     with atomic_write(path) as f:
         f.write(encoded.getvalue())
 

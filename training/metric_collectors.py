@@ -59,33 +59,33 @@ class Features:
             self.kept = np.sort(np.random.RandomState(0).choice(total, limit, replace=False))
         self.next = rank_share(total).start
         self.shares = [self._kept_in(rank_share(total, r)) for r in range(distributed.get_world_size())]
-        self.rows = []
+        self.filled = 0
+        self.rows = None
 
     def _kept_in(self, share):
         return int(np.searchsorted(self.kept, share.stop) - np.searchsorted(self.kept, share.start))
 
     def update(self, features):
+        if self.rows is None:  # rank 0 has room for everyone's, so that they are never held twice
+            rank = distributed.get_rank()
+            self.rows = torch.empty([sum(self.shares) if rank == 0 else self.shares[rank], features.shape[1]])
         first, last = np.searchsorted(self.kept, [self.next, self.next + len(features)])
-        rows = torch.from_numpy(self.kept[first:last] - self.next)
-        self.rows.append(features[rows.to(features.device)].to('cpu', torch.float32))
+        chosen = torch.from_numpy(self.kept[first:last] - self.next).to(features.device)
+        self.rows[self.filled:self.filled + last - first] = features[chosen].to('cpu')
+        self.filled += last - first
         self.next += len(features)
 
     def result(self):
         """{'features': [min(total, limit), D] float32} on rank 0, {} on the others."""
-        mine = torch.cat(self.rows)
-        self.rows = []
         if distributed.get_rank() > 0:
-            torch.distributed.send(mine.to(distributed.device()), dst=0)
+            torch.distributed.send(self.rows.to(distributed.device()), dst=0)
             return {}
-        features = torch.empty([sum(self.shares), mine.shape[1]])
-        features[:len(mine)] = mine
-        start = len(mine)
         for rank, count in list(enumerate(self.shares))[1:]:
-            part = torch.empty([count, mine.shape[1]], device=distributed.device())
+            part = torch.empty([count, self.rows.shape[1]], device=distributed.device())
             torch.distributed.recv(part, src=rank)
-            features[start:start + count] = part.cpu()
-            start += count
-        return {'features': features.numpy()}
+            self.rows[self.filled:self.filled + count] = part.cpu()
+            self.filled += count
+        return {'features': self.rows.numpy()}
 
 
 class SplitProbabilities:

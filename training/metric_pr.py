@@ -1,9 +1,11 @@
 """Precision and recall by k-nearest-neighbour manifolds (Kynkäänniemi et al. 2019)."""
 
-import numpy as np
+import torch
+
+from torch_utils import distributed
 
 NEIGHBOURS = 3
-BLOCK = 2048  # rows at a time: two float64 blocks of 2,048 features and one of distances are 96 MiB
+BLOCK = 2048  # rows at a time: two float64 blocks of 2,048 features and a few of distances are 200 MiB
 
 
 def squared_distances(x, y):
@@ -12,52 +14,55 @@ def squared_distances(x, y):
     By |x|² + |y|² − 2·x·y, whose rounding leaves about 1e-15·(|x|² + |y|²) for equal rows: anything
     below 1e-12 of it counts as zero, so that copies have the distance 0.
     """
-    norms = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)
-    d2 = norms - 2 * (x @ y.T)
-    return np.where(d2 > 1e-12 * norms, d2, 0)
+    norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
+    d2 = torch.addmm(norms, x, y.T, alpha=-2)
+    return d2.masked_fill_(d2 <= 1e-12 * norms, 0)
 
 
-def blocks(x, size=BLOCK):
+def blocks(x, size, device):
     """(slice, float64 copy) of consecutive rows: only one block at a time is held in double precision."""
     for start in range(0, len(x), size):
         rows = slice(start, min(start + size, len(x)))
-        yield rows, x[rows].astype(np.float64)
+        yield rows, x[rows].to(device, torch.float64)
 
 
-def squared_radii(x, k=NEIGHBOURS, block=BLOCK):
-    """Squared distance of every row of x to its k-th nearest other row: [N]."""
-    radii = np.empty(len(x))
-    for rows, a in blocks(x, block):
-        nearest = np.full([len(a), k], np.inf)
-        for columns, b in blocks(x, block):
+def squared_radii(x, k=NEIGHBOURS, block=BLOCK, device='cpu'):
+    """Squared distance of every row of x [N, D] to its k-th nearest other row: float64 [N]."""
+    radii = torch.empty(len(x), dtype=torch.float64, device=device)
+    for rows, a in blocks(x, block, device):
+        nearest = torch.full([len(a), k], torch.inf, dtype=torch.float64, device=device)
+        for columns, b in blocks(x, block, device):
             d2 = squared_distances(a, b)
             if rows == columns:
-                np.fill_diagonal(d2, np.inf)
-            nearest = np.partition(np.concatenate([nearest, d2], axis=1), k - 1, axis=1)[:, :k]
-        radii[rows] = nearest.max(axis=1)
+                d2.fill_diagonal_(torch.inf)
+            nearest = torch.cat([nearest, d2], dim=1).topk(k, dim=1, largest=False).values
+        radii[rows] = nearest.amax(dim=1)
     return radii
 
 
-def coverage(points, centres, radii2, block=BLOCK):
-    """Fraction of `points` that lie in at least one ball: centre `centres[j]`, squared radius `radii2[j]`."""
-    inside = np.zeros(len(points), dtype=bool)
-    for rows, a in blocks(points, block):
-        for columns, b in blocks(centres, block):
-            inside[rows] |= (squared_distances(a, b) <= radii2[columns]).any(axis=1)
-    return float(inside.mean())
+def precision_recall(generated, real, k=NEIGHBOURS, block=BLOCK, device='cpu'):
+    """(precision, recall): the fraction of each set that lies in a ball around a member of the other set.
 
-
-def precision_recall(generated, real, k=NEIGHBOURS, block=BLOCK):
-    """(precision, recall): how much of each set lies on the other's manifold.
+    A member's ball reaches to its k-th nearest neighbour in its own set. Blocked, so memory grows with
+    the features alone; float64 on `device`.
 
     Args:
-        generated, real: Features [N, D], [M, D], more than k rows each.
+        generated, real: Features [N, D], [M, D], tensors with more than k rows each.
     """
-    return (coverage(generated, real, squared_radii(real, k, block), block),
-            coverage(real, generated, squared_radii(generated, k, block), block))
+    radii_generated = squared_radii(generated, k, block, device)
+    radii_real = squared_radii(real, k, block, device)
+    precise = torch.zeros(len(generated), dtype=torch.bool, device=device)
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=device)
+    for rows, a in blocks(generated, block, device):
+        for columns, b in blocks(real, block, device):
+            d2 = squared_distances(a, b)
+            precise[rows] |= (d2 <= radii_real[columns]).any(dim=1)
+            recalled[columns] |= (d2 <= radii_generated[rows, None]).any(dim=0)
+    return precise.double().mean().item(), recalled.double().mean().item()
 
 
 def score_pr(stats, ref, seed=0):
     """{'precision': …, 'recall': …} of two statistics with `features`."""
-    precision, recall = precision_recall(stats['features'], ref['features'])
+    precision, recall = precision_recall(*(torch.from_numpy(s['features']) for s in (stats, ref)),
+                                         device=distributed.device())
     return {'precision': precision, 'recall': recall}

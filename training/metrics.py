@@ -162,9 +162,16 @@ def label(name, detector):
 
 # ---- Statistics as files.
 
+def check_destination(path):
+    """Raise UserError where `save_statistics` could not write, before the slow part of the work."""
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder; give the name of an .npz file to write')
+    make_dirs(os.path.dirname(os.path.abspath(path)))
+
+
 def save_statistics(path, stats):
     """Write statistics as .npz, atomically; EDM reads mu and sigma of it."""
-    make_dirs(os.path.dirname(os.path.abspath(path)))
+    check_destination(path)
     with atomic_write(path) as f:
         np.savez(f, **stats)
 
@@ -196,9 +203,9 @@ def load_reference(path_or_url, metrics, detector):
 
 
 def _read_npz(path, names):
+    if not zipfile.is_zipfile(path):  # np.load would return a single array for an .npy file
+        raise ValueError('no .npz')
     with np.load(path, allow_pickle=False) as z:
-        if not isinstance(z, np.lib.npyio.NpzFile):
-            raise ValueError('a single array')
         return {name: z[name] for name in names if name in z.files}
 
 

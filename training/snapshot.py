@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from dnnlib import UserError
 from dnnlib.download import local_path
 from dnnlib.files import atomic_write
-from training.edm_pickle import load_edm_pickle
+from training.edm_pickle import load_edm_pickle, shown
 from training.state import parse_kimg
 
 SNAPSHOT_FORMAT = 1
@@ -136,7 +136,7 @@ def _check_header(text, path):
 def _read_edm_pickle(path):
     content = load_edm_pickle(path)
     if content['class_name'] not in EDM_SYSTEMS:
-        raise UserError(f"{path} holds a network of the class {content['class_name'][:80]}; "
+        raise UserError(f"{path} holds a network of the class {shown(content['class_name'])}; "
                         f"EDM snapshots of {', '.join(EDM_SYSTEMS)} can be read")
     kimg = None
     with contextlib.suppress(UserError):  # published networks carry other names
@@ -162,8 +162,8 @@ def build_network(snapshot, systems, device='cpu', **overrides):
         UserError: unknown system; arguments that its network does not accept; tensors that do not fit it.
     """
     if snapshot.system not in systems:
-        raise UserError(f"{snapshot.path} is of the system '{snapshot.system[:80]}', which this version does not know; "
-                        f"it knows {', '.join(systems)}")
+        raise UserError(f"{snapshot.path} is of the system '{shown(snapshot.system)}', which this version does not "
+                        f"know; it knows {', '.join(systems)}")
     network_class = systems[snapshot.system].network_class
     kwargs = {**snapshot.network_kwargs, **overrides}
     with torch.device('meta'), _Bounded(snapshot.state_dict):
@@ -180,7 +180,7 @@ def _construct(network_class, kwargs, path):
     try:
         return network_class(**kwargs)
     except Exception as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        reason = shown((str(e).splitlines() or [type(e).__name__])[0], 200)
         raise UserError(f'the network arguments in {path} do not suit {network_class.__name__} ({reason}); '
                         'use another snapshot, or the version that wrote this one') from e
 
@@ -223,8 +223,8 @@ def _check_tensors(snapshot, net):
     for problem, names in problems.items():
         if names:
             others = f' and {len(names) - 1} more' if len(names) > 1 else ''
-            raise UserError(f'{snapshot.path} {problem} {names[0][:200]}{others}: its weights are not those of the '
-                            f'{type(net).__name__} that it describes; use another snapshot')
+            raise UserError(f'{snapshot.path} {problem} {shown(names[0], 200)}{others}: its weights are not those of '
+                            f'the {type(net).__name__} that it describes; use another snapshot')
 
 
 def copy_matching_tensors(src_state, dst_module):

@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write
-from training.edm_pickle import TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id
+from training.edm_pickle import TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id, shown
 
 STATE_FORMAT = 1
 STATE_NAME = 'training-state-{:06d}.pt'
@@ -102,7 +102,7 @@ def load_state(path):
     except Exception as e:  # zipfile and torch have many ways to stumble over a damaged file
         raise UserError(f'{path} is not a training state, or it is damaged or cut off; {_remedy()}') from e
     if damaged is not None:
-        raise UserError(f'{path} is damaged: the checksum of its part {damaged[:80]} is wrong; {_remedy()}')
+        raise UserError(f'{path} is damaged: the checksum of its part {shown(damaged)} is wrong; {_remedy()}')
     return _unwrap(content, path)
 
 

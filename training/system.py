@@ -14,6 +14,7 @@ from training.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from training.samplers import ablation_sampler, edm_sampler
 
 COMMON_SAMPLE_OPTIONS = ('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise')
+FLAG_NAMES = {'num_steps': 'steps', 'discretization': 'disc'}  # where EDM's flag and keyword differ
 ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
 
 
@@ -38,7 +39,7 @@ class Option:
     @property
     def flag(self):
         """As typed on the command line."""
-        return '--' + self.name.replace('_', '-')
+        return flag_of(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class System:
         options = {option.name: option for option in self.train_options}
         for name in given:
             if name not in options:
-                raise UserError(f"--{name.replace('_', '-')} is not an option of --precond={self.name}; "
+                raise UserError(f'{flag_of(name)} is not an option of --precond={self.name}; '
                                 'leave it out or choose the system that has it')
         return {name: given.get(name, option.default) for name, option in options.items()}
 
@@ -94,7 +95,8 @@ class System:
         known = (*self.sample_options, *(option.name for option in self.own_sample_options))
         for name in options:
             if name not in known:
-                raise UserError(f"'{name}' is not an option of the {self.title} sampler; it takes {', '.join(known)}")
+                raise UserError(f'{flag_of(name)} is not an option of the {self.title} sampler; it takes '
+                                f"{', '.join(map(flag_of, known))}")
         return functools.partial(self.sampler(net, **options), net)
 
 
@@ -117,6 +119,12 @@ EDM_SYSTEMS = (
                 trainable=False),
     _edm_system('edm', 'EDM', 'Karras et al. 2022', EDMPrecond, EDMLoss),
 )
+
+
+def flag_of(name):
+    """generate.py's flag for a sampler's keyword; EDM's own keep their underscores."""
+    edm = (*COMMON_SAMPLE_OPTIONS, *ABLATION_OPTIONS)
+    return '--' + (FLAG_NAMES.get(name, name) if name in edm else name.replace('_', '-'))
 
 
 def own_options(systems, attribute):

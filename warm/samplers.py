@@ -162,7 +162,7 @@ def make_denoiser(net, class_labels=None):
 
 def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=18, sigma_min=0.002,
                  sigma_max=80, rho=7, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1, solver='heun', path=None,
-                 eta=0, callback=None):
+                 eta=0):
     """Draw images by running a network from noise to data along a path.
 
     Args:
@@ -175,7 +175,6 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         solver: A name in SOLVERS.
         path: α for each β (warm.path); by default the network's own.
         eta: 0 deterministic … 1 ancestral: σ_t = η·β′·√(1 − β′²/β²) in Eq. 4; for solver euler.
-        callback: Called as callback(step, level, x, D, R) at each step's first evaluation.
 
     Returns:
         float64 images [B, C, N, N], nominally in [−1, 1].
@@ -200,8 +199,6 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         if raised[i] > beta:
             x, here = add_churn(x, here, level(raised[i]), z, S_noise), level(raised[i])
         D, R = denoise(x, here)
-        if callback is not None:
-            callback(i, here, x, D, R)
         if eta > 0 and not memory.is_last:
             sigma = eta * there.beta * math.sqrt(1 - (there.beta / here.beta) ** 2)
             x = transition(x, D, R, here, there, sigma, z)

@@ -5,7 +5,7 @@ import functools
 
 from dnnlib import UserError
 from training.samplers import edm_sigma_steps
-from training.system import COMMON_SAMPLE_OPTIONS, EDM_SYSTEMS, Option, System
+from training.system import COMMON_SAMPLE_OPTIONS, EDM_SYSTEMS, Option, System, flag_of
 from warm.loss import WarmLoss
 from warm.path import PATHS, parse_path
 from warm.precond import WarmPrecond
@@ -38,7 +38,7 @@ def with_multistep(system):
             return system.sampler(net, **options)
         for name in options:
             if name not in (*COMMON_SAMPLE_OPTIONS, 'solver'):
-                raise UserError(f"--solver=dpmpp2m has no '{name}'; leave it out or choose euler or heun")
+                raise UserError(f'--solver=dpmpp2m has no {flag_of(name)}; leave it out or choose euler or heun')
         full = {**SAMPLER_DEFAULTS, **options}
         check_options(*(full[name] for name in ('num_steps', 'S_churn', 'S_noise', 'solver', 'eta')))
         return functools.partial(warm_sampler, **options)

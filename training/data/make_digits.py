@@ -10,7 +10,7 @@ import PIL.Image
 import sklearn.datasets
 
 from training.dataset import EMBEDDED
-from training.dataset_convert import open_dest
+from training.dataset_convert import image_name, open_dest
 from training.image_codec import encode_png
 
 
@@ -20,7 +20,7 @@ def main(dest=EMBEDDED):
     labels = []
     with open_dest(dest, compress=True) as add:
         for i, (values, label) in enumerate(zip(digits.images, digits.target)):
-            name = '{0:.5}/img{0}.png'.format(f'{i:08d}')
+            name = image_name(i)
             image = PIL.Image.fromarray(np.rint(values * 255 / 16).astype(np.uint8))
             add(name, encode_png(image, compress_level=9, optimize=True))
             labels.append([name, int(label)])

@@ -1,0 +1,503 @@
+"""dataset_tool.py: every source, both destinations, and that nothing half-made is left."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+
+import numpy as np
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+
+import dataset_tool
+from dnnlib import UserError, download
+from training import dataset_sources
+from training.dataset import ImageFolderDataset
+from training.dataset_convert import TRANSFORMS, convert, open_dest
+from training.dataset_sources import open_source
+
+
+def pixels(seed, w=8, h=8, channels=3):
+    shape = [h, w, 3] if channels == 3 else [h, w]
+    return np.random.RandomState(seed).randint(256, size=shape, dtype=np.uint8)
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.fromarray(array).save(path, **options)
+    return path
+
+
+def tool(*args, ok=True):
+    """Run the command in this process; its output, which has one line more than none."""
+    result = CliRunner().invoke(dataset_tool.main, [str(a) for a in args])
+    assert result.exit_code == (0 if ok else 1), result.output
+    assert result.output.count('\n') == 1, result.output
+    return result.output
+
+
+def run(source, dest, *args):
+    """Convert in one process and read the dataset back."""
+    tool(f'--source={source}', f'--dest={dest}', '--workers=1', *args)
+    return ImageFolderDataset(dest)
+
+
+def fails(source, dest, *args, words=()):
+    """The command ends with one sentence holding these words, and the destination is not there."""
+    output = tool(f'--source={source}', f'--dest={dest}', '--workers=1', *args, ok=False)
+    assert output.startswith('Error: ')
+    for word in words:
+        assert word in output, output
+    assert not os.path.exists(dest)
+    assert not [p for p in os.listdir(os.path.dirname(dest) or '.') if p.startswith('.tmp-')]
+
+
+def labels_of(dest):
+    if str(dest).endswith('.zip'):
+        with zipfile.ZipFile(dest) as z:
+            content = json.loads(z.read('dataset.json'))
+    else:
+        content = json.loads((dest / 'dataset.json').read_text())
+    assert list(content) == ['labels']
+    return content['labels']
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six images in three classes."""
+    for i in range(6):
+        save(tmp_path / 'src' / 'cab'[i % 3] / f'{i}.png', pixels(i))
+    return tmp_path / 'src'
+
+
+ORDER = [1, 4, 2, 5, 0, 3]  # of the six images above, sorted by name
+
+
+# Layout of the output
+
+
+@pytest.mark.parametrize('dest', ['out', 'out.zip', 'deep/er/out.ZIP'])
+def test_layout_and_labels_by_folder(folder, tmp_path, dest):
+    ds = run(folder, tmp_path / dest)
+    for k, i in enumerate(ORDER):
+        np.testing.assert_array_equal(ds[k][0], pixels(i).transpose(2, 0, 1))
+    names = [f'00000/img{k:08d}.png' for k in range(6)]
+    if dest == 'out':
+        assert labels_of(tmp_path / dest) == [[n, k // 2] for k, n in enumerate(names)]
+    else:
+        with zipfile.ZipFile(tmp_path / dest) as z:
+            assert z.namelist() == [*names, 'dataset.json']
+            assert json.loads(z.read('dataset.json'))['labels'] == [[n, k // 2] for k, n in enumerate(names)]
+            for info in z.infolist():
+                assert info.compress_type == zipfile.ZIP_STORED and info.external_attr >> 16 == 0o644
+                assert info.date_time == (1980, 1, 1, 0, 0, 0)
+            png = z.read(names[0])
+            assert len(png) > 8 * (8 * 3 + 1)  # stored, not compressed
+            assert PIL.Image.open(io.BytesIO(png)).mode == 'RGB'
+
+
+def test_names_after_a_thousand(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'in.zip', 'w') as z:
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(pixels(0, 1, 1, 1)).save(buffer, 'PNG')
+        for i in range(1002):
+            z.writestr(f'{i}.png', buffer.getvalue())
+    run(tmp_path / 'in.zip', tmp_path / 'out')
+    assert (tmp_path / 'out' / '00000' / 'img00000999.png').is_file()
+    assert sorted(os.listdir(tmp_path / 'out' / '00001')) == ['img00001000.png', 'img00001001.png']
+    assert labels_of(tmp_path / 'out') is None
+    # Its folders are no classes: the set says of itself that it has none.
+    run(tmp_path / 'out', tmp_path / 'again.zip')
+    assert labels_of(tmp_path / 'again.zip') is None
+
+
+def test_source_labels_come_first(folder, tmp_path):
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob('*.png'))
+    (folder / 'dataset.json').write_text(json.dumps({'labels': [[n, [k, 0.5]] for k, n in enumerate(names)]}))
+    run(folder, tmp_path / 'out.zip', '--max-images=4')
+    assert [v for _, v in labels_of(tmp_path / 'out.zip')] == [[k, 0.5] for k in range(4)]
+    run(tmp_path / 'out.zip', tmp_path / 'again.zip')
+    assert (tmp_path / 'again.zip').read_bytes() == (tmp_path / 'out.zip').read_bytes()
+
+
+def test_one_folder_is_no_class(tmp_path):
+    save(tmp_path / 'src' / 'only' / 'a.png', pixels(0))
+    assert 'no labels' in tool(f'--source={tmp_path}/src', f'--dest={tmp_path}/out.zip', '--workers=1')
+    assert labels_of(tmp_path / 'out.zip') is None
+
+
+def test_workers_do_not_change_a_byte(tmp_path):
+    for i in range(150):
+        save(tmp_path / 'src' / f'{i % 2}' / f'{i}.jpg', pixels(i, 20, 16))
+    source = open_source(tmp_path / 'src')
+    for workers in (1, 2):
+        convert(source, tmp_path / f'{workers}.zip', 'center-crop', (16, 16), workers=workers)
+    assert (tmp_path / '1.zip').read_bytes() == (tmp_path / '2.zip').read_bytes()
+    (tmp_path / 'src' / '1' / '41.jpg').write_bytes(b'damaged')
+    save(tmp_path / 'src' / '0' / '80.jpg', pixels(0, 32, 32))
+    messages = []
+    for workers in (1, 2):
+        with pytest.raises(UserError) as e:
+            convert(source, tmp_path / 'bad.zip', workers=workers)
+        messages.append(e.value.message)
+    assert messages[0] == messages[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['1.zip', '2.zip', 'src']
+
+
+def test_worker_that_dies(tmp_path):
+    source = dataset_sources.Source('src', [3] * 200, os._exit)
+    with pytest.raises(UserError, match='--workers=1'):
+        convert(source, tmp_path / 'out.zip', workers=2)
+    assert os.listdir(tmp_path) == []
+
+
+# Transforms
+
+
+def test_resize_is_lanczos_of_the_whole_image(tmp_path):
+    save(tmp_path / 'src' / 'a.png', pixels(0, 20, 12))
+    ds = run(tmp_path / 'src', tmp_path / 'out', '--resolution=16x16')
+    expected = PIL.Image.fromarray(pixels(0, 20, 12)).resize((16, 16), PIL.Image.LANCZOS)
+    np.testing.assert_array_equal(ds[0][0], np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_center_crop(tmp_path):
+    save(tmp_path / 'src' / 'a.png', pixels(0, 20, 12))
+    save(tmp_path / 'src' / 'b.png', pixels(1, 8, 9))
+    save(tmp_path / 'src' / 'c.png', pixels(2, 8, 8, 1))
+    ds = run(tmp_path / 'src', tmp_path / 'out', '--resolution=8x8', '--transform=center-crop')
+    expected = PIL.Image.fromarray(pixels(0, 20, 12)[:, 4:16]).resize((8, 8), PIL.Image.LANCZOS)
+    np.testing.assert_array_equal(ds[0][0], np.asarray(expected).transpose(2, 0, 1))
+    np.testing.assert_array_equal(ds[1][0], pixels(1, 8, 9)[:8].transpose(2, 0, 1))
+    np.testing.assert_array_equal(ds[2][0], np.repeat(pixels(2, 8, 8, 1)[None], 3, 0))
+
+
+def test_center_crop_wide(tmp_path):
+    save(tmp_path / 'src' / 'a.png', pixels(0, 8, 7))      # cut to 8×4, no resizing
+    save(tmp_path / 'src' / 'b.png', pixels(1, 6, 8))      # too narrow
+    save(tmp_path / 'src' / 'c.png', pixels(2, 16, 7))     # too wide for 2:1
+    save(tmp_path / 'src' / 'd.png', pixels(3, 16, 10))    # cut to 16×8, halved
+    save(tmp_path / 'src' / 'e.png', pixels(4, 8, 4, 1))   # grey, fits as it is
+    args = '--resolution=8x4', '--transform=center-crop-wide'
+    ds = run(tmp_path / 'src', tmp_path / 'out', *args)
+    assert len(ds) == 3 and ds.image_shape == [3, 8, 8]
+    expected = np.zeros([3, 3, 8, 8], np.uint8)
+    expected[0, :, 2:6] = pixels(0, 8, 7)[1:5].transpose(2, 0, 1)
+    halved = PIL.Image.fromarray(pixels(3, 16, 10)[1:9]).resize((8, 4), PIL.Image.LANCZOS)
+    expected[1, :, 2:6] = np.asarray(halved).transpose(2, 0, 1)
+    expected[2, :, 2:6] = pixels(4, 8, 4, 1)
+    np.testing.assert_array_equal([ds[i][0] for i in range(3)], expected)
+    assert '2 too small and left out' in tool(f'--source={tmp_path}/src', f'--dest={tmp_path}/o.zip', *args,
+                                              '--workers=1')
+    fails(tmp_path / 'src', tmp_path / 'x.zip', '--resolution=64x32', args[1], words=['none of the 5', 'smaller'])
+
+
+def test_kinds_of_pixels(tmp_path):
+    src = tmp_path / 'src'
+    grey = pixels(0, channels=1)
+    save(src / 'a.png', grey)
+    save(src / 'b.png', np.dstack([grey, np.full_like(grey, 255)]))  # LA, opaque
+    save(src / 'c.png', np.dstack([grey, np.zeros_like(grey)]))      # LA, transparent
+    save(src / 'd.png', grey.astype(np.uint16) * 257)
+    ds = run(src, tmp_path / 'out')
+    for i, expected in enumerate([grey, grey, np.full_like(grey, 255), grey]):
+        np.testing.assert_array_equal(ds[i][0][0], expected)
+    rgb = pixels(1)
+    alpha = np.zeros([8, 8], np.uint8)
+    alpha[:4] = 255
+    save(tmp_path / 'rgb' / 'a.png', np.dstack([rgb, alpha]))
+    PIL.Image.fromarray(rgb).quantize(8).save(tmp_path / 'rgb' / 'b.png')
+    PIL.Image.fromarray(rgb).convert('CMYK').save(tmp_path / 'rgb' / 'c.jpg')
+    ds = run(tmp_path / 'rgb', tmp_path / 'out2')
+    assert len(ds) == 3 and ds.num_channels == 3
+    rgb[4:] = 255
+    np.testing.assert_array_equal(ds[0][0], rgb.transpose(2, 0, 1))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize('arrays, words', [
+    ([pixels(0, 8, 4)], ['b0.png', '8x4', 'not square', '--transform=center-crop']),
+    ([pixels(0, 12, 12)], ['b0.png', '12x12', 'power of two', '--resolution']),
+    ([pixels(0), pixels(1, 16, 16)], ['b0.png', 'b1.png', '16x16', '--resolution']),
+    ([pixels(0), pixels(1, channels=1)], ['b0.png', 'b1.png', 'channel', '--transform']),
+])
+def test_images_that_do_not_fit(tmp_path, arrays, words):
+    for i, array in enumerate(arrays):
+        save(tmp_path / 'src' / f'b{i}.png', array)
+    fails(tmp_path / 'src', tmp_path / 'out.zip', words=words)
+    fails(tmp_path / 'src', tmp_path / 'out', words=words)
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--resolution=64'], ['WxH']),
+    (['--resolution=axb'], ['WxH']),
+    (['--resolution=0x0'], ['power of two']),
+    (['--resolution=24x24'], ['power of two']),
+    (['--resolution=32x16'], ['square']),
+    (['--resolution=32x16', '--transform=center-crop'], ['square']),
+    (['--resolution=16x32', '--transform=center-crop-wide'], ['width']),
+    *[([f'--transform={name}'], ['--resolution']) for name in TRANSFORMS],
+])
+def test_bad_options(folder, tmp_path, args, words):
+    fails(folder, tmp_path / 'out.zip', *args, words=words)
+
+
+def test_bad_sources(tmp_path):
+    fails(tmp_path / 'none', tmp_path / 'out', words=['none', '--source'])
+    (tmp_path / 'a.tar').write_bytes(b'')
+    fails(tmp_path / 'a.tar', tmp_path / 'out', words=['a.tar', 'cifar-10-python.tar.gz', 'zip'])
+    (tmp_path / 'b.zip').write_bytes(b'PK')
+    fails(tmp_path / 'b.zip', tmp_path / 'out', words=['b.zip', 'not a readable zip'])
+    (tmp_path / 'empty').mkdir()
+    fails(tmp_path / 'empty', tmp_path / 'out', words=['no images'])
+
+
+def test_images_beside_class_folders(folder, tmp_path):
+    save(folder / 'stray.png', pixels(0))
+    fails(folder, tmp_path / 'out', words=['stray.png', 'dataset.json'])
+
+
+def test_partly_labelled_source(folder, tmp_path):
+    (folder / 'dataset.json').write_text('{"labels": [["a/1.png", 0]]}')
+    fails(folder, tmp_path / 'out', words=['a/4.png', 'dataset.json'])
+
+
+def test_destination_in_the_way(folder, tmp_path):
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'x').write_bytes(b'x')
+    (tmp_path / 'file').write_bytes(b'x')
+    (tmp_path / 'dir.zip').mkdir()
+    for dest, word in (('full', 'not empty'), ('file', 'is a file'), ('dir.zip', 'is a folder'),
+                       ('file/out', 'could not create')):
+        assert word in tool(f'--source={folder}', f'--dest={tmp_path / dest}', '--workers=1', ok=False)
+    assert os.listdir(tmp_path / 'full') == ['x'] and (tmp_path / 'file').read_bytes() == b'x'
+    (tmp_path / 'empty').mkdir()
+    assert len(run(folder, tmp_path / 'empty')) == 6
+
+
+def test_old_zip_survives_a_failure(folder, tmp_path):
+    dest = tmp_path / 'out.zip'
+    run(folder, dest)
+    old = dest.read_bytes()
+    (folder / 'a' / '7.png').write_bytes(b'damaged')
+    assert '7.png' in tool(f'--source={folder}', f'--dest={dest}', '--workers=1', ok=False)
+    assert dest.read_bytes() == old
+
+
+@pytest.mark.parametrize('dest', ['out', 'out.zip'])
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(28, 'No space left on device')])
+def test_interrupted_writing_leaves_nothing(tmp_path, dest, error):
+    with pytest.raises(UserError if isinstance(error, OSError) else error), open_dest(tmp_path / dest) as add:
+        add('a.png', b'x')
+        raise error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='Unix signals')
+@pytest.mark.parametrize('end', [signal.SIGINT, signal.SIGTERM])
+def test_signal_leaves_nothing(tmp_path, root, end):
+    for i in range(50):
+        save(tmp_path / 'src' / f'{i}.bmp', pixels(i, 1024, 1024))
+    process = subprocess.Popen([sys.executable, root / 'dataset_tool.py', f'--source={tmp_path}/src', '--workers=2',
+                                f'--dest={tmp_path}/out.zip'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(1000):
+        if list(tmp_path.glob('.tmp-*')):
+            break
+        time.sleep(0.01)
+    process.send_signal(end)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert os.listdir(tmp_path) == ['src']
+
+
+# Other sources
+
+
+def python2_pickle(images, labels):
+    """A CIFAR-10 batch as Python 2 wrote it: byte strings and a NumPy array, protocol 2."""
+    def text(s):
+        return b'U' + bytes([len(s)]) + s
+
+    def binary(b):
+        return b'T' + struct.pack('<i', len(b)) + b
+    dtype = b'cnumpy\ndtype\n(' + text(b'u1') + b'K\x00K\x01tR(K\x03' + text(b'|') + b'NNNJ\xff\xff\xff\xff' \
+        + b'J\xff\xff\xff\xffK\x00tb'
+    array = b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00t' + text(b'b') + b'tR(K\x01(' \
+        + b'M' + struct.pack('<H', len(images)) + b'M\x00\x0ct' + dtype + b'\x89' + binary(images.tobytes()) + b'tb'
+    entries = [(b'data', array), (b'labels', b'](' + b''.join(b'K' + bytes([v]) for v in labels) + b'e'),
+               (b'batch_label', text(b'training batch 1 of 5'))]
+    return b'\x80\x02}(' + b''.join(text(k) + v for k, v in entries) + b'u.'
+
+
+def cifar_tar(path, batches):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w:gz') as tar:
+        for name, data in batches.items():
+            info = tarfile.TarInfo(f'cifar-10-batches-py/{name}')
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def cifar_batches(dump=python2_pickle):
+    rnd = np.random.RandomState(0)
+    images = rnd.randint(256, size=[5, 3, 3072], dtype=np.uint8)
+    labels = rnd.randint(10, size=[5, 3]).tolist()
+    files = {f'data_batch_{i + 1}': dump(images[i], labels[i]) for i in range(5)}
+    return images.reshape(15, 3, 32, 32), sum(labels, []), {**files, 'test_batch': b'not read', 'readme.html': b''}
+
+
+def test_hand_made_batch_is_what_python_reads():
+    images = np.arange(2 * 3072).astype(np.uint8).reshape(2, 3072)
+    batch = pickle.loads(python2_pickle(images, [3, 4]), encoding='bytes')
+    np.testing.assert_array_equal(batch[b'data'], images)
+    assert batch[b'labels'] == [3, 4]
+
+
+@pytest.mark.parametrize('dump', [
+    python2_pickle,
+    *[lambda d, v, p=p: pickle.dumps({b'data': d, b'labels': v}, protocol=p) for p in (2, 4)],
+    lambda d, v: pickle.dumps({'data': d, 'labels': v}, protocol=4),
+], ids=['python2', 'protocol2', 'protocol4', 'text keys'])
+def test_cifar10(tmp_path, dump):
+    images, labels, files = cifar_batches(dump)
+    path = cifar_tar(tmp_path / 'cifar-10-python.tar.gz', dict(reversed(files.items())))
+    ds = run(path, tmp_path / 'out.zip')
+    np.testing.assert_array_equal([ds[i][0] for i in range(15)], images)
+    assert [v for _, v in labels_of(tmp_path / 'out.zip')] == labels
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('evil',)
+
+
+@pytest.mark.parametrize('bad, words', [
+    (pickle.dumps(Evil()), ['data_batch_2', 'posix.mkdir']),
+    (pickle.dumps({'data': Evil(), 'labels': []}), ['data_batch_2', 'posix.mkdir']),
+    (b'cos\nsystem\n(Vecho\ntR.', ['os.system']),
+    (pickle.dumps({'data': 3, 'labels': []}), ['not a batch']),
+    (pickle.dumps({'data': np.zeros([1, 3072], np.uint8), 'labels': [0, 1]}, protocol=4), ['do not fit']),
+    (pickle.dumps({'data': np.zeros([1, 3072], np.uint8), 'labels': [10]}, protocol=4), ['do not fit']),
+    (pickle.dumps({'data': np.zeros([8, 3072], np.uint8, order='F'), 'labels': [0] * 8}, protocol=4), ['column']),
+    (b'', ['not a batch']),
+    (None, ['lacks', 'data_batch_2']),
+])
+@pytest.mark.skipif(sys.platform == 'win32', reason='names of functions in os')
+def test_cifar10_damaged_or_hostile(tmp_path, monkeypatch, bad, words):
+    monkeypatch.chdir(tmp_path)
+    _, _, files = cifar_batches()
+    files['data_batch_2'] = bad
+    path = cifar_tar(tmp_path / 'cifar-10-python.tar.gz', {k: v for k, v in files.items() if v is not None})
+    fails(path, tmp_path / 'out', words=[*words, 'cifar-10-python.tar.gz', 'again from https'])
+    assert not os.path.exists('evil')
+
+
+def test_cifar10_cut_off_or_oversized(tmp_path, monkeypatch):
+    path = cifar_tar(tmp_path / 'cifar-10-python.tar.gz', cifar_batches()[2])
+    with monkeypatch.context() as m:
+        m.setattr(dataset_sources, 'MAX_BATCH_BYTES', 1000)
+        fails(path, tmp_path / 'out', words=['data_batch_1', 'larger than'])
+    path.write_bytes(path.read_bytes()[:20_000])
+    fails(path, tmp_path / 'out', words=['not a readable tar.gz'])
+
+
+def test_cifar10_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
+    url = 'http://127.0.0.1:9/cifar-10-python.tar.gz'  # nobody listens there
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setattr(dataset_sources, 'CIFAR10_URL', url)
+    cached = download.cached_path(url)
+    fails('cifar10', tmp_path / 'out.zip', words=[url, 'save it as', str(cached)])
+    cifar_tar(cached, cifar_batches()[2])
+    fails('cifar10', tmp_path / 'out.zip', words=[str(cached), 'sha256'])
+    for name in ('sha256', 'md5'):
+        monkeypatch.setattr(dataset_sources, f'CIFAR10_{name.upper()}',
+                            hashlib.new(name, cached.read_bytes()).hexdigest())
+    assert len(run('cifar10', tmp_path / 'out.zip')) == 15
+
+
+def idx(array):
+    return gzip.compress(struct.pack(f'>{1 + array.ndim}I', 0x800 + array.ndim, *array.shape) + array.tobytes())
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    images = np.random.RandomState(0).randint(256, size=[7, 28, 28], dtype=np.uint8)
+    labels = np.array([5, 0, 4, 1, 9, 2, 1], np.uint8)
+    (tmp_path / 'train-images-idx3-ubyte.gz').write_bytes(idx(images))
+    (tmp_path / 'train-labels-idx1-ubyte.gz').write_bytes(idx(labels))
+    return tmp_path / 'train-images-idx3-ubyte.gz', images, labels
+
+
+def test_mnist(mnist, tmp_path):
+    path, images, labels = mnist
+    ds = run(path, tmp_path / 'out.zip')
+    assert ds.image_shape == [1, 32, 32]
+    for i in range(7):
+        np.testing.assert_array_equal(ds[i][0][0], np.pad(images[i], 2))
+    assert [v for _, v in labels_of(tmp_path / 'out.zip')] == labels.tolist()
+
+
+def test_mnist_damaged(mnist, tmp_path):
+    path, images, labels = mnist
+    labels_path = tmp_path / 'train-labels-idx1-ubyte.gz'
+    for bad, word in ((idx(labels[:5]), '5 labels'), (b'x', 'train-labels'), (idx(images), 'header'), (None, 'beside')):
+        if bad is None:
+            labels_path.unlink()
+        else:
+            labels_path.write_bytes(bad)
+        fails(path, tmp_path / 'out', words=[word, 'download'])
+    labels_path.write_bytes(idx(labels))
+    for bad, word in ((idx(images)[:-500], 'train-images'), (idx(images[:, :20]), '28x20'), (b'', 'train-images'),
+                      (gzip.compress(gzip.decompress(idx(images))[:-10]), 'ends after'),
+                      (gzip.compress(struct.pack('>4I', 0x803, 2**32 - 1, 28, 28)), 'header')):
+        path.write_bytes(bad)
+        fails(path, tmp_path / 'out', words=[word, 'download'])
+
+
+def test_lsun(tmp_path):
+    lmdb = pytest.importorskip('lmdb')
+    path = tmp_path / 'bedroom_train_lmdb'
+    with lmdb.open(str(path), map_size=1 << 24) as env, env.begin(write=True) as txn:
+        for i, kind in enumerate(['WEBP', 'JPEG', 'WEBP']):
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(pixels(i, 24, 16)).save(buffer, kind, **({'lossless': True} if i != 1 else {}))
+            txn.put(f'key{i}'.encode(), buffer.getvalue())
+    ds = run(f'{path}/', tmp_path / 'out.zip', '--transform=center-crop', '--resolution=16x16')
+    assert len(ds) == 3 and labels_of(tmp_path / 'out.zip') is None
+    np.testing.assert_array_equal(ds[2][0], pixels(2, 24, 16)[:, 4:20].transpose(2, 0, 1))
+    with lmdb.open(str(path)) as env, env.begin(write=True) as txn:
+        txn.put(b'key3', b'damaged')
+    fails(path, tmp_path / 'bad.zip', '--transform=center-crop', '--resolution=16x16',
+          words=['key3', 'does not decode'])
+    (tmp_path / 'no_lmdb').mkdir()
+    fails(tmp_path / 'no_lmdb', tmp_path / 'bad.zip', words=['no_lmdb', 'not a readable LMDB'])
+
+
+def test_lsun_without_the_package(tmp_path, monkeypatch):
+    (tmp_path / 'x_lmdb').mkdir()
+    monkeypatch.setitem(sys.modules, 'lmdb', None)
+    fails(tmp_path / 'x_lmdb', tmp_path / 'out', words=['pip install lmdb'])
+
+
+def test_the_command_itself(folder, tmp_path, root):
+    """As a script, from another folder, with its default number of processes and no progress bar in a pipe."""
+    result = subprocess.run([sys.executable, root / 'dataset_tool.py', '--source=src', '--dest=out.zip'], cwd=tmp_path,
+                            capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, '')
+    assert result.stdout == 'out.zip: 6 images of 8x8, 3 channel(s), with labels\n'
+    assert len(ImageFolderDataset(tmp_path / 'out.zip', use_labels=True)) == 6

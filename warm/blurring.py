@@ -1,0 +1,143 @@
+"""Blurring Diffusion (Hoogeboom and Salimans, ICLR 2023): blur and white noise, ε-prediction, ancestral sampling.
+
+At time t ∈ [0, 1] the signal is a_t·d_t, d_t = (1−d_min) exp(−λτ_t) + d_min with τ = σ_B²/2, and the noise s_t
+the same in all bands (Eq. 25–27). --sigma-blur-max=0 gives d = 1: the paper's Denoising Diffusion, a DDPM with
+cosine schedule.
+
+What the paper leaves open, and our choice:
+- The text clips the log-SNR to ±10, the pseudo-code of A.1 rescales it; the code is taken. The noise then is
+  cos and sin of one angle, while the blur keeps the plain sin²(πt/2).
+- Where A.1 guards a division with δ = 1e-8 it adds δ in one coefficient and clips in the others; so do we
+  (`warm.bands.posterior`).
+- The embedding of t is not described: 1000·t goes into the U-Net's embedding, the range of DDPM's.
+- No clipping of x̂₀ (the authors have no way of it either), and the last state is returned as it is: it still
+  holds the noise s_0 = 0.0067, below one grey level.
+- Their U-Net for CIFAR-10 (256 channels at all of 32, 16, 8; 3 blocks; dropout 0.2) is nearest to
+  --arch=ddpmpp --cbase=256 --cres=1,1,1 --dropout=0.2 --batch=128 --lr=2e-4 --augment=0.
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+from dnnlib import UserError
+from training.loss import augment
+from training.precond import Precond
+from training.system import Option, System
+from warm.bands import Bands, ancestral_step, check_steps, clean_from_noise, diffuse, predict
+from warm.blur import frequencies
+
+LOGSNR_MAX = 10
+DELTA = 1e-8
+# σ_B/σ_B,max at time t (Eq. 25 and Table 4).
+BLUR_SCHEDULES = {
+    'sin2': lambda t: torch.sin(math.pi / 2 * t).square(),
+    'sin': lambda t: torch.sin(math.pi / 2 * t),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlurringProcess:
+    """The forward process.
+
+    Attributes:
+        sigma_blur_max: Blur at t = 1 in pixels.
+        blur_schedule: A name in BLUR_SCHEDULES.
+        d_min: What blur leaves of every band.
+    """
+
+    sigma_blur_max: float = 20.0
+    blur_schedule: str = 'sin2'
+    d_min: float = 0.001
+
+    def __post_init__(self):
+        if not (math.isfinite(self.sigma_blur_max) and self.sigma_blur_max >= 0):
+            raise UserError(f'--sigma-blur-max={self.sigma_blur_max} is no blur; give a number of pixels ≥ 0')
+        if self.blur_schedule not in BLUR_SCHEDULES:
+            raise UserError(f"--blur-schedule={self.blur_schedule} is not known; choose one of "
+                            f"{', '.join(BLUR_SCHEDULES)}")
+        if not 0 < self.d_min <= 1:
+            raise UserError(f'--d-min={self.d_min} must be above 0 and at most 1, since sampling divides by it')
+
+    def at(self, t, n):
+        """`Bands` of N×N images at time t, a float64 tensor ([] or [B, 1, 1, 1]) in 0…1 on their device."""
+        low = math.atan(math.exp(-LOGSNR_MAX / 2))
+        angle = low + (math.pi / 2 - 2 * low) * t  # logSNR = −2 ln tan(angle), hence a = cos and s = sin of it
+        tau = (self.sigma_blur_max * BLUR_SCHEDULES[self.blur_schedule](t)).square() / 2
+        d = (1 - self.d_min) * torch.exp(-frequencies(n, t.device) * tau) + self.d_min
+        return Bands(angle.cos().log() + d.log(), angle.sin())
+
+
+class BlurringPrecond(Precond):
+    """ε̂ = net(z_t, t): the second argument, elsewhere σ, is the time t in 0…1.
+
+    Args:
+        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
+        sigma_blur_max, blur_schedule, d_min: See `BlurringProcess`.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_blur_max=20.0,
+                 blur_schedule='sin2', d_min=0.001, model_type='SongUNet', **model_kwargs):
+        self_args = dict(sigma_blur_max=sigma_blur_max, blur_schedule=blur_schedule, d_min=d_min)
+        process = BlurringProcess(**self_args)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, self_args,
+                         sigma_min=0, sigma_max=1)
+        self.process = process
+
+    def scalings(self, sigma):
+        return 0, 1, 1, 1000 * sigma
+
+
+def blurring_loss(net, images, labels=None, augment_pipe=None):
+    """(ε̂ − ε)² without weight, t uniform (Eq. 24); `net` may be wrapped. Draws t [B, 1, 1, 1], augmentation, ε."""
+    process = getattr(net, 'module', net).process
+    t = torch.rand([len(images), 1, 1, 1], device=images.device)
+    y, augment_labels = augment(images, augment_pipe)
+    eps = torch.randn_like(y)
+    z_t = diffuse(y, eps, process.at(t.to(torch.float64), y.shape[-1]))
+    return (net(z_t, t, labels, augment_labels=augment_labels) - eps) ** 2
+
+
+def blurring_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=1000):
+    """Ancestral sampling at t = 1, 1 − 1/T, …, 1/T (Algorithm 1, Eq. 18 and 23, guards of A.1).
+
+    Args:
+        net: ε-predictor with a `process`.
+        latents: Standard normal [B, C, N, N].
+        class_labels: [B, label_dim], or None.
+        randn_like: Source of the noise, called once a step.
+        num_steps: T, also the number of network evaluations.
+
+    Returns:
+        float64 images [B, C, N, N].
+    """
+    x = latents.to(torch.float64)
+    for i in range(num_steps, 0, -1):
+        here, there = (net.process.at(x.new_full([], j / num_steps), x.shape[-1]) for j in (i, i - 1))
+        x0 = clean_from_noise(x, predict(net, x, i / num_steps, class_labels), here)
+        x = ancestral_step(x, x0, here, there, randn_like(x), DELTA)
+    return x
+
+
+def blurring_samplers(net, num_steps=1000):
+    """`blurring_sampler` with its options checked."""
+    check_steps(num_steps)
+    return functools.partial(blurring_sampler, num_steps=num_steps)
+
+
+BLURRING = System(
+    name='blurring',
+    title='Blurring Diffusion',
+    paper='Hoogeboom and Salimans 2023',
+    network_class=BlurringPrecond,
+    loss=lambda net: blurring_loss,
+    sampler=blurring_samplers,
+    sample_options=('num_steps',),
+    train_options=(
+        Option('sigma_blur_max', 20.0, 'Blur at the end, in pixels; 0 is their DDPM', type=float),
+        Option('blur_schedule', 'sin2', f"How the blur rises: {', '.join(BLUR_SCHEDULES)}"),
+        Option('d_min', 0.001, 'What blur leaves of every band', type=float),
+    ),
+)

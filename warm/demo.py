@@ -1,0 +1,165 @@
+"""The main job in miniature: train Warm and EDM on the embedded digits, generate, score, and draw the outcome.
+
+    python -m warm.demo --outdir=demo
+
+It runs the project's own commands, each printed before it starts, so that every step can be repeated by hand.
+"""
+
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import click
+import matplotlib
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from dnnlib.files import make_dirs
+from training.dataset import EMBEDDED, load_embedded
+from training.generation import generate_batch, tile, to_uint8
+from training.snapshot import build_network, read_snapshot
+from warm.systems import SYSTEMS
+from warm.trajectory import ROWS, pick, visible, watch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RUNS = {'edm': ['--precond=edm'], 'warm': ['--precond=warm', '--bnr=0.5']}
+# A network of 0.9 M parameters. The short run wants a quick learning-rate ramp and a short moving average.
+TRAINING = ['--cond=1', '--cbase=32', '--cres=1,2', '--batch=64', '--lr=2e-3', '--lr-rampup=0.005', '--ema=0.005',
+            '--dropout=0', '--augment=0', '--workers=0', '--seed=0', '--snap=0', '--dump=0', '--grid=0']
+SHOWN = 4  # rows of digits in the picture
+STEPS_SHOWN = 9
+
+
+@click.command(context_settings=dict(show_default=True))
+@click.option('--outdir', metavar='DIR', default='demo', help='Where to save everything')
+@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True), default=0.1,
+              help='Length of each training, in millions of images')
+@click.option('--num', metavar='INT', type=click.IntRange(min=20), default=1797, help='Images to generate and score')
+def main(outdir, duration, num):
+    """Train a Warm model (BNR 0.5) and an EDM baseline on the embedded digits and compare them."""
+    outdir = pathlib.Path(outdir)
+    make_dirs(outdir)
+    train(outdir, duration)
+    lines = [score(outdir, name, num) for name in RUNS]
+    draw(outdir / 'demo.png', outdir)
+    print('\n' + '\n'.join(lines))
+    print(f'\nReal digits, EDM, Warm and the reverse process: {outdir / "demo.png"}')
+
+
+def last_snapshot(outdir, name):
+    """Path of a run's newest snapshot, None without one."""
+    return max((outdir / name).glob('network-snapshot-*.safetensors'), default=None)
+
+
+def train(outdir, duration):
+    """Train both, side by side on the CPU, one after the other on a GPU; a finished run is kept."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    threads = None if torch.cuda.is_available() else str(max(cores // len(RUNS), 1))
+    running = []
+    for name, options in RUNS.items():
+        if last_snapshot(outdir, name) is not None:
+            print(f'{name} is trained already; delete {outdir / name} to train it again')
+            continue
+        # Only the last one writes to the terminal, the log.txt of each has its own lines.
+        last = name == list(RUNS)[-1]
+        running.append(start(['train.py', f'--outdir={outdir / name}', '--nosubdir', *options, *TRAINING,
+                              f'--duration={duration}', f'--tick={max(duration * 50, 0.064):g}'],
+                             stdout=None if last or not threads else subprocess.DEVNULL, threads=threads))
+        if threads is None:
+            finish([running.pop()])
+    finish(running)
+
+
+def start(command, stdout=None, threads=None):
+    """Start one of the project's commands; returns (command, process)."""
+    print('\n$ python ' + shlex.join(map(str, command)), flush=True)
+    env = {**os.environ, **({'OMP_NUM_THREADS': threads} if threads else {})}
+    return command, subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], env=env,
+                                     stdout=stdout)
+
+
+def finish(running):
+    """Wait for all; if one fails, stop the others and say which."""
+    try:
+        for command, process in running:
+            if process.wait() != 0:
+                raise UserError(f'`python {shlex.join(map(str, command))}` failed with exit code {process.returncode}; '
+                                'see the message above or the log.txt in its folder')
+    finally:
+        for _, process in running:
+            if process.poll() is None:
+                process.terminate()
+
+
+def score(outdir, name, num):
+    """Generate and score with the commands; returns the line for the comparison."""
+    snapshot = last_snapshot(outdir, name)
+    reference = outdir / 'digits-pixels.npz'
+    finish([start(['generate.py', f'--network={snapshot}', f'--outdir={outdir / name / "images"}',
+                   f'--seeds=0-{num - 1}', '--batch=256', f'--grid={outdir / name}/grid.png', '--overwrite'])])
+    if not reference.is_file():
+        finish([start(['fid.py', 'ref', f'--data={EMBEDDED}', f'--dest={reference}', '--detector=pixels'])])
+    calc = start(['fid.py', 'calc', f'--images={outdir / name / "images"}', f'--ref={reference}', '--detector=pixels',
+                  f'--num={num}'], stdout=subprocess.PIPE)
+    printed = calc[1].stdout.read().decode()
+    finish([calc])
+    print(printed, end='')
+    return f'{SYSTEMS[name].title:<5s}{printed.strip().splitlines()[-1]}   ({num} images, NFE 35)'
+
+
+def samples_by_class(net, name, rows):
+    """uint8 [rows·label_dim, C, H, W]: `rows` images of every class, a class per column."""
+    seeds = list(range(rows * net.label_dim))
+    columns = []
+    for k in range(net.label_dim):
+        sampler = SYSTEMS[name].make_sampler(net)
+        columns.append(to_uint8(generate_batch(net, seeds[k::net.label_dim], sampler, class_idx=k)).cpu().numpy())
+    return np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
+
+
+def reals_by_class(rows):
+    """uint8 [rows·10, 1, 8, 8]: the first `rows` embedded digits of every class, a class per column."""
+    dataset = load_embedded()
+    classes = [[] for _ in range(dataset.label_dim)]
+    for i in range(len(dataset)):
+        image, label = dataset[i]
+        classes[int(label.argmax())].append(image)
+    return np.stack([images[row] for row in range(rows) for images in classes])
+
+
+def draw(path, outdir):
+    """The picture: real digits, EDM's and Warm's with a class per column, and Warm's reverse process."""
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    nets = {name: build_network(read_snapshot(last_snapshot(outdir, name)), SYSTEMS)
+            for name in RUNS}
+    frames = pick(watch(nets['warm'], SYSTEMS['warm'], [0], class_idx=3), STEPS_SHOWN)
+    panels = {'Real digits': reals_by_class(SHOWN), 'EDM': samples_by_class(nets['edm'], 'edm', SHOWN),
+              'Warm, BNR 0.5': samples_by_class(nets['warm'], 'warm', SHOWN)}
+    figure, axes = plt.subplots(2, 2, figsize=(13, 6.4))
+    for axis, (title, images) in zip(axes.flat, panels.items()):
+        axis.imshow(tile(images, columns=10)[0], cmap='gray', vmin=0, vmax=255)
+        axis.set_title(title)
+        axis.set_axis_off()
+    axis = axes.flat[3]
+    columns = [visible(frame) for frame in frames]
+    cells = np.stack([column[row][0] for row in range(len(ROWS)) for column in columns])
+    sheet = tile(cells, columns=len(columns))[0]
+    axis.imshow(sheet, cmap='gray', vmin=0, vmax=255)
+    axis.set_title("Warm's reverse process: state x, denoised D, rest R, clean D + R")
+    cell = [(i + 0.5) * sheet.shape[1] / len(columns) for i in range(len(columns))]
+    axis.set_xticks(cell, [f'β={f.beta:.2g}\nα={f.alpha:.2g}' for f in frames], fontsize=7)
+    axis.set_yticks([(i + 0.5) * sheet.shape[0] / len(ROWS) for i in range(len(ROWS))], ROWS)
+    axis.tick_params(length=0)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={'Software': None})
+    plt.close(figure)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,178 @@
+"""Blur Diffusion (Lee, Chung, Kim and Ye, 2022): a variance-preserving chain that blurs and adds noise.
+
+At level i of N the signal is √Ā_i, Ā_i = ᾱ_i exp(−λσ² Σ_{j≤i} f(j)), and the noise √(1 − Ā_i); one step of the
+chain has B_i = 1 − α_i exp(−λσ² f(i)) (Proposition 1). The network predicts ε, loss Eq. 10.
+
+What differs from the paper, or is left open there:
+- The basis is the DCT with exp(−λσ²/2) as eigenvalues of W. Theirs are the eigenvectors of a sampled kernel of
+  0.4 pixels with zero padding, 1-D eigenvalues floored at 0.03; ours blurs about twice as much per unit of f.
+- In Eq. 7, 8, 9 and 12 the exponent of (I − Ā) is taken to be −1/2, as the ε of Eq. 4 requires.
+- Eq. 12 steps from i to i − 1 with B_{i+1}, W_{i+1}, which do not exist at N; B_i and W_i are taken.
+- The last step's noise is left out, as score-based samplers do (Eq. 12 read literally would add √B_1 z).
+- Fewer steps than N: the chain between the levels visited, whose factor and B follow from `warm.bands`. Eq. 12
+  is a first-order rule that suffers from long steps; --reverse-step=ancestral draws from the posterior instead.
+- Linear f is f(N)·i/N; the paper only names it in a figure. λ(i) = 1. Level i goes into the embedding as it is.
+- Their network (LSUN 64×64): --arch=adm --cbase=128 --cres=1,2,3,4 --dropout=0 --augment=0 --batch=16 --lr=5e-5
+  (App. B; App. G says 1e-5). The paper has no CIFAR-10 result; the defaults are those of LSUN.
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+from dnnlib import UserError
+from training.loss import augment
+from training.precond import Precond
+from training.system import Option, System
+from warm.bands import (Bands, ancestral_step, check_steps, clean_from_noise, diffuse, predict, spread_levels,
+                        transition)
+from warm.blur import dct2, frequencies, idct2
+
+# f(i)/f(N) at level i of N (appendix B), i = 1 … N.
+F_TYPES = {
+    'quartic': lambda i, N: (i / N) ** 4,
+    'linear': lambda i, N: i / N,
+    'log': lambda i, N: i.log() / math.log(N),
+    'none': lambda i, N: torch.zeros_like(i),
+}
+F_FINAL = {'quartic': 0.14, 'linear': 0.14, 'log': 0.6, 'none': 0.0}  # f(N); linear's is ours
+
+
+@dataclasses.dataclass(frozen=True)
+class LeeChain:
+    """The chain of levels 0 … N.
+
+    Attributes:
+        f_type: Blur schedule, a name in F_TYPES.
+        f_final: f(N); None takes the paper's for that schedule.
+        num_levels: N.
+        sigma: Unit of blur, in pixels.
+        beta_min, beta_max: Ends of the linear noise schedule.
+    """
+
+    f_type: str = 'quartic'
+    f_final: float | None = None
+    num_levels: int = 1000
+    sigma: float = 0.4
+    beta_min: float = 1e-4
+    beta_max: float = 0.02
+
+    def __post_init__(self):
+        if self.f_type not in F_TYPES:
+            raise UserError(f"--f-type={self.f_type} is not known; choose one of {', '.join(F_TYPES)}")
+        if self.f_final is not None and not (math.isfinite(self.f_final) and self.f_final >= 0):
+            raise UserError(f'--f-final={self.f_final} is no amount of blur; give a number ≥ 0, such as 0.14')
+
+    @functools.cached_property
+    def sums(self):
+        """(ln ᾱ_i, Σ_{j≤i} f(j)) for i = 0 … N: two float64 tensors on the CPU."""
+        i = torch.arange(1, self.num_levels + 1, dtype=torch.float64, device='cpu')
+        beta = torch.linspace(self.beta_min, self.beta_max, self.num_levels, dtype=torch.float64, device='cpu')
+        f_final = F_FINAL[self.f_type] if self.f_final is None else self.f_final
+        f = f_final * F_TYPES[self.f_type](i, self.num_levels)
+        return tuple(torch.cat([v.new_zeros([1]), v.cumsum(0)]) for v in (torch.log1p(-beta), f))
+
+    def at(self, i, n):
+        """`Bands` of N×N images at level i, an integer tensor ([] or [B, 1, 1, 1]) in 0…N on their device."""
+        log_alpha, f = (table.to(i.device).take(i) for table in self.sums)
+        log_power = log_alpha - frequencies(n, i.device) * self.sigma ** 2 * f
+        # √Ā as exp of half the log: Ā itself underflows.
+        return Bands(log_power / 2, (-torch.expm1(log_power)).sqrt())
+
+
+class LeePrecond(Precond):
+    """ε̂ = net(x_i, i): the second argument, elsewhere σ, is the level i in 1…N.
+
+    Args:
+        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
+        f_type, f_final, num_levels: See `LeeChain`.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, f_type='quartic', f_final=None,
+                 num_levels=1000, model_type='SongUNet', **model_kwargs):
+        own = dict(f_type=f_type, f_final=f_final, num_levels=num_levels)
+        process = LeeChain(**own)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, own,
+                         sigma_min=1, sigma_max=num_levels)
+        self.process = process
+
+    def scalings(self, sigma):
+        return 0, 1, 1, sigma
+
+
+def lee_loss(net, images, labels=None, augment_pipe=None):
+    """(ε̂ − ε)², level uniform in 1…N (Eq. 10); `net` may be wrapped. Draws i [B, 1, 1, 1], augmentation, ε."""
+    process = getattr(net, 'module', net).process
+    i = torch.randint(1, process.num_levels + 1, [len(images), 1, 1, 1], device=images.device)
+    y, augment_labels = augment(images, augment_pipe)
+    eps = torch.randn_like(y)
+    x_i = diffuse(y, eps, process.at(i, y.shape[-1]))
+    return (net(x_i, i, labels, augment_labels=augment_labels) - eps) ** 2
+
+
+def eq12_step(x, eps, here, there, z=None):
+    """x′ = x + H(x) − U B (I−Ā)^−½ Uᵀ ε̂ + U B^½ Uᵀ z, H(x) = x − U a_{i|i′} Uᵀ x (Eq. 12)."""
+    ratio, B = transition(there, here)
+    u = (2 - ratio) * dct2(x) - B / here.noise * dct2(eps)
+    return idct2(u if z is None else u + B.sqrt() * dct2(z))
+
+
+def posterior_step(x, eps, here, there, z=None):
+    """The ancestral step of `warm.bands`; x̂₀ from ε̂."""
+    return ancestral_step(x, clean_from_noise(x, eps, here), here, there, z)
+
+
+REVERSE_STEPS = {'eq12': eq12_step, 'ancestral': posterior_step}
+
+
+def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=1000, reverse_step='eq12'):
+    """Reverse diffusion from level N to 0 in num_steps steps, one evaluation each.
+
+    Args:
+        net: ε-predictor with a `process`.
+        latents: Standard normal [B, C, N, N].
+        class_labels: [B, label_dim], or None.
+        randn_like: Source of the noise, called once a step.
+        num_steps: Number of steps, at most the chain's.
+        reverse_step: A name in REVERSE_STEPS.
+
+    Returns:
+        float64 images [B, C, N, N]; the last step is without noise.
+    """
+    levels = spread_levels(num_steps, net.process.num_levels)
+    x = latents.to(torch.float64)
+    for i, i_next in zip(levels[:-1], levels[1:]):
+        here, there = (net.process.at(torch.full([], j, device=x.device), x.shape[-1]) for j in (i, i_next))
+        z = randn_like(x)
+        x = REVERSE_STEPS[reverse_step](x, predict(net, x, i, class_labels), here, there, z if i_next else None)
+    return x
+
+
+def lee_samplers(net, num_steps=None, reverse_step='eq12'):
+    """`lee_sampler` with its options checked; by default as many steps as the chain has."""
+    num_steps = net.process.num_levels if num_steps is None else num_steps
+    check_steps(num_steps, at_most=net.process.num_levels)
+    if reverse_step not in REVERSE_STEPS:
+        raise UserError(f"--reverse-step={reverse_step} is not known; choose one of {', '.join(REVERSE_STEPS)}")
+    return functools.partial(lee_sampler, num_steps=num_steps, reverse_step=reverse_step)
+
+
+LEE = System(
+    name='lee',
+    title='Blur Diffusion',
+    paper='Lee et al. 2022',
+    network_class=LeePrecond,
+    loss=lambda net: lee_loss,
+    sampler=lee_samplers,
+    sample_options=('num_steps',),
+    own_sample_options=(
+        Option('reverse_step', 'eq12', f"Step of the sampler: {', '.join(REVERSE_STEPS)}"),
+    ),
+    train_options=(
+        Option('f_type', 'quartic', f"Blur schedule f: {', '.join(F_TYPES)}"),
+        Option('f_final', None, 'f at the last level', type=float,
+               shown=', '.join(f'{v:g} {k}' for k, v in F_FINAL.items() if v)),
+    ),
+)

@@ -1,0 +1,267 @@
+"""Choosing the Blur-to-Noise Ratio by the spectrum of the data (Sec. 2.4), with the paper's Fig. 3 and Fig. 6.
+
+The rule (ours, spec §1): the largest BNR at which the observed spectrum M²S + β² stays within 0.5 dB of
+hot diffusion's S + β², over all bands and noise levels. On CIFAR-10 that is the paper's 0.5. S is taken
+per band [k, l] of the DCT. After averaging over rings k² + l² ≈ r², the gap would be about half as large,
+since the power in a ring is uneven: the bands with k = 0 or l = 0 hold most, and they decide.
+
+    python -m warm.spectrum --data=datasets/cifar10-32x32.zip --outdir=spectrum
+"""
+
+import concurrent.futures
+import math
+import os
+
+import click
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from training.dataset import EMBEDDED, ImageFolderDataset
+from warm.blur import blur_mask, dct2, frequencies, rest_mask
+from warm.figures import draw
+from warm.path import PAPER_BNR, PATHS, ConstantBNR, parse_path
+from warm.samplers import SAMPLER_DEFAULTS
+
+TOLERANCE = 0.5  # dB; gives the paper's BNR on CIFAR-10
+TABLE = (0.1, 0.3, 0.5, 0.65, 1, 2, 10)  # the BNRs of the paper's Table 3
+SHOWN = (0, 0.5, 2, 10)  # the columns of Fig. 3
+GUIDES = (0.1, 1, 10)  # the thin lines of Fig. 6
+MAX_BNR = 100  # beyond it there is nothing left to blur
+MIN_RESOLUTION = 4  # below it a spectrum has no shape
+WORKERS = 2
+BATCH_ELEMENTS = 1 << 21  # pixel values in memory per worker: 16 MB as float64
+BETAS = torch.logspace(*(math.log10(SAMPLER_DEFAULTS[name]) for name in ('sigma_min', 'sigma_max')), 400,
+                       dtype=torch.float64)  # finer ones change a gap by less than 0.001 dB
+
+
+# -- measuring
+
+def band_power(dataset, max_images=None, seed=0):
+    """Mean power of each DCT band over images and channels, in one pass.
+
+    Args:
+        dataset: training.dataset.ImageFolderDataset (items (uint8 [C, N, N], label)).
+        max_images: Take a random subset of this many, chosen by `seed`; None takes all.
+
+    Returns:
+        float64 [N, N]: mean of (Vᵀx)², x in [−1, 1]; its mean over the bands is the mean square of a pixel.
+
+    Raises:
+        UserError: images below 4×4, damaged images, a subset of none.
+    """
+    n = dataset.resolution
+    if n < MIN_RESOLUTION:
+        raise UserError(f'images of {n}x{n} pixels are too small for a spectrum; '
+                        f'give at least {MIN_RESOLUTION}x{MIN_RESOLUTION}')
+    if max_images is not None and max_images < 1:
+        raise UserError(f'a spectrum of {max_images} images cannot be measured; give --max-images of at least 1')
+    indices = np.arange(len(dataset))
+    if max_images is not None and max_images < len(dataset):
+        indices = np.sort(np.random.default_rng(seed).choice(len(dataset), max_images, replace=False))
+    size = max(1, BATCH_ELEMENTS // math.prod(dataset.image_shape))
+    batches = [indices[start:start + size] for start in range(0, len(indices), size)]
+
+    def power(batch):
+        images = torch.from_numpy(np.stack([dataset[i][0] for i in batch]))
+        return dct2(images.to(torch.float32) / 127.5 - 1).square().sum((0, 1))
+
+    # Decoding in one thread overlaps with another's transforms. The sum goes in the order of the batches.
+    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        return sum(pool.map(power, batches)) / (len(indices) * dataset.num_channels)
+
+
+# -- the rule
+
+def spectral_gap(power, bnr):
+    """Largest distance in dB between M²S + β² and hot diffusion's S + β², over all bands and β in 0.002…80.
+
+    Args:
+        power: S, float64 [N, N], as from `band_power`.
+        bnr: Blur-to-Noise Ratio α/β ≥ 0.
+    """
+    S, squared_mask = _edge(power)
+    noise = BETAS[:, None].square()
+    ratio = (S + noise) / (squared_mask(bnr * BETAS) * S + noise)
+    return 10 * ratio.log10().max().item()
+
+
+def _edge(power):
+    """(S [K], M² as a function of α [T] → [T, K]) of the K bands of which one has the largest gap.
+
+    A gap grows with S and with λ; so it is never that of a band which another one surpasses in both.
+    """
+    rate = frequencies(len(power)).flatten()
+    order = torch.argsort(rate, descending=True, stable=True)
+    S, rate = power.to(torch.float64).flatten()[order], rate[order]
+    best = S.cummax(0)
+    kept = best.indices == torch.arange(len(S))
+    return S[kept], lambda alpha: torch.exp(-rate[kept] * alpha[:, None].square())
+
+
+def recommended_bnr(power, tolerance=TOLERANCE):
+    """The largest BNR, in hundredths, whose `spectral_gap` is at most `tolerance` dB; 0 if even 0.01 is too much.
+
+    Raises:
+        UserError: tolerance not above 0, or so large (or images so even) that every BNR would do.
+    """
+    if not (tolerance > 0 and math.isfinite(tolerance)):
+        raise UserError(f'a tolerance of {tolerance} dB allows no blur at all; give a number above 0, '
+                        f'such as {TOLERANCE}')
+    low, high = 0, MAX_BNR * 100  # the gap grows with the BNR
+    if spectral_gap(power, MAX_BNR) <= tolerance:
+        raise UserError(f'every BNR up to {MAX_BNR} stays within {tolerance:g} dB on these images; '
+                        'give a smaller --tolerance, or images with more detail')
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if spectral_gap(power, middle / 100) <= tolerance else (low, middle)
+    return low / 100
+
+
+def fit_power_law(power):
+    """(c, γ) of S ≈ c·(k² + l² + 1)^−γ, the form of warm.blur.prior_spectrum; at high frequencies that is 1/f^2γ.
+
+    Least squares of ln S over all bands with power but the mean, each octave of frequency counting alike.
+    """
+    r2 = _radius(len(power)).square()
+    used = (r2 > 0) & (power > 0)
+    if len(r2[used].unique()) < 2:
+        raise UserError('the images have no detail, so their spectrum has no power law; give other images')
+    root_weight = 1 / r2[used].sqrt()
+    unknowns = torch.stack([torch.ones_like(r2[used]), -(r2[used] + 1).log()], 1) * root_weight[:, None]
+    log_c, gamma = torch.linalg.lstsq(unknowns, (power[used].log() * root_weight)[:, None]).solution[:, 0].tolist()
+    return math.exp(log_c), gamma
+
+
+def _radius(n):
+    """√(k² + l²) [n, n], float64."""
+    k = torch.arange(n, dtype=torch.float64).square()
+    return (k[:, None] + k).sqrt()
+
+
+# -- figures
+
+def ring_mean(bands):
+    """Mean of bands [N, N] over rings k² + l² ≈ r², r = 1…N−1: float64 [N−1]."""
+    n = len(bands)
+    ring = _radius(n).round().long().flatten()
+    return (torch.bincount(ring, bands.flatten()) / torch.bincount(ring))[1:n]
+
+
+def middle_beta(power):
+    """The noise level, to two digits, whose power equals the signal's in the middle (of an octave scale) ring."""
+    rings = ring_mean(power)
+    return float(f'{rings[round(math.sqrt(len(rings))) - 1].clamp(min=1e-6).sqrt().item():.2g}')
+
+
+def spectra(power, bnr, beta):
+    """The curves of Fig. 3 at one noise level: {name: float64 [N−1]}, power in rings of DCT bands."""
+    n = len(power)
+    M, gone = blur_mask(bnr * beta, n), rest_mask(bnr * beta, n)
+    curves = {'signal S': power, 'noise β²': torch.full_like(power, beta ** 2),
+              'hot diffusion S + β²': power + beta ** 2, 'observed M²S + β²': M ** 2 * power + beta ** 2,
+              'denoising target M²S': M ** 2 * power, 'deblurring target (1−M)²S': gone ** 2 * power}
+    return {name: ring_mean(bands) for name, bands in curves.items()}
+
+
+LOOKS = dict(zip(('signal S', 'noise β²', 'hot diffusion S + β²', 'observed M²S + β²', 'denoising target M²S',
+                  'deblurring target (1−M)²S'),
+                 (dict(color='0.45', ls='--'), dict(color='0.45', ls=':'), dict(color='tab:orange', lw=4, alpha=0.35),
+                  dict(color='black'), dict(color='tab:red'), dict(color='tab:blue'))))
+
+
+def draw_spectra(figure, power, beta=None):
+    """Fig. 3: what is observed and what the two branches have to find, for several BNRs at one noise level."""
+    beta = middle_beta(power) if beta is None else beta
+    n = len(power)
+    cycles = np.arange(1, n) / (2 * n)
+    levels = 10 * ring_mean(power).clamp(min=1e-30).log10()
+    top, bottom = levels.max().item() + 8, min(levels.min().item(), 20 * math.log10(beta)) - 12
+    axes = figure.subplots(1, len(SHOWN), sharey=True)
+    for ax, bnr in zip(axes, SHOWN):
+        for name, values in spectra(power, bnr, beta).items():
+            # What is exactly 0 has no place on a scale in dB.
+            ax.plot(cycles, 10 * values.where(values > 0, math.nan).log10(), label=name, **LOOKS[name])
+        ax.set(xscale='log', ylim=(bottom, top), xlabel='frequency (cycles per pixel)', title=f'BNR {bnr:g}')
+        ticks = [f for f in (0.02, 0.05, 0.1, 0.2, 0.5) if cycles[0] <= f <= 0.5]
+        ax.set_xticks(ticks, [f'{f:g}' for f in ticks])
+        ax.set_xticks([], minor=True)
+    axes[0].set_ylabel('mean power per DCT band (dB)')
+    figure.suptitle(f'Spectra at noise level β = {beta:g}; the blur is BNR·β pixels')
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc='outside lower center', ncols=6)
+
+
+def draw_schedules(figure, recommended=None):
+    """Fig. 6: blur against noise of every schedule in PATHS at its default, and of other papers' diffusions."""
+    ax = figure.subplots()
+    low, high = BETAS[0].item(), BETAS[-1].item()
+    alpha_low, alpha_high = 1e-4, 1e3
+    for bnr in GUIDES:
+        ax.plot(BETAS, ConstantBNR(bnr).alpha(BETAS), color='0.75', lw=0.9)
+        ax.text(high, bnr * high, f' BNR {bnr:g}', color='0.45', va='center', fontsize=7.5)
+    for name, color in zip(PATHS, ('tab:red', 'tab:blue', 'tab:green', 'tab:purple')):
+        path = parse_path(None, name)
+        label = f'{path} (Warm Diffusion)' if path == ConstantBNR(PAPER_BNR) else str(path)
+        ax.plot(BETAS, path.alpha(BETAS), color=color, lw=2.4, label=label)
+    if recommended:
+        ax.plot(BETAS, ConstantBNR(recommended).alpha(BETAS), color='black', ls=':',
+                label=f'recommended for this data: BNR {recommended:.2f}')
+    for name, (betas, alphas, look) in OTHERS.items():
+        ax.plot([max(b, low) for b in betas], [max(a, alpha_low) for a in alphas], label=name, clip_on=False, **look)
+    ax.set(xscale='log', yscale='log', xlim=(low, high), ylim=(alpha_low, alpha_high),
+           xlabel='noise β (standard deviation, images in [−1, 1])', ylabel='blur α (standard deviation in pixels)',
+           title='Blur and noise of the schedules')
+    ax.legend(loc='center left', bbox_to_anchor=(1.1, 0.5))
+
+
+# The diffusions of other papers: (β from–to, α from–to, look). 0 is drawn at the edge of the logarithmic axes.
+OTHERS = {
+    'hot diffusion (EDM): no blur, along the lower edge': (
+        (0.002, 80), (0, 0), dict(color='tab:orange', lw=4, solid_capstyle='butt')),
+    'cold diffusion: no noise, along the left edge': (
+        (0, 0), (0, 1e3), dict(color='tab:cyan', lw=4, solid_capstyle='butt')),
+    # Rissanen et al. 2023: noise of 0.01 on images in [0, 1]; σ_B from 0.5 to 20 pixels.
+    'IHDM: noise fixed at 0.02, blur 0.5 to 20 pixels': ((0.02, 0.02), (0.5, 20), dict(color='tab:green', lw=2.4)),
+}
+
+
+# -- command
+
+def report(power, tolerance):
+    """The lines to print: power law, table of gaps, and last the recommended BNR."""
+    c, gamma = fit_power_law(power)
+    recommended = recommended_bnr(power, tolerance)
+    lines = [f'mean power {power.mean():.4f} (EDM takes 0.5² = 0.25)',
+             f'power law S = {c:.4g}·(k² + l² + 1)^−{gamma:.3f}, at high frequencies 1/f^{2 * gamma:.2f}',
+             '', 'largest gap between M²S + β² and S + β² over all DCT bands and β in 0.002…80:',
+             '   BNR  gap (dB)']
+    lines += [f'{bnr:6g} {spectral_gap(power, bnr):9.3f}' for bnr in TABLE]
+    return [*lines, '', f'the largest gap within {tolerance:g} dB is '
+            f'{spectral_gap(power, recommended):.3f} dB', f'recommended BNR {recommended:.2f}']
+
+
+@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.option('--data', metavar='ZIP|DIR', default=None, help='Images to measure  [default: the embedded digits]')
+@click.option('--outdir', metavar='DIR', default=None, help='Also draw spectrum and schedules here, as PNG and SVG')
+@click.option('--tolerance', metavar='DB', type=float, default=TOLERANCE, help='Largest gap to hot diffusion, in dB')
+@click.option('--max-images', metavar='INT', type=int, default=None, help='Measure a random subset  [default: all]')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Chooses the subset')
+def main(data, outdir, tolerance, max_images, seed):
+    """Measure a data set's spectrum and recommend a Blur-to-Noise Ratio for it."""
+    dataset = ImageFolderDataset(data or EMBEDDED)
+    power = band_power(dataset, max_images, seed)
+    taken = min(max_images or len(dataset), len(dataset))
+    subset = f'a random subset (seed {seed}) of {taken} of the' if taken < len(dataset) else 'all'
+    lines = report(power, tolerance)
+    click.echo(f'{dataset.name}: {subset} {len(dataset)} images of {dataset.resolution}x{dataset.resolution} pixels')
+    click.echo('\n'.join(lines[:-1]))
+    if outdir is not None:
+        bnr = recommended_bnr(power, tolerance)
+        files = draw(os.path.join(outdir, 'spectrum'), (13, 4), lambda figure: draw_spectra(figure, power))
+        files += draw(os.path.join(outdir, 'schedules'), (10, 5), lambda figure: draw_schedules(figure, bnr))
+        click.echo('drawn: ' + ', '.join(files))
+    click.echo(lines[-1])
+
+
+if __name__ == '__main__':
+    main()
