@@ -11,6 +11,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.download import cached_path
+from dnnlib.files import file_sha256
 from training import detectors, inception
 
 
@@ -130,7 +131,7 @@ def test_state_dict_file(tmp_path, weights, net):
 def test_the_public_file_is_recognised_by_its_digest(tmp_path, weights, monkeypatch):
     path = tmp_path / 'copy.pth'
     torch.save(weights, path)
-    monkeypatch.setattr(detectors, 'WEIGHTS_SHA256_PREFIX', detectors.file_sha256(path)[:8])
+    monkeypatch.setattr(detectors, 'WEIGHTS_SHA256_PREFIX', file_sha256(path)[:8])
     assert detectors.load_detector(str(path)).suffix == ''
 
 
@@ -254,7 +255,7 @@ def test_a_file_in_the_cache_serves_without_network(tmp_path, weights, monkeypat
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
     path = cached_path(detectors.WEIGHTS_URL)
     torch.save(weights, path)
-    monkeypatch.setattr(detectors, 'WEIGHTS_SHA256_PREFIX', detectors.file_sha256(path)[:8])
+    monkeypatch.setattr(detectors, 'WEIGHTS_SHA256_PREFIX', file_sha256(path)[:8])
     assert detectors.load_detector('inception-pth').name == detectors.INCEPTION
     monkeypatch.setattr(detectors, 'WEIGHTS_SHA256_PREFIX', 'x')
     with pytest.raises(UserError, match='should begin with x'):

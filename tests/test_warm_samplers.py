@@ -1,40 +1,21 @@
-"""warm.samplers against the recorded values, the exact oracle and EDM's sampler."""
+"""warm.samplers against the recorded values (its laws: test_warm_oracle.py)."""
 
-import math
+import json
+import pathlib
 
+import numpy as np
 import pytest
 import torch
 
-from dnnlib import UserError
-from training.samplers import StackedRandomGenerator, edm_sampler
-from warm.blur import blur_mask, dct2, idct2, prior_spectrum, rest_mask
+from warm.oracle import GaussianOracle
 from warm.path import BlurringSchedule, ConstantBNR
-from warm.samplers import SOLVERS, Level, transition, warm_sampler
+from warm.samplers import Level, transition, warm_sampler
 
 PATHS = {'bnr0': ConstantBNR(0), 'bnr0.1': ConstantBNR(0.1), 'bnr0.5': ConstantBNR(0.5), 'bnr1': ConstantBNR(1),
          'bnr2': ConstantBNR(2), 'blurring20': BlurringSchedule(20)}
 
 
-class Oracle:
-    """E[x₀|x] = V [M S/(M² S + β²)] Vᵀ x for Gaussian data with spectrum S, split into D and R."""
-
-    sigma_min, sigma_max = 0, float('inf')
-
-    def __init__(self, spectrum):
-        self.S, self.calls = spectrum, 0
-
-    def round_sigma(self, sigma):
-        return torch.as_tensor(sigma)
-
-    def denoise_deblur(self, x, sigma, class_labels=None, alpha=None):
-        self.calls += 1
-        n = x.shape[-1]
-        M = blur_mask(alpha, n)
-        clean = M * self.S / (M ** 2 * self.S + sigma ** 2) * dct2(x)
-        return idct2(M * clean), idct2(rest_mask(alpha, n) * clean)
-
-
-class Uneven(Oracle):
+class Uneven(GaussianOracle):
     """A D and an R that do not fit together; R has a mean, which the sampler must ignore."""
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None):
@@ -48,11 +29,7 @@ def record(golden):
     return golden('warm-sampler')
 
 
-def recorded_cases(root=None):
-    import json
-    import pathlib
-
-    import numpy as np
+def recorded_cases():
     with np.load(pathlib.Path(__file__).parent / 'golden' / 'warm-sampler.npz') as z:
         return json.loads(str(z['meta']))['cases']
 
@@ -61,7 +38,7 @@ def recorded_cases(root=None):
 def test_recorded(record, name):
     case = dict(record.meta['cases'][name])
     path, steps, nfe = PATHS[case.pop('path')], case.pop('steps'), case.pop('nfe')
-    net = (Uneven if case.pop('net', None) else Oracle)(torch.tensor(record.spectrum))
+    net = (Uneven if case.pop('net', None) else GaussianOracle)(torch.tensor(record.spectrum))
     noise = iter(torch.tensor(record.churn_noise)) if 'S_churn' in case else None
     draw = (lambda x: next(noise)) if noise is not None else torch.randn_like
     out = warm_sampler(net, torch.tensor(record.latents), randn_like=draw, num_steps=steps, path=path, **case)

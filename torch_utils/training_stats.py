@@ -18,7 +18,7 @@ def report(name, value):
 
     All ranks must report the same names within a tick.
     """
-    x = torch.as_tensor(value).detach()
+    x = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=torch.float64)
     if x.is_floating_point():
         total, squares = x.sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)
     else:

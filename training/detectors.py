@@ -5,7 +5,6 @@ pickled code: TorchScript archives carry none, state dicts are read with weights
 """
 
 import contextlib
-import hashlib
 import pathlib
 import pickle
 import urllib.parse
@@ -15,7 +14,8 @@ import zipfile
 import torch
 
 from dnnlib import UserError
-from dnnlib.download import fetch, is_url, local_path
+from dnnlib.download import cached_path, fetch, is_url, local_path
+from dnnlib.files import file_sha256
 from training.inception import NUM_FEATURES, InceptionV3
 
 SCRIPT_URL = ('https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/'
@@ -23,9 +23,6 @@ SCRIPT_URL = ('https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained
 WEIGHTS_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/'
                'pt_inception-2015-12-05-6726825d.pth')
 WEIGHTS_SHA256_PREFIX = '6726825d'
-# The digest k-diffusion states for SCRIPT_URL, not checked against the file by us. So it only recognises a local
-# copy as Inception; nothing is refused for it.
-SCRIPT_SHA256 = 'f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4'
 
 INCEPTION = 'inception-2015-12-05'  # both files of it; the only detector whose distance is called FID
 FILE_PREFIX = 'file:'  # of the names of detectors that a user brought: known by their digest, not by their name
@@ -202,13 +199,15 @@ def load_detector(spec='inception', device='cpu'):
 
 
 def detector_from_file(path, device, name):
-    """The detector in a file of either kind, told apart by content; Inception's own files are recognised.
+    """The detector in a file of either kind, told apart by content.
+
+    The public weights are recognised as Inception by their digest, NVIDIA's script by its place in the cache.
 
     Raises:
         UserError: the file is neither kind, or damaged, or its tensors don't fit.
     """
     digest = file_sha256(path)
-    if digest == SCRIPT_SHA256 or digest.startswith(WEIGHTS_SHA256_PREFIX):
+    if digest.startswith(WEIGHTS_SHA256_PREFIX) or is_default_script(path):
         name = INCEPTION
     if is_torchscript(path):
         try:
@@ -222,13 +221,9 @@ def detector_from_file(path, device, name):
     return InceptionDetector(name, digest, device, load_inception_state(path))
 
 
-def file_sha256(path):
-    """Hexadecimal SHA-256 of a file's content."""
-    h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while chunk := f.read(1 << 20):
-            h.update(chunk)
-    return h.hexdigest()
+def is_default_script(path):
+    """Whether a file is the cached download of the default address. Its content is published without a digest."""
+    return pathlib.Path(path).absolute() == cached_path(SCRIPT_URL).absolute()
 
 
 def is_torchscript(path):

@@ -1,7 +1,8 @@
 """Scores of images against reference statistics: one pass over the images serves all of them.
 
-    stats = accumulate(batches, detector, metrics, total)    on all ranks
-    scores = score(metrics, stats, ref, seed)                on rank 0
+    accumulator = Accumulator(detector, metrics, total, batch)    on all ranks, one `add` a batch
+    stats = accumulator.statistics()                              on all ranks
+    scores = score(metrics, stats, ref, seed)                     on rank 0
 
 Statistics are dicts of NumPy arrays: mu, sigma, num, detector, detector_hash and what the metrics
 need besides (see `metric_collectors`). As .npz files they are readable as EDM's, and EDM's are read.
@@ -19,17 +20,18 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import is_url, local_path
 from dnnlib.files import atomic_write, make_dirs
-from torch_utils import distributed
 from training import metric_fid, metric_is, metric_kid, metric_pr
 from training.metric_collectors import Features, Moments, SplitProbabilities, rank_share
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """One score.
+    """One metric.
 
     Attributes:
         title: In words, for help texts.
+        scores: Names of its values; one that ends in `STD` is the standard deviation of the one before.
+        best: `min` or `max`: which of several rounds' values counts.
         collectors: Names in `COLLECTORS` of what it needs of the images.
         ref_arrays: What it needs of the reference statistics; empty if it needs none.
         min_images: Fewest images, on either side, for which it is defined.
@@ -37,19 +39,24 @@ class Metric:
     """
 
     title: str
+    scores: tuple
+    best: typing.Callable
     collectors: tuple
     ref_arrays: tuple
     min_images: int
     score: typing.Callable
 
 
+STD = '_std'
 COLLECTORS = {'moments': Moments, 'features': Features, 'splits': SplitProbabilities}
 
 METRICS = {
-    'fid': Metric('Frechet distance', ('moments',), ('mu', 'sigma'), 2, metric_fid.score_fid),
-    'is': Metric('Inception Score', ('splits',), (), metric_is.NUM_SPLITS, metric_is.score_is),
-    'kid': Metric('kernel distance', ('features',), ('features',), metric_kid.SUBSET_SIZE, metric_kid.score_kid),
-    'pr': Metric('precision and recall', ('features',), ('features',), metric_pr.NEIGHBOURS + 1, metric_pr.score_pr),
+    'fid': Metric('Frechet distance', ('FID',), min, ('moments',), ('mu', 'sigma'), 2, metric_fid.score_fid),
+    'is': Metric('Inception Score', ('IS', 'IS_std'), max, ('splits',), (), metric_is.NUM_SPLITS, metric_is.score_is),
+    'kid': Metric('kernel distance', ('KID', 'KID_std'), min, ('features',), ('features',), metric_kid.SUBSET_SIZE,
+                  metric_kid.score_kid),
+    'pr': Metric('precision and recall', ('precision', 'recall'), max, ('features',), ('features',),
+                 metric_pr.NEIGHBOURS + 1, metric_pr.score_pr),
 }
 
 
@@ -68,42 +75,74 @@ def parse_metrics(text):
 
 # ---- One pass over the images.
 
-def accumulate(batches, detector, metrics, total, num_features=None):
-    """Statistics of images for `metrics`; mu and sigma always. To be called on all ranks together.
+class Accumulator:
+    """Statistics of images for `metrics`, batch by batch; mu and sigma always. Made on all ranks together.
 
     Args:
-        batches: This rank's images as an iterable of uint8 tensors [B, C, H, W]: those of
-            `rank_share(total)`, in order.
         detector: A `training.detectors.Detector`.
         metrics: Names in `METRICS`.
         total: Number of images over all ranks, at least 2.
+        batch: Size of the batches that come, but for the last; it decides about the ranks' shares.
         num_features: Number of features that the detector must give (the reference's), or None.
 
-    Returns:
-        Statistics, complete on rank 0; other ranks lack `features`.
+    Attributes:
+        share: Indices of this rank's images (`rank_share`).
+        index: That of the next one expected.
 
     Raises:
-        UserError: too few images, a detector without class probabilities, NaN features, or their
-            number is not `num_features`.
+        UserError: too few images, a detector without class probabilities.
     """
-    check_images(metrics, total, detector)
-    wanted = dict.fromkeys(('moments', *(c for m in metrics for c in METRICS[m].collectors)))
-    collectors = [COLLECTORS[name](total) for name in wanted]
-    need_probs = any(c.uses == 'probs' for c in collectors)
-    share = rank_share(total)
-    index = share.start
-    for images in batches:
-        features, probs = detector(images, features=True, probs=need_probs)
-        _check_features(features, index, detector, num_features)
-        for c in collectors:
+
+    def __init__(self, detector, metrics, total, batch=1, num_features=None):
+        check_images(metrics, total, detector)
+        wanted = dict.fromkeys(('moments', *(c for m in metrics for c in METRICS[m].collectors)))
+        self.collectors = {name: COLLECTORS[name](total, batch) for name in wanted}
+        self.need_probs = any(c.uses == 'probs' for c in self.collectors.values())
+        self.detector, self.total, self.num_features = detector, total, num_features
+        self.share = rank_share(total, batch)
+        self.index = self.share.start
+
+    def add(self, images):
+        """Take the next images of this rank's share, uint8 [B, C, H, W].
+
+        Raises:
+            UserError: NaN features, or their number is not `num_features`.
+        """
+        features, probs = self.detector(images, features=True, probs=self.need_probs)
+        _check_features(features, self.index, self.detector, self.num_features)
+        for c in self.collectors.values():
             c.update(features if c.uses == 'features' else probs)
-        index += len(images)
-    if index != share.stop:
-        raise ValueError(f'got {index - share.start} images where {len(share)} were announced')
-    stats = {'num': np.int64(total), 'detector': np.str_(detector.name), 'detector_hash': np.str_(detector.digest)}
-    for c in collectors:
-        stats.update(c.result())
-    return stats
+        self.index += len(images)
+
+    def state(self):
+        """What `restore` needs to go on from here: {name: array}."""
+        arrays = {f'{name}.{key}': a for name, c in self.collectors.items() for key, a in c.state().items()}
+        return {'index': np.int64(self.index), **arrays}
+
+    def restore(self, state):
+        """Go on from where another accumulator of the same arguments and rank was."""
+        for name, c in self.collectors.items():
+            arrays = {key.removeprefix(f'{name}.'): a for key, a in state.items() if key.startswith(f'{name}.')}
+            c.restore(arrays, int(state['index']) - self.index, self.detector.device)
+        self.index = int(state['index'])
+
+    def statistics(self):
+        """Statistics of the images of all ranks, complete on rank 0. Called once, on all ranks."""
+        if self.index != self.share.stop:
+            raise ValueError(f'got {self.index - self.share.start} images where {len(self.share)} were announced')
+        stats = {'num': np.int64(self.total), 'detector': np.str_(self.detector.name),
+                 'detector_hash': np.str_(self.detector.digest)}
+        for c in self.collectors.values():
+            stats.update(c.result())
+        return stats
+
+
+def accumulate(batches, detector, metrics, total, num_features=None):
+    """Statistics of an iterable of batches, those of `rank_share(total)` in order; see `Accumulator`."""
+    accumulator = Accumulator(detector, metrics, total, num_features=num_features)
+    for images in batches:
+        accumulator.add(images)
+    return accumulator.statistics()
 
 
 def check_images(metrics, total, detector):
@@ -113,9 +152,8 @@ def check_images(metrics, total, detector):
         if 'splits' in METRICS[name].collectors and not detector.has_probs:
             raise UserError(f"the metric '{name}' needs class probabilities, which the detector "
                             f"'{detector.name}' does not give; use --detector=inception or leave '{name}' out")
-    if total < distributed.get_world_size() or total < 2:
-        raise UserError(f'{total} images are too few for {distributed.get_world_size()} processes; '
-                        'statistics need at least 2 images, and one per process')
+    if total < 2:
+        raise UserError(f'statistics need at least 2 images and there are {total}; give more')
 
 
 def _check_enough(name, count, what):
@@ -150,6 +188,22 @@ def score(metrics, stats, ref=None, seed=0):
     for name in metrics:
         values.update(METRICS[name].score(stats, ref, seed))
     return values
+
+
+def best_scores(metrics, rounds):
+    """The best of several rounds' `score`s, each score for itself; a deviation is that of the round chosen.
+
+    Args:
+        metrics: Names in `METRICS`.
+        rounds: A list of dicts with the same names in the same order.
+    """
+    best = {}
+    for metric in metrics:
+        for name in METRICS[metric].scores:
+            if not name.endswith(STD):
+                chosen = METRICS[metric].best(rounds, key=lambda values: values[name])
+            best[name] = chosen[name]
+    return best
 
 
 def label(name, detector):

@@ -13,7 +13,8 @@ from training.loss import EDMLoss, VELoss, VPLoss
 from training.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from training.samplers import ablation_sampler, edm_sampler
 
-COMMON_SAMPLE_OPTIONS = ('num_steps', 'sigma_min', 'sigma_max', 'rho', 'S_churn', 'S_min', 'S_max', 'S_noise')
+GRID_OPTIONS = ('num_steps', 'sigma_min', 'sigma_max', 'rho')
+COMMON_SAMPLE_OPTIONS = (*GRID_OPTIONS, 'S_churn', 'S_min', 'S_max', 'S_noise')
 FLAG_NAMES = {'num_steps': 'steps', 'discretization': 'disc'}  # where EDM's flag and keyword differ
 ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
 

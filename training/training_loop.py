@@ -265,9 +265,7 @@ def ema_beta(batch_size, nimg, halflife_nimg, rampup_ratio):
 @torch.no_grad()
 def update_ema(ema, net, beta):
     """ema ← β·ema + (1 − β)·net, all tensors at once."""
-    averages = list(ema.parameters())
-    torch._foreach_mul_(averages, beta)
-    torch._foreach_add_(averages, list(net.parameters()), alpha=1 - beta)
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
 
 
 def is_due(tick, interval):

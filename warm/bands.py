@@ -14,7 +14,10 @@ import numbers
 import torch
 
 from dnnlib import UserError
+from training.samplers import edm_sigma_steps
+from training.system import GRID_OPTIONS
 from warm.blur import dct2, idct2
+from warm.samplers import SAMPLER_DEFAULTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +68,9 @@ def transition(earlier, later):
 
 
 def posterior(here, there, delta=0):
-    """q(z_there|z_here, x₀) at an earlier time `there`: its mean is w_x·u + w_0·Vᵀx₀, both per band (Eq. 18).
+    """q(z_there|z_here, x₀) at an earlier time: its mean is w_x·Vᵀx + w_0·(a_s Vᵀx₀), both per band (Eq. 18).
 
-    σ² = (1/s_s² + a²_{t|s}/σ²_{t|s})⁻¹, w_x = a_{t|s} σ²/σ²_{t|s}, w_0 = a_s σ²/s_s², written so that s_s = 0 and
+    σ² = (1/s_s² + a²_{t|s}/σ²_{t|s})⁻¹, w_x = a_{t|s} σ²/σ²_{t|s}, w_0 = σ²/s_s², written so that s_s = 0 and
     a_{t|s} = 0 need no exception.
 
     Args:
@@ -82,20 +85,32 @@ def posterior(here, there, delta=0):
     known = there.noise.square().clamp(min=delta)
     share = known / (added / ratio.square()).clamp(min=delta)
     variance = known / (1 + share)
-    return ratio * variance / (added + delta), there.signal / (1 + share), variance
+    return ratio * variance / (added + delta), 1 / (1 + share), variance
 
 
-def ancestral_step(x, x0, here, there, z=None, delta=0):
-    """Draw from q(z_there|z_here, x̂₀); its mean where z is None (Eq. 22).
+def ancestral_step(x, x0, here, there, z=None):
+    """Draw from q(z_there|z_here, x̂₀), or take its mean where z is None (Eq. 22); float64.
 
     Args:
         x, x0: State and estimate of the clean image [B, C, N, N].
         here, there: Bands now and at an earlier time.
         z: Standard normal noise like x.
+    """
+    weight_x, weight_0, variance = posterior(here, there)
+    u = weight_x * dct2(x) + weight_0 * there.signal * dct2(x0)
+    return idct2(u if z is None else u + variance.sqrt() * dct2(z))
+
+
+def ancestral_noise_step(x, eps, here, there, z=None, delta=0):
+    """`ancestral_step` for an estimate ε̂ (Eq. 23), without the detour over x̂₀, which overflows at strong blur.
+
+    Args:
         delta: As in `posterior`.
     """
     weight_x, weight_0, variance = posterior(here, there, delta)
-    u = weight_x * dct2(x) + weight_0 * dct2(x0)
+    ratio, _ = transition(there, here)
+    u = dct2(x)
+    u = weight_x * u + weight_0 / ratio * (u - here.noise * dct2(eps))
     return idct2(u if z is None else u + variance.sqrt() * dct2(z))
 
 
@@ -129,6 +144,13 @@ def check_steps(num_steps, at_most=None):
     if at_most is not None and num_steps > at_most:
         raise UserError(f'{num_steps} sampling steps are more than the {at_most} that this network was trained for; '
                         f'give --steps={at_most} or fewer')
+
+
+def grid_options(net, given):
+    """Options of EDM's grid of noise levels, defaults filled in, after checking that they suit `net` (UserError)."""
+    options = {**{name: SAMPLER_DEFAULTS[name] for name in GRID_OPTIONS}, **given}
+    edm_sigma_steps(**options, net=net, device='cpu')
+    return options
 
 
 def spread_levels(num_steps, last):

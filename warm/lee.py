@@ -26,8 +26,7 @@ from dnnlib import UserError
 from training.loss import augment
 from training.precond import Precond
 from training.system import Option, System
-from warm.bands import (Bands, ancestral_step, check_steps, clean_from_noise, diffuse, predict, spread_levels,
-                        transition)
+from warm.bands import Bands, ancestral_noise_step, check_steps, diffuse, predict, spread_levels, transition
 from warm.blur import dct2, frequencies, idct2
 
 # f(i)/f(N) at level i of N (appendix B), i = 1 … N.
@@ -119,12 +118,7 @@ def eq12_step(x, eps, here, there, z=None):
     return idct2(u if z is None else u + B.sqrt() * dct2(z))
 
 
-def posterior_step(x, eps, here, there, z=None):
-    """The ancestral step of `warm.bands`; x̂₀ from ε̂."""
-    return ancestral_step(x, clean_from_noise(x, eps, here), here, there, z)
-
-
-REVERSE_STEPS = {'eq12': eq12_step, 'ancestral': posterior_step}
+REVERSE_STEPS = {'eq12': eq12_step, 'ancestral': ancestral_noise_step}
 
 
 def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=1000, reverse_step='eq12'):

@@ -5,6 +5,7 @@ import torch
 
 from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings
+from training.unet import require_choice
 from warm.path import parse_family
 from warm.targets import TARGETS, Hot
 
@@ -33,6 +34,7 @@ class WarmPrecond(Precond):
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'),
                  sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None, targets='residual', model_type='SongUNet',
                  **model_kwargs):
+        require_choice('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
         chosen = Hot if family.is_hot else TARGETS[targets]
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 
+import click
+
 from dnnlib import UserError
 from training.samplers import edm_sigma_steps
 from training.system import COMMON_SAMPLE_OPTIONS, EDM_SYSTEMS, Option, System, flag_of
@@ -63,7 +65,7 @@ WARM = System(
                             'such as 0.1-2, drawn per image', shown='0.5'),
         Option('bnr_schedule', None, f"Schedule of the blur: {', '.join(PATHS)}[:SIGMA_B_MAX]",
                shown='constant'),
-        Option('targets', 'residual', f"What the branches estimate (Table 5): {', '.join(TARGETS)}"),
+        Option('targets', 'residual', 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
     ),
 )
 

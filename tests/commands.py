@@ -1,0 +1,43 @@
+"""Running the project's commands as a user does."""
+
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+
+from click.testing import CliRunner
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SMALL = ['--cbase=8', '--cres=1,1', '--batch=16', '--lr-rampup=0.001', '--workers=0', '--grid=4']
+
+
+def run_command(script, *args, ok=True, **kwargs):
+    """`python SCRIPT ARGS` in one process; with `ok` it must succeed."""
+    return _run([sys.executable, str(ROOT / script), *map(str, args)], ok, **kwargs)
+
+
+def torchrun(script, *args, ranks=2, ok=True, **kwargs):
+    """`torchrun --standalone --nproc_per_node=RANKS SCRIPT ARGS`."""
+    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', '--']
+    return _run([*launcher, str(ROOT / script), *map(str, args)], ok, **kwargs)
+
+
+def invoke(script, *args):
+    """The same in this process, which is quicker: for commands that should end early. Gives output, exit_code."""
+    return CliRunner().invoke(importlib.import_module(script.removesuffix('.py')).main, [str(a) for a in args])
+
+
+def refused(result, *sentences):
+    """Assert that a command ended with one error message holding all `sentences`, and without a traceback."""
+    assert result.exit_code != 0 and isinstance(result.exception, SystemExit), (result.output, result.exception)
+    for sentence in sentences:
+        assert sentence in result.output, result.output
+    assert 'Traceback' not in result.output
+
+
+def _run(command, ok, env=None, timeout=240):
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', **(env or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+    assert not ok or done.returncode == 0, done.stdout + done.stderr
+    return done

@@ -1,0 +1,243 @@
+"""generate.py and training.generation: images depend on their seeds alone, and an interrupted dump continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from dnnlib import UserError
+from tests.commands import ROOT, invoke, refused, run_command, torchrun
+from training import generation as gen
+from training.networks import EDMPrecond
+from training.samplers import StackedRandomGenerator
+from training.snapshot import save_snapshot
+from warm.precond import WarmPrecond
+from warm.systems import SYSTEMS
+
+TINY = dict(img_resolution=8, img_channels=3, model_type='SongUNet', model_channels=8, channel_mult=[1, 1], num_blocks=1)
+
+
+@pytest.fixture(scope='module')
+def networks(tmp_path_factory):
+    """Snapshots of small networks with random weights: {name: path}."""
+    folder, paths = tmp_path_factory.mktemp('networks'), {}
+    for name, system, network_class, kwargs in [
+            ('edm', 'edm', EDMPrecond, {}),
+            ('warm', 'warm', WarmPrecond, dict(bnr='0.5')),
+            ('cond', 'warm', WarmPrecond, dict(bnr='0.5', label_dim=10)),
+            ('list', 'warm', WarmPrecond, dict(bnr='0,0.5')),
+            ('grey', 'warm', WarmPrecond, dict(img_channels=1))]:
+        torch.manual_seed(0)
+        net = network_class(**{**TINY, **kwargs})
+        for parameter in net.parameters():  # output layers start near zero; make every weight count
+            torch.nn.init.normal_(parameter, std=0.1)
+        paths[name] = folder / f'{name}.safetensors'
+        save_snapshot(paths[name], net.eval(), system, kimg=1)
+    return paths
+
+
+def images_in(folder):
+    return {str(p.relative_to(folder)): np.asarray(PIL.Image.open(p)) for p in sorted(folder.rglob('*.png'))}
+
+
+def assert_same_images(a, b):
+    """The same files, and no pixel off by more than one level."""
+    assert a.keys() == b.keys() and len(a)
+    for name in a:
+        assert np.abs(a[name].astype(int) - b[name].astype(int)).max() <= 1, name
+
+
+@pytest.mark.parametrize('name', ['edm', 'cond'])
+def test_images_depend_on_the_seed_alone(tmp_path, networks, name):
+    common = [f'--network={networks[name]}', '--seeds=0-8,100', '--steps=4', '--S_churn=10']
+    folders = {batch: tmp_path / f'batch{batch}' for batch in (1, 7)}
+    for batch, folder in folders.items():
+        run_command('generate.py', *common, f'--outdir={folder}', f'--batch={batch}')
+    torchrun('generate.py', *common, f'--outdir={tmp_path / "ranks"}', '--batch=3')
+    one = images_in(folders[1])
+    assert set(one) == {f'{seed:06d}.png' for seed in (*range(9), 100)}
+    assert len({image.tobytes() for image in one.values()}) == 10
+    assert_same_images(one, images_in(folders[7]))
+    assert_same_images(one, images_in(tmp_path / 'ranks'))
+
+
+def test_noise_is_identical_whatever_the_batch():
+    """Latents, class index and sampler noise, bit for bit."""
+    def draws(seeds):
+        rnd = StackedRandomGenerator('cpu', seeds)
+        latents = rnd.randn([len(seeds), 3, 8, 8])
+        index = rnd.randint(10, size=[len(seeds)])
+        return latents, index, rnd.randn_like(latents.to(torch.float64))
+    together, alone = draws([3, 4, 5]), draws([4])
+    assert all(torch.equal(a[1:2], b) for a, b in zip(together, alone))
+
+
+def test_class_is_drawn_even_if_given(networks):
+    """--class changes the label, not the noise that follows it."""
+    seen = []
+
+    def sampler(latents, class_labels, randn_like):
+        seen.append((latents, class_labels.argmax(dim=1).tolist(), randn_like(latents)))
+        return latents
+    net = WarmPrecond(**TINY, label_dim=10)
+    gen.generate_batch(net, [1, 2, 3], sampler)
+    gen.generate_batch(net, [1, 2, 3], sampler, class_idx=7)
+    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][2], seen[1][2])
+    assert seen[1][1] == [7, 7, 7] and seen[0][1] != [7, 7, 7]
+
+
+def test_rounding():
+    x = torch.tensor([-2., -1.00392, -1, -0.99, 0, 0.5, 1, 2], dtype=torch.float64)
+    assert gen.to_uint8(x).tolist() == [0, 0, 0, 1, 128, 191, 255, 255]
+
+
+def test_an_interrupted_dump_continues(tmp_path, networks):
+    """Killed at a random moment; the second run keeps what is there and ends with the undisturbed run's images."""
+    common = [f'--network={networks["warm"]}', '--seeds=0-199', '--steps=18', '--batch=4']
+    folder = tmp_path / 'killed'
+    process = subprocess.Popen([sys.executable, str(ROOT / 'generate.py'), *common, f'--outdir={folder}'],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    while process.poll() is None and len(list(folder.glob('[0-9]*.png'))) < 9:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob('[0-9]*.png')}
+    assert 9 <= len(before) < 200, 'the run ended before it could be killed'
+    out = run_command('generate.py', *common, f'--outdir={folder}')
+    assert f'{len(before)} of 200 images are there already' in out.stdout
+    assert all((folder / name).stat().st_mtime_ns == mtime for name, mtime in before.items())
+    run_command('generate.py', *common, f'--outdir={tmp_path / "whole"}')
+    assert_same_images({k: v for k, v in images_in(folder).items() if not k.startswith('.tmp')},
+                       images_in(tmp_path / 'whole'))
+
+
+def test_images_of_other_settings_are_not_mixed(tmp_path, networks):
+    base = ['generate.py', f'--outdir={tmp_path}', '--seeds=0-1']
+    assert invoke(*base, f'--network={networks["warm"]}', '--steps=2').exit_code == 0
+    first = images_in(tmp_path)
+    refused(invoke(*base, f'--network={networks["warm"]}', '--steps=3'), 'other options', '--overwrite')
+    refused(invoke(*base, f'--network={networks["list"]}', '--steps=2'), 'another network')
+    assert_same_images(first, images_in(tmp_path))
+    assert invoke(*base, f'--network={networks["warm"]}', '--steps=3', '--overwrite').exit_code == 0
+    assert any((images_in(tmp_path)[name] != first[name]).any() for name in first)
+    assert json.loads((tmp_path / gen.RECORD).read_text())['sampler'] == {'num_steps': 3}
+
+
+def test_files(tmp_path, networks):
+    """Folders per 1000 seeds, one channel as L, three as RGB, a contact sheet."""
+    result = invoke('generate.py', f'--network={networks["grey"]}', f'--outdir={tmp_path / "a"}', '--steps=1',
+                    '--seeds=5,1999,2000', '--subdirs', f'--grid={tmp_path / "grid.png"}')
+    assert result.exit_code == 0, result.output
+    assert set(images_in(tmp_path / 'a')) == {'000000/000005.png', '001000/001999.png', '002000/002000.png'}
+    assert PIL.Image.open(tmp_path / 'a/000000/000005.png').mode == 'L'
+    assert PIL.Image.open(tmp_path / 'grid.png').size == (2 * 66 + 2, 2 * 66 + 2)
+    assert invoke('generate.py', f'--network={networks["edm"]}', f'--outdir={tmp_path / "b"}', '--steps=1',
+                  '--seeds=1').exit_code == 0
+    assert PIL.Image.open(tmp_path / 'b/000001.png').mode == 'RGB'
+
+
+def test_edm_snapshot(tmp_path, root):
+    """EDM's own .pkl, class-conditional, straight from the command line, with EDM's and the ablation sampler."""
+    pkl = root / 'tests/golden/edm-network-snapshot-000123.pkl'
+    for i, options in enumerate([[], ['--class=3'], ['--solver=euler', '--disc=vp', '--schedule=vp', '--scaling=vp'],
+                                 ['--solver=dpmpp2m']]):
+        out = invoke('generate.py', f'--network={pkl}', f'--outdir={tmp_path / str(i)}', '--steps=3', '--seeds=0-2',
+                     *options)
+        assert out.exit_code == 0, out.output
+        assert images_in(tmp_path / str(i))['000000.png'].shape == (16, 16, 3)
+
+
+def test_paths_of_one_network(tmp_path, networks):
+    """A network for several BNRs draws along each of them; at BNR 0 there is no blur anywhere."""
+    images = {}
+    for bnr in ('0', '0.5'):
+        out = invoke('generate.py', f'--network={networks["list"]}', f'--outdir={tmp_path / bnr}', '--steps=3',
+                     '--seeds=0', f'--bnr={bnr}')
+        assert out.exit_code == 0, out.output
+        images[bnr] = images_in(tmp_path / bnr)['000000.png']
+    assert (images['0'] != images['0.5']).any()
+    refused(invoke('generate.py', f'--network={networks["list"]}', f'--outdir={tmp_path / "x"}', '--bnr=1'),
+            'the constant BNRs 0,0.5', 'not constant BNR 1')
+    assert not (tmp_path / 'x').exists()
+
+
+@pytest.mark.parametrize('ending', ['png', 'gif'])
+def test_trajectory(tmp_path, networks, ending):
+    path = tmp_path / f'watched.{ending}'
+    out = invoke('generate.py', f'--network={networks["cond"]}', f'--outdir={tmp_path / "o"}', '--steps=3', '--seeds=0-1',
+                 f'--trajectory={path}')
+    assert out.exit_code == 0, out.output
+    picture = PIL.Image.open(path)
+    assert getattr(picture, 'n_frames', 1) == (4 if ending == 'gif' else 1)  # three noise levels and the images
+    if ending == 'png':
+        assert picture.size == (4 * 66 + 2, 8 * 66 + 2)  # a column a level; x, D, R and D + R of two images
+
+
+def test_watching_changes_nothing(networks):
+    """The frames end with the images that the sampler draws without being watched."""
+    from training.snapshot import build_network, read_snapshot
+    from warm.trajectory import watch
+    for name in ('edm', 'cond'):
+        snapshot = read_snapshot(networks[name])
+        net, system = build_network(snapshot, SYSTEMS), SYSTEMS[snapshot.system]
+        frames = watch(net, system, [4, 5], {'num_steps': 4})
+        plain = gen.generate_batch(net, [4, 5], system.make_sampler(net, {'num_steps': 4}))
+        torch.testing.assert_close(frames[-1].x, plain.to(torch.float32), rtol=0, atol=0)
+        assert [f.beta for f in frames] == sorted((f.beta for f in frames), reverse=True) and len(frames) == 5
+        assert all(f.alpha == pytest.approx(0.5 * f.beta if name == 'cond' else 0) for f in frames)
+
+
+BAD = {
+    'missing network': ('edm', ['--network=/nowhere/a.safetensors'], '/nowhere/a.safetensors'),
+    'not a snapshot': ('edm', ['--network={root}/LICENSE'], 'LICENSE'),
+    'class of an unconditional network': ('edm', ['--class=3'], 'unconditional'),
+    'class out of range': ('cond', ['--class=10'], 'classes 0 to 9'),
+    'seeds': ('edm', ['--seeds=1,x'], "'1,x'"),
+    'ablation of Warm': ('warm', ['--disc=vp'], '--disc is not an option of the Warm sampler'),
+    'BNR of EDM': ('edm', ['--bnr=0.5'], '--bnr is not an option of the EDM sampler'),
+    'other BNR': ('warm', ['--bnr=0.7'], 'this network knows constant BNR 0.5'),
+    'blurring': ('warm', ['--bnr-schedule=blurring'], 'this network knows constant BNR 0.5'),
+    'no number': ('warm', ['--bnr=x'], 'Blur-to-Noise'),
+    'multistep with churn': ('warm', ['--solver=dpmpp2m', '--S_churn=4'], 'churn'),
+    'multistep with one step': ('warm', ['--solver=dpmpp2m', '--steps=1'], 'at least 2 steps'),
+    'eta with heun': ('warm', ['--eta=1'], '--solver=euler'),
+    'eta out of range': ('warm', ['--eta=2', '--solver=euler'], 'between 0'),
+    'range upside down': ('warm', ['--sigma_min=10', '--sigma_max=1'], '10'),
+    'trajectory format': ('warm', ['--trajectory=a.avi'], '.png, .gif, .mp4'),
+    'folder is a file': ('warm', ['--outdir={root}/LICENSE'], 'LICENSE'),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input(tmp_path, networks, root, name):
+    network, options, sentence = BAD[name]
+    options = [option.format(root=root) for option in options]
+    refused(invoke('generate.py', f'--network={networks[network]}', f'--outdir={tmp_path / "out"}', *options), sentence)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_missing_video_writer(tmp_path, monkeypatch):
+    from warm.trajectory import check_writer
+    monkeypatch.setitem(sys.modules, 'imageio_ffmpeg', None)
+    with pytest.raises(UserError, match='pip install imageio-ffmpeg'):
+        check_writer(tmp_path / 'a.mp4')
+
+
+def test_full_disk(tmp_path, networks):
+    """A write that fails ends with a sentence; the images before it stay, and no half-written one is left."""
+    script = ('import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
+              'resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); sys.argv[0] = "generate.py"; '
+              'import runpy; runpy.run_path("generate.py", run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', script, f'--network={networks["warm"]}', f'--outdir={tmp_path / "o"}',
+                           '--steps=1', f'--grid={tmp_path / "grid.png"}'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert 'grid.png' in done.stderr and 'free some space' in done.stderr
+    assert len(images_in(tmp_path / 'o')) == 64 and not list(tmp_path.rglob('.tmp*'))

@@ -1,0 +1,247 @@
+"""training.training_loop: the recipe's formulas, and complete small runs through train.py."""
+
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from dnnlib import UserError
+from torch_utils import training_stats
+from training import training_loop as tl
+from training.dataset import EMBEDDED, load_embedded
+from training.snapshot import build_network, read_snapshot
+from training.state import load_state
+from tests.commands import SMALL, invoke, refused, run_command, torchrun
+from warm.systems import SYSTEMS
+
+
+@pytest.fixture(scope='module')
+def warm_run(tmp_path_factory):
+    """A run of 40 steps with a state in the middle: batch 16, ticks of 0.16 kimg."""
+    folder = tmp_path_factory.mktemp('warm')
+    run_command('train.py', *SMALL, f'--outdir={folder}', '--precond=warm', '--duration=0.00064', '--tick=0.16',
+                '--snap=2', '--dump=2', '--desc=first', '--seed=7', '--augment=0.12', '--dropout=0.1')
+    return next(folder.iterdir())
+
+
+def test_files_of_a_run(warm_run):
+    assert warm_run.name == '00000-digits-8x8-uncond-ddpmpp-warm-gpus1-batch16-fp32-first'
+    names = {p.name for p in warm_run.iterdir()}
+    assert {'training_options.json', 'log.txt', 'stats.jsonl', 'reals.png', 'fakes000000.png',
+            'network-snapshot-000000.safetensors', 'training-state-000000.pt'} <= names
+    assert not any(name.startswith('.tmp') for name in names)
+    options = json.loads((warm_run / 'training_options.json').read_text())
+    assert options['system'] == 'warm' and options['network_kwargs']['model_channels'] == 8
+    log = (warm_run / 'log.txt').read_text()
+    assert 'Training options' in log and re.search(r'^tick 0 +kimg 0\.0 +time .* sec/tick .* sec/kimg .* '
+                                                   r'maintenance .* cpumem .* gpumem .* reserved', log, re.M)
+
+
+def test_stats_lines(warm_run):
+    lines = [json.loads(line) for line in (warm_run / 'stats.jsonl').read_text().splitlines()]
+    assert [line['Progress/tick']['mean'] for line in lines] == list(range(len(lines))) and len(lines) == 5
+    for name in ('Loss/loss', 'Loss/denoise', 'Loss/deblur', 'Progress/kimg', 'Timing/total_sec',
+                 'Timing/sec_per_tick', 'Timing/sec_per_kimg', 'Timing/maintenance_sec', 'Resources/cpu_mem_gb',
+                 'Resources/peak_gpu_mem_gb', 'Resources/peak_gpu_mem_reserved_gb'):
+        assert set(lines[0][name]) == {'num', 'mean', 'std'}
+    assert lines[0]['Loss/loss']['num'] == 16 * 64 and lines[1]['Loss/loss']['num'] == 10 * 16 * 64
+    for line in lines:  # both terms are reported per element, their sum is the loss
+        total = line['Loss/denoise']['mean'] + line['Loss/deblur']['mean']
+        assert math.isclose(total, line['Loss/loss']['mean'], rel_tol=1e-5)
+    assert lines[-1]['Progress/kimg']['mean'] == 0.64 and isinstance(lines[0]['timestamp'], float)
+
+
+def test_snapshot_of_a_run(warm_run):
+    snapshot = read_snapshot(warm_run / 'network-snapshot-000000.safetensors')
+    assert snapshot.system == 'warm' and snapshot.dataset['num_images'] == 1797
+    net = build_network(snapshot, SYSTEMS)
+    assert net.model.map_augment.weight.shape[1] == 9 and net.img_resolution == 8
+
+
+def states_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[k], b[k]) for k in a if k != 'seconds')
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_resume_equals_no_interruption(tmp_path, ranks):
+    """A run of 2.048 kimg, and one that is resumed at the state of 1.024 kimg, end bit for bit alike."""
+    command = [*SMALL, f'--outdir={tmp_path}', '--precond=warm', '--tick=1.024', '--snap=1', '--dump=1', '--seed=3',
+               '--augment=0.12', '--dropout=0.1', '--batch=64', '--grid=4', '--cond=1']
+    launch = run_command if ranks == 1 else torchrun
+    launch('train.py', *command, '--duration=0.002048', '--desc=whole')
+    whole = next(tmp_path.glob('*-whole'))
+    state = whole / 'training-state-000001.pt'
+    assert load_state(state)['progress']['nimg'] == 1088
+    launch('train.py', *command, '--duration=0.002048', '--desc=resumed', f'--resume={state}')
+    resumed = next(tmp_path.glob('*-resumed'))
+    a, b = (load_state(run / 'training-state-000002.pt') for run in (whole, resumed))
+    assert states_equal(a, b)
+    a, b = (read_snapshot(run / 'network-snapshot-000002.safetensors').state_dict for run in (whole, resumed))
+    assert states_equal(a, b)
+    last = [json.loads((run / 'stats.jsonl').read_text().splitlines()[-1]) for run in (whole, resumed)]
+    assert last[0]['Loss/loss'] == last[1]['Loss/loss']
+    assert (whole / 'fakes000002.png').read_bytes() == (resumed / 'fakes000002.png').read_bytes()
+
+
+def test_resume_with_other_ranks_continues_the_data(tmp_path):
+    command = [*SMALL, f'--outdir={tmp_path}', '--seed=3', '--batch=64', '--dump=1']
+    run_command('train.py', *command, '--duration=0.001', '--desc=one')
+    state = next(tmp_path.glob('*-one')) / 'training-state-000001.pt'
+    out = torchrun('train.py', *command, '--duration=0.002', f'--resume={state}', '--desc=two')
+    assert 'saved by 1 ranks and goes on with 2' in out.stdout
+    assert load_state(next(tmp_path.glob('*-two')) / 'training-state-000002.pt')['progress']['nimg'] == 2048
+
+
+def test_accumulation_and_ranks_take_the_same_images(monkeypatch):
+    """What the ranks read together is the sequence that one process reads."""
+    def images(rank, ranks, start=0):
+        monkeypatch.setattr(tl.dist, 'get_rank', lambda: rank)
+        monkeypatch.setattr(tl.dist, 'get_world_size', lambda: ranks)
+        batches = tl.endless_batches(load_embedded(), 4, 5, start, {}, torch.device('cpu'))
+        return torch.cat([next(batches)[0] for _ in range(3)])
+    alone = images(0, 1)[:12]
+    assert alone.dtype == torch.float32 and -1 <= alone.min() and alone.max() <= 1
+    assert torch.equal(torch.stack([images(0, 2), images(1, 2)], dim=1).flatten(0, 1)[:12], alone)
+    assert torch.equal(images(0, 1, start=4)[:8], alone[4:])
+
+
+def test_accumulation_keeps_the_scale_of_the_gradient(tmp_path):
+    """Two rounds of 32 images and one of 64 see the same images; their noise differs, being drawn in halves."""
+    norms = []
+    for limit in (32, 64):
+        run_command('train.py', *SMALL, f'--outdir={tmp_path}', '--batch=64', '--dropout=0', '--augment=0',
+                    '--duration=0.000064', f'--batch-gpu={limit}', f'--desc={limit}', '--seed=1')
+        moments = load_state(next(tmp_path.glob(f'*-{limit}/training-state-*.pt')))['optimizer']['state'].values()
+        norms.append(sum(moment['exp_avg'].square().sum() for moment in moments).sqrt())
+    assert 0.75 < norms[0] / norms[1] < 1.33
+
+
+def test_split_batch(monkeypatch):
+    monkeypatch.setattr(tl.dist, 'get_world_size', lambda: 4)
+    assert tl.split_batch(64) == (16, 16, 1)
+    assert tl.split_batch(64, 4) == (16, 4, 4)
+    assert tl.split_batch(64, 100) == (16, 16, 1)
+    with pytest.raises(UserError, match='--batch=62 does not divide over 4 ranks'):
+        tl.split_batch(62)
+    with pytest.raises(UserError, match='--batch-gpu=5'):
+        tl.split_batch(64, 5)
+
+
+def test_ema_beta():
+    assert tl.ema_beta(512, 0, 500_000, 0.05) == 0
+    assert tl.ema_beta(512, 10_240, 500_000, 0.05) == pytest.approx(0.5)  # half-life 512 images
+    assert tl.ema_beta(512, 10 ** 9, 512_000, 0.05) == pytest.approx(0.5 ** (1 / 1000))
+    assert tl.ema_beta(512, 0, 512_000, None) == pytest.approx(0.5 ** (1 / 1000))
+
+
+def test_update_ema_is_the_weighted_mean():
+    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = [0.9 * x + 0.1 * y for x, y in zip(a.parameters(), b.parameters())]
+    a.requires_grad_(False)
+    tl.update_ema(a, b, 0.9)
+    for got, want in zip(a.parameters(), expected):
+        torch.testing.assert_close(got, want.detach())
+
+
+def test_clean_gradients():
+    net = torch.nn.Linear(3, 1, bias=False)
+    net.weight.grad = torch.tensor([[math.nan, math.inf, -math.inf]])
+    tl.clean_gradients(net)
+    assert net.weight.grad.tolist() == [[0, 1e5, -1e5]]
+    net.weight.grad = torch.tensor([[8., 16., math.inf]])
+    tl.clean_gradients(net, loss_scaling=8)
+    assert net.weight.grad.tolist() == [[1, 2, 1e5]]
+
+
+def test_learning_rate_ramp(tmp_path):
+    """lr·min(nimg/ramp, 1), nimg before the batch: the first step has rate 0 and leaves the weights as they were."""
+    run_command('train.py', *SMALL, f'--outdir={tmp_path}', '--duration=0.00064', '--batch=64', '--lr-rampup=0.00128',
+                '--lr=0.01', '--seed=0')
+    state = load_state(next(tmp_path.glob('*/training-state-*.pt')))
+    assert state['optimizer']['param_groups'][0]['lr'] == pytest.approx(0.01 * 576 / 1280)
+
+
+def test_transfer(tmp_path, warm_run):
+    edm = tmp_path / 'edm'
+    run_command('train.py', *SMALL, f'--outdir={edm}', '--nosubdir', '--duration=0.0001', '--seed=1')
+    snapshot = edm / 'network-snapshot-000000.safetensors'
+    out = run_command('train.py', *SMALL, f'--outdir={tmp_path}', '--precond=warm', f'--transfer={snapshot}',
+                      '--duration=0.000016', '--desc=t', '--lr-rampup=1', '--snap=1')
+    assert 'Transferring from' in out.stdout
+    source = read_snapshot(snapshot).state_dict
+    start = read_snapshot(next(next(tmp_path.glob('*-t')).glob('network-snapshot-*'))).state_dict
+    # The first step has learning rate 0: what is saved is what was transferred.
+    for name, tensor in source.items():
+        if start[name].shape == tensor.shape:
+            torch.testing.assert_close(start[name], tensor, rtol=0, atol=0)
+    assert not start['map_blur.linear.weight'].any()
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    out = run_command('train.py', *SMALL, f'--outdir={tmp_path / "runs"}', '--precond=warm', '-n')
+    assert 'Dry run' in out.stdout and '"system": "warm"' in out.stdout
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_run_numbers(tmp_path):
+    from warm.config import next_run_dir
+    assert pathlib.Path(next_run_dir(tmp_path / 'none', 'x')).name == '00000-x'
+    for name in ('00003-a', '00011-b', 'notes', '7-c'):
+        (tmp_path / name).mkdir()
+    assert pathlib.Path(next_run_dir(tmp_path, 'x')).name == '00012-x'
+
+
+def test_statistics_over_ranks():
+    collector = training_stats.Collector()
+    collector.update()
+    training_stats.report('x', torch.tensor([1., 2.]))
+    training_stats.report('x', 6)
+    training_stats.report('y', np.float32(3))
+    collector.update()
+    assert collector.as_dict()['x'] == {'num': 3, 'mean': 3, 'std': pytest.approx(np.std([1, 2, 6]))}
+    assert collector.mean('y') == 3 and math.isnan(collector.mean('z'))
+    collector.update()
+    assert collector.as_dict() == {}
+
+
+BAD = {
+    'two ranks, odd batch': (['--batch=15'], 'does not divide over 2 ranks', True),
+    'no labels': (['--cond=1', '--data={unlabelled}'], 'has no labels', False),
+    'missing data': (['--data=/nowhere/x.zip'], '/nowhere/x.zip', False),
+    'missing state': (['--resume=/nowhere/training-state-000001.pt'], '/nowhere', False),
+    'missing snapshot': (['--transfer=/nowhere/network-snapshot-000001.pkl'], '/nowhere', False),
+    'both': (['--transfer=a', '--resume=b'], 'give one of them', False),
+    'option of another system': (['--precond=edm', '--bnr=0.5'], '--bnr is not an option of --precond=edm', False),
+    'negative BNR': (['--precond=warm', '--bnr=-1'], 'a number ≥ 0', False),
+    'no BNR': (['--precond=warm', '--bnr=warm'], 'is not a Blur-to-Noise Ratio', False),
+    'empty range': (['--precond=warm', '--bnr=2-0.1'], 'is empty', False),
+    'duplicates': (['--precond=warm', '--bnr=0.1,0.5,0.1'], 'twice', False),
+    'unknown targets': (['--precond=warm', '--targets=nothing'], 'is not one of', False),
+    'image too small': (['--cres=1,1,1,1,1'], '8', False),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input(tmp_path, name):
+    options, sentence, two_ranks = BAD[name]
+    if '--data={unlabelled}' in options:
+        run_command('dataset_tool.py', f'--source={EMBEDDED}', f'--dest={tmp_path / "u"}', '--max-images=8')
+        (tmp_path / 'u' / 'dataset.json').write_text('{"labels": null}')
+        options = [o.format(unlabelled=tmp_path / 'u') for o in options]
+    command = ['train.py', *SMALL, f'--outdir={tmp_path / "runs"}', '--duration=0.0001', *options]
+    if two_ranks:
+        out = torchrun(*command, ok=False)
+        assert out.returncode != 0 and sentence in out.stderr
+    else:
+        refused(invoke(*command), sentence)
+    assert not list(tmp_path.glob('runs/*/network-snapshot-*'))

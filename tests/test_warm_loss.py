@@ -1,0 +1,195 @@
+"""Warm's loss: by hand, in the stated draw order, as reported, and 0 where the answer is known."""
+
+import pytest
+import torch
+
+from torch_utils import training_stats
+from training.loss import EDMLoss, edm_loss_weight
+from warm.blur import blur, rest
+from warm.loss import WarmLoss
+from warm.path import BlurringSchedule, ConstantBNR, parse_family
+from warm.targets import TARGETS, Hot
+
+FAMILIES = ['0', '0.5', '0,0.5,2', '0.1-2', 'blurring']
+
+
+def family_of(text):
+    return parse_family(None, text) if text == 'blurring' else parse_family(text)
+
+
+def images_of(n=6):
+    return torch.rand([n, 3, 8, 8], generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+class Spy:
+    """A network that estimates zeros and notes what it was called with."""
+
+    def __init__(self, family, targets='residual'):
+        self.family = family_of(family)
+        self.targets = Hot if self.family.is_hot else TARGETS[targets]
+
+    def __call__(self, x, sigma, labels, alpha, return_estimates, augment_labels=None):
+        assert return_estimates
+        self.x, self.sigma, self.labels, self.alpha, self.augment_labels = x, sigma, labels, alpha, augment_labels
+        return self.estimates(x)
+
+    def estimates(self, x):
+        return tuple(torch.zeros_like(x) for _ in self.targets.names)
+
+
+def pipe(x):
+    return x.flip(3) * torch.rand([1]), torch.rand([len(x), 2])
+
+
+def by_hand(family, images, augment_pipe=None):
+    """(sigma, alpha, y, augment_labels, noise), drawn from the global generator in the stated order."""
+    sigma = (torch.randn([len(images), 1, 1, 1]) * 1.2 - 1.2).exp()
+    if family == '0,0.5,2':
+        alpha = sigma * torch.tensor([0, 0.5, 2])[torch.randint(3, [len(images), 1, 1, 1])]
+    elif family == '0.1-2':
+        alpha = sigma * 0.1 * 20 ** torch.rand([len(images), 1, 1, 1])
+    elif family == 'blurring':
+        alpha = 20 * sigma ** 2 / (1 + sigma ** 2)
+    else:
+        alpha = sigma * float(family)
+    y, augment_labels = augment_pipe(images) if augment_pipe else (images, None)
+    return sigma, alpha, y, augment_labels, torch.randn(images.shape)
+
+
+@pytest.mark.parametrize('augment_pipe', [None, pipe], ids=['plain', 'augmented'])
+@pytest.mark.parametrize('family', FAMILIES)
+def test_noise_level_then_bnr_then_augmentation_then_noise(family, augment_pipe):
+    images, labels, net = images_of(), torch.eye(6), Spy(family)
+    torch.manual_seed(7)
+    loss = WarmLoss()(net, images, labels, augment_pipe=augment_pipe)
+
+    torch.manual_seed(7)
+    sigma, alpha, y, augment_labels, n = by_hand(family, images, augment_pipe)
+    torch.testing.assert_close(net.sigma, sigma)
+    torch.testing.assert_close(torch.as_tensor(net.alpha), alpha)
+    torch.testing.assert_close(net.x, blur(y, alpha) + sigma * n, rtol=1e-5, atol=1e-5)
+    assert net.labels is labels
+    assert net.augment_labels is None if augment_pipe is None else torch.equal(net.augment_labels, augment_labels)
+    squares = blur(y, alpha) ** 2 + rest(y, alpha) ** 2  # estimates of 0
+    assert loss.shape == images.shape and loss.dtype == torch.float32
+    torch.testing.assert_close(loss, edm_loss_weight(sigma) * squares, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('targets', TARGETS)
+@pytest.mark.parametrize('family', FAMILIES[1:])
+def test_terms_of_every_parametrisation(family, targets):
+    """λ(β)·Σ over branches of (0 − target)²."""
+    images, net = images_of(), Spy(family, targets)
+    torch.manual_seed(7)
+    loss = WarmLoss()(net, images)
+    torch.manual_seed(7)
+    sigma, alpha, y, _, _ = by_hand(family, images)
+    wanted = {'residual': (blur(y, alpha), rest(y, alpha)), 'clean': (y,), 'blurred': (blur(y, alpha),),
+              'clean-blurred': (blur(y, alpha), y)}[targets]
+    torch.testing.assert_close(loss, edm_loss_weight(sigma) * sum(t ** 2 for t in wanted), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('targets', TARGETS)
+@pytest.mark.parametrize('family', FAMILIES)
+def test_reported_terms_add_up(family, targets):
+    training_stats.Collector().update()  # what other tests reported
+    net, collector = Spy(family, targets), training_stats.Collector()
+    loss = WarmLoss()(net, images_of())
+    collector.update()
+    reported = collector.as_dict()
+    assert list(reported) == sorted(f'Loss/{name}' for name in net.targets.names)
+    assert sum(term['mean'] for term in reported.values()) == pytest.approx(loss.mean().item(), rel=1e-5)
+    assert all(term['num'] == loss.numel() for term in reported.values())
+
+
+def test_default_terms_are_denoise_and_deblur():
+    training_stats.Collector().update()
+    collector = training_stats.Collector()
+    WarmLoss()(Spy('0.5'), images_of())
+    collector.update()
+    assert set(collector.as_dict()) == {'Loss/denoise', 'Loss/deblur'}
+
+
+class Knowing(Spy):
+    """A network that knows the one image there is."""
+
+    def __init__(self, image, family, targets):
+        super().__init__(family, targets)
+        self.image = image
+
+    def estimates(self, x):
+        y = self.image.expand(x.shape)
+        if self.family.is_hot:
+            return (y,)
+        return self.targets.targets(y, blur(y, self.alpha), rest(y, self.alpha))
+
+
+@pytest.mark.parametrize('targets', TARGETS)
+@pytest.mark.parametrize('family', FAMILIES)
+def test_a_perfect_network_has_no_loss(family, targets):
+    image = images_of(1)
+    loss = WarmLoss()(Knowing(image, family, targets), image.expand(6, -1, -1, -1))
+    assert loss.abs().max() < 1e-6
+
+
+def test_bnr_0_is_the_loss_of_edm():
+    class Net(Spy):
+        def __call__(self, x, sigma, labels, augment_labels=None, **own):
+            out = x * 0.25 / (0.25 + sigma ** 2) + 0.05 * torch.tanh(x)
+            return (out,) if own else out
+
+    losses = []
+    for loss in (WarmLoss(), EDMLoss()):
+        torch.manual_seed(7)
+        losses.append(loss(Net('0'), images_of(), augment_pipe=pipe))
+    assert torch.equal(*losses)
+
+
+def test_images_without_blur_in_a_list():
+    """Their rest is exactly 0 and their denoising target the image itself."""
+    images, net = images_of(), Spy('0,1e-9')
+    torch.manual_seed(1)
+    WarmLoss()(net, images)
+    hot = (net.alpha == 0).flatten()
+    assert hot.any() and not hot.all()
+    assert torch.equal(blur(images, net.alpha)[hot], images[hot]) and not rest(images, net.alpha)[hot].any()
+
+
+@pytest.mark.parametrize('path', [ConstantBNR(2), BlurringSchedule(5), parse_family('0.1-2')])
+def test_a_path_of_its_own(path):
+    """What the network was made for does not matter then."""
+    net = Spy('0.5')
+    torch.manual_seed(3)
+    WarmLoss(path=path)(net, images_of())
+    torch.manual_seed(3)
+    sigma = (torch.randn([6, 1, 1, 1]) * 1.2 - 1.2).exp()
+    expected = path.draw_alpha(sigma) if hasattr(path, 'draw_alpha') else path.alpha(sigma)
+    torch.testing.assert_close(net.alpha, expected)
+
+
+def test_constants():
+    net = Spy('0.5')
+    torch.manual_seed(3)
+    loss = WarmLoss(P_mean=0.5, P_std=0.1, sigma_data=1.0)(net, images_of())
+    torch.manual_seed(3)
+    sigma = (torch.randn([6, 1, 1, 1]) * 0.1 + 0.5).exp()
+    torch.testing.assert_close(net.sigma, sigma)
+    y, alpha = images_of(), 0.5 * sigma
+    expected = (sigma ** 2 + 1) / sigma ** 2 * (blur(y, alpha) ** 2 + rest(y, alpha) ** 2)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_works_through_a_wrapper():
+    """DDP calls the network through itself and keeps it as `module`."""
+    class Wrapped:
+        def __init__(self, module):
+            self.module = module
+
+        def __call__(self, *args, **kwargs):
+            return self.module(*args, **kwargs)
+
+    losses = []
+    for net in (Spy('0.1-2'), Wrapped(Spy('0.1-2'))):
+        torch.manual_seed(7)
+        losses.append(WarmLoss()(net, images_of()))
+    assert torch.equal(*losses)

@@ -1,0 +1,134 @@
+"""Paths and families of paths: formulas, what the texts of the flags mean, what lies inside what."""
+
+import math
+
+import pytest
+import torch
+
+from dnnlib import UserError
+from warm.path import PATHS, BlurringSchedule, BNRList, BNRRange, ConstantBNR, OnePath, parse_family, parse_path
+
+LOW, HIGH = 0.002, 80.0
+
+
+# -- paths
+
+def test_constant_bnr():
+    path = ConstantBNR(0.5)
+    assert path.alpha(3.0) == 1.5 and not path.is_hot and ConstantBNR(0).is_hot and ConstantBNR(0).alpha(7.0) == 0
+
+
+@pytest.mark.parametrize('t', [0.01, 0.3, 0.5, 0.9])
+def test_blurring_schedule_is_the_cosine_schedule(t):
+    """β = tan(πt/2) and α = σ_B,max·sin²(πt/2)."""
+    assert BlurringSchedule(20).alpha(math.tan(math.pi * t / 2)) == pytest.approx(
+        20 * math.sin(math.pi * t / 2) ** 2)
+
+
+@pytest.mark.parametrize('name', PATHS)
+def test_every_path(name):
+    path = parse_path(None, name)
+    beta = torch.logspace(-3, 2, 300, dtype=torch.float64)
+    alpha = path.alpha(beta)
+    assert alpha.dtype == torch.float64 and (alpha.diff() > 0).all() and path.alpha(0.0) == 0
+    assert path.alpha(2.0) == pytest.approx(path.alpha(torch.tensor(2.0, dtype=torch.float64)).item())
+    assert path.alpha(torch.ones([4, 1, 1, 1])).shape == (4, 1, 1, 1)
+    assert path == parse_path(None, name) and isinstance(path.is_hot, bool) and str(path)
+
+
+@pytest.mark.parametrize('path', [ConstantBNR(0.3), BlurringSchedule(20), BlurringSchedule(3)])
+@pytest.mark.parametrize('low, high', [(LOW, HIGH), (0.002, 0.5), (2, 80)])
+def test_bounds_are_the_extremes_of_the_ratio(path, low, high):
+    beta = torch.logspace(math.log10(low), math.log10(high), 20001, dtype=torch.float64)
+    ratio = path.alpha(beta) / beta
+    assert path.bnr_bounds(low, high) == pytest.approx((ratio.min().item(), ratio.max().item()), rel=1e-6)
+
+
+# -- texts
+
+@pytest.mark.parametrize('bnr, schedule, path', [
+    (None, None, ConstantBNR(0.5)), ('0.65', None, ConstantBNR(0.65)), ('0', 'constant', ConstantBNR(0)),
+    (1.5, None, ConstantBNR(1.5)), (None, 'blurring', BlurringSchedule(20)),
+    (None, 'blurring:7.5', BlurringSchedule(7.5)), ('1e-3', None, ConstantBNR(0.001)),
+])
+def test_paths_from_texts(bnr, schedule, path):
+    assert parse_path(bnr, schedule) == path
+    assert parse_family(bnr, schedule) == OnePath(path)
+
+
+@pytest.mark.parametrize('text, family', [
+    ('0,0.1,0.3,0.5,1', BNRList((0, 0.1, 0.3, 0.5, 1))), ('0.5,0', BNRList((0.5, 0))),
+    ('0.1-2', BNRRange(0.1, 2)), (' 0.1-2 ', BNRRange(0.1, 2)),
+])
+def test_families_from_texts(text, family):
+    assert parse_family(text) == family
+
+
+@pytest.mark.parametrize('bnr, schedule, said', [
+    ('-1', None, 'Blur-to-Noise Ratio'), ('nan', None, 'Blur-to-Noise Ratio'), ('warm', None, "'warm'"),
+    ('inf', None, 'inf'), ('', None, "''"), ('0.5,0.5', None, 'twice'), ('0.1,-1', None, '-1'),
+    ('0.1,,1', None, "''"), ('2-0.1', None, 'empty'), ('0.5-0.5', None, 'empty'), ('0-2', None, 'starts at 0'),
+    ('0.1-inf', None, 'range'), ('0.1-warm', None, "'warm'"), (None, 'linear', 'constant, blurring'),
+    (None, 'constant:3', '--bnr=3'), ('0.5', 'blurring', 'give one'), ('0.1,0.5', 'blurring', 'give one'),
+    (None, 'blurring:0', 'largest blur'), (None, 'blurring:-2', 'largest blur'), (None, 'blurring:x', "'x'"),
+])
+def test_refuses_in_a_sentence(bnr, schedule, said):
+    with pytest.raises(UserError) as e:
+        parse_family(bnr, schedule)
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+
+# -- families
+
+def test_what_lies_inside():
+    assert OnePath(ConstantBNR(0.5)).contains(ConstantBNR(0.5), LOW, HIGH)
+    assert not OnePath(ConstantBNR(0.5)).contains(ConstantBNR(0.4), LOW, HIGH)
+    assert OnePath(BlurringSchedule(20)).contains(BlurringSchedule(20), LOW, HIGH)
+    assert not OnePath(BlurringSchedule(20)).contains(BlurringSchedule(10), LOW, HIGH)
+    some = BNRList((0, 0.5))
+    assert some.contains(ConstantBNR(0), LOW, HIGH) and not some.contains(ConstantBNR(0.3), LOW, HIGH)
+    assert not some.contains(BlurringSchedule(1), LOW, HIGH)
+    wide = BNRRange(0.1, 2)
+    assert all(wide.contains(ConstantBNR(bnr), LOW, HIGH) for bnr in (0.1, 0.7, 2))
+    assert not any(wide.contains(ConstantBNR(bnr), LOW, HIGH) for bnr in (0, 0.09, 2.1))
+    # The blurring schedule's ratio runs from 20·β to 10 and back to 20/β.
+    assert not wide.contains(BlurringSchedule(20), LOW, HIGH)
+    assert BNRRange(0.03, 11).contains(BlurringSchedule(20), LOW, HIGH)
+    assert not BNRRange(0.05, 11).contains(BlurringSchedule(20), LOW, HIGH)
+
+
+@pytest.mark.parametrize('text, bnr', [('0.3', 0.3), ('0,0.4,2', 0.4), ('0.1-2', 0.5), ('1-2', 1), ('0.1-0.3', 0.3)])
+def test_default_path_is_near_the_paper(text, bnr):
+    family = parse_family(text)
+    assert family.default == ConstantBNR(bnr) and family.contains(family.default, LOW, HIGH)
+
+
+def test_only_bnr_0_alone_is_hot():
+    assert parse_family('0').is_hot
+    assert not any(parse_family(text).is_hot for text in ('0,0.5', '0.1-2', '0.5'))
+
+
+def test_draws_from_a_list_alike():
+    torch.manual_seed(0)
+    beta = torch.rand([6000, 1, 1, 1]) + 0.5
+    ratio = BNRList((0, 0.5, 2)).draw_alpha(beta) / beta
+    assert ratio.shape == beta.shape and ratio.dtype == torch.float32
+    for bnr in (0, 0.5, 2):
+        assert ((ratio - bnr).abs() < 1e-6).float().mean().item() == pytest.approx(1 / 3, abs=0.03)
+    assert (ratio == 0).any(), 'BNR 0 must be exact'
+
+
+def test_draws_log_uniformly_from_a_range():
+    torch.manual_seed(0)
+    beta = torch.rand([6000, 1, 1, 1]) + 0.5
+    place = (BNRRange(0.1, 2).draw_alpha(beta) / beta / 0.1).log() / math.log(20)
+    assert place.min() >= -1e-6 and place.max() <= 1 + 1e-6
+    assert torch.quantile(place, torch.tensor([0.25, 0.5, 0.75])).tolist() == pytest.approx([0.25, 0.5, 0.75], abs=0.03)
+
+
+def test_a_single_path_draws_nothing():
+    torch.manual_seed(0)
+    expected = torch.rand([3])
+    torch.manual_seed(0)
+    parse_family('0.5').draw_alpha(torch.ones([4, 1, 1, 1]))
+    assert torch.equal(torch.rand([3]), expected)

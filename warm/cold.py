@@ -1,0 +1,199 @@
+"""Cold Diffusion, blur (Bansal, Borgnia, Chu, Li, Kazemi, Huang, Goldblum, Geiping and Goldstein, 2022).
+
+No noise at all: x_s is the image after s blurs, the network predicts x₀ (L1), and a step of the improved sampler is
+
+    x_{s−1} = x_s − blur_s(x̂₀) + blur_{s−1}(x̂₀),
+
+exact for any x̂₀ as far as blur is linear in s, and otherwise for an exact x̂₀. Nothing in it is random but the start.
+
+Two blurs (--cold-blur) and two starts (--cold-start), since a start must be a state that training has seen:
+- `paper`: 50 cumulative 11×11 kernels of standard deviation 0.35 + 0.01·i, i = 0…49 (about 4.3 pixels in all). This
+  only goes with the start `blurred`, from blurred training images: restoration, as for the paper's FID of 80.08. It
+  is not unconditional generation.
+- `strong`: Gaussian blurs of 0.5 pixels up to 1.25 image widths, evenly in the logarithm, whose last level is a
+  constant colour up to 0.05 %. It goes with both starts; `colours` draws that colour from a Gaussian fitted to the
+  mean colours of the training images, with 0.002 of noise to break the symmetry (from memory of the paper). The levels
+  are ours, modelled on IHDM's.
+
+What else is ours: edges are reflecting (so that blur is diagonal in the DCT, a kernel's eigenvalues being its cosine
+series), and s goes into the U-Net's embedding as it is. The paper's program may treat edges otherwise.
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+from dnnlib import UserError
+from training.loss import augment
+from training.precond import Precond
+from training.system import Option, System
+from warm.bands import Bands, check_steps, diffuse, predict, spread_levels
+from warm.blur import dct2, filter_bands, frequencies, idct2
+from warm.starts import DATA, TrainingImages
+
+KERNEL_REACH = 5  # an 11×11 kernel
+COLOUR_NOISE = 0.002
+
+
+def kernel_log_gains(num_steps, n):
+    """ln of what s = 0 … num_steps of the paper's kernels leave of each band: float64 [num_steps + 1, N, N]."""
+    std = 0.35 + 0.01 * torch.arange(num_steps, dtype=torch.float64, device='cpu')
+    j = torch.arange(-KERNEL_REACH, KERNEL_REACH + 1, dtype=torch.float64, device='cpu')
+    kernels = torch.exp(-j.square() / (2 * std[:, None].square()))
+    kernels = kernels / kernels.sum(dim=1, keepdim=True)
+    k = torch.arange(n, dtype=torch.float64, device='cpu')
+    rows = (kernels @ torch.cos(math.pi / n * j[:, None] * k)).log().cumsum(0)
+    rows = torch.cat([rows.new_zeros([1, n]), rows])
+    return rows[:, :, None] + rows[:, None, :]
+
+
+def strong_log_gains(num_steps, n):
+    """ln of what Gaussian blurs from 0.5 pixels to 1.25·N leave: float64 [num_steps + 1, N, N], 0 at s = 0."""
+    ends = math.log(0.5), math.log(1.25 * n)
+    alphas = torch.linspace(*ends, num_steps, dtype=torch.float64, device='cpu').exp()
+    alphas = torch.cat([alphas.new_zeros([1]), alphas])
+    return -frequencies(n) * alphas[:, None, None].square() / 2
+
+
+BLURS = {'paper': kernel_log_gains, 'strong': strong_log_gains}
+
+
+@functools.lru_cache(maxsize=8)
+def log_gains(name, num_steps, n):
+    """The table of BLURS[name]."""
+    return BLURS[name](num_steps, n)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColdProcess:
+    """Blur without noise over steps 0 … num_steps."""
+
+    blur: str = 'paper'
+    num_steps: int = 50
+
+    def __post_init__(self):
+        if self.blur not in BLURS:
+            raise UserError(f"--cold-blur={self.blur} is not known; choose one of {', '.join(BLURS)}")
+        if self.num_steps < 2:
+            raise UserError(f'--cold-steps={self.num_steps} are too few; give at least 2')
+
+    def at(self, s, n):
+        """`Bands` of N×N images at steps s, an integer tensor ([] or [B, 1, 1, 1]) on their device."""
+        table = log_gains(self.blur, self.num_steps, n).to(s.device)
+        log_signal = table.index_select(0, s.flatten()).reshape(*s.shape[:2], n, n)
+        return Bands(log_signal, torch.zeros(s.shape, dtype=torch.float64, device=s.device))
+
+
+class ColdPrecond(Precond):
+    """x̂₀ = net(x_s, s): the second argument, elsewhere σ, is the number of blurs s in 1…T.
+
+    Args:
+        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
+        cold_blur: A name in BLURS.
+        cold_steps: T.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, cold_blur='paper', cold_steps=50,
+                 model_type='SongUNet', **model_kwargs):
+        process = ColdProcess(cold_blur, cold_steps)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
+                         dict(cold_blur=cold_blur, cold_steps=cold_steps), sigma_min=1, sigma_max=cold_steps)
+        self.process = process
+
+    def scalings(self, sigma):
+        return 0, 1, 1, sigma
+
+
+def cold_loss(net, images, labels=None, augment_pipe=None):
+    """|net(x_s, s) − x₀|, s uniform in 1…T; `net` may be wrapped. Draws s [B, 1, 1, 1], then the augmentation."""
+    process = getattr(net, 'module', net).process
+    s = torch.randint(1, process.num_steps + 1, [len(images), 1, 1, 1], device=images.device)
+    y, augment_labels = augment(images, augment_pipe)
+    x_s = diffuse(y, torch.zeros_like(y), process.at(s, y.shape[-1]))
+    return (net(x_s, s, labels, augment_labels=augment_labels) - y).abs()
+
+
+def restoration_step(x, x0, here, there):
+    """x − blur_s(x̂₀) + blur_{s′}(x̂₀), float64."""
+    return idct2(dct2(x) + (there.signal - here.signal) * dct2(x0))
+
+
+def blurred_start(images, last):
+    """start(latents, class_labels, randn_like): training images, blurred to the last level."""
+    def start(latents, class_labels, randn_like):
+        return filter_bands(images.draw(latents, class_labels, randn_like), last.signal)
+    return start
+
+
+def colour_start(images, last):
+    """start(latents, class_labels, randn_like): constant colours like the training images' means, a little noise."""
+    mean, covariance = images.colours()
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt()
+
+    def start(latents, class_labels, randn_like):
+        z = randn_like(latents.new_empty([*latents.shape[:2], 1, 1], dtype=torch.float64))
+        colours = mean.to(z.device) + z.flatten(1) @ root.to(z.device).T
+        return colours[:, :, None, None] + COLOUR_NOISE * latents.to(torch.float64)
+    return start
+
+
+STARTS = {'blurred': blurred_start, 'colours': colour_start}
+
+
+def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, start=None, num_steps=50):
+    """From `start` back through num_steps of the network's steps, one evaluation each.
+
+    Args:
+        net: x̂₀-predictor with a `process`.
+        latents: Standard normal [B, C, N, N].
+        class_labels: [B, label_dim], or None.
+        randn_like: Source of what the start needs.
+        start: start(latents, class_labels, randn_like) → state at the last step, see STARTS.
+        num_steps: At most the network's.
+
+    Returns:
+        float64 images [B, C, N, N].
+    """
+    steps = spread_levels(num_steps, net.process.num_steps)
+    x = start(latents, class_labels, randn_like)
+    for s, s_next in zip(steps[:-1], steps[1:]):
+        here, there = (net.process.at(torch.full([], j, device=x.device), x.shape[-1]) for j in (s, s_next))
+        x = restoration_step(x, predict(net, x, s, class_labels), here, there)
+    return x
+
+
+def cold_samplers(net, num_steps=None, data=None, cold_start='blurred'):
+    """`cold_sampler` with its options checked; by default as many steps as the network has."""
+    process = net.process
+    num_steps = process.num_steps if num_steps is None else num_steps
+    check_steps(num_steps, at_most=process.num_steps)
+    if cold_start not in STARTS:
+        raise UserError(f"--cold-start={cold_start} is not known; choose one of {', '.join(STARTS)}")
+    if cold_start == 'colours' and process.blur == 'paper':
+        raise UserError("--cold-start=colours needs a blur that leaves nothing but a colour; train with "
+                        '--cold-blur=strong, or use --cold-start=blurred')
+    last = process.at(torch.full([], process.num_steps), net.img_resolution)
+    return functools.partial(cold_sampler, start=STARTS[cold_start](TrainingImages(data, net), last),
+                             num_steps=num_steps)
+
+
+COLD = System(
+    name='cold',
+    title='Cold Diffusion',
+    paper='Bansal et al. 2022, blur',
+    network_class=ColdPrecond,
+    loss=lambda net: cold_loss,
+    sampler=cold_samplers,
+    sample_options=('num_steps',),
+    own_sample_options=(
+        DATA,
+        Option('cold_start', 'blurred', f"What Cold Diffusion starts from: {', '.join(STARTS)}"),
+    ),
+    train_options=(
+        Option('cold_blur', 'paper', f"Blur of Cold Diffusion: {', '.join(BLURS)}"),
+        Option('cold_steps', 50, 'Number of blurs', type=int),
+    ),
+)

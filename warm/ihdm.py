@@ -1,0 +1,154 @@
+"""IHDM, generative modelling with inverse heat dissipation (Rissanen, Heinonen and Solin, 2022; ICLR 2023).
+
+Images in [0, 1] are blurred over levels k = 0 … K, with σ = 0.01 of noise on the network's input only. The network
+learns the previous level, without noise, as its input plus a correction, from a plain squared error. Sampling adds
+noise δ = 0.0125 after each level; the result is the last mean.
+
+As a member of the family (`warm.bands`) a_k = exp(−λα_k²/2) and s = σ, but the sampler is not the one that would
+follow: its noise is the same at all levels and in all bands. Even with exact predictions the samples do not have the
+data's covariance (tests/test_family_cold.py measures it); Blurring Diffusion's Section 3 is about that.
+
+Notes:
+- It starts from blurred training images, without noise (as the authors' program does): the prior is the training
+  set's, and so is a part of every score.
+- Levels: 0, then 200 from 0.5 to 24 pixels, evenly in the logarithm (CIFAR-10). --steps does not exist here, since
+  the network only knows the way from each level to the one before.
+- k goes into the U-Net's embedding as it is. Their network for CIFAR-10: 128 channels at 32×32, 256 at 16, 8 and 4,
+  4 blocks a resolution: --arch=ddpmpp --cbase=128 --cres=1,2,2,2 --augment=0.
+"""
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+from dnnlib import UserError
+from training.loss import augment
+from training.precond import Precond
+from training.system import Option, System
+from warm.bands import Bands, diffuse, predict
+from warm.blur import blur, frequencies
+from warm.starts import DATA, TrainingImages
+
+DELTA = 0.0125
+
+
+@dataclasses.dataclass(frozen=True)
+class HeatLevels:
+    """The levels of blur.
+
+    Attributes:
+        num_levels: K.
+        blur_min, blur_max: Blur at levels 1 and K, in pixels.
+        noise: σ, for images in [0, 1].
+    """
+
+    num_levels: int = 200
+    blur_min: float = 0.5
+    blur_max: float = 24.0
+    noise: float = 0.01
+
+    def __post_init__(self):
+        if self.num_levels < 2:
+            raise UserError(f'--ihdm-levels={self.num_levels} are too few; give at least 2')
+        if not (math.isfinite(self.blur_max) and self.blur_max > self.blur_min):
+            raise UserError(f'--ihdm-blur-max={self.blur_max} must be more than the {self.blur_min:g} pixels of the '
+                            'first level')
+
+    @functools.cached_property
+    def alphas(self):
+        """Blur in pixels of levels 0 … K, float64 on the CPU."""
+        ends = math.log(self.blur_min), math.log(self.blur_max)
+        blurs = torch.linspace(*ends, self.num_levels, dtype=torch.float64, device='cpu').exp()
+        return torch.cat([blurs.new_zeros([1]), blurs])
+
+    def alpha(self, k):
+        """Blur at levels k, an integer tensor; its shape and device."""
+        return self.alphas.to(k.device).take(k)
+
+    def at(self, k, n):
+        """`Bands` of N×N images at levels k ([] or [B, 1, 1, 1])."""
+        alpha = self.alpha(k)
+        return Bands(-frequencies(n, k.device) * alpha.square() / 2, torch.full_like(alpha, self.noise))
+
+
+class IHDMPrecond(Precond):
+    """Level k − 1 from level k: net(u_k, k) = u_k + F(u_k, k), in units of [0, 1]; k stands where elsewhere σ does.
+
+    Args:
+        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
+        ihdm_levels, ihdm_blur_max: `HeatLevels`' num_levels and blur_max.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, ihdm_levels=200, ihdm_blur_max=24.0,
+                 model_type='SongUNet', **model_kwargs):
+        process = HeatLevels(num_levels=ihdm_levels, blur_max=ihdm_blur_max)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
+                         dict(ihdm_levels=ihdm_levels, ihdm_blur_max=ihdm_blur_max), sigma_min=1, sigma_max=ihdm_levels)
+        self.process = process
+
+    def scalings(self, sigma):
+        return 1, 1, 1, sigma
+
+
+def ihdm_loss(net, images, labels=None, augment_pipe=None):
+    """(net(blurred + noise, k) − image at level k − 1)², k uniform in 1…K, for images in [0, 1]; `net` may be wrapped.
+
+    Draws k [B, 1, 1, 1], the augmentation, the noise.
+    """
+    process = getattr(net, 'module', net).process
+    k = torch.randint(1, process.num_levels + 1, [len(images), 1, 1, 1], device=images.device)
+    y, augment_labels = augment(images, augment_pipe)
+    u = (y + 1) / 2
+    u_k = diffuse(u, torch.randn_like(u), process.at(k, u.shape[-1]))
+    return (net(u_k, k, labels, augment_labels=augment_labels) - blur(u, process.alpha(k - 1))) ** 2
+
+
+def ihdm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, images=None, delta=DELTA):
+    """From a training image at level K down to level 0, one evaluation a level.
+
+    Args:
+        net: Predictor of the previous level with a `process`.
+        latents: [B, C, N, N]; only its shape and device matter.
+        class_labels: [B, label_dim], or None.
+        randn_like: Source of the noise, called once for the start and once a level.
+        images: `TrainingImages` to start from.
+        delta: Standard deviation of the noise added after each level, for images in [0, 1].
+
+    Returns:
+        float64 images [B, C, N, N] in [−1, 1].
+    """
+    process = net.process
+    u = (images.draw(latents, class_labels, randn_like) + 1) / 2
+    u = blur(u, process.alphas[-1].item())
+    for k in range(process.num_levels, 0, -1):
+        mean = predict(net, u, k, class_labels)
+        u = mean + delta * randn_like(u)
+    return 2 * mean - 1
+
+
+def ihdm_samplers(net, data=None, ihdm_delta=DELTA):
+    """`ihdm_sampler` with its options checked."""
+    if not (math.isfinite(ihdm_delta) and ihdm_delta >= 0):
+        raise UserError(f'--ihdm-delta={ihdm_delta} is no amount of noise; give a number ≥ 0, such as {DELTA}')
+    return functools.partial(ihdm_sampler, images=TrainingImages(data, net), delta=ihdm_delta)
+
+
+IHDM = System(
+    name='ihdm',
+    title='IHDM',
+    paper='Rissanen et al. 2022',
+    network_class=IHDMPrecond,
+    loss=lambda net: ihdm_loss,
+    sampler=ihdm_samplers,
+    sample_options=(),
+    own_sample_options=(
+        DATA,
+        Option('ihdm_delta', DELTA, "IHDM's noise at sampling, for images in [0, 1]", type=float),
+    ),
+    train_options=(
+        Option('ihdm_levels', 200, 'Number of blur levels', type=int),
+        Option('ihdm_blur_max', 24.0, 'Blur of the last level, in pixels', type=float),
+    ),
+)

@@ -1,0 +1,116 @@
+"""PFGM++ (Xu, Liu, Tian, Tong, Tegmark and Jaakkola, ICML 2023): EDM with heavy-tailed noise of D extra dimensions.
+
+The perturbation of an N-dimensional image at noise level σ has a uniform direction and the radius
+R = r·√(Beta-prime(N/2, D/2)), r = σ√D; D → ∞ is EDM. A Beta-prime variable is a quotient of Gamma variables,
+χ²_N/χ²_D, and |n|² of standard normal noise n is χ²_N, independent of its direction. So the perturbation is
+
+    σ·n/√(χ²_D/D),
+
+noise of a multivariate Student's t with D degrees of freedom: that is how it is drawn, in float64. The ODE in σ is
+EDM's, and the sampler starts from the same distribution at σ_max.
+
+What is ours: network, noise levels and weight are EDM's (as in the paper's experiments on CIFAR-10); churn is
+refused, as it adds Gaussian noise, whose sum with the perturbation is none of these distributions.
+"""
+
+import dataclasses
+import functools
+
+import scipy.special
+import torch
+
+from dnnlib import UserError
+from training.loss import P_MEAN, P_STD, SIGMA_DATA, augment, edm_loss_weight, sample_edm_sigma
+from training.precond import Precond, edm_scalings
+from training.samplers import edm_sampler
+from training.system import GRID_OPTIONS, Option, System
+from warm.bands import grid_options
+
+AUG_DIM = 2048  # the paper's best on CIFAR-10
+
+
+class PFGMPPPrecond(Precond):
+    """EDM's network, with the number of extra dimensions that it is trained for.
+
+    Args:
+        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
+        sigma_min, sigma_max: Supported noise levels.
+        sigma_data: Standard deviation of the data.
+        aug_dim: D ≥ 1.
+    """
+
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'),
+                 sigma_data=SIGMA_DATA, aug_dim=AUG_DIM, model_type='SongUNet', **model_kwargs):
+        if not 1 <= aug_dim < float('inf'):
+            raise UserError(f'--aug-dim={aug_dim} extra dimensions make no sense; give a whole number of at least 1, '
+                            'or use --precond=edm for infinitely many')
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
+                         dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, aug_dim=aug_dim),
+                         sigma_min, sigma_max)
+
+    def scalings(self, sigma):
+        return edm_scalings(sigma, self.sigma_data)
+
+
+def heavy_tailed(normal, chi_square, aug_dim):
+    """n/√(χ²_D/D), the perturbation at σ = 1: standard normal [B, C, H, W] and χ²_D [B, 1, 1, 1] in, float64 out."""
+    return normal.to(torch.float64) / (chi_square / aug_dim).sqrt()
+
+
+def chi_square_of(z, aug_dim):
+    """χ²_D as a function of a standard normal variable z (its quantile at Φ(z)): float64, shape and device of z."""
+    lower = z.to('cpu', torch.float64).numpy()
+    # Both tails keep their precision: the smaller of Φ(z) and Φ(−z) decides.
+    p = scipy.special.ndtr(-abs(lower))
+    half = torch.where(z.cpu() < 0, torch.as_tensor(scipy.special.gammaincinv(aug_dim / 2, p)),
+                       torch.as_tensor(scipy.special.gammainccinv(aug_dim / 2, p)))
+    return (2 * half).to(z.device)
+
+
+@dataclasses.dataclass
+class PFGMPPLoss:
+    """EDM's loss under the heavy-tailed perturbation. Draws ln σ's variate, the augmentation, n, χ²_D [B, 1, 1, 1]."""
+
+    aug_dim: int = AUG_DIM
+    sigma_data: float = SIGMA_DATA
+    P_mean: float = P_MEAN
+    P_std: float = P_STD
+
+    def __call__(self, net, images, labels=None, augment_pipe=None):
+        """Loss of each element, float32 like `images` [B, C, H, W] in [−1, 1]; `net` may be wrapped in DDP."""
+        sigma = sample_edm_sigma(len(images), images.device, self.P_mean, self.P_std)
+        y, augment_labels = augment(images, augment_pipe)
+        n = torch.randn_like(y)
+        freedom = torch.full([len(y), 1, 1, 1], float(self.aug_dim), dtype=torch.float64, device=y.device)
+        chi_square = torch.distributions.Chi2(freedom, validate_args=False).sample()
+        noise = (sigma * heavy_tailed(n, chi_square, self.aug_dim)).to(y.dtype)
+        D_yn = net(y + noise, sigma, labels, augment_labels=augment_labels)
+        return edm_loss_weight(sigma, self.sigma_data) * (D_yn - y) ** 2
+
+
+def with_heavy_tails(sampler):
+    """`sampler` started from PFGM++'s prior; one normal variate per image comes first from `randn_like`."""
+    def sample(net, latents, class_labels=None, randn_like=torch.randn_like):
+        z = randn_like(latents.new_empty([len(latents), 1, 1, 1], dtype=torch.float64))
+        start = heavy_tailed(latents, chi_square_of(z, net.aug_dim), net.aug_dim)
+        return sampler(net, start, class_labels, randn_like)
+    return sample
+
+
+def pfgmpp_samplers(net, **options):
+    """EDM's sampler without churn from the heavy-tailed prior, its options checked."""
+    return with_heavy_tails(functools.partial(edm_sampler, **grid_options(net, options)))
+
+
+PFGMPP = System(
+    name='pfgmpp',
+    title='PFGM++',
+    paper='Xu et al. 2023, PFGM++',
+    network_class=PFGMPPPrecond,
+    loss=lambda net: PFGMPPLoss(net.aug_dim, net.sigma_data),
+    sampler=pfgmpp_samplers,
+    sample_options=GRID_OPTIONS,
+    train_options=(
+        Option('aug_dim', AUG_DIM, 'Extra dimensions D', type=int),
+    ),
+)

@@ -1,0 +1,96 @@
+"""Where cold systems start: they have no noise to start from, so it is training images, blurred, or their colours.
+
+Such a prior is the training set's, and any score of such samples is to be read with that in mind. Sampling therefore
+needs the data set: --data of generate.py; a snapshot only records the facts about it.
+"""
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from training.dataset import EMBEDDED, ImageFolderDataset
+from training.system import Option
+
+DATA = Option('data', None, 'Data set whose images, blurred, sampling starts from', shown='the embedded digits, '
+              'if the network was trained on them')
+
+
+class TrainingImages:
+    """The images that sampling starts from.
+
+    Args:
+        path: Folder or zip, as ImageFolderDataset takes them.
+        net: The network that the images are for.
+
+    Raises:
+        UserError: no path, or images that do not suit the network.
+    """
+
+    def __init__(self, path, net):
+        if path is None:
+            raise UserError('this system starts from blurred training images; give the data set with --data=ZIP|DIR')
+        self.dataset = ImageFolderDataset(path, use_labels=net.label_dim > 0)
+        d = self.dataset
+        if (d.num_channels, d.resolution, d.label_dim) != (net.img_channels, net.img_resolution, net.label_dim):
+            raise UserError(f'the images of {path} ({d.num_channels} channels, {d.resolution} pixels, {d.label_dim} '
+                            f'classes) are not those that the network was trained on ({net.img_channels}, '
+                            f'{net.img_resolution}, {net.label_dim}); give that data set with --data')
+
+    def draw(self, latents, class_labels, randn_like):
+        """One image per element of `latents` [B, C, N, N], uniformly drawn, of the class where there are classes.
+
+        `randn_like` gives one normal variate an image. Returns float64 in [−1, 1], on the device of `latents`.
+        """
+        z = randn_like(latents.new_empty([len(latents), 1, 1, 1], dtype=torch.float64))
+        share = torch.special.ndtr(z).flatten().tolist()
+        classes = [None] * len(latents) if class_labels is None else class_labels.argmax(dim=1).tolist()
+        images = [self.dataset[self._pick(u, c)][0] for u, c in zip(share, classes)]
+        return _scaled(np.stack(images)).to(latents.device)
+
+    def _pick(self, share, class_idx):
+        """Index of the image at that share (0…1) of all, or of those of a class."""
+        if class_idx is None:
+            return min(int(share * len(self.dataset)), len(self.dataset) - 1)
+        members = self._classes.get(class_idx, range(len(self.dataset)))
+        return members[min(int(share * len(members)), len(members) - 1)]
+
+    @property
+    def _classes(self):
+        if not hasattr(self, '_members'):
+            self._members = {}
+            for i in range(len(self.dataset)):
+                self._members.setdefault(int(self.dataset.get_label(i).argmax()), []).append(i)
+        return self._members
+
+    def colours(self):
+        """Mean [C] and covariance [C, C] of the images' mean colours, float64 in units of [−1, 1]."""
+        means = torch.stack([_scaled(self.dataset[i][0]).mean(dim=(1, 2)) for i in range(len(self.dataset))])
+        return means.mean(dim=0), (means - means.mean(dim=0)).T @ (means - means.mean(dim=0)) / len(means)
+
+
+def _scaled(pixels):
+    return torch.from_numpy(pixels).to(torch.float64) / 127.5 - 1
+
+
+def data_for(snapshot, path=None):
+    """The data set that a snapshot's sampler starts from: `path`, or the embedded digits if it was trained on them.
+
+    Args:
+        snapshot: training.snapshot.Snapshot, whose `dataset` says what it was trained on.
+        path: What the user gave, or None.
+
+    Raises:
+        UserError: nothing given and trained on something else; a data set of another size than it was trained on.
+    """
+    facts = snapshot.dataset
+    if path is None:
+        embedded = ImageFolderDataset(EMBEDDED)
+        if (facts.get('name'), facts.get('resolution')) != (embedded.name, embedded.resolution):
+            raise UserError(f"{snapshot.path} starts from blurred training images; give the data set it was trained on "
+                            f"({facts.get('name', 'unknown')}) with --data=ZIP|DIR")
+        return EMBEDDED
+    count, trained = len(ImageFolderDataset(path)), facts.get('num_images')
+    if trained is not None and trained not in (count, 2 * count):  # twice as many with --xflip
+        raise UserError(f'{path} has {count} images, but {snapshot.path} was trained on {trained}; '
+                        'give that data set with --data')
+    return path

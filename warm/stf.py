@@ -1,0 +1,71 @@
+"""Stable Target Field (Xu, Tong and Jaakkola, ICLR 2023): EDM with a regression target of less variance.
+
+EDM's target x₀ is one draw from p(x₀|x_t); STF regresses on its mean over a reference batch,
+
+    Σ_j w_j y_j,    w_j ∝ exp(−|x_t − y_j|²/2σ²),
+
+the image itself among the y_j, in the log domain. Network, noise levels, weight and samplers are EDM's.
+
+What is ours:
+- The reference batch is the batch of one forward pass (--batch-gpu), not a larger one drawn apart (theirs for
+  CIFAR-10 is several thousand images): no state has to be kept, and a batch of one is EDM exactly.
+- Under conditioning (classes, augmentation) only images with the same labels count, since the network estimates
+  E[x₀|x_t, labels]; an augmented image, whose labels are its own, keeps its own x₀ as target.
+"""
+
+import dataclasses
+
+import torch
+
+from training.loss import P_MEAN, P_STD, SIGMA_DATA, augment, edm_loss_weight, sample_edm_sigma
+from training.networks import EDMPrecond
+from training.system import COMMON_SAMPLE_OPTIONS, System, edm_samplers
+
+
+def posterior_mean(x, sigma, images, labels=None):
+    """E[x₀|x] where x₀ is uniform over `images` of the same labels, x = x₀ + σε: float32 like x.
+
+    Args:
+        x: Noisy images [B, C, H, W]; x[i] is of images[i].
+        sigma: Noise levels [B, 1, 1, 1].
+        images: Reference batch, its first B images those of x.
+        labels: [len(images), L], or None.
+    """
+    # In float64 the squares may be expanded: |x|² up to 1e7 is far below the reciprocal of its rounding error.
+    flat_x, flat_y = (v.flatten(1).to(torch.float64) for v in (x, images))
+    squares = flat_x.square().sum(1, keepdim=True) - 2 * flat_x @ flat_y.T + flat_y.square().sum(1)
+    log_weights = -squares / (2 * sigma.flatten(1).to(torch.float64).square())
+    if labels is not None:
+        same = (labels[:len(x), None] == labels).all(dim=2)
+        log_weights = log_weights.masked_fill(~same, -torch.inf)
+    return (log_weights.softmax(dim=1) @ flat_y).reshape(x.shape).to(x.dtype)
+
+
+@dataclasses.dataclass
+class STFLoss:
+    """λ(σ)(D(y + σn; σ) − Σ w_j y_j)², with EDM's λ, noise levels and order of random numbers."""
+
+    P_mean: float = P_MEAN
+    P_std: float = P_STD
+    sigma_data: float = SIGMA_DATA
+
+    def __call__(self, net, images, labels=None, augment_pipe=None):
+        """Loss of each element, float32 like `images` [B, C, H, W] in [−1, 1]; `net` may be wrapped in DDP."""
+        sigma = sample_edm_sigma(len(images), images.device, self.P_mean, self.P_std)
+        y, augment_labels = augment(images, augment_pipe)
+        x = y + torch.randn_like(y) * sigma
+        given = [v for v in (labels, augment_labels) if v is not None]
+        target = posterior_mean(x, sigma, y, torch.cat(given, dim=1) if given else None)
+        return edm_loss_weight(sigma, self.sigma_data) * (net(x, sigma, labels, augment_labels=augment_labels)
+                                                          - target) ** 2
+
+
+STF = System(
+    name='stf',
+    title='STF',
+    paper='Xu et al. 2023, stable target fields',
+    network_class=EDMPrecond,
+    loss=lambda net: STFLoss(sigma_data=net.sigma_data),
+    sampler=edm_samplers,
+    sample_options=COMMON_SAMPLE_OPTIONS,
+)
