@@ -1,65 +1,112 @@
 """Score images: Frechet Inception Distance (FID), Inception Score, KID, precision and recall."""
 
-import click
-import tqdm
+import os
+import pathlib
 
+import click
+
+from dnnlib import UserError
+from dnnlib.download import is_url
+from dnnlib.text import parse_int_list
 from torch_utils import distributed
 from training import metrics as m
-from training.detectors import DETECTORS, load_detector
-from training.metric_images import image_batches, open_images
+from training.detectors import DETECTORS
+from training.generation import RECORD
+from training.metric_images import open_images
+from training.provenance import LOG_NAME, log_scores, read_facts
+from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, unfinished_pass, write_reference
+from training.status import check_appendable
+from training.system import flag_of
+from warm.flags import class_flag, sampler_flags
+from warm.sources import open_network
+
+NUM = 50_000  # images, unless told otherwise
 
 
-def rank0_first(load, *args):
-    """load(*args) on every rank; rank 0 downloads what it names first, the others find the cached copy."""
-    if distributed.get_rank() > 0:
-        distributed.barrier()
-    loaded = load(*args)
+def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, metrics, class_idx, **sampler_options):
+    """Print the scores of images in files or of a network, and append them to metrics.jsonl.
+
+    Returns:
+        {name: value}, of several rounds the best; {} on ranks other than 0.
+    """
+    sampler_options = {name: value for name, value in sampler_options.items() if value is not None}
+    network_only = dict(seeds=seeds, rounds=rounds, **{'class': class_idx}, **sampler_options)
+    check_exclusive(images, network, {flag_of(k): v for k, v in network_only.items()}, {'--num': num})
+    if log:
+        check_appendable(log)
+    scorer = load_scorer(m.parse_metrics(metrics), detector, ref, seed)
+    if images:
+        dataset = open_images(images, num or NUM, seed)
+        sources = [ImageFiles(dataset, images, read_facts(pathlib.Path(images) / RECORD))]
+        default_log = pathlib.Path(os.path.abspath(images)).parent / LOG_NAME
+    else:
+        seeds = seeds or list(range(NUM))
+        scorer.check(len(seeds))
+        distributed.print0(f'Loading network from {network} ...')
+        drawn = open_network(network, sampler_options, class_idx)
+        sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
+                   for shift in shifts(seeds, rounds or 1)]
+        default_log = (pathlib.Path() if is_url(network) else drawn.snapshot.path.parent) / LOG_NAME
+    return score_rounds(scorer, sources, batch, log, default_log)
+
+
+def check_exclusive(images, network, network_only, images_only):
+    """Raise UserError unless there is one kind of images, with its own flags; {flag: value or None if not given}."""
+    if bool(images) == bool(network):
+        raise UserError('give either --images=PATH (images in files) or --network=FILE (a network that makes them)')
+    kind, other = ('--images', '--network') if images else ('--network', '--images')
+    wrong = [flag for flag, value in (network_only if images else images_only).items() if value is not None]
+    if wrong:
+        raise UserError(f'{wrong[0]} goes with {other}, not with {kind}; leave it out')
+
+
+def shifts(seeds, rounds):
+    """What to add to the seeds in each round, so that ranges of the same length follow each other."""
+    length = max(seeds) - min(seeds) + 1
+    return [i * length for i in range(rounds)]
+
+
+def score_rounds(scorer, sources, batch, log, default_log):
+    """Score each source, print all and the best, and append all to the file `log`, or else to `default_log`."""
+    passes, results = [], []
+    for i, source in enumerate(sources, 1):
+        scorer.check(source.total)
+        distributed.print0(f'Scoring {source.total} images of {source.name} ...')
+        passes.append(unfinished_pass(source, scorer.detector, scorer.metrics, batch))
+        results.append(scorer(source, batch, passes[-1]))
+        if len(sources) > 1:
+            print_scores(scorer, results[-1][0], f'Round {i} of {len(sources)}, ')
+    best = {}
     if distributed.get_rank() == 0:
-        distributed.barrier()
-    return loaded
+        best = m.best_scores(scorer.metrics, [values for values, _ in results])
+        print_scores(scorer, best)
+        try:
+            for i, (source, (values, facts)) in enumerate(zip(sources, results), 1):
+                log_scores(log or default_log, values, scorer.detector,
+                           {**source.record, **facts, 'round': i, 'rounds': len(sources)})
+        except UserError as e:
+            if log:
+                raise
+            click.echo(f'Warning: the scores were not recorded; {e.message}, or give one with --log', err=True)
+    for done in passes:
+        done.remove()
+    return {m.label(name, scorer.detector): value for name, value in best.items()}
 
 
-def dataset_statistics(dataset, detector, metrics, batch, num_features=None):
-    """Statistics of all images of a dataset (see `training.metrics.accumulate`), with a progress bar."""
-    total = len(dataset)
-    m.check_images(metrics, total, detector)
-    share = m.rank_share(total)
-    shown = tqdm.tqdm(total=len(share), unit='image', disable=None if distributed.get_rank() == 0 else True)
-
-    def batches():
-        for images in image_batches(dataset, share, batch):
-            yield images
-            shown.update(len(images))
-
-    with shown:
-        return m.accumulate(batches(), detector, metrics, total, num_features)
-
-
-def calc(images, ref, num, seed, batch, detector, metrics):
-    """Scores of a folder or zip of images, {name: value}; {} on ranks other than 0."""
-    names = m.parse_metrics(metrics)
-    m.check_reference_given(names, ref)
-    detector = rank0_first(load_detector, detector, distributed.device())
-    reference = rank0_first(m.load_reference, ref, names, detector) if ref else None
-    dataset = open_images(images, num, seed)
-    distributed.print0(f'Scoring {len(dataset)} images of {images} ...')
-    stats = dataset_statistics(dataset, detector, names, batch, m.num_features_of(reference or {}))
-    if distributed.get_rank() > 0:
-        return {}
-    return {m.label(k, detector): v for k, v in m.score(names, stats, reference, seed).items()}
+def print_scores(scorer, values, prefix=''):
+    """A line for each score; none where there are none, on ranks other than 0."""
+    for name, value in values.items():
+        print(f'{prefix}{m.label(name, scorer.detector)}: {value:.8g}', flush=True)
 
 
 def ref(data, dest, batch, detector, metrics):
     """Write reference statistics of a folder or zip of images to an .npz file."""
-    names = [name for name in m.parse_metrics(metrics) if m.METRICS[name].ref_arrays]
+    metrics = m.parse_metrics(metrics)
     m.check_destination(dest)
-    detector = rank0_first(load_detector, detector, distributed.device())
-    dataset = open_images(data)
-    distributed.print0(f'Reference statistics of {len(dataset)} images of {data} ...')
-    stats = dataset_statistics(dataset, detector, names, batch)
-    if distributed.get_rank() == 0:
-        m.save_statistics(dest, stats)
-    distributed.barrier()
+    detector = open_detector(detector)
+    source = ImageFiles(open_images(data), data)
+    distributed.print0(f'Reference statistics of {source.total} images of {data} ...')
+    write_reference(dest, source, detector, metrics, batch)
     distributed.print0(f'Wrote {dest}')
 
 
@@ -78,6 +125,7 @@ common = [
 
 
 def with_common(command):
+    """Decorator that adds the flags of both commands."""
     for option in reversed(common):
         command = option(command)
     return command
@@ -87,7 +135,8 @@ def under_ranks(work):
     """Run `work` inside the process group, and leave the group whatever happens."""
     distributed.init()
     try:
-        return work()
+        work()
+        distributed.barrier()
     finally:
         distributed.cleanup()
 
@@ -104,27 +153,41 @@ def main():
     torchrun --standalone --nproc_per_node=1 fid.py calc --images=fid-tmp --ref=fid-refs/cifar10-32x32.npz
 
     \b
-    # Without network: distance of plain pixel features, printed as FD-pixels.
+    # Straight from a network, as the paper reports it: 50,000 images, the best of three rounds.
+    torchrun --standalone --nproc_per_node=8 fid.py calc --network=RUN/network-snapshot-200000.safetensors \\
+        --ref=fid-refs/cifar10-32x32.npz --metrics=fid,is --rounds=3
+
+    \b
+    # Without internet: distance of plain pixel features, printed as FD-pixels.
     python fid.py ref --data=DIR --dest=pixels.npz --detector=pixels
     python fid.py calc --images=out --ref=pixels.npz --detector=pixels --num=1000
     """
 
 
-@main.command('calc')
-@click.option('--images', help='Images to score', metavar='PATH|ZIP', required=True)
+@main.command('calc', context_settings=dict(max_content_width=120))
+@click.option('--images', help='Images to score', metavar='PATH|ZIP')
+@click.option('--network', help='Snapshot whose images to score; none are written', metavar='FILE|URL')
 @click.option('--ref', help='Reference statistics', metavar='NPZ|URL')
-@click.option('--num', help='Number of images to score; a random subset if there are more', metavar='INT',
-              type=click.IntRange(min=2), default=50_000, show_default=True)
+@click.option('--num', help='Number of images of --images to score; a random subset if there are more'
+              f'  [default: {NUM}]', metavar='INT', type=click.IntRange(min=2))
 @click.option('--seed', help='Chooses the random subsets', metavar='INT', type=click.IntRange(min=0), default=0,
               show_default=True)
+@click.option('--seeds', help=f'Random seeds of the images of --network  [default: 0-{NUM - 1}]', metavar='LIST',
+              type=parse_int_list)
+@click.option('--rounds', help='Score as many consecutive ranges of seeds and print the best  [default: 1]',
+              metavar='INT', type=click.IntRange(min=1))
+@click.option('--log', help=f'File to append the scores to  [default: {LOG_NAME} beside the images or the snapshot]',
+              metavar='JSONL')
 @with_common
+@class_flag
+@sampler_flags
 def calc_command(**options):
-    """Score a folder or zip of images."""
-    def work():
-        for name, value in calc(**options).items():
-            print(f'{name}: {value:.8g}')
-        distributed.barrier()
-    under_ranks(work)
+    """Score a folder or zip of images, or a network.
+
+    The score of a network is that of the images that generate.py writes with the same --batch. An interrupted run
+    continues with the same command.
+    """
+    under_ranks(lambda: calc(**options))
 
 
 @main.command('ref')

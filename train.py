@@ -1,14 +1,18 @@
 """Train a diffusion model: EDM's command, for EDM, Warm Diffusion and their kin."""
 
 import contextlib
+import os
 
 import click
 import torch
 
 from torch_utils import distributed as dist
+from training.detectors import DETECTORS
+from training.metrics import METRICS
 from training.training_loop import training_loop
 from warm import config as cfg
 from warm.flags import given_flags, system_flags
+from warm.presets import preset_option
 from warm.systems import SYSTEMS
 
 
@@ -30,6 +34,7 @@ GRID = 64 if torch.cuda.is_available() else 16
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
+@preset_option('train')
 # Main options.
 @click.option('--outdir', metavar='DIR', default='training-runs', help='Where to save the results')
 @click.option('--data', metavar='ZIP|DIR', default=None, help='Data set  [default: the embedded digits]')
@@ -74,6 +79,17 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='How often to save training states; 0: only at the end')
 @click.option('--grid', metavar='INT', type=click.IntRange(min=0), default=GRID, show_default='64, on the CPU 16',
               help='Images in the grid drawn at each snapshot; 0: none')
+@click.option('--eval', 'eval_ticks', metavar='TICKS', type=click.IntRange(min=0), default=0,
+              help='How often to score images of the network (the end counts too); 0: never')
+@click.option('--eval-num', metavar='INT', type=click.IntRange(min=2), default=1000,
+              help='Images per score; with so few, FID is too high and only compares runs')
+@click.option('--eval-ref', metavar='NPZ|URL', default=None,
+              help='Reference statistics of fid.py ref  [default: made of the training data]')
+@click.option('--eval-detector', metavar='NAME|PATH|URL', default=next(iter(DETECTORS)),
+              help=f'{", ".join(DETECTORS)}, or a TorchScript or .pth file')
+@click.option('--eval-metrics', metavar='LIST', default=next(iter(METRICS)),
+              help=f'Comma-separated: {", ".join(METRICS)}')
+@click.option('--tensorboard', is_flag=True, help='Also write event files, if the package tensorboard is installed')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0, max=(1 << 31) - 1), default=None,
               help='Random seed  [default: random, the same on all ranks]')
 @click.option('--transfer', metavar='FILE|URL', default=None, help='Start from the weights of a snapshot')
@@ -85,7 +101,7 @@ def main(**options):
 
     \b
     # The embedded handwritten digits, a small Warm model, minutes on a laptop
-    python train.py --precond=warm --cbase=32 --cres=1,2 --lr-rampup=0.01 --duration=0.2
+    python train.py --preset=digits
 
     \b
     # Warm Diffusion on CIFAR-10 with 8 GPUs
@@ -104,6 +120,8 @@ def run(options):
     name = cfg.run_name(config, options['arch'], options['desc'])
     run_dir = options['outdir'] if options['nosubdir'] else dist.on_rank0(
         lambda: cfg.next_run_dir(options['outdir'], name))
+    if not options['dry_run'] or os.path.exists(config['dataset_kwargs']['path']):  # a preset shows without its data
+        dist.on_rank0(lambda: cfg.check_config(config))
     if options['dry_run']:
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')

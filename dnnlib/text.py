@@ -22,6 +22,17 @@ def parse_int_list(text):
     return values
 
 
+def format_int_list(values):
+    """[1, 2, 5, 6, 7] → '1,2,5-7', which `parse_int_list` reads."""
+    runs = []
+    for value in values:
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ','.join(f'{a}' if a == b else f'{a},{b}' if b == a + 1 else f'{a}-{b}' for a, b in runs)
+
+
 def format_time(seconds):
     """Seconds → '45s', '3m 05s', '2h 07m 10s' or '1d 03h 02m'."""
     s = max(int(round(seconds)), 0)

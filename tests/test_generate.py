@@ -43,8 +43,15 @@ def networks(tmp_path_factory):
     return paths
 
 
+def opened(path):
+    """The picture as it is stored, its file closed."""
+    with PIL.Image.open(path) as picture:
+        picture.load()
+        return picture
+
+
 def images_in(folder):
-    return {str(p.relative_to(folder)): np.asarray(PIL.Image.open(p)) for p in sorted(folder.rglob('*.png'))}
+    return {str(p.relative_to(folder)): np.asarray(opened(p)) for p in sorted(folder.rglob('*.png'))}
 
 
 def assert_same_images(a, b):
@@ -137,11 +144,11 @@ def test_files(tmp_path, networks):
                     '--seeds=5,1999,2000', '--subdirs', f'--grid={tmp_path / "grid.png"}')
     assert result.exit_code == 0, result.output
     assert set(images_in(tmp_path / 'a')) == {'000000/000005.png', '001000/001999.png', '002000/002000.png'}
-    assert PIL.Image.open(tmp_path / 'a/000000/000005.png').mode == 'L'
-    assert PIL.Image.open(tmp_path / 'grid.png').size == (2 * 66 + 2, 2 * 66 + 2)
+    assert opened(tmp_path / 'a/000000/000005.png').mode == 'L'
+    assert opened(tmp_path / 'grid.png').size == (2 * 66 + 2, 2 * 66 + 2)
     assert invoke('generate.py', f'--network={networks["edm"]}', f'--outdir={tmp_path / "b"}', '--steps=1',
                   '--seeds=1').exit_code == 0
-    assert PIL.Image.open(tmp_path / 'b/000001.png').mode == 'RGB'
+    assert opened(tmp_path / 'b/000001.png').mode == 'RGB'
 
 
 def test_edm_snapshot(tmp_path, root):
@@ -175,10 +182,10 @@ def test_trajectory(tmp_path, networks, ending):
     out = invoke('generate.py', f'--network={networks["cond"]}', f'--outdir={tmp_path / "o"}', '--steps=3', '--seeds=0-1',
                  f'--trajectory={path}')
     assert out.exit_code == 0, out.output
-    picture = PIL.Image.open(path)
-    assert getattr(picture, 'n_frames', 1) == (4 if ending == 'gif' else 1)  # three noise levels and the images
-    if ending == 'png':
-        assert picture.size == (4 * 66 + 2, 8 * 66 + 2)  # a column a level; x, D, R and D + R of two images
+    with PIL.Image.open(path) as picture:
+        assert getattr(picture, 'n_frames', 1) == (4 if ending == 'gif' else 1)  # three noise levels and the images
+        if ending == 'png':
+            assert picture.size == (4 * 66 + 2, 8 * 66 + 2)  # a column a level; x, D, R and D + R of two images
 
 
 def test_watching_changes_nothing(networks):

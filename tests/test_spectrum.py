@@ -18,6 +18,7 @@ from training.dataset import EMBEDDED, ImageFolderDataset
 from warm import spectrum
 from warm.blur import blur_mask, dct2, idct2, prior_spectrum
 from warm.figures import draw
+from warm.path import BlurringSchedule
 from warm.spectrum import (TABLE, band_power, fit_power_law, middle_beta, recommended_bnr, ring_mean, spectra,
                            spectral_gap)
 
@@ -208,8 +209,17 @@ def test_figure_6_shows_every_schedule():
     figure = matplotlib.figure.Figure()
     spectrum.draw_schedules(figure, 0.33)
     labels = figure.axes[0].get_legend_handles_labels()[1]
-    assert len(labels) == len(spectrum.PATHS) + 1 + len(spectrum.OTHERS)
+    assert len(labels) == len(spectrum.PATHS) + 1 + len(spectrum.other_diffusions())
     assert any('0.33' in label for label in labels)
+
+
+def test_blurring_diffusion_follows_its_schedule_from_beta_1_on():
+    """What the docstring of warm.path.BlurringSchedule says of the rescaled log-SNR."""
+    beta, alpha, _ = spectrum.other_diffusions()['Blurring Diffusion with its own noise']
+    ideal = BlurringSchedule(20).alpha(beta)
+    assert (alpha[beta >= 1] / ideal[beta >= 1] - 1).abs().max() < 0.01
+    near = (beta - 0.01).abs().argmin()
+    assert alpha[near] < 0.2 * ideal[near]
 
 
 # -- the command

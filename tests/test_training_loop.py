@@ -244,4 +244,4 @@ def test_bad_input(tmp_path, name):
         assert out.returncode != 0 and sentence in out.stderr
     else:
         refused(invoke(*command), sentence)
-    assert not list(tmp_path.glob('runs/*/network-snapshot-*'))
+    assert not (tmp_path / 'runs').exists()

@@ -163,7 +163,7 @@ def test_rest_of_a_slight_blur_is_precise_in_float32(alpha):
 
 @pytest.mark.parametrize('alpha, wrong', [(1e-3, 0.02), (8e-5, 0.5)])
 def test_rest_is_not_a_difference_of_images(alpha, wrong):
-    """Why `rest` has a mask of its own: on images like natural ones, x − blurred loses all but its first digit or more."""
+    """Why `rest` has a mask of its own: on images like natural ones, x − blurred loses most digits or all."""
     x = filter_bands(images(), prior_spectrum(N).sqrt()).to(torch.float32)
     exact = rest(x.double(), alpha)
     assert (rest(x, alpha) - exact).norm() < 1e-6 * exact.norm()

@@ -12,7 +12,7 @@ from warm import oracle
 from warm.blur import blur, blur_mask, dct2, filter_bands, idct2, prior_spectrum, rest
 from warm.oracle import (COMPARED, GaussianOracle, deterministic_factor, last_step_factor, marginal_variance,
                          ode_factor, sampler_factors)
-from warm.path import ConstantBNR
+from warm.path import BlurringSchedule, ConstantBNR
 from warm.samplers import SOLVERS, Level, add_churn, transition, warm_sampler
 
 N = 16
@@ -260,6 +260,23 @@ def test_an_edm_network_is_not_sampled_with_blur():
 
 
 # -- the page
+
+@pytest.mark.parametrize('path, half, same', [(ConstantBNR(0), 0.97, 0.25), (ConstantBNR(0.5), 0.57, 0.15),
+                                              (ConstantBNR(1), 0.39, 0.11), (ConstantBNR(2), 1.13, 0.33),
+                                              (BlurringSchedule(20), 1.84, 0.84)], ids=str)
+def test_ratios_with_the_spectrum_of_cifar_10(golden, path, half, same):
+    """Those in the page's note, and with them the spec's: 0.6 and a seventh at BNR 0.5, 1.1 and 1.9."""
+    S = torch.tensor(golden('cifar10-spectrum').power)
+    heun = oracle.solver_error(S, path, 'heun', 18)[0]
+    ratios = [oracle.solver_error(S, path, 'dpmpp2m', steps)[0] / heun for steps in (19, 35)]
+    assert ratios == pytest.approx([half, same], abs=0.006)
+    assert f'{half:.2f} and {same:.2f}' in ' '.join(oracle.CIFAR10_NOTE.split())
+
+
+def test_last_step_error_is_the_spec_s_floor(golden):
+    S = torch.tensor(golden('cifar10-spectrum').power)
+    assert oracle.last_step_error(S, ConstantBNR(0.5)) == pytest.approx(4e-5, rel=0.1)
+
 
 def test_the_page_has_the_numbers_of_the_code(root):
     text = (root / 'docs' / 'solvers.md').read_text()

@@ -191,7 +191,7 @@ def test_other_targets_by_definition(targets):
 def test_branches_name_what_they_learn(targets):
     """Estimates equal to the targets give the true D and R."""
     chosen = TARGETS[targets]
-    images, alpha = batch()[0].double(), torch.tensor([0.1, 0.5, 1.0, 0.0]).reshape(-1, 1, 1, 1)
+    images, alpha = batch()[0].double(), torch.tensor([0.1, 0.5, 0.9, 0.0]).reshape(-1, 1, 1, 1)
     blurred, left = blur(images, alpha), rest(images, alpha)
     aims = chosen.targets(images, blurred, left)
     assert len(aims) == len(chosen.names)

@@ -144,11 +144,13 @@ def _where(condition, a, b):
 # -- blits: pixels change places. Each function gives the new images and the label columns, [N] each.
 
 def xflip(pipe, images):
+    """Mirror left and right."""
     w = pipe.gated('xflip', _choice(images, 2))
     return _where(w == 1, images.flip(3), images), [w]
 
 
 def yflip(pipe, images):
+    """Mirror top and bottom."""
     w = pipe.gated('yflip', _choice(images, 2))
     return _where(w == 1, images.flip(2), images), [w]
 
@@ -178,12 +180,14 @@ def translate_int(pipe, images):
 # -- geometry: the matrix [N, 3, 3] that takes a pixel to the place it is looked up at, and the columns
 
 def scale(pipe, images):
+    """Zoom by 2^(0.2 w) at the default strength."""
     w = pipe.gated('scale', _normal(images))
     s = torch.exp2(-w * pipe.scale_std)
     return affine.zoom(s, s), [w]
 
 
 def rotate_frac(pipe, images):
+    """Turn by the angle w."""
     w = pipe.gated('rotate_frac', _signed(images) * (math.pi * pipe.rotate_frac_max))
     return affine.rotation(w), [w.cos() - 1, w.sin()]
 
@@ -199,6 +203,7 @@ def aniso(pipe, images):
 
 
 def translate_frac(pipe, images):
+    """Move by w times an eighth of the image, at the default strength."""
     w = pipe.gated('translate_frac', _normal(images, 2))
     H, W = images.shape[2:]
     return affine.shift(-w[0] * (W * pipe.translate_frac_std), -w[1] * (H * pipe.translate_frac_std)), [w[0], w[1]]
@@ -207,27 +212,32 @@ def translate_frac(pipe, images):
 # -- colour: the matrix [N, 4, 4] that takes a pixel's colour to the new one, and the columns
 
 def brightness(pipe, images):
+    """Add 0.2 w to every channel, at the default strength."""
     w = pipe.gated('brightness', _normal(images))
     return affine.colour_map(offset=w * pipe.brightness_std), [w]
 
 
 def contrast(pipe, images):
+    """Multiply the colours by 2^(0.5 w), at the default strength."""
     w = pipe.gated('contrast', _normal(images))
     s = torch.exp2(w * pipe.contrast_std)
     return affine.colour_map(luma=s, chroma=s), [w]
 
 
 def lumaflip(pipe, images):
+    """Reflect the colours about the luma axis."""
     w = pipe.gated('lumaflip', _choice(images, 2))
     return affine.colour_map(luma=1 - 2 * w.to(torch.float32)), [w]
 
 
 def hue(pipe, images):
+    """Rotate the colours about the luma axis by the angle w."""
     w = pipe.gated('hue', _signed(images) * (math.pi * pipe.hue_max))
     return affine.colour_map(chroma=w.cos(), quarter_turn=w.sin()), [w.cos() - 1, w.sin()]
 
 
 def saturation(pipe, images):
+    """Multiply the distance from the luma axis by 2^w, at the default strength."""
     w = pipe.gated('saturation', _normal(images))
     return affine.colour_map(chroma=torch.exp2(w * pipe.saturation_std)), [w]
 

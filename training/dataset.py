@@ -112,6 +112,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         onehot[label] = 1
         return onehot
 
+    def file_stamps(self):
+        """(name, …) of every image file in order, with numbers that change with its content (`stamp` of the archive)."""
+        names = (self._names[i] for i in self._raw_idx)
+        return [(name, *self._archive.stamp(name)) for name in names]
+
     def get_details(self, idx):
         """`raw_idx` (index among all images of the path), `xflip` and `raw_label` of item `idx`."""
         k, flipped = self._locate(idx)

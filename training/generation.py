@@ -56,11 +56,19 @@ def to_uint8(images):
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
-def generate_images(net, seeds, sampler, max_batch=64, class_idx=None):
-    """Yield (seeds, uint8 images [B, C, H, W]) for this rank's share of `seeds`, in batches."""
+def generate_images(net, seeds, sampler, max_batch=64, class_idx=None, wanted=None):
+    """Yield (seeds, uint8 images [B, C, H, W]) for this rank's share of `seeds`, in batches.
+
+    With `wanted` (a set), only those of the seeds. The batches stay those of all seeds, and are drawn whole: the
+    rounding of an image depends on the batch it is in, and what is drawn later shall equal an uninterrupted run's.
+    """
     batches = [seeds[i:i + max_batch] for i in range(0, len(seeds), max_batch)]
+    if wanted is not None:
+        batches = [batch for batch in batches if not wanted.isdisjoint(batch)]
     for batch in batches[distributed.get_rank()::distributed.get_world_size()]:
-        yield batch, to_uint8(generate_batch(net, batch, sampler, class_idx))
+        images = to_uint8(generate_batch(net, batch, sampler, class_idx))
+        rows = [i for i, seed in enumerate(batch) if wanted is None or seed in wanted]
+        yield [batch[i] for i in rows], images[rows]
 
 
 def gather_images(net, seeds, sampler, max_batch=64, class_idx=None):

@@ -43,6 +43,15 @@ class FolderArchive:
     def has(self, name):
         return os.path.isfile(os.path.join(self.path, name))
 
+    def stamp(self, name):
+        """What changes with the file's content, without reading it: its size and time of change."""
+        try:
+            status = os.stat(os.path.join(self.path, name))
+        except OSError as e:
+            raise UserError(f'could not read {name} in {self.path}: {e.strerror}; '
+                            'check the file and its permissions') from e
+        return status.st_size, status.st_mtime_ns
+
     def read(self, name):
         """The bytes of one file. Raises UserError when it cannot be read."""
         try:
@@ -83,6 +92,11 @@ class ZipArchive:
 
     def has(self, name):
         return name in self._open().NameToInfo
+
+    def stamp(self, name):
+        """What changes with the file's content, without reading it: its size and checksum."""
+        info = self._open().getinfo(name)
+        return info.file_size, info.CRC
 
     def read(self, name):
         """The bytes of one file. Raises UserError when it is missing or damaged."""

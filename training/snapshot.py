@@ -2,7 +2,7 @@
 
 A snapshot is one safetensors file. The key `HEADER_KEY` of its metadata holds a JSON object: format
 (version), system, network_kwargs (constructor arguments), dataset (facts about the training data),
-kimg, and extra. Unknown entries are ignored, so that a later version may add some without a new format.
+kimg, extra, and checksum (of all the rest and the tensors). Unknown entries are ignored, so that a later version may add some without a new format.
 EDM's .pkl snapshots are read too (training.edm_pickle).
 """
 
@@ -21,7 +21,7 @@ from dnnlib import UserError
 from dnnlib.download import local_path
 from dnnlib.files import atomic_write
 from training.edm_pickle import load_edm_pickle, shown
-from training.state import parse_kimg
+from training.state import content_digest, parse_kimg
 
 SNAPSHOT_FORMAT = 1
 HEADER_KEY = 'warm_diffusion'
@@ -66,14 +66,27 @@ def save_snapshot(path, net, system, *, dataset=None, kimg=None, extra=None):
         TypeError: a value that JSON cannot hold (a mistake of the program).
         UserError: the disk is full or not writable.
     """
-    header = {'format': SNAPSHOT_FORMAT, 'system': system, 'network_kwargs': net.init_kwargs,
+    write_snapshot(path, net.state_dict(), net.init_kwargs, system, dataset=dataset, kimg=kimg, extra=extra)
+
+
+def write_snapshot(path, tensors, network_kwargs, system, *, dataset=None, kimg=None, extra=None):
+    """As `save_snapshot`, of a state dict {name: tensor} and the constructor arguments that belong to it."""
+    header = {'format': SNAPSHOT_FORMAT, 'system': system, 'network_kwargs': network_kwargs,
               'dataset': dataset or {}, 'kimg': kimg, 'extra': extra or {}}
+    header = json.loads(json.dumps(header))  # as a reader will see it, which the checksum is of
     # Each tensor is copied: safetensors takes neither views of one storage nor strides.
     tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, tensor in net.state_dict().items()}
+               for name, tensor in tensors.items()}
+    header['checksum'] = _checksum(header, tensors)
     content = safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(header)})
     with atomic_write(path) as f:
         f.write(content)
+
+
+def _checksum(header, tensors):
+    """Of all but the header's own entry for it; tensors by name, since safetensors orders them its own way."""
+    facts = {key: value for key, value in header.items() if key != 'checksum'}
+    return 'sha256:' + content_digest([facts, dict(sorted(tensors.items()))])
 
 
 def read_snapshot(path_or_url):
@@ -107,6 +120,9 @@ def _read_safetensors(path, header_bytes):
                                 'give a network-snapshot-*.safetensors or a .pkl of EDM')
             header = _check_header(text, path)
             state_dict = {name: f.get_tensor(name) for name in f.keys()}
+            if header.pop('checksum') not in (None, _checksum(json.loads(text), state_dict)):
+                raise UserError(f'the checksum of {path} is wrong, so it is damaged; copy or download it again, or use '
+                                'another snapshot')
     except UserError:
         raise
     except Exception as e:  # SafetensorError, but also what torch says to dtypes it lacks or sizes it cannot map
@@ -115,7 +131,7 @@ def _read_safetensors(path, header_bytes):
 
 
 def _check_header(text, path):
-    """The header's entries, by name, with their types checked."""
+    """The header's entries, by name, with their types checked; a checksum of None where there is none."""
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -126,7 +142,9 @@ def _check_header(text, path):
         raise UserError(f"{path} was written by a newer version of this program (format {header['format']}, "
                         f'this one reads up to {SNAPSHOT_FORMAT}); update it')
     header.setdefault('extra', {})
-    types = {'system': str, 'network_kwargs': dict, 'dataset': dict, 'kimg': (int, float, type(None)), 'extra': dict}
+    header.setdefault('checksum', None)  # other writers may leave it out
+    types = {'system': str, 'network_kwargs': dict, 'dataset': dict, 'kimg': (int, float, type(None)), 'extra': dict,
+             'checksum': (str, type(None))}
     for name, kind in types.items():
         if name not in header or not isinstance(header[name], kind):
             raise UserError(f"the header of {path} has no proper entry '{name}'; copy or download the file again")
@@ -190,7 +208,7 @@ class _Bounded(TorchFunctionMode):
 
     def __init__(self, state_dict):
         super().__init__()
-        self.calls_left = 40_000 + 50 * len(state_dict)  # U-Nets take four a tensor, iDDPM's table ten thousand in all
+        self.calls_left = 15_000 + 20 * len(state_dict)  # U-Nets take four a tensor, iDDPM's table ten thousand in all
         # Drawing and scaling the initial weights makes five tensors for each; the constant is for tables.
         self.elements_left = (1 << 24) + 16 * sum(t.numel() for t in state_dict.values())
 

@@ -1,5 +1,6 @@
 """Training states on disk: what `--resume` needs, as tensors and plain values, never as code."""
 
+import hashlib
 import io
 import os
 import pathlib
@@ -68,7 +69,8 @@ def save_state(path, state):
         UserError: the disk is full or not writable.
     """
     buffer = io.BytesIO()
-    torch.save({'kind': KIND, 'format': STATE_FORMAT, 'state': _checked_copy(state, 'state')}, buffer)
+    state = _checked_copy(state, 'state')
+    torch.save({'kind': KIND, 'format': STATE_FORMAT, 'sha256': content_digest(state), 'state': state}, buffer)
     try:
         with zipfile.ZipFile(buffer) as archive:
             _check_archive(archive, buffer.getbuffer().nbytes)
@@ -93,6 +95,7 @@ def load_state(path):
             damaged = archive.testzip()
         if damaged is None:
             content = torch.load(path, map_location='cpu', weights_only=True)
+            intact = isinstance(content, dict) and content.get('sha256') == content_digest(content.get('state'))
     except FileNotFoundError as e:
         raise UserError(f'there is no training state {path}; check the path') from e
     except Refused as e:
@@ -103,7 +106,10 @@ def load_state(path):
         raise UserError(f'{path} is not a training state, or it is damaged or cut off; {_remedy()}') from e
     if damaged is not None:
         raise UserError(f'{path} is damaged: the checksum of its part {shown(damaged)} is wrong; {_remedy()}')
-    return _unwrap(content, path)
+    state = _unwrap(content, path)
+    if not intact:
+        raise UserError(f'{path} is damaged: the checksum of its content is wrong; {_remedy()}')
+    return state
 
 
 def _remedy():
@@ -119,6 +125,24 @@ def _unwrap(content, path):
     if 'state' not in content:
         raise UserError(f'{path} is damaged; {_remedy()}')
     return content['state']
+
+
+def content_digest(tree):
+    """Hexadecimal SHA-256 of a tree of dicts, lists, tuples, plain values and tensors, in their order."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f'{value.dtype}{list(value.shape)}'.encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(value, (dict, list, tuple)):
+            digest.update(f'{type(value).__name__}{len(value)}:'.encode())
+            for item in (part for pair in value.items() for part in pair) if isinstance(value, dict) else value:
+                add(item)
+        else:
+            digest.update(f'{value!r},'.encode())
+    add(tree)
+    return digest.hexdigest()
 
 
 def _checked_copy(value, where):

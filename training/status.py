@@ -22,14 +22,17 @@ class Status:
         run_dir: Folder of stats.jsonl.
         nimg, total_nimg: Images seen so far, and at the end.
         earlier_sec: Seconds that earlier pieces of the run took.
+        tensorboard: Whether the statistics also go into event files (`open_writer`).
     """
 
-    def __init__(self, run_dir, nimg, total_nimg, earlier_sec, device):
+    def __init__(self, run_dir, nimg, total_nimg, earlier_sec, device, tensorboard=False):
         self.started = time.time() - earlier_sec
         self.device = device
         self.collector = training_stats.Collector()
         self.line = ProgressLine(nimg, total_nimg)
         self.path = pathlib.Path(run_dir) / 'stats.jsonl'
+        self.writer = open_writer(run_dir) if tensorboard else None
+        self.added = {}
         self.maintenance = 0.0
         self.tick_nimg, self.tick_time = nimg, time.time()
 
@@ -46,10 +49,20 @@ class Status:
         self.collector.update()
         print_status(self.collector)
 
+    def add(self, values):
+        """Add {name: value}, known to rank 0 alone, to the line of the tick that has ended."""
+        self.added.update({name: {'num': 1, 'mean': value, 'std': 0.0} for name, value in values.items()})
+
     def start_tick(self, nimg):
         """Append the tick's line to stats.jsonl and start timing the next."""
+        stats = {**self.collector.as_dict(), **self.added}
+        self.added = {}
         if dist.get_rank() == 0:
-            append_line(self.path, {**self.collector.as_dict(), 'timestamp': time.time()})
+            append_line(self.path, {**stats, 'timestamp': time.time()})
+        if self.writer is not None:
+            for name, value in stats.items():
+                self.writer.add_scalar(name, value['mean'], global_step=nimg)
+            self.writer.flush()
         self.tick_nimg, self.tick_time = nimg, time.time()
         self.maintenance = self.tick_time - self.ended
 
@@ -90,8 +103,8 @@ def print_status(collector):
     ]))
 
 
-def append_line(path, record):
-    """Append `record` as one JSON line.
+def append_line(path, record, remedy='resume from the last training state'):
+    """Append `record` as one JSON line; `remedy` ends the sentence where that fails.
 
     Raises:
         UserError: the disk is full or gone.
@@ -100,8 +113,29 @@ def append_line(path, record):
         with open(path, 'a', encoding='utf-8') as f:
             f.write(json.dumps(record) + '\n')
     except OSError as e:
-        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and resume from the last '
-                        'training state') from e
+        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and {remedy}') from e
+
+
+def check_tensorboard():
+    """Raise UserError unless the package tensorboard is installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as e:
+        raise UserError('--tensorboard needs the package tensorboard; install it with `pip install tensorboard`, or '
+                        'leave the flag out: stats.jsonl has the same numbers') from e
+
+
+def open_writer(run_dir):
+    """A writer of TensorBoard's event files in the run folder, on rank 0; None on the others."""
+    check_tensorboard()
+    return torch.utils.tensorboard.SummaryWriter(run_dir) if dist.get_rank() == 0 else None
+
+
+def check_appendable(path):
+    """Raise UserError unless lines can be appended to `path`; for use before long work."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f'{path} cannot be written; give a file in a folder that exists and may be written to')
 
 
 class ProgressLine:

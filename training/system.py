@@ -29,6 +29,7 @@ class Option:
         help: For the help text.
         type: Converts the text of the command line: str, int, float or a click type.
         shown: The default as the help text shows it, where it is not `default`.
+        from_data: from_data(value, dataset) → value, for values that have to be measured ('auto'); None: taken as is.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Option:
     help: str
     type: object = str
     shown: str | None = None
+    from_data: Callable | None = None
 
     @property
     def flag(self):
@@ -57,6 +59,10 @@ class System:
         own_sample_options: Options of generate.py that only such systems have.
         sampler: sampler(net, **options) → callable(net, latents, class_labels, randn_like) → float64 images.
         trainable: Whether train.py offers it; otherwise its snapshots can only be used.
+        describe: describe(net, sample options) → {name: plain value}: what tables of results say of the path that
+            is sampled, such as Warm's `bnr`.
+        draw_process: draw_process(path, net): a picture of the reverse process beside the image grids in training.
+        predicts_images: Whether its network's prediction is an image, x̂₀; otherwise it is noise, or another state.
     """
 
     name: str
@@ -69,6 +75,9 @@ class System:
     own_sample_options: tuple = ()
     train_options: tuple = ()
     trainable: bool = True
+    describe: Callable = lambda net, options: {}
+    draw_process: Callable = lambda path, net: None
+    predicts_images: bool = True
 
     def network_kwargs(self, given):
         """Constructor arguments from the system's own training options, defaults filled in.
@@ -85,6 +94,11 @@ class System:
                 raise UserError(f'{flag_of(name)} is not an option of --precond={self.name}; '
                                 'leave it out or choose the system that has it')
         return {name: given.get(name, option.default) for name, option in options.items()}
+
+    @property
+    def starts_from_data(self):
+        """Whether its samples start from training images, which its sampler's option `data` then names."""
+        return any(option.name == 'data' for option in self.own_sample_options)
 
     def make_sampler(self, net, options=None):
         """The sampler as callable(latents, class_labels, randn_like, **extra) with `options` checked and bound.
@@ -109,7 +123,8 @@ def edm_samplers(net, **options):
 
 def _edm_system(name, title, paper, network_class, loss_class, trainable=True):
     return System(name=name, title=title, paper=paper, network_class=network_class, loss=lambda net: loss_class(),
-                  sampler=edm_samplers, sample_options=COMMON_SAMPLE_OPTIONS + ABLATION_OPTIONS, trainable=trainable)
+                  sampler=edm_samplers, sample_options=COMMON_SAMPLE_OPTIONS + ABLATION_OPTIONS, trainable=trainable,
+                  describe=lambda net, options: {'bnr': 0.0})
 
 
 EDM_SYSTEMS = (

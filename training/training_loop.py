@@ -14,6 +14,7 @@ from torch_utils import training_stats
 from torch_utils.misc import InfiniteSampler
 from training.augment import AugmentPipe
 from training.dataset import ImageFolderDataset
+from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state, matching_snapshot, save_state
@@ -43,6 +44,8 @@ def training_loop(
     grid_images=64,             # Images in the grid that goes with each snapshot; 0 = none.
     transfer=None,              # Snapshot whose EMA weights to start from.
     resume=None,                # Training state to continue.
+    eval_kwargs=None,           # Arguments of make_evaluator: ticks, num, ref, detector, metrics; None = no scores.
+    tensorboard=False,          # Whether to write event files for TensorBoard too.
     cudnn_benchmark=True,
 ):
     """Train a system and leave snapshots, states, image grids and stats.jsonl in `run_dir`.
@@ -78,15 +81,17 @@ def training_loop(
         restore(state, resume, net, ema, optimizer, systems)
     ddp = net if dist.get_world_size() == 1 else torch.nn.parallel.DistributedDataParallel(
         net, device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False)
+    sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None
+    evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, **(eval_kwargs or {}))
     batches = endless_batches(dataset, batch_gpu, seed, progress.nimg, data_loader_kwargs or {}, device)
     seed_rank(seed, state)
 
-    grid_sampler = system.make_sampler(ema)
+    grid_sampler = system.make_sampler(ema, sample_options)
     if grid_images and dist.get_rank() == 0:
         save_grid(os.path.join(run_dir, 'reals.png'), some_reals(dataset, grid_images))
 
     dist.print0(f'Training for {total_kimg:g} kimg...')
-    status = Status(run_dir, progress.nimg, total_kimg * 1000, progress.seconds, device)
+    status = Status(run_dir, progress.nimg, total_kimg * 1000, progress.seconds, device, tensorboard)
     while True:
         # One step: gradients over the accumulation rounds, synchronised on the last.
         optimizer.zero_grad(set_to_none=True)
@@ -119,6 +124,7 @@ def training_loop(
                 images = gather_images(ema, list(range(grid_images)), grid_sampler)
                 if dist.get_rank() == 0:
                     save_grid(name_in(run_dir, 'fakes', progress, 'png'), images)
+                    system.draw_process(name_in(run_dir, 'process', progress, 'png'), ema)
         progress.tick += 1
         if dump:
             progress.seconds = status.elapsed()
@@ -127,6 +133,7 @@ def training_loop(
                            progress=dataclasses.asdict(progress))
             if dist.get_rank() == 0:
                 save_state(name_in(run_dir, 'training-state', progress, 'pt'), content)
+        status.add(evaluate(ema, progress.tick - 1, progress.nimg, done))  # now that the tick's files are safe
         status.start_tick(progress.nimg)
         if done:
             break

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import math
 
+import click
 import torch
 
 from dnnlib import UserError
@@ -139,7 +140,8 @@ BLURRING = System(
     sample_options=('num_steps',),
     train_options=(
         Option('sigma_blur_max', 20.0, 'Blur at the end, in pixels; 0 is their DDPM', type=float),
-        Option('blur_schedule', 'sin2', f"How the blur rises: {', '.join(BLUR_SCHEDULES)}"),
+        Option('blur_schedule', 'sin2', 'How the blur rises', type=click.Choice(list(BLUR_SCHEDULES))),
         Option('d_min', 0.001, 'What blur leaves of every band', type=float),
     ),
+    predicts_images=False,
 )

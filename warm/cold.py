@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import math
 
+import click
 import torch
 
 from dnnlib import UserError
@@ -123,7 +124,7 @@ def restoration_step(x, x0, here, there):
 def blurred_start(images, last):
     """start(latents, class_labels, randn_like): training images, blurred to the last level."""
     def start(latents, class_labels, randn_like):
-        return filter_bands(images.draw(latents, class_labels, randn_like), last.signal)
+        return filter_bands(images.draw(latents, class_labels, randn_like), last.signal.to(latents.device))
     return start
 
 
@@ -190,10 +191,10 @@ COLD = System(
     sample_options=('num_steps',),
     own_sample_options=(
         DATA,
-        Option('cold_start', 'blurred', f"What Cold Diffusion starts from: {', '.join(STARTS)}"),
+        Option('cold_start', 'blurred', 'What Cold Diffusion starts from', type=click.Choice(list(STARTS))),
     ),
     train_options=(
-        Option('cold_blur', 'paper', f"Blur of Cold Diffusion: {', '.join(BLURS)}"),
+        Option('cold_blur', 'paper', 'Blur of Cold Diffusion', type=click.Choice(list(BLURS))),
         Option('cold_steps', 50, 'Number of blurs', type=int),
     ),
 )

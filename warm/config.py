@@ -6,11 +6,17 @@ import pathlib
 import re
 import secrets
 
+import torch
+
 from dnnlib import UserError
+from dnnlib.download import is_url, local_path
 from dnnlib.files import Tee, atomic_write, make_dirs
 from torch_utils import distributed as dist
 from training.augment import TRAIN_AUGMENT
 from training.dataset import EMBEDDED, ImageFolderDataset
+from training.state import matching_snapshot
+from training.training_loop import interface_kwargs, split_batch
+from training.status import check_tensorboard
 from warm.systems import SYSTEMS
 
 # What --arch stands for: arguments of the U-Net (spec §3). --cbase and --cres replace two of them.
@@ -38,12 +44,14 @@ def training_config(o, system_options):
     """
     if o['transfer'] and o['resume']:
         raise UserError('--transfer starts a new run and --resume continues an old one; give one of them')
+    if o['tensorboard']:
+        check_tensorboard()
     system = SYSTEMS[o['precond']]
     own = system.network_kwargs(system_options)
     if o['data'] is None:
         dist.print0(f'No --data given: training on the embedded handwritten digits (8×8). For CIFAR-10: {GET_CIFAR10}')
     dataset_kwargs = dict(path=o['data'] or EMBEDDED, use_labels=o['cond'], xflip=o['xflip'], cache=o['cache'])
-    dataset_kwargs.update(resolution=ImageFolderDataset(**{**dataset_kwargs, 'cache': False}).resolution)
+    own.update(measured(system, own, dataset_kwargs))
     network_kwargs = dict(ARCHITECTURES[o['arch']], dropout=o['dropout'], use_fp16=o['fp16'], **own)
     if o['cbase'] is not None:
         network_kwargs['model_channels'] = o['cbase']
@@ -68,9 +76,40 @@ def training_config(o, system_options):
         snapshot_ticks=o['snap'],
         state_dump_ticks=o['dump'],
         grid_images=o['grid'],
+        eval_kwargs=dict(ticks=o['eval_ticks'], num=o['eval_num'], ref=o['eval_ref'], detector=o['eval_detector'],
+                         metrics=o['eval_metrics']) if o['eval_ticks'] else None,
+        tensorboard=o['tensorboard'],
         transfer=o['transfer'],
         resume=o['resume'],
     )
+
+
+def measured(system, own, dataset_kwargs):
+    """The system's options whose values are measured on the data, as {name: value}; nothing is read without any."""
+    wanted = [option for option in system.train_options if option.from_data and own[option.name] is not None]
+
+    def measure():
+        dataset = ImageFolderDataset(**dataset_kwargs)
+        return {option.name: option.from_data(own[option.name], dataset) for option in wanted}
+    return dist.on_rank0(measure) if wanted else {}
+
+
+def check_config(config):
+    """Find mistakes before there is a run folder: open the data, outline the network, look for the files.
+
+    Raises:
+        UserError: whatever would stop the run before its first step.
+    """
+    split_batch(config['batch_size'], config['batch_gpu'])
+    dataset = ImageFolderDataset(**{**config['dataset_kwargs'], 'cache': False})
+    with torch.device('meta'):  # names and shapes, without the memory
+        SYSTEMS[config['system']].network_class(**interface_kwargs(dataset, config['augment_kwargs']),
+                                                **config['network_kwargs'])
+    if config['resume'] is not None:
+        matching_snapshot(config['resume'])
+    for path in (config['transfer'], config['resume']):
+        if path is not None and not is_url(path):
+            local_path(path)
 
 
 def run_name(config, arch, desc=None):

@@ -21,21 +21,20 @@ from dnnlib.files import make_dirs
 from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch, tile, to_uint8
 from training.snapshot import build_network, read_snapshot
+from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 from warm.trajectory import ROWS, pick, visible, watch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RUNS = {'edm': ['--precond=edm'], 'warm': ['--precond=warm', '--bnr=0.5']}
-# A network of 0.9 M parameters. The short run wants a quick learning-rate ramp and a short moving average.
-TRAINING = ['--cond=1', '--cbase=32', '--cres=1,2', '--batch=64', '--lr=2e-3', '--lr-rampup=0.005', '--ema=0.005',
-            '--dropout=0', '--augment=0', '--workers=0', '--seed=0', '--snap=0', '--dump=0', '--grid=0']
+TRAINING = ['--preset=digits', '--seed=0', '--grid=0']
 SHOWN = 4  # rows of digits in the picture
 STEPS_SHOWN = 9
 
 
 @click.command(context_settings=dict(show_default=True))
 @click.option('--outdir', metavar='DIR', default='demo', help='Where to save everything')
-@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True), default=0.1,
+@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True), default=PRESETS['digits'].train['duration'],
               help='Length of each training, in millions of images')
 @click.option('--num', metavar='INT', type=click.IntRange(min=20), default=1797, help='Images to generate and score')
 def main(outdir, duration, num):

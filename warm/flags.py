@@ -1,9 +1,50 @@
-"""Flags of train.py and generate.py that only some systems have, made from the registry."""
+"""Flags that several commands share: the samplers', and those that only some systems have, made from the registry."""
 
 import click
 
+from training.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from training.system import own_options
+from warm.presets import preset_option
+from warm.samplers import SOLVERS
 from warm.systems import SYSTEMS
+
+
+class_flag = click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), default=None,
+                          help='Class of all images  [default: random]')
+
+# Of every sampler; None leaves the value to the sampler.
+SAMPLER_FLAGS = (
+    click.option('--steps', 'num_steps', metavar='INT', type=click.IntRange(min=1), default=None,
+                  help='Number of steps  [default: of the system, 18 for EDM and Warm]'),
+    click.option('--sigma_min', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=None,
+                  help='Lowest noise level  [default: 0.002, or of the ablation]'),
+    click.option('--sigma_max', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=None,
+                  help='Highest noise level  [default: 80, or of the ablation]'),
+    click.option('--rho', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=None,
+                  help='Exponent of the time steps  [default: 7]'),
+    click.option('--S_churn', 'S_churn', metavar='FLOAT', type=click.FloatRange(min=0), default=None,
+                  help='Stochasticity strength  [default: 0]'),
+    click.option('--S_min', 'S_min', metavar='FLOAT', type=click.FloatRange(min=0), default=None,
+                  help='Lowest noise level with stochasticity  [default: 0]'),
+    click.option('--S_max', 'S_max', metavar='FLOAT', type=click.FloatRange(min=0), default=None,
+                  help='Highest noise level with stochasticity  [default: inf]'),
+    click.option('--S_noise', 'S_noise', metavar='FLOAT', type=float, default=None,
+                  help='Inflation of the noise  [default: 1]'),
+    click.option('--solver', type=click.Choice(list(SOLVERS)), default=None,
+                  help='ODE solver; on EDM networks euler and heun select the ablation sampler  [default: heun]'),
+    click.option('--disc', 'discretization', type=click.Choice(list(DISCRETIZATIONS)), default=None,
+                  help='Ablation: time steps'),
+    click.option('--schedule', type=click.Choice(list(SCHEDULES)), default=None, help='Ablation: noise schedule'),
+    click.option('--scaling', type=click.Choice(list(SCALINGS)), default=None, help='Ablation: signal scaling'),
+)
+
+
+def sampler_flags(command):
+    """Decorator that adds the flags of the samplers: the common ones, then those that only some systems have."""
+    command = system_flags('own_sample_options')(command)
+    for option in reversed(SAMPLER_FLAGS):
+        command = option(command)
+    return preset_option('sample')(command)
 
 
 def system_flags(attribute):

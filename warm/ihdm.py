@@ -151,4 +151,5 @@ IHDM = System(
         Option('ihdm_levels', 200, 'Number of blur levels', type=int),
         Option('ihdm_blur_max', 24.0, 'Blur of the last level, in pixels', type=float),
     ),
+    predicts_images=False,
 )

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import math
 
+import click
 import torch
 
 from dnnlib import UserError
@@ -162,11 +163,12 @@ LEE = System(
     sampler=lee_samplers,
     sample_options=('num_steps',),
     own_sample_options=(
-        Option('reverse_step', 'eq12', f"Step of the sampler: {', '.join(REVERSE_STEPS)}"),
+        Option('reverse_step', 'eq12', 'Step of the sampler', type=click.Choice(list(REVERSE_STEPS))),
     ),
     train_options=(
-        Option('f_type', 'quartic', f"Blur schedule f: {', '.join(F_TYPES)}"),
+        Option('f_type', 'quartic', 'Blur schedule f', type=click.Choice(list(F_TYPES))),
         Option('f_final', None, 'f at the last level', type=float,
                shown=', '.join(f'{v:g} {k}' for k, v in F_FINAL.items() if v)),
     ),
+    predicts_images=False,
 )

@@ -30,9 +30,9 @@ RESOLUTION = 32
 COMPARED = (*map(ConstantBNR, (0, 0.1, 0.5, 1, 2)), BlurringSchedule())
 CURVE_NFE = (7, 9, 13, 19, 25, 35, 51, 79, 113, 159)
 TABLE_NFE = (19, 35, 79, 159)  # 35 and 79 are the paper's
-CIFAR10_NOTE = '''With CIFAR-10's own spectrum (`--data=datasets/cifar10-32x32.zip`, the 50,000 training images) the two ratios are
-0.97 and 0.25 without blur, 0.57 and 0.15 at BNR 0.5, 0.39 and 0.11 at BNR 1, 1.13 and 0.33 at BNR 2, 1.84 and 0.84 on
-the blurring schedule.'''
+CIFAR10_NOTE = '''With CIFAR-10's own spectrum (`--data=datasets/cifar10-32x32.zip`) the two ratios are 0.97
+and 0.25 without blur, 0.57 and 0.15 at BNR 0.5, 0.39 and 0.11 at BNR 1, 1.13 and 0.33 at BNR 2, 1.84 and 0.84 on the
+blurring schedule.'''
 
 
 class GaussianOracle:
@@ -203,7 +203,7 @@ def page(table, floors, data, command, rms, note=''):
         'For such data the best possible network is known in closed form, and so is the exact solution of the',
         'probability-flow ODE along any path (`warm/oracle.py`). The numbers are the root mean square difference of a',
         'pixel between the samples of a solver and that solution, expected over all latents; images are in [−1, 1] and',
-        f'have a root mean square of {rms:.2g}. The noise levels are EDM\'s, from {SIGMA_MAX} to {SIGMA_MIN}; the last step,',
+        f'have a root mean square of {rms:.2g}. The noise levels are EDM\'s, {SIGMA_MAX} to {SIGMA_MIN}; the last step,',
         f'from there to 0, costs {max(floors.values()):.1e} by itself (the dotted line).',
         '',
         '![Error against evaluations for each path and solver](solvers.png)',

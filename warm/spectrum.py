@@ -20,7 +20,9 @@ import torch
 from dnnlib import UserError
 from training.dataset import EMBEDDED, ImageFolderDataset
 from warm.blur import blur_mask, dct2, frequencies, rest_mask
+from warm.blurring import BLUR_SCHEDULES, BlurringProcess
 from warm.figures import draw
+from warm.ihdm import HeatLevels
 from warm.path import PAPER_BNR, PATHS, ConstantBNR, parse_path
 from warm.samplers import SAMPLER_DEFAULTS
 
@@ -207,23 +209,32 @@ def draw_schedules(figure, recommended=None):
     if recommended:
         ax.plot(BETAS, ConstantBNR(recommended).alpha(BETAS), color='black', ls=':',
                 label=f'recommended for this data: BNR {recommended:.2f}')
-    for name, (betas, alphas, look) in OTHERS.items():
-        ax.plot([max(b, low) for b in betas], [max(a, alpha_low) for a in alphas], label=name, clip_on=False, **look)
+    for name, (beta, alpha, look) in other_diffusions().items():
+        ax.plot(beta.clamp(min=low), alpha.clamp(min=alpha_low), label=name, **look)
     ax.set(xscale='log', yscale='log', xlim=(low, high), ylim=(alpha_low, alpha_high),
            xlabel='noise β (standard deviation, images in [−1, 1])', ylabel='blur α (standard deviation in pixels)',
            title='Blur and noise of the schedules')
     ax.legend(loc='center left', bbox_to_anchor=(1.1, 0.5))
 
 
-# The diffusions of other papers: (β from–to, α from–to, look). 0 is drawn at the edge of the logarithmic axes.
-OTHERS = {
-    'hot diffusion (EDM): no blur, along the lower edge': (
-        (0.002, 80), (0, 0), dict(color='tab:orange', lw=4, solid_capstyle='butt')),
-    'cold diffusion: no noise, along the left edge': (
-        (0, 0), (0, 1e3), dict(color='tab:cyan', lw=4, solid_capstyle='butt')),
-    # Rissanen et al. 2023: noise of 0.01 on images in [0, 1]; σ_B from 0.5 to 20 pixels.
-    'IHDM: noise fixed at 0.02, blur 0.5 to 20 pixels': ((0.02, 0.02), (0.5, 20), dict(color='tab:green', lw=2.4)),
-}
+def other_diffusions():
+    """{label: (β, α, look)} of other papers' processes in these units; along an edge where one of them is 0."""
+    levels, process = HeatLevels(), BlurringProcess()
+    t = torch.linspace(0, 1, 200, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    bands = process.at(t, 1)  # a single pixel has no detail, so that its gain is the process's a
+    beta = 2 * levels.noise  # its images are in [0, 1]
+    heat = levels.alphas[1:]
+    return {
+        'Blurring Diffusion with its own noise': (
+            (bands.noise / bands.signal).flatten(), process.sigma_blur_max * BLUR_SCHEDULES['sin2'](t).flatten(),
+            dict(color='tab:blue', ls='--')),
+        f'IHDM: noise {beta:g}, blur {levels.blur_min:g} to {levels.blur_max:g} pixels': (
+            torch.full_like(heat, beta), heat, dict(color='tab:green', lw=2.4)),
+        'hot diffusion (EDM): no blur, along the lower edge': (
+            BETAS, torch.zeros_like(BETAS), dict(color='tab:orange', lw=4, solid_capstyle='butt', clip_on=False)),
+        'cold diffusion: no noise, along the left edge': (
+            torch.zeros(2), torch.tensor([0, 1e3]), dict(color='tab:cyan', lw=4, solid_capstyle='butt', clip_on=False)),
+    }
 
 
 # -- command

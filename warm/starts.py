@@ -4,6 +4,8 @@ Such a prior is the training set's, and any score of such samples is to be read 
 needs the data set: --data of generate.py; a snapshot only records the facts about it.
 """
 
+import functools
+
 import numpy as np
 import torch
 
@@ -54,13 +56,13 @@ class TrainingImages:
         members = self._classes.get(class_idx, range(len(self.dataset)))
         return members[min(int(share * len(members)), len(members) - 1)]
 
-    @property
+    @functools.cached_property
     def _classes(self):
-        if not hasattr(self, '_members'):
-            self._members = {}
-            for i in range(len(self.dataset)):
-                self._members.setdefault(int(self.dataset.get_label(i).argmax()), []).append(i)
-        return self._members
+        """{class: indices of its images}."""
+        members = {}
+        for i in range(len(self.dataset)):
+            members.setdefault(int(self.dataset.get_label(i).argmax()), []).append(i)
+        return members
 
     def colours(self):
         """Mean [C] and covariance [C, C] of the images' mean colours, float64 in units of [−1, 1]."""

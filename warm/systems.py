@@ -8,11 +8,22 @@ import click
 from dnnlib import UserError
 from training.samplers import edm_sigma_steps
 from training.system import COMMON_SAMPLE_OPTIONS, EDM_SYSTEMS, Option, System, flag_of
+from warm.blurring import BLURRING
+from warm.cold import COLD
+from warm.epsilon_scaling import with_epsilon_scaling
+from warm.ihdm import IHDM
+from warm.lee import LEE
 from warm.loss import WarmLoss
 from warm.path import PATHS, parse_path
+from warm.pfgmpp import PFGMPP, with_heavy_tails
 from warm.precond import WarmPrecond
 from warm.samplers import SAMPLER_DEFAULTS, check_options, warm_sampler
+from warm.soft import SOFT
+from warm.stf import STF
 from warm.targets import TARGETS
+from warm.trajectory import save_trajectory, watch
+
+DRAWN_SEEDS = (0, 1)  # whose reverse process is drawn beside the image grids
 
 
 def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
@@ -47,6 +58,22 @@ def with_multistep(system):
     return dataclasses.replace(system, sampler=sampler)
 
 
+def measured_bnr(bnr, dataset):
+    """--bnr as given, or for 'auto' the largest that the spectrum of the data allows (warm.spectrum)."""
+    # Not at the top: `python -m warm.spectrum` imports the package, which must not import that module first.
+    from warm.spectrum import band_power, recommended_bnr
+    return f'{recommended_bnr(band_power(dataset)):.2f}' if bnr == 'auto' else bnr
+
+
+def warm_facts(net, options):
+    """The path that is sampled, its BNR (None where it varies), and what the network was trained on."""
+    path = net.family.default
+    if options.get('bnr') is not None or options.get('bnr_schedule') is not None:
+        path = parse_path(options.get('bnr'), options.get('bnr_schedule'))
+    return dict(bnr=getattr(path, 'bnr', None), path=str(path), trained_on=str(net.family),
+                targets=net.init_kwargs['targets'])
+
+
 WARM = System(
     name='warm',
     title='Warm',
@@ -55,6 +82,8 @@ WARM = System(
     loss=lambda net: WarmLoss(sigma_data=net.sigma_data),
     sampler=warm_samplers,
     sample_options=(*COMMON_SAMPLE_OPTIONS, 'solver'),
+    describe=warm_facts,
+    draw_process=lambda path, net: save_trajectory(path, watch(net, WARM, DRAWN_SEEDS)),
     own_sample_options=(
         Option('bnr', None, 'Blur-to-Noise Ratio of the path', shown='as trained'),
         Option('bnr_schedule', None, f"Schedule of the blur: {', '.join(PATHS)}[:SIGMA_B_MAX]", shown='as trained'),
@@ -62,11 +91,22 @@ WARM = System(
     ),
     train_options=(
         Option('bnr', None, 'Blur-to-Noise Ratio: a number, a list such as 0,0.1,0.5 or a log-uniform range '
-                            'such as 0.1-2, drawn per image', shown='0.5'),
+                            'such as 0.1-2, drawn per image; auto measures the data (warm.spectrum)',
+               shown='0.5', from_data=measured_bnr),
         Option('bnr_schedule', None, f"Schedule of the blur: {', '.join(PATHS)}[:SIGMA_B_MAX]",
                shown='constant'),
         Option('targets', 'residual', 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
     ),
 )
 
-SYSTEMS = {system.name: system for system in (*map(with_multistep, EDM_SYSTEMS), WARM)}
+SYSTEMS = {system.name: system for system in (
+    *(with_epsilon_scaling(with_multistep(system)) for system in EDM_SYSTEMS),
+    WARM,
+    BLURRING,
+    LEE,
+    IHDM,
+    COLD,
+    SOFT,
+    with_epsilon_scaling(STF),
+    with_epsilon_scaling(PFGMPP, with_heavy_tails),
+)}

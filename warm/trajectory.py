@@ -60,12 +60,13 @@ class Watch:
 
     def _keep(self, x, sigma, alpha, D, R):
         beta = float(torch.as_tensor(sigma).flatten()[0])
-        self._frames[beta] = Frame(beta, float(alpha), *(t.detach().to('cpu', torch.float32) for t in (x, D, R)))
+        # A level reached by arithmetic may differ from the grid's in its last digits.
+        self._frames[f'{beta:.9g}'] = Frame(beta, float(alpha), *(t.detach().to('cpu', torch.float32) for t in (x, D, R)))
 
     @property
     def frames(self):
         """What was seen, from the highest noise level to the lowest."""
-        return [self._frames[beta] for beta in sorted(self._frames, reverse=True)]
+        return sorted(self._frames.values(), key=lambda frame: -frame.beta)
 
 
 def watch(net, system, seeds, options=None, class_idx=None):

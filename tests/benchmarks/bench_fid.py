@@ -1,24 +1,31 @@
-"""Time of the Fréchet distance against the same with SciPy's sqrtm, in one run.
+"""Speed of scoring: the Fréchet distance against SciPy's sqrtm, and how much of the time is the network's.
 
-    python tests/benchmarks/bench_fid.py [--dims 2048] [--repeats 3]
+    python tests/benchmarks/bench_fid.py [--dims 2048] [--repeats 3] [--images 256] [--out results/fid.json]
 
-Prints a table (least seconds of the repeats, ratio to sqrtm, difference from the SVD) and the same as one line of JSON.
+`share` of the second table is the network's own time over that of a whole pass: 1 means that decoding is hidden
+behind it. Without the public weights the detector is Inception's graph with random ones, which takes as long.
 """
 
-import json
-import os
 import pathlib
-import platform
 import sys
-import time
+import tempfile
 
 import click
 import numpy as np
+import PIL.Image
 import scipy
 import scipy.linalg
+import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from tests.benchmarks.report import alternate, report  # noqa: E402
+from training.detectors import InceptionDetector  # noqa: E402
+from training.inception import InceptionV3  # noqa: E402
 from training.metric_fid import frechet_distance  # noqa: E402
+from training.metric_images import image_batches, open_images  # noqa: E402
+from training.scoring import ImageFiles, statistics  # noqa: E402
+
+BATCH = 64
 
 
 def make_statistics(dims, seed, samples_per_dim=2):
@@ -40,32 +47,66 @@ METHODS = {'sqrtm (SciPy)': sqrtm_distance,
            'frechet_distance, SVD only': lambda *args: frechet_distance(*args, tolerance=0)}
 
 
-def measure(dims, repeats):
-    """A list of rows: method, least seconds, ratio to the first method, value, relative difference from the last."""
+def measure_distance(dims, repeats):
+    """A row for each method: seconds, ratio to the first method, value, relative difference from the last."""
     pair = (*make_statistics(dims, 1), *make_statistics(dims, 2))
-    seconds, values = {m: [] for m in METHODS}, {}
-    for _ in range(repeats):
-        for name, method in METHODS.items():
-            start = time.perf_counter()
-            values[name] = method(*pair)
-            seconds[name].append(time.perf_counter() - start)
-    least = {m: min(s) for m, s in seconds.items()}
-    first, last = next(iter(METHODS)), list(METHODS)[-1]
-    return [dict(method=m, seconds=least[m], ratio=least[m] / least[first], value=values[m],
-                 difference=abs(values[m] / values[last] - 1)) for m in METHODS]
+    values = {}
+
+    def task(name):
+        def run():
+            values[name] = METHODS[name](*pair)
+        return run
+    seconds = alternate({name: task(name) for name in METHODS}, repeats)
+    first, last = list(METHODS)[0], list(METHODS)[-1]
+    return [dict(method=name, seconds=seconds[name], ratio=seconds[name] / seconds[first], value=values[name],
+                 difference=abs(values[name] / values[last] - 1)) for name in METHODS]
+
+
+def write_images(folder, count, size):
+    """`count` smooth random PNG files."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = PIL.Image.fromarray(rng.integers(0, 256, [8, 8, 3], dtype=np.uint8))
+        small.resize([size, size], PIL.Image.Resampling.BICUBIC).save(f'{folder}/{i:06d}.png')
+
+
+def measure_pass(count, size, repeats, device):
+    """A row for decoding alone, for the network alone and for the pass that overlaps them."""
+    torch.manual_seed(0)
+    detector = InceptionDetector('random', 'random', device, InceptionV3().state_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(folder, count, size)
+        dataset = open_images(folder)
+        decoded = list(image_batches(dataset, range(count), BATCH))
+
+        def network():
+            for images in decoded:
+                detector(images)
+
+        seconds = alternate({
+            'decoding': lambda: list(image_batches(dataset, range(count), BATCH)),
+            'network': network,
+            'both and the statistics': lambda: statistics(ImageFiles(dataset), detector, ['fid'], BATCH, progress=False),
+        }, repeats, device)
+    whole = seconds['both and the statistics']
+    return [dict(part=part, seconds=s, images_per_second=count / s, share=s / whole) for part, s in seconds.items()]
 
 
 @click.command()
 @click.option('--dims', help='Number of features', type=int, default=2048, show_default=True)
-@click.option('--repeats', help='Runs of each method; the fastest counts', type=int, default=3, show_default=True)
-def main(dims, repeats):
-    """Compare the Fréchet distance with SciPy's sqrtm."""
-    rows = measure(dims, repeats)
-    print(f'{"method":28} {"seconds":>8} {"ratio":>7} {"value":>14} {"difference":>11}')
-    for r in rows:
-        print(f'{r["method"]:28} {r["seconds"]:8.2f} {r["ratio"]:7.3f} {r["value"]:14.8g} {r["difference"]:11.1e}')
-    print(json.dumps(dict(dims=dims, repeats=repeats, cores=os.cpu_count(), machine=platform.processor(),
-                          python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__, rows=rows)))
+@click.option('--repeats', help='Runs of each; the median counts', type=int, default=3, show_default=True)
+@click.option('--images', help='Images of the pass', type=int, default=128, show_default=True)
+@click.option('--size', help='Their resolution', type=int, default=32, show_default=True)
+@click.option('--out', help='File for the results as JSON', metavar='JSON', default=None)
+def main(dims, repeats, images, size, out):
+    """Time the Fréchet distance and a pass over images."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    rows = measure_distance(dims, repeats)
+    report(f'Fréchet distance of {dims} features', rows, dict(dims=dims, repeats=repeats, scipy=scipy.__version__))
+    passes = measure_pass(images, size, repeats, device)
+    settings = dict(dims=dims, repeats=repeats, images=images, size=size, batch=BATCH, scipy=scipy.__version__,
+                    distance=rows)
+    report(f'A pass over {images} PNG files of {size}×{size} with Inception', passes, settings, out, device)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,124 @@
+"""What Warm costs over EDM, in one run: a training step, sampling, and the arithmetic that it adds to each.
+
+    python tests/benchmarks/bench_warm.py [--arch=ddpmpp] [--cbase=128] [--batch=512] [--device=cuda] [--out=FILE.json]
+
+The default is EDM's CIFAR-10 network (DDPM++, 55.7 million parameters). Whole steps are measured in turn, but
+their difference is smaller than the noise of a shared machine. So the added arithmetic is also measured by
+itself: the same loss and samplers around a network of one multiplication, Warm's time less EDM's, over the
+time of EDM's whole step. The aim is at most 3 % for both. On a CPU, times are processor time of one thread.
+"""
+
+import pathlib
+import sys
+
+import click
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from report import alternate, report  # noqa: E402
+
+from dnnlib.text import parse_int_list  # noqa: E402
+from training.loss import EDMLoss  # noqa: E402
+from training.networks import EDMPrecond  # noqa: E402
+from training.samplers import edm_sampler  # noqa: E402
+from warm.config import ARCHITECTURES  # noqa: E402
+from warm.loss import WarmLoss  # noqa: E402
+from warm.precond import WarmPrecond  # noqa: E402
+from warm.samplers import warm_sampler  # noqa: E402
+
+SYSTEMS = {'edm': (EDMPrecond, EDMLoss, edm_sampler), 'warm': (WarmPrecond, WarmLoss, warm_sampler)}
+
+
+class Trivial(torch.nn.Module):
+    """Stands for a U-Net where only what surrounds it is to be measured."""
+
+    def __init__(self, channels, noise_channels):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones([]))
+        self.copies, self.noise_channels = channels, noise_channels
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, extra_embedding=None):
+        out = torch.cat([x] * self.copies, 1) * self.scale
+        return out if extra_embedding is None else out + extra_embedding.sum() * 0
+
+
+def build(name, network_kwargs, device, trivial=False):
+    """The system's network; with `trivial`, its U-Net replaced."""
+    net = SYSTEMS[name][0](img_channels=3, **network_kwargs)
+    if trivial:
+        net.model = Trivial(2 if name == 'warm' else 1, net.model.noise_channels)
+    return net.to(device)
+
+
+def training_step(name, net, images):
+    """A function of no arguments: forward, loss, backward, Adam."""
+    loss = SYSTEMS[name][1]()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+
+    def step():
+        net.train()
+        optimizer.zero_grad(set_to_none=True)
+        loss(net, images).mean().backward()
+        optimizer.step()
+    return step
+
+
+def sampling(name, net, latents, steps):
+    """A function of no arguments: Heun's sampler."""
+    @torch.no_grad()
+    def draw():
+        net.eval()
+        SYSTEMS[name][2](net, latents, num_steps=steps)
+    return draw
+
+
+def measure(make, network_kwargs, device, repeats):
+    """Rows for one kind of work; make(name, net) gives what is measured."""
+    whole = alternate({name: make(name, build(name, network_kwargs, device)) for name in SYSTEMS}, repeats, device)
+    # A network whose U-Net is replaced may as well be small.
+    small = dict(network_kwargs, model_channels=32, channel_mult=[1], num_blocks=1)
+    around = alternate({name: make(name, build(name, small, device, trivial=True)) for name in SYSTEMS},
+                       max(repeats, 20), device)
+    return dict(edm_seconds=whole['edm'], warm_seconds=whole['warm'], ratio=whole['warm'] / whole['edm'],
+                edm_around_ms=1e3 * around['edm'], warm_around_ms=1e3 * around['warm'],
+                added_percent=100 * (around['warm'] - around['edm']) / whole['edm'])
+
+
+@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
+@click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: of the network]')
+@click.option('--cres', metavar='LIST', type=parse_int_list, default=None, help='Channels per resolution, likewise')
+@click.option('--resolution', metavar='INT', type=int, default=32, help='Image size')
+@click.option('--batch', metavar='INT', type=int, default=None, help='Training batch  [default: CPU 4, CUDA 512]')
+@click.option('--sample-batch', metavar='INT', type=int, default=None, help='Likewise  [default: CPU 4, CUDA 64]')
+@click.option('--steps', metavar='INT', type=int, default=None, help="Heun's steps  [default: CPU 2, CUDA 18]")
+@click.option('--repeats', metavar='INT', type=int, default=5, help='Of each measurement; medians count')
+@click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='Where to run')
+@click.option('--fp16', is_flag=True, help='Run the networks in float16 (CUDA only)')
+@click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
+def main(arch, cbase, cres, resolution, batch, sample_batch, steps, repeats, device, fp16, out):
+    """Measure what Warm costs over EDM."""
+    cuda = torch.device(device).type == 'cuda'
+    torch.set_num_threads(1)  # threads that wait for each other would count as processor time
+    batch, sample_batch = batch or (512 if cuda else 4), sample_batch or (64 if cuda else 4)
+    steps = steps or (18 if cuda else 2)
+    network_kwargs = dict(ARCHITECTURES[arch], img_resolution=resolution, dropout=0.13, use_fp16=fp16)
+    network_kwargs.update({'model_channels': cbase} if cbase else {}, **({'channel_mult': cres} if cres else {}))
+    torch.manual_seed(0)
+    parameters = sum(p.numel() for p in build('edm', network_kwargs, 'meta').parameters())
+    images = torch.rand([batch, 3, resolution, resolution], device=device) * 2 - 1
+    latents = torch.randn([sample_batch, 3, resolution, resolution], device=device)
+    rows = [
+        dict(work=f'training step, batch {batch}',
+             **measure(lambda name, net: training_step(name, net, images), network_kwargs, device, repeats)),
+        dict(work=f'sampling, batch {sample_batch}, {steps} steps',
+             **measure(lambda name, net: sampling(name, net, latents, steps), network_kwargs, device, repeats)),
+    ]
+    settings = dict(network=network_kwargs, parameters=parameters, batch=batch, sample_batch=sample_batch,
+                    steps=steps, repeats=repeats, device=device)
+    report(f'Warm against EDM, {arch}, {parameters / 1e6:.1f} M parameters, {device}', rows, settings, out, device)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,79 @@
+"""What the benchmarks share: alternating measurement, and a report with hardware, versions and commit."""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import time
+
+import numpy as np
+import torch
+
+from dnnlib.files import atomic_write
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def alternate(tasks, repeats, device='cpu'):
+    """Median seconds of each of {name: callable}: run once to warm up, then all in turn, `repeats` times.
+
+    Taking turns lets a change in the machine's load reach all of them alike. On a CPU it is processor time,
+    of all threads together, that counts: others may be using the machine.
+    """
+    cuda = torch.device(device).type == 'cuda'
+    clock = time.perf_counter if cuda else time.process_time
+
+    def seconds(task):
+        start = clock()
+        task()
+        if cuda:
+            torch.cuda.synchronize(device)
+        return clock() - start
+
+    for task in tasks.values():
+        seconds(task)
+    rounds = [{name: seconds(task) for name, task in tasks.items()} for _ in range(repeats)]
+    return {name: statistics.median(r[name] for r in rounds) for name in tasks}
+
+
+def environment(device='cpu'):
+    """Hardware, versions and commit, as plain values."""
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else None
+    return dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
+                python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=_commit())
+
+
+def report(title, rows, settings, out=None, device='cpu'):
+    """Print `rows` (dicts of the same keys) as a table and, to `out`, write all of it as JSON."""
+    shown = [{key: f'{value:.4g}' if isinstance(value, float) else str(value) for key, value in row.items()}
+             for row in rows]
+    width = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]}
+    print(title)
+    for row in ({key: key for key in width}, *shown):
+        print('  '.join(f'{row[key]:<{width[key]}}' for key in width).rstrip())
+    content = dict(title=title, rows=rows, settings=settings, environment=environment(device))
+    print(json.dumps({**content['settings'], **content['environment']}))
+    if out is not None:
+        with atomic_write(out, 'w') as f:
+            json.dump(content, f, indent=2)
+
+
+def _processor():
+    """The processor's name, where the system tells."""
+    try:
+        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _commit():
+    """The commit, with + for uncommitted changes; None outside a repository."""
+    try:
+        commit, changes = (subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+                           for args in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.strip() + ('+' if changes.strip() else '')

@@ -1,0 +1,204 @@
+"""The whole registry: every system trains, is sampled, and refuses what it does not have."""
+
+import functools
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from dnnlib import UserError
+from tests.commands import SMALL, invoke, refused
+from training.dataset import EMBEDDED
+from training.generation import generate_batch
+from training.precond import Precond
+from training.snapshot import build_network, read_snapshot, save_snapshot
+from training.system import GRID_OPTIONS, own_options
+from training.training_loop import training_loop
+from warm.systems import SYSTEMS
+
+TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
+FEW = {'blurring': {'num_steps': 3}, 'lee': {'num_steps': 3}, 'cold': {'num_steps': 3}, 'ihdm': {}}
+DEFAULT_NFE = {'vp': 35, 've': 35, 'edm': 35, 'warm': 35, 'stf': 35, 'pfgmpp': 35, 'soft': 200, 'blurring': 1000,
+               'lee': 1000, 'ihdm': 200, 'cold': 50}
+pytestmark = pytest.mark.filterwarnings('ignore:.*pin_memory.*')
+
+
+def tiny_network(name, **options):
+    torch.manual_seed(0)
+    system = SYSTEMS[name]
+    kwargs = {**system.network_kwargs(options), **TINY}
+    net = system.network_class(img_resolution=8, img_channels=1, **kwargs)
+    with torch.no_grad():  # the last layers start at zero, and would hide what comes before
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return net.eval().requires_grad_(False)
+
+
+def few_steps(name):
+    options = dict(FEW.get(name, {'num_steps': 2}))
+    if SYSTEMS[name].starts_from_data:
+        options['data'] = EMBEDDED
+    return options
+
+
+def short_network(name):
+    return tiny_network(name, **({'ihdm_levels': 3} if name == 'ihdm' else {}))
+
+
+def test_systems_say_who_they_are():
+    for name, system in SYSTEMS.items():
+        assert system.name == name and system.title and system.paper
+        assert issubclass(system.network_class, Precond)
+
+
+@pytest.mark.parametrize('name', TRAINABLE)
+def test_every_system_trains_and_its_snapshot_is_sampled(name, tmp_path):
+    """training_loop → safetensors → generate.py, a few steps each."""
+    system = SYSTEMS[name]
+    short = {'ihdm_levels': 3} if name == 'ihdm' else {'cold_steps': 3} if name == 'cold' else {}
+    training_loop(
+        run_dir=tmp_path, systems=SYSTEMS, system=name, seed=0, batch_size=8, total_kimg=0.024, cudnn_benchmark=False,
+        dataset_kwargs=dict(path=EMBEDDED, use_labels=True), network_kwargs={**TINY, **system.network_kwargs(short)},
+        optimizer_kwargs=dict(lr=1e-3, betas=[0.9, 0.999], eps=1e-8), lr_rampup_kimg=0.001, augment_kwargs=None,
+        grid_images=1 if name in ('ihdm', 'cold') else 0)
+    snapshot = tmp_path / 'network-snapshot-000000.safetensors'
+    lines = [json.loads(line) for line in (tmp_path / 'stats.jsonl').read_text().splitlines()]
+    assert all(math.isfinite(line['Loss/loss']['mean']) for line in lines)
+    steps = [f"--steps={few_steps(name)['num_steps']}"] if 'num_steps' in few_steps(name) else []
+    result = invoke('generate.py', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0-2', *steps)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert len(list((tmp_path / 'out').glob('*.png'))) == 3
+
+
+@pytest.mark.parametrize('name', TRAINABLE)
+def test_default_number_of_evaluations(name):
+    """The sampler without options, its network replaced by one that only counts."""
+    net = short_network(name) if name != 'ihdm' else tiny_network(name)
+    calls = [0]
+
+    def count(x, noise_labels, class_labels=None, **kwargs):
+        calls[0] += 1
+        return torch.zeros(len(x), 2 if name == 'warm' else 1, 8, 8)
+
+    net.model.forward = count
+    options = {'data': EMBEDDED} if SYSTEMS[name].starts_from_data else {}
+    generate_batch(net, [0], SYSTEMS[name].make_sampler(net, options))
+    assert calls[0] == DEFAULT_NFE[name]
+
+
+@pytest.mark.parametrize('name', TRAINABLE)
+def test_images_depend_on_their_seed_alone(name):
+    """Batch of three, in another order, and one by one."""
+    net = short_network(name)
+    sampler = SYSTEMS[name].make_sampler(net, few_steps(name))
+    together = generate_batch(net, [5, 6, 7], sampler)
+    assert together.dtype == torch.float64
+    torch.testing.assert_close(generate_batch(net, [7, 5, 6], sampler), together[[2, 0, 1]], rtol=1e-3, atol=1e-3)
+    for i, seed in enumerate((5, 6, 7)):
+        torch.testing.assert_close(generate_batch(net, [seed], sampler), together[i:i + 1], rtol=1e-3, atol=1e-3)
+    assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('name', TRAINABLE)
+def test_a_snapshot_rebuilds_the_network(name, tmp_path):
+    net = short_network(name)
+    save_snapshot(tmp_path / 'network-snapshot-000001.safetensors', net, name)
+    again = build_network(read_snapshot(tmp_path / 'network-snapshot-000001.safetensors'), SYSTEMS)
+    assert again.init_kwargs == net.init_kwargs
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(net(x, 1.0), again(x, 1.0))
+
+
+@pytest.mark.parametrize('name', TRAINABLE)
+def test_loss_has_gradients_everywhere(name):
+    """One loss per element, float32, finite, and no parameter left out."""
+    net = short_network(name).train().requires_grad_(True)
+    images = torch.rand(4, 1, 8, 8) * 2 - 1
+    loss = SYSTEMS[name].loss(net)(net, images)
+    assert loss.shape == images.shape and loss.dtype == torch.float32 and loss.isfinite().all()
+    loss.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+# -- options
+
+def foreign(attribute):
+    """(system, option that it does not have), all pairs."""
+    return [pytest.param(name, option, id=f'{name}-{option.name}')
+            for (name, system), option in itertools.product(SYSTEMS.items(), own_options(SYSTEMS, attribute))
+            if option.name not in [own.name for own in getattr(system, attribute)]]
+
+
+@pytest.mark.parametrize('name, option', foreign('train_options'))
+def test_training_options_of_others_are_refused_by_name(name, option):
+    with pytest.raises(UserError, match=f'{option.flag} .*--precond={name}'):
+        SYSTEMS[name].network_kwargs({option.name: option.default})
+
+
+@functools.cache
+def any_network(name):
+    return short_network(name)
+
+
+@pytest.mark.parametrize('name, option', foreign('own_sample_options'))
+def test_sampler_options_of_others_are_refused_by_name(name, option):
+    with pytest.raises(UserError, match=f'{option.flag} '):
+        SYSTEMS[name].make_sampler(any_network(name) if SYSTEMS[name].trainable else None, {option.name: 1})
+
+
+@pytest.mark.parametrize('name', ['blurring', 'lee', 'ihdm', 'cold', 'soft', 'pfgmpp'])
+@pytest.mark.parametrize('option', ['S_churn', 'S_noise', 'solver', 'discretization', 'scaling'])
+def test_churn_and_ablations_are_refused_where_they_mean_nothing(name, option):
+    with pytest.raises(UserError, match='is not an option of the'):
+        SYSTEMS[name].make_sampler(any_network(name), {option: 1})
+
+
+@pytest.mark.parametrize('name', ['blurring', 'lee', 'cold'])
+@pytest.mark.parametrize('option', GRID_OPTIONS[1:])
+def test_noise_levels_are_refused_where_there_are_none(name, option):
+    with pytest.raises(UserError, match='is not an option of the'):
+        SYSTEMS[name].make_sampler(any_network(name), {option: 1})
+
+
+def test_ihdm_has_no_number_of_steps():
+    with pytest.raises(UserError, match='--steps is not an option of the IHDM sampler'):
+        SYSTEMS['ihdm'].make_sampler(any_network('ihdm'), {'num_steps': 10})
+
+
+@pytest.mark.parametrize('option', ['S_churn', 'solver'])
+def test_epsilon_scaling_refuses_what_it_would_ignore(option):
+    with pytest.raises(UserError, match=f'--epsilon-scale does not go with .*{option}'):
+        SYSTEMS['edm'].make_sampler(any_network('edm'), {'epsilon_scale': '1.0006', option: 1})
+
+
+def test_option_names_are_each_one_flag():
+    """Systems that share an option share the object, or click would have the flag twice."""
+    for attribute in ('train_options', 'own_sample_options'):
+        names = [option.name for option in own_options(SYSTEMS, attribute)]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize('flags, sentence', [
+    (['--precond=edm', '--sigma-blur-max=3'], '--sigma-blur-max is not an option of --precond=edm'),
+    (['--precond=blurring', '--bnr=0.5'], '--bnr is not an option of --precond=blurring'),
+    (['--precond=cold', '--ihdm-levels=3'], '--ihdm-levels is not an option of --precond=cold'),
+    (['--precond=lee', '--f-type=cubic'], 'cubic'),
+])
+def test_train_refuses(flags, sentence, tmp_path):
+    refused(invoke('train.py', f'--outdir={tmp_path}', *flags, *SMALL, '--dry-run'), sentence)
+
+
+def test_train_passes_options_on(tmp_path):
+    result = invoke('train.py', f'--outdir={tmp_path}', '--precond=blurring', '--sigma-blur-max=0', *SMALL, '--dry-run')
+    assert result.exit_code == 0 and '"sigma_blur_max": 0.0' in result.output
+
+
+def test_a_trajectory_needs_predictions_of_images(tmp_path):
+    snapshot = tmp_path / 'network-snapshot-000001.safetensors'
+    save_snapshot(snapshot, any_network('lee'), 'lee')
+    refused(invoke('generate.py', f'--network={snapshot}', f'--outdir={tmp_path / "out"}',
+                   f'--trajectory={tmp_path / "x.png"}'), '--trajectory', 'Blur Diffusion')
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,139 @@
+"""The shape of the house: imports go one way, docs show what the commands say, choices come from the registry."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from tests.commands import ROOT, invoke, refused
+from warm.presets import PRESETS
+from warm.systems import SYSTEMS
+
+LAYERS = ['dnnlib', 'torch_utils', 'training', 'warm', 'scripts']  # each may import those before it
+SCRIPTS = ['train', 'generate', 'fid', 'dataset_tool']
+MODULES = [*(p for layer in LAYERS[:-1] for p in sorted((ROOT / layer).glob('*.py'))),
+           *(ROOT / f'{name}.py' for name in SCRIPTS)]
+
+
+def layer_of(module):
+    name = module.split('.')[0]
+    return 'scripts' if name in SCRIPTS else name if name in LAYERS else None
+
+
+def imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, 'relative import'
+            yield node.module
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = LAYERS.index(layer_of(path.relative_to(ROOT).as_posix().removesuffix('.py').replace('/', '.')))
+    for name in imported(ast.parse(path.read_text())):
+        layer = layer_of(name)
+        assert layer is None or LAYERS.index(layer) <= own, f'{path.name} imports {name}'
+        assert layer != 'scripts', f'{path.name} imports the script {name}'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_names_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), 'no module docstring'
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_'):
+            assert ast.get_docstring(node) or is_click(node), f'{node.name} has no docstring'
+
+
+def is_click(node):
+    return any('click' in ast.dump(d) or 'option' in ast.dump(d) for d in node.decorator_list)
+
+
+def test_top_level_holds_only_what_it_should():
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip('not a git checkout')
+    top = {name.split('/')[0] for name in tracked.stdout.split()}
+    assert top <= {*(f'{name}.py' for name in SCRIPTS), *LAYERS[:-1], 'tests', 'environment.yml', 'README.md', 'LICENSE',
+                   'pyproject.toml', 'requirements.txt', 'requirements-test.txt', 'Makefile', 'docs', '.ci',
+                   '.gitignore', 'results'}
+
+
+def commands():
+    """{name: click command}: the scripts and their subcommands."""
+    found = {}
+    for name in SCRIPTS:
+        command = importlib.import_module(name).main
+        found[name] = command
+        if isinstance(command, click.Group):
+            found.update({f'{name}-{sub}': c for sub, c in command.commands.items()})
+    return found
+
+
+@pytest.mark.parametrize('name', commands())
+def test_help_texts_in_docs(name):
+    """docs/NAME-help.txt is what --help prints. UPDATE_DOCS=1 pytest tests/test_structure.py rewrites them."""
+    path = ROOT / 'docs' / f'{name}-help.txt'
+    shown = CliRunner().invoke(commands()[name], ['--help'], terminal_width=120, prog_name=f'python {name}.py').output
+    if os.environ.get('UPDATE_DOCS'):
+        path.write_text(shown)
+    # Versions of click break lines differently.
+    assert path.read_text().split() == shown.split()
+
+
+def test_readme_names_files_that_exist():
+    text = (ROOT / 'README.md').read_text()
+    for name in re.findall(r'`((?:warm|training|torch_utils|dnnlib|tests|docs)/[\w./-]*)`', text):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r'\]\(((?!http)[^)#]+)\)', text):
+        assert (ROOT / name).exists(), name
+
+
+def test_readme_names_every_system_and_preset():
+    text = (ROOT / 'README.md').read_text()
+    for name in [*PRESETS, *(name for name, system in SYSTEMS.items() if system.trainable)]:
+        assert f'`{name}`' in text, name
+
+
+def test_readme_commands_parse():
+    """Every command line of ours in the README names options that exist."""
+    text = (ROOT / 'README.md').read_text().replace('\\\n', ' ')
+    found = re.findall(r'(?:python|torchrun[^\n]*?) (train|generate|fid|dataset_tool)\.py([^\n`#]*)', text)
+    assert len(found) > 8
+    for script, rest in found:
+        command = importlib.import_module(script).main
+        words = rest.split()
+        if isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        known = {flag for parameter in command.params for flag in parameter.opts}
+        for word in words:
+            if word.startswith('--'):
+                assert word.split('=')[0] in known, f'{script}.py {word}'
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_presets(name):
+    """A preset fills in defaults; an option given beside it wins."""
+    preset = PRESETS[name]
+    data = [] if name == 'digits' else [f'--data={preset.train["data"]}']
+    out = invoke('train.py', f'--preset={name}', '-n', '--batch=48', *data)
+    assert out.exit_code == 0, out.output
+    assert '"batch_size": 48' in out.output and '"system": "warm"' in out.output
+    twin = invoke('train.py', f'--preset={name}', '-n', '--precond=edm')
+    assert '"system": "edm"' in twin.output and '"bnr"' not in twin.output
+    if 'cres' in preset.train:
+        numbers = ',\n      '.join(preset.train['cres'].split(','))
+        assert f'"channel_mult": [\n      {numbers}\n' in out.output
+
+
+def test_dry_run_of_a_preset_needs_no_data_but_a_run_does(tmp_path):
+    refused(invoke('train.py', '--preset=ffhq', f'--outdir={tmp_path / "runs"}', f'--data={tmp_path}/ffhq-64x64.zip'),
+            'ffhq-64x64.zip')
+    assert not (tmp_path / 'runs').exists()

@@ -1,0 +1,114 @@
+"""Warm through the commands and the library: every way to train it, and what may be drawn from the result."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import warm
+from dnnlib import UserError
+from tests.commands import SMALL, invoke, refused
+from training.dataset import EMBEDDED
+from training.snapshot import read_snapshot
+from warm.targets import TARGETS
+
+# Flags of train.py → paths that the network then knows, and some that it doesn't, as flags of generate.py.
+WAYS = {
+    '--bnr=0.5': (['--bnr=0.5'], ['--bnr=0.4', '--bnr=0', '--bnr-schedule=blurring']),
+    '--bnr=0': (['--bnr=0', '--bnr=0 --solver=dpmpp2m'], ['--bnr=0.5']),
+    '--bnr=0,0.1,1': (['--bnr=0', '--bnr=0.1', '--bnr=1'], ['--bnr=0.5', '--bnr=2']),
+    '--bnr=0.1-2': (['--bnr=0.1', '--bnr=0.73', '--bnr=2'], ['--bnr=0', '--bnr=0.09', '--bnr=2.1',
+                                                           '--bnr-schedule=blurring:4']),
+    '--bnr-schedule=blurring:5': (['--bnr-schedule=blurring:5'], ['--bnr-schedule=blurring:4', '--bnr=0.5']),
+    '--bnr=auto': (['--bnr=0.13'], ['--bnr=0.5']),
+    **{f'--targets={name}': (['--bnr=0.5', '--bnr=0.5 --solver=dpmpp2m', '--solver=euler --eta=1'], [])
+       for name in TARGETS},
+}
+
+
+def train(folder, *flags):
+    """Two steps of a small network in this process; returns its snapshot."""
+    out = invoke('train.py', *SMALL, f'--outdir={folder}', '--nosubdir', '--precond=warm', '--duration=0.000032',
+                 '--seed=0', *flags)
+    assert out.exit_code == 0, out.output
+    return max(folder.glob('network-snapshot-*.safetensors'))
+
+
+@pytest.mark.parametrize('flags', WAYS)
+def test_train_and_generate(tmp_path, flags):
+    knows, refuses = WAYS[flags]
+    network = train(tmp_path / 'run', flags)
+    for i, path in enumerate(knows):
+        out = invoke('generate.py', f'--network={network}', f'--outdir={tmp_path / str(i)}', '--seeds=0-1', '--steps=3',
+                     *path.split())
+        assert out.exit_code == 0, out.output
+        assert len(list((tmp_path / str(i)).glob('*.png'))) == 2
+    for path in refuses:
+        refused(invoke('generate.py', f'--network={network}', f'--outdir={tmp_path / "x"}', path), 'this network knows')
+    assert (tmp_path / 'run' / 'process000000.png').is_file()
+
+
+def test_auto_is_recorded(tmp_path):
+    """--bnr=auto is replaced by what was measured, in the options and in the snapshot."""
+    network = train(tmp_path, '--bnr=auto')
+    options = json.loads((tmp_path / 'training_options.json').read_text())
+    assert options['network_kwargs']['bnr'] == read_snapshot(network).network_kwargs['bnr'] == '0.13'
+
+
+def test_options_that_exclude_each_other():
+    refused(invoke('train.py', '-n', '--precond=warm', '--bnr=0.5', '--bnr-schedule=blurring'), 'give one')
+    refused(invoke('train.py', '-n', '--precond=warm', '--bnr-schedule=cosine'), "'cosine'", 'constant, blurring')
+    refused(invoke('train.py', '-n', '--precond=warm', '--bnr-schedule=blurring:-1'), '-1')
+    refused(invoke('train.py', '-n', '--precond=warm', '--bnr=0.5,x'), "'x'")
+
+
+def test_library(tmp_path):
+    """The README's five lines: what they draw is what generate.py writes."""
+    network = train(tmp_path / 'run', '--cond=1')
+    net = warm.load(network)
+    images = warm.sample(net, seeds=range(5), batch=2, num_steps=3)
+    assert images.shape == (5, 1, 8, 8) and images.dtype == torch.uint8
+    assert invoke('generate.py', f'--network={network}', f'--outdir={tmp_path / "out"}', '--seeds=0-4', '--steps=3',
+                  '--batch=5').exit_code == 0
+    for seed in range(5):
+        with PIL.Image.open(tmp_path / 'out' / f'{seed:06d}.png') as picture:
+            assert np.abs(np.asarray(picture).astype(int) - images[seed, 0].numpy()).max() <= 1
+    noisy = torch.randn(3, 1, 8, 8)
+    D, R = net.denoise_deblur(noisy, sigma=0.5, alpha=0.25)
+    assert D.shape == R.shape == noisy.shape
+    torch.testing.assert_close(net(noisy, 0.5, alpha=0.25), D + R)
+    with pytest.raises(UserError, match='classes 0 to 9'):
+        warm.sample(net, [0], class_idx=10)
+    with pytest.raises(UserError, match='--disc is not an option'):
+        warm.sample(net, [0], discretization='vp')
+    with pytest.raises(UserError, match='no file'):
+        warm.load(tmp_path / 'none.safetensors')
+
+
+def test_library_with_edm(root):
+    net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
+    assert net.system == 'edm'
+    assert warm.sample(net, [1, 2], class_idx=3, num_steps=2).shape == (2, 3, 16, 16)
+
+
+def test_transfer_keeps_the_classes(tmp_path, root):
+    """From EDM's class-conditional .pkl: at BNR 0 the Warm network draws its parent's images, class by class."""
+    import training.training_loop as loop
+    from warm.precond import WarmPrecond
+    parent = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
+    child = WarmPrecond(**{**parent.init_kwargs, 'bnr': '0,0.5'})
+    loop.transfer_weights(root / 'tests/golden/edm-network-snapshot-000123.pkl', child)
+    child = child.eval().requires_grad_(False)
+    child.system = 'warm'
+    for class_idx in (0, 7):
+        ours = warm.sample(child, range(3), class_idx=class_idx, num_steps=3, bnr='0')
+        theirs = warm.sample(parent, range(3), class_idx=class_idx, num_steps=3)
+        assert torch.equal(ours, theirs)
+
+
+def test_data_is_named_when_it_is_the_default(tmp_path):
+    out = invoke('train.py', '-n')
+    assert 'embedded handwritten digits' in out.output and '--source=cifar10' in out.output
+    assert EMBEDDED in out.output

@@ -1,0 +1,130 @@
+"""Signals as requests (finish the step, save, leave), and a watchdog for steps that never end."""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+
+# Exit codes of train.py besides 0 (done), 1 (an error, named in a sentence) and 2 (options that click refuses).
+EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h: a rank made no progress
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, the state is saved; the same command with --auto-resume goes on
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECOND_SIGNAL_SEC = 1.0  # Ctrl-C reaches a rank twice at once, from the terminal and from torchrun; that is one request
+
+
+class StopRequest:
+    """Within it, SIGTERM, SIGINT and SIGUSR1 only set `name`; a second one, later than a second, ends the process.
+
+    The second ends it with code 128 + number. A thread reads the signals, so that this works even while the
+    main thread waits inside PyTorch for a rank that is lost. Outside the main thread nothing is installed.
+
+    Attributes:
+        name: Of the signal that came first, such as 'SIGTERM'; None before.
+    """
+
+    def __init__(self):
+        self.name = None
+        self._thread = None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._reader, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)
+            self._former_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+            self._former = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+            self._thread = threading.Thread(target=self._watch, name='signals', daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        if self._thread is not None:
+            for number, handler in self._former.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(self._former_pipe)
+            os.close(self._pipe)  # the reader meets the end of the pipe
+            self._thread.join()
+            os.close(self._reader)
+            self._thread = None
+
+    def _watch(self):
+        """Read the numbers that Python's own handler writes into the pipe, until it is closed."""
+        first = None
+        while byte := os.read(self._reader, 1):
+            number = byte[0]
+            if number not in STOP_SIGNALS:
+                continue
+            if first is None:
+                first, self.name = time.monotonic(), signal.Signals(number).name
+            elif time.monotonic() > first + SECOND_SIGNAL_SEC:
+                os._exit(128 + number)
+
+
+def shield_worker(worker_id=None):
+    """For a data loader's processes: leave the signals that a whole group receives to the rank, which ends them.
+
+    They still end when the rank itself terminates them, and PyTorch ends them when the rank is gone.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS, where SIGTERM keeps PyTorch's handler
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with_parent(parent):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+class Watchdog:
+    """Ends this process with EXIT_HUNG and a stack trace where no `beat` follows another within `seconds`.
+
+    Every rank has one. A rank that hangs stops, and so do those that wait for it; so no job is silent for ever.
+    Time in which the whole process is suspended does not count.
+
+    Args:
+        seconds: 0 switches it off.
+        who: Name of this rank for the message.
+    """
+
+    def __init__(self, seconds, who='this process'):
+        self.seconds, self.who = seconds, who
+        self._idle, self._resting = 0.0, True
+        self._closed = threading.Event()
+
+    def __enter__(self):
+        if self.seconds:
+            threading.Thread(target=self._watch, name='watchdog', daemon=True).start()
+        return self
+
+    def __exit__(self, *exc):
+        self._closed.set()
+
+    def beat(self):
+        """A step is done: count anew."""
+        self._idle, self._resting = 0.0, False
+
+    def rest(self):
+        """Until the next `beat` something else is done, of any length."""
+        self._resting = True
+
+    def _watch(self):
+        period = min(self.seconds / 4, 1.0)
+        while not self._closed.wait(period):
+            self._idle += period
+            if not self._resting and self._idle > self.seconds:
+                self._end()
+
+    def _end(self):
+        with contextlib.suppress(OSError):
+            sys.__stderr__.write(f'\nError: {self.who} finished no step for {self.seconds:g} seconds: it hangs, or it '
+                                 'waits for a rank that hangs or is lost. Where it stands:\n')
+            sys.__stderr__.flush()
+            faulthandler.dump_traceback(sys.__stderr__)
+        os._exit(EXIT_HUNG)

@@ -1,0 +1,88 @@
+"""Scores during training: every few ticks, of a few images, into stats.jsonl and metrics.jsonl.
+
+The images are drawn from the moving average with seeds 0, 1, 2, …, each with its own generator: training's random
+numbers are not touched, so a run's weights do not depend on whether it is scored.
+"""
+
+import dataclasses
+import os
+
+from torch_utils import distributed as dist
+from training import metrics as m
+from training.dataset import ImageFolderDataset
+from training.provenance import LOG_NAME, log_scores, sampling_facts, training_facts
+from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
+
+REF_NAME = 'eval-ref.npz'
+BATCH = 64
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """What is scored and when.
+
+    Attributes:
+        run_dir: Folder of metrics.jsonl.
+        system: The System that is trained.
+        dataset_name: For the record.
+        ticks: Interval; the last tick counts too.
+        num: Images; far fewer than the 50,000 of a published score, so the names of the scores tell their number.
+        scorer: `training.scoring.Scorer`.
+        sample_options: Options of the sampler.
+    """
+
+    run_dir: str
+    system: object
+    dataset_name: str
+    ticks: int
+    num: int
+    scorer: object
+    sample_options: dict
+
+    def __call__(self, net, tick, nimg, done):
+        """Scores of `net` at the end of a tick, {'Metrics/FID-1000': value}, on rank 0; {} elsewhere or if not due."""
+        if not (done or (tick > 0 and tick % self.ticks == 0)):
+            return {}
+        sampler = self.system.make_sampler(net, self.sample_options)
+        source = NetworkImages(net, sampler, range(self.num))
+        values, facts = self.scorer(source, BATCH, progress=False)
+        if dist.get_rank() > 0:
+            return {}
+        facts.update(training_facts(net, self.system, self.dataset_name), kimg=nimg / 1000, network=None,
+                     **sampling_facts(net, self.system, self.sample_options, sampler), **source.record)
+        log_scores(os.path.join(self.run_dir, LOG_NAME), values, self.scorer.detector, facts)
+        named = {m.label(name, self.scorer.detector): value for name, value in values.items()}
+        print('  '.join([f'scores of {self.num} images:', *(f'{name} {value:.5g}' for name, value in named.items())]))
+        return {f'Metrics/{name}-{self.num}': value for name, value in named.items()}
+
+
+def no_evaluation(net, tick, nimg, done):
+    """Takes an `Evaluator`'s place in a run without scores."""
+    return {}
+
+
+def make_evaluator(run_dir, system, dataset_path, sample_options=None, ticks=0, num=1000, ref=None,
+                   detector='inception', metrics='fid'):
+    """An `Evaluator`, or `no_evaluation` for ticks 0. On all ranks together.
+
+    Args:
+        dataset_path: The training data; without `ref`, its statistics (of unmirrored images) are the reference,
+            and are kept as RUN_DIR/eval-ref.npz.
+        sample_options: Options of the system's sampler.
+        ticks, num, ref, detector, metrics: As train.py's --eval flags.
+
+    Raises:
+        UserError: what `fid.py calc` would refuse, before the training starts.
+    """
+    if not ticks:
+        return no_evaluation
+    dataset = ImageFolderDataset(dataset_path)
+    names = m.parse_metrics(metrics)
+    detector = open_detector(detector)
+    m.check_images(names, num, detector)
+    if ref is None:
+        ref = os.path.join(run_dir, REF_NAME)
+        dist.print0(f'Reference statistics of {dataset_path} for --eval...')
+        write_reference(ref, ImageFiles(dataset, dataset_path), detector, names, BATCH, progress=False)
+    return Evaluator(run_dir, system, dataset.name, ticks, num, load_scorer(names, detector, ref),
+                     sample_options or {})

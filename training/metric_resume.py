@@ -1,0 +1,77 @@
+"""Unfinished scores on disk: an interrupted pass over 50,000 images goes on where it was last stored.
+
+A file for each rank in the cache folder, under a digest of everything that decides the statistics. What
+is restored is exactly what the sums and features were after that batch, so the scores are those of an
+uninterrupted run, bit for bit.
+"""
+
+import hashlib
+import json
+import time
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from dnnlib.download import cache_dir
+from dnnlib.files import atomic_write, make_dirs
+from torch_utils import distributed
+
+FORMAT = 1  # to be raised whenever the same images would give other statistics, or other arrays are stored
+SAVE_SECONDS = 60  # between two stores
+SAVE_SHARE = 0.05  # of the time at most spent on storing; 50,000 features are 400 MB
+
+
+class Unfinished:
+    """One pass over images that may have to be continued later.
+
+    Args:
+        identity: Plain JSON values: whatever decides the statistics, besides what is added here. The same on all ranks.
+    """
+
+    def __init__(self, identity):
+        device = distributed.device()
+        computed_by = [FORMAT, torch.__version__, device.type, distributed.get_world_size()]
+        text = json.dumps([computed_by, identity], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+        self.path = cache_dir() / 'unfinished-scores' / f'{digest}-rank{distributed.get_rank()}.npz'
+        self.started = self.saved = time.monotonic()
+        self.earlier_sec, self.pause, self.works = 0.0, SAVE_SECONDS, True
+
+    def seconds(self):
+        """Time spent on this pass, that of earlier pieces included."""
+        return self.earlier_sec + time.monotonic() - self.started
+
+    def load(self):
+        """What was stored, as `Accumulator.restore` takes it, or None. A damaged file counts as none."""
+        try:
+            with np.load(self.path, allow_pickle=False) as z:
+                state = dict(z)
+            self.earlier_sec = float(state.pop('seconds'))
+            return state
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+            return None
+
+    def save_if_due(self, accumulator):
+        """Store the state if the last time was long enough ago."""
+        if self.works and time.monotonic() >= self.saved + self.pause:
+            self.save(accumulator)
+
+    def save(self, accumulator):
+        """Store the state. Where that is impossible, the work goes on all the same."""
+        started = time.monotonic()
+        try:
+            make_dirs(self.path.parent)
+            with atomic_write(self.path) as f:
+                np.savez(f, seconds=self.seconds(), **accumulator.state())
+        except UserError as e:
+            self.works = False
+            print(f'Warning: an interruption would cost the work done so far, because: {e.message}')
+        self.saved = time.monotonic()
+        self.pause = max(SAVE_SECONDS, (self.saved - started) / SAVE_SHARE)
+
+    def remove(self):
+        """Delete what is stored: the scores are known."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,178 @@
+"""Writing and finding what a run can be continued from: in the background, bounded in number, newest good one first."""
+
+import contextlib
+import os
+import pathlib
+import queue
+import re
+import threading
+
+import torch
+
+from dnnlib import UserError
+from training.snapshot import read_snapshot, write_snapshot
+from training.state import load_state, parse_kimg, save_state
+
+MAX_WAITING = 2  # saves that may wait for the disk; a further one waits, lest memory fills up
+LEAVE_SEC = 60  # how long an error elsewhere waits for the writes that have begun
+KINDS = {'training-state': 'pt', 'network-snapshot': 'safetensors'}
+READERS = {'training-state': load_state, 'network-snapshot': read_snapshot}
+LATEST = 'latest'
+
+
+# ---- Writing.
+
+class Saver:
+    """Writes one run's snapshots and states in a background thread, in the order given. One on rank 0 is enough.
+
+    The caller only waits for the copy into this machine's memory. Once a state is on the disk and has been
+    read back, older files beyond `keep` are deleted. Leaving the `with` block waits for what is under way.
+
+    Args:
+        run_dir: Folder of the run.
+        keep: How many snapshots and how many states are kept; 0 keeps all.
+    """
+
+    def __init__(self, run_dir, keep=0):
+        self.run_dir, self.keep = run_dir, keep
+        self._jobs = queue.Queue(MAX_WAITING)
+        self._thread = None
+        self._error = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *exc):
+        if self._thread is not None:
+            self._put(None)
+            self._thread.join(None if kind is None else LEAVE_SEC)
+        if kind is None:
+            self.check()
+
+    def save(self, nimg, snapshot=None, state=None):
+        """Write network-snapshot-KIMG and training-state-KIMG, whichever is given.
+
+        Args:
+            snapshot: Arguments of `write_snapshot` without the path; its tensors may be in use.
+            state: As for `save_state`; the same tensors are copied once.
+
+        Raises:
+            UserError: an earlier save failed.
+        """
+        self.check()
+        snapshot, state = host_copy((snapshot, state))
+        self._put(lambda: self._write(nimg, snapshot, state))
+
+    def check(self):
+        """Raise the UserError that an earlier save ended with, if it did."""
+        if self._error is not None:
+            raise self._error
+
+    def _put(self, job):
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name='saver', daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
+    def _work(self):
+        while job := self._jobs.get():
+            try:
+                if self._error is None:
+                    job()
+            except Exception as e:  # raised again by `check`, in the thread that trains
+                self._error = e
+
+    def _write(self, nimg, snapshot, state):
+        if snapshot is not None:
+            write_snapshot(saved_path(self.run_dir, 'network-snapshot', nimg), **snapshot)
+        if state is not None:
+            save_state(saved_path(self.run_dir, 'training-state', nimg), state)
+        if self.keep:
+            prune(self.run_dir, self.keep, nimg)
+
+
+def host_copy(tree):
+    """The tree of dicts, lists and tuples with each tensor copied to CPU memory, shared ones once."""
+    copies = {}
+
+    def copied(value):
+        if isinstance(value, dict):
+            return {key: copied(item) for key, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(map(copied, value))
+        if isinstance(value, torch.Tensor):
+            if id(value) not in copies:  # the value is kept, so that its id stays its own
+                copies[id(value)] = value, value.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+            return copies[id(value)][1]
+        return value
+    return copied(tree)
+
+
+def saved_path(run_dir, kind, nimg):
+    """RUN_DIR/KIND-KIMG.ENDING."""
+    return os.path.join(run_dir, f'{kind}-{nimg // 1000:06d}.{KINDS[kind]}')
+
+
+def saved_files(run_dir, kind):
+    """The run folder's files of that kind, newest (highest KIMG) first."""
+    pattern = rf'{kind}-\d{{6,12}}\.{KINDS[kind]}'
+    return sorted((path for path in pathlib.Path(run_dir).glob(f'{kind}-*') if re.fullmatch(pattern, path.name)),
+                  key=parse_kimg, reverse=True)
+
+
+def prune(run_dir, keep, nimg):
+    """Delete snapshots and states older than the newest `keep` up to `nimg`, if the newest of the kind can be read.
+
+    Later ones, left by a run that was continued from further back, count for nothing and stay.
+    """
+    for kind in KINDS:
+        files = [path for path in saved_files(run_dir, kind) if parse_kimg(path) <= nimg // 1000]
+        if len(files) <= keep:
+            continue
+        try:
+            READERS[kind](files[0])
+        except UserError as e:
+            print(f'No older files are deleted, since the newest cannot be read: {e}')
+            continue
+        for path in files[keep:]:
+            with contextlib.suppress(OSError):  # of a shared disk, perhaps; the next time will do
+                path.unlink()
+
+
+# ---- Finding.
+
+def find_states(where, outdir):
+    """The states that `--resume=WHERE` may mean, best first: that file, those of a run folder, or of the latest run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if os.path.isfile(where):
+        return [pathlib.Path(where)]
+    if os.path.isdir(where):
+        folder = where
+    elif where == LATEST:
+        folders = [outdir, *(entry.path for entry in os.scandir(outdir) if entry.is_dir())] \
+            if os.path.isdir(outdir) else []
+        newest = max((path for f in folders for path in saved_files(f, 'training-state')[:1]),
+                     key=os.path.getmtime, default=None)
+        if newest is None:
+            raise UserError(f'--resume={LATEST} found no training state in the run folders of {outdir}; '
+                            'check --outdir, or leave --resume out')
+        folder = newest.parent
+    else:
+        raise UserError(f'there is no training state or run folder {where}; check --resume')
+    states = saved_files(folder, 'training-state')
+    if not states:
+        raise UserError(f'there is no training-state-*.pt in {folder}; resume from another run')
+    return states
+
+
+def newest_good(states):
+    """(path, content) of the first state that can be read, (None, None) without one; prints what is wrong with others."""
+    for path in states:
+        try:
+            return path, load_state(path)
+        except UserError as e:
+            print(f'Passing over a training state: {e}')
+    return None, None

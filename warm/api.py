@@ -1,0 +1,50 @@
+"""The library in a few lines: load a snapshot, draw images. For D and R of a noisy image see WarmPrecond."""
+
+import torch
+
+from torch_utils import distributed as dist
+from training.generation import check_class, generate_batch, to_uint8
+from training.snapshot import build_network, read_snapshot
+from warm.systems import SYSTEMS
+
+
+def load(path_or_url, device=None):
+    """The network of a snapshot (.safetensors, or EDM's .pkl), ready to sample.
+
+    Args:
+        path_or_url: A file or an https address.
+        device: Where it runs; by default the GPU if there is one.
+
+    Returns:
+        The preconditioned network in evaluation mode. `net.system` names its system; Warm networks have
+        `net.denoise_deblur(x, sigma, class_labels=None, alpha=None)` → (D, R).
+
+    Raises:
+        UserError: the file is missing, damaged, or of an unknown system.
+    """
+    snapshot = read_snapshot(path_or_url)
+    net = build_network(snapshot, SYSTEMS, device or dist.device())
+    net.system = snapshot.system
+    return net
+
+
+def sample(net, seeds, class_idx=None, batch=64, **options):
+    """Draw the images that generate.py writes for the same seeds.
+
+    Args:
+        net: From `load`.
+        seeds: Integers, one per image.
+        class_idx: Class of all images; None draws one per seed.
+        batch: Images at a time.
+        options: Sampler options by name, such as num_steps=18, solver='heun', bnr=0.5.
+
+    Returns:
+        uint8 [N, C, H, W] on the CPU.
+
+    Raises:
+        UserError: an option that the network's sampler does not have.
+    """
+    check_class(net, class_idx)
+    sampler, seeds = SYSTEMS[net.system].make_sampler(net, options), list(seeds)
+    batches = [generate_batch(net, seeds[i:i + batch], sampler, class_idx) for i in range(0, len(seeds), batch)]
+    return torch.cat([to_uint8(images).cpu() for images in batches])

@@ -1,0 +1,189 @@
+"""All systems side by side: each trained for a few minutes on the embedded digits, sampled and scored.
+
+    python -m warm.family
+
+trains what is not trained yet (in --outdir), and writes docs/family.md with a table and docs/family.png, a contact
+sheet. The systems come from the registry, so a new one appears in both.
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+
+import click
+import torch
+
+from dnnlib.files import atomic_write, make_dirs
+from torch_utils import distributed as dist
+from training import metrics
+from training.dataset import load_embedded
+from training.detectors import load_detector
+from training.generation import generate_images, tile
+from training.snapshot import build_network, read_snapshot
+from warm.demo import finish, last_snapshot, start
+from warm.figures import draw
+from warm.starts import data_for
+from warm.systems import SYSTEMS
+
+TRAINING = ['--preset=digits', '--seed=0', '--grid=0']
+COLUMNS = 20  # images of each system in the contact sheet
+BATCH = 250
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A row of the table.
+
+    Attributes:
+        title: What it is called.
+        system: Name in the registry.
+        train: Flags of train.py besides --precond; members of one system with the same flags share a run.
+        sample: Options of its sampler.
+        note: What a reader of its score has to know.
+    """
+
+    title: str
+    system: str
+    train: tuple = ()
+    sample: tuple = ()
+    note: str = ''
+
+    @property
+    def run(self):
+        """Name of its run's folder."""
+        return '-'.join([self.system, *(flag.strip('-').replace('=', '-') for flag in self.train)])
+
+
+FROM_DATA = 'starts from blurred training images, so part of the score is theirs'
+NOTES = {'ihdm': FROM_DATA, 'cold': f'{FROM_DATA}; restoration, not generation'}
+VARIANTS = (
+    Member('EDM-ES', 'edm', sample=(('epsilon_scale', '1.0006'),), note='EDM, predicted noise divided by 1.0006'),
+    Member('Denoising Diffusion', 'blurring', train=('--sigma-blur-max=0',), note="Blurring Diffusion's DDPM"),
+    Member('Blur Diffusion, ancestral', 'lee', sample=(('reverse_step', 'ancestral'),)),
+    Member('Cold Diffusion, colours', 'cold', train=('--cold-blur=strong',), sample=(('cold_start', 'colours'),),
+           note="starts from colours like the training images' means"),
+)
+
+
+def members():
+    """Every system that can be trained, each followed by its variants."""
+    for name, system in SYSTEMS.items():
+        if system.trainable:
+            yield Member(system.title, name, note=NOTES.get(name, ''))
+            yield from (variant for variant in VARIANTS if variant.system == name)
+
+
+def train(outdir, member, duration):
+    """Train `member` unless a finished run is there."""
+    if last_snapshot(outdir, member.run) is None:
+        finish([start(['train.py', f'--outdir={outdir / member.run}', '--nosubdir', f'--precond={member.system}',
+                       *member.train, *TRAINING, f'--duration={duration}'])])
+
+
+class Counter:
+    """Evaluations of a network, counted by a hook on its U-Net."""
+
+    def __init__(self, net):
+        self.calls = 0
+        net.model.register_forward_pre_hook(self._count)
+
+    def _count(self, module, args):
+        self.calls += 1
+
+
+@dataclasses.dataclass
+class Result:
+    """What became of a member: uint8 images [COLUMNS, C, H, W], evaluations an image, score, seconds of sampling."""
+
+    member: Member
+    images: object
+    nfe: int
+    score: float
+    seconds: float
+
+
+def evaluate(outdir, member, num, detector, reference):
+    """Draw the images of seeds 0 … num − 1 and score them."""
+    snapshot = read_snapshot(last_snapshot(outdir, member.run))
+    net, system = build_network(snapshot, SYSTEMS, dist.device()), SYSTEMS[member.system]
+    options = {**dict(member.sample), **({'data': data_for(snapshot)} if system.starts_from_data else {})}
+    counter, began = Counter(net), time.time()
+    batches = [images for _, images in generate_images(net, list(range(num)), system.make_sampler(net, options), BATCH)]
+    return Result(member, batches[0][:COLUMNS].cpu().numpy(), counter.calls // len(batches),
+                  distance(batches, num, detector, reference), time.time() - began)
+
+
+def distance(batches, total, detector, reference):
+    """Frechet distance of the detector's features."""
+    stats = metrics.accumulate(batches, detector, ['fid'], total)
+    return metrics.score(['fid'], stats, reference)['FID']
+
+
+def reals():
+    """All embedded digits, uint8 [1797, 1, 8, 8]."""
+    dataset = load_embedded()
+    return torch.stack([torch.from_numpy(dataset[i][0]) for i in range(len(dataset))])
+
+
+def draw_sheet(figure, rows):
+    """One line of images for each (label, images)."""
+    panels = figure.subplots(len(rows), 1)
+    for ax, (label, images) in zip(panels, rows):
+        ax.imshow(tile(images, columns=COLUMNS)[0], cmap='gray', vmin=0, vmax=255)
+        ax.set_axis_off()
+        ax.text(-0.01, 0.5, label, ha='right', va='center', transform=ax.transAxes)
+
+
+def page(results, floor, num, duration, figure):
+    """docs/family.md."""
+    lines = [
+        '# The family side by side', '',
+        f'Made by `python -m warm.family --duration={duration:g} --num={num}`: every system trained on the embedded',
+        f'handwritten digits (8×8) for {duration * 1000:g} thousand images with `train.py {" ".join(TRAINING)}`,',
+        f'seeds 0 to {num - 1} drawn with its own sampler at its defaults, and scored by FD-pixels (`fid.py`,',
+        f'`--detector=pixels`) against all 1797 digits; {num} real digits score {floor:.2f}. NFE is counted. PyTorch',
+        f'{torch.__version__.split("+")[0]} on {dist.device().type}, {torch.get_num_threads()} threads. So short a',
+        'training on so small images says that a system works, not which is better.', '',
+        f'![Contact sheet]({figure})', '',
+        '| system | paper | flags | NFE | FD-pixels | sampling | note |',
+        '|---|---|---|---|---|---|---|',
+    ]
+    for r in results:
+        system = SYSTEMS[r.member.system]
+        flags = ' '.join([f'--precond={system.name}', *r.member.train,
+                          *(f"--{k.replace('_', '-')}={v}" for k, v in r.member.sample)])
+        lines.append(f'| {r.member.title} | {system.paper} | `{flags}` | {r.nfe} | {r.score:.2f} | {r.seconds:.0f} s '
+                     f'| {r.member.note} |')
+    return '\n'.join(lines) + '\n'
+
+
+@click.command(context_settings=dict(show_default=True))
+@click.option('--outdir', metavar='DIR', default='family', help='Where the runs are, or are put')
+@click.option('--docs', metavar='DIR', default='docs', help='Where to write family.md and family.png')
+@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True), default=0.08,
+              help='Length of each training, in millions of images')
+@click.option('--num', metavar='INT', type=click.IntRange(min=COLUMNS, max=1797), default=500,
+              help='Images to draw and score of each system')
+def main(outdir, docs, duration, num):
+    """Train, sample and score every system on the embedded digits."""
+    outdir = pathlib.Path(outdir)
+    make_dirs(outdir)
+    detector, digits = load_detector('pixels', dist.device()), reals()
+    reference = metrics.accumulate([digits], detector, ['fid'], len(digits))
+    some = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))[:num]]
+    floor = distance([some], num, detector, reference)
+    results = []
+    for member in members():
+        train(outdir, member, duration)
+        results.append(evaluate(outdir, member, num, detector, reference))
+        print(f'{member.title}: FD-pixels {results[-1].score:.2f}, NFE {results[-1].nfe}', flush=True)
+    rows = [(f'real digits: {floor:.2f}', some[:COLUMNS].numpy()),
+            *((f'{r.member.title}: {r.score:.2f}, NFE {r.nfe}', r.images) for r in results)]
+    draw(os.path.join(docs, 'family'), (10, 0.42 * len(rows)), lambda figure: draw_sheet(figure, rows))
+    with atomic_write(os.path.join(docs, 'family.md'), 'w') as f:
+        f.write(page(results, floor, num, duration, 'family.png'))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,58 @@
+"""Tables and plots of runs: reads metrics.jsonl and stats.jsonl, writes Markdown in the layout of the paper.
+
+    python -m warm.report training-runs/00000-… training-runs/00001-… --outdir=report
+
+The scores come from `fid.py calc --network=…` and `train.py --eval=…`, which append to the metrics.jsonl of the run.
+"""
+
+import os
+
+import click
+
+from dnnlib.files import atomic_write, make_dirs
+from warm.report_data import measurements, read_run
+from warm.report_plots import draw_all
+from warm.report_tables import all_scores, tables
+
+
+@click.command(context_settings=dict(show_default=True))
+@click.argument('runs', metavar='RUN…', nargs=-1, required=True)
+@click.option('--outdir', metavar='DIR', default='report', help='Where to save report.md and the plots')
+def main(runs, outdir):
+    """Write a report of run folders (or metrics.jsonl files): the paper's Tables 1, 3, 4 and 5, and plots."""
+    runs = [read_run(path) for path in dict.fromkeys(os.path.normpath(run) for run in runs)]
+    found = measurements(runs)
+    make_dirs(outdir)
+    plots = draw_all(outdir, runs, found)
+    path = os.path.join(outdir, 'report.md')
+    with atomic_write(path, 'w') as f:
+        f.write(markdown(runs, found, plots))
+    print(f'Wrote {path} with {len(found)} measurements of {len(runs)} runs and {len(plots)} plots.')
+
+
+def markdown(runs, found, plots):
+    """The whole report.
+
+    Args:
+        runs: `report_data.Run`s.
+        found: Their `measurements`.
+        plots: [(caption, path without ending)] of figures that lie beside the report.
+    """
+    blocks = [
+        '# Report',
+        'The paper’s numbers are those of Warm Diffusion (ICLR 2025), of 50,000 images, the best of three rounds; '
+        'of ours, the best round counts too. "–": the paper gives none, or there is no score of ours.',
+        'Runs: ' + ', '.join(f'`{run.name}` ({len(run.scores)} scores)' for run in runs),
+        tables(found),
+        '## Plots',
+        *(f'![{caption}]({os.path.basename(path)}.png)\n\n{caption}. [SVG]({os.path.basename(path)}.svg)'
+          for caption, path in plots),
+        *([] if plots else ['None: too few scores, and no stats.jsonl.']),
+        '## All scores',
+        all_scores(found) if found else 'None. `fid.py calc --network=SNAPSHOT` and `train.py --eval=TICKS` make some.',
+    ]
+    return '\n\n'.join(blocks) + '\n'
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,162 @@
+"""What warm.report knows: runs with their statistics and scores, and the scores put together to measurements."""
+
+import dataclasses
+import json
+import pathlib
+
+from dnnlib import UserError
+from training.metrics import METRICS, STD
+from training.provenance import LOG_NAME, read_facts
+
+PAPER_IMAGES, PAPER_ROUNDS, PAPER_KIMG = 50_000, 3, 200_000  # Sec. 3.1; the length of training is EDM's
+BETTER = {name: metric.best for metric in METRICS.values() for name in metric.scores if not name.endswith(STD)}
+# What makes two scores rounds of one measurement; everything else may differ between rounds.
+SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'bnr', 'path', 'trained_on',
+        'targets', 'sampler', 'class_idx', 'detector', 'detector_sha256', 'ref_sha256', 'num_images')
+
+
+@dataclasses.dataclass
+class Run:
+    """A run folder (or the folder of some scored images).
+
+    Attributes:
+        name: The folder's.
+        options: training_options.json, {} without.
+        stats: Lines of stats.jsonl.
+        scores: Lines of metrics.jsonl.
+    """
+
+    name: str
+    options: dict
+    stats: list
+    scores: list
+
+    @property
+    def label(self):
+        """Short name for legends: number, system and BNR as trained on."""
+        system = self.options.get('system')
+        number = self.name.split('-')[0]
+        if system is None or not number.isdecimal():
+            return self.name
+        kwargs = self.options.get('network_kwargs', {})
+        what = f" {kwargs['bnr_schedule']}" if kwargs.get('bnr_schedule') else \
+            f" BNR {kwargs['bnr']}" if kwargs.get('bnr') else ''
+        return f'{number} {system}{what}'
+
+
+@dataclasses.dataclass
+class Measurement:
+    """All rounds of scoring one network in one way.
+
+    Attributes:
+        run: Name of the run.
+        facts: What the rounds have in common, their seeds, and the commit and device of the last.
+        values: {metric's label: best value}.
+        rounds: Number of different sets of seeds.
+        seconds: Of all rounds together.
+    """
+
+    run: str
+    facts: dict
+    values: dict
+    rounds: int
+    seconds: float
+
+    def value(self, kind):
+        """(label, value) of the distance ('FID') or of 'IS', with whatever detector; None without."""
+        names = ('FID', 'FD') if kind == 'FID' else (kind,)
+        for label, value in self.values.items():
+            if label.split('-')[0] in names:
+                return label, value
+        return None
+
+
+def read_run(path):
+    """A run folder, or a metrics.jsonl alone, as a `Run`.
+
+    Raises:
+        UserError: no such folder, or nothing to report in it.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        return Run(path.parent.resolve().name, {}, [], read_lines(path))
+    if not path.is_dir():
+        raise UserError(f'there is no run folder {path}; give folders that train.py made, or metrics.jsonl files')
+    stats, scores = read_lines(path / 'stats.jsonl'), read_lines(path / LOG_NAME)
+    if not stats and not scores:
+        raise UserError(f'{path} has neither a stats.jsonl nor a {LOG_NAME}; give a run folder of train.py, or score '
+                        'one of its networks with fid.py calc --network first')
+    return Run(path.resolve().name, read_facts(path / 'training_options.json'), stats, scores)
+
+
+def read_lines(path):
+    """The objects in a file of JSON lines; [] without a file. A line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def measurements(runs):
+    """The scores of all runs as `Measurement`s, in the order of the files."""
+    groups = {}
+    for run in runs:
+        for line in run.scores:
+            if isinstance(line.get('metric'), str) and isinstance(line.get('value'), (int, float)):
+                same = {name: line.get(name) for name in SAME}
+                groups.setdefault((run.name, json.dumps(same, sort_keys=True)), []).append(line)
+    return [_measurement(run, lines) for (run, _), lines in groups.items()]
+
+
+def _measurement(run, lines):
+    values = {}
+    for line in lines:
+        base = line['metric'].split('-')[0]
+        best = BETTER.get('FID' if base == 'FD' else base)
+        if best is not None:
+            values[line['metric']] = best(line['value'], values.get(line['metric'], line['value']))
+    facts = {name: lines[-1].get(name) for name in (*SAME, 'commit', 'device', 'ranks', 'network')}
+    facts['seeds'] = '; '.join(dict.fromkeys(str(line.get('seeds')) for line in lines))
+    seconds = {str(line.get('seeds')): line.get('seconds') or 0 for line in lines}
+    return Measurement(run, facts, values, len(seconds), sum(seconds.values()))
+
+
+def best_match(candidates, **preferred):
+    """The measurement nearest to the paper's way: with the facts preferred, most images, longest training, best score."""
+    def rank(m):
+        distance = m.value('FID')
+        return (sum(m.facts.get(name) == value for name, value in preferred.items()), m.facts['num_images'] or 0,
+                m.facts['kimg'] or 0, -distance[1] if distance else float('-inf'))
+    return max(candidates, key=rank, default=None)
+
+
+def differences(m, nfe=None, dataset=None):
+    """In words, how a measurement differs from the paper's: data, NFE, images, rounds, training, detector, solver."""
+    f, found = m.facts, []
+    if dataset is not None:
+        found.append(f'data {f["dataset"]} instead of {dataset}')
+    if nfe is not None and f['nfe'] != nfe:
+        found.append(f'NFE {f["nfe"]} instead of {nfe}')
+    if f['num_images'] != PAPER_IMAGES:
+        found.append(f'{f["num_images"]:,} images')
+    if m.rounds != PAPER_ROUNDS:
+        found.append(f'{m.rounds} round{"s" if m.rounds > 1 else ""}')
+    if f['kimg'] is not None and f['kimg'] < PAPER_KIMG * 0.999:
+        found.append(f'trained on {f["kimg"] / 1000:.3g} of {PAPER_KIMG // 1000} Mimg')
+    label = (m.value('FID') or ('FID',))[0]
+    if label != 'FID':
+        found.append(f'{label} instead of FID')
+    if f['solver'] not in (None, 'heun'):
+        found.append(f'solver {f["solver"]}')
+    if f['trained_on'] not in (None, f['path']):
+        found.append(f'network for {f["trained_on"]}')
+    if f['class_idx'] is not None:
+        found.append(f'class {f["class_idx"]} alone')
+    return '; '.join(found)

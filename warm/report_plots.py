@@ -1,0 +1,150 @@
+"""Plots of runs: FID against BNR, FID against NFE for several BNRs (the paper's Fig. 5), loss and score in training."""
+
+import re
+
+from matplotlib.ticker import LogLocator
+
+from warm.figures import draw
+from warm.report_data import best_match
+from warm.report_tables import TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
+
+PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='paper')
+
+
+def draw_all(folder, runs, found):
+    """Draw what the scores suffice for, in `folder`; returns [(caption, path without ending)]."""
+    plots = []
+    for dataset, own in by_dataset(found).items():
+        slug = '' if len(by_dataset(found)) == 1 else '-' + re.sub(r'[^A-Za-z0-9]+', '-', title_of(dataset))
+        for name, caption, plot in (('fid-bnr', 'Distance against BNR', fid_against_bnr),
+                                    ('fid-nfe', 'Distance against NFE for each BNR (Fig. 5)', fid_against_nfe)):
+            curves = plot(own)
+            if curves:
+                path = f'{folder}/{name}{slug}'
+                draw(path, (5.6, 3.6), lambda figure: lines(figure, curves, title_of(dataset)))
+                plots.append((f'{caption}, {title_of(dataset)}', path))
+    losses, scores = training_curves(runs)
+    if losses:
+        draw(f'{folder}/training', (10, 3.6), lambda figure: two_panels(figure, losses, scores))
+        plots.append(('Loss and score during training (losses of different systems weigh the noise levels differently)',
+                      f'{folder}/training'))
+    return plots
+
+
+def by_dataset(found):
+    """{(name, whether conditional): measurements that have a distance}."""
+    groups = {}
+    for m in found:
+        if m.value('FID'):
+            groups.setdefault((m.facts['dataset'], bool(m.facts['label_dim'])), []).append(m)
+    return groups
+
+
+def comparable(found):
+    """(label, measurements) of the detector and number of images that occur most: others are on another scale."""
+    kinds = [(m.value('FID')[0], m.facts['num_images']) for m in found]
+    most = max(dict.fromkeys(kinds), key=kinds.count)
+    return f'{most[0]} ↓ ({most[1]:,} images)', [m for m, kind in zip(found, kinds) if kind == most]
+
+
+def is_paper_data(label, found):
+    """Whether the paper's CIFAR-10 numbers can stand in the same plot."""
+    return label.startswith('FID ') and all(is_dataset(m.facts, 'cifar10', False) for m in found)
+
+
+def fid_against_bnr(found):
+    """Curves for each NFE: BNRs evenly spaced, as in Table 3. None with fewer than two BNRs."""
+    label, found = comparable(found)
+    points = {}
+    for nfe in sorted({m.facts['nfe'] for m in found if m.facts['nfe']}):
+        for bnr in sorted({m.facts['bnr'] for m in found if m.facts['bnr'] is not None}):
+            best = best_match([m for m in found if of_bnr(bnr)(m.facts) and m.facts['nfe'] == nfe], solver='heun')
+            if best:
+                points.setdefault(nfe, {})[bnr] = best.value('FID')[1]
+    paper = {float(row.title.split()[0]): row.fid for row in TABLE_3} if is_paper_data(label, found) else {}
+    bnrs = sorted({bnr for curve in points.values() for bnr in curve})
+    if len(bnrs) < 2:
+        return None
+    bnrs = sorted({*bnrs, *paper})
+    curves = [dict(x=[bnrs.index(b) for b in curve], y=list(curve.values()), label=f'NFE {nfe}')
+              for nfe, curve in points.items()]
+    if paper:
+        curves.append(dict(PAPER, x=[bnrs.index(b) for b in paper], y=list(paper.values()), label='paper, NFE 35'))
+    return dict(curves=curves, xlabel='Blur-to-Noise Ratio', ylabel=label, ticks=[f'{b:g}' for b in bnrs])
+
+
+def fid_against_nfe(found):
+    """Curves for each path (and solver, where there are several). None where no path has two step counts."""
+    label, found = comparable(found)
+    points, solvers = {}, {m.facts['solver'] for m in found}
+    for m in found:
+        f = m.facts
+        hot = f['system'] not in (None, 'warm')
+        path = f['system'].upper() if hot else f'BNR {f["bnr"]:g}' if f['bnr'] is not None else str(f['path'])
+        name = path if len(solvers) == 1 else f'{path}, {f["solver"]}'
+        points.setdefault((hot, f['bnr'] is None, f['bnr'] or 0, name), {}).setdefault(f['nfe'], []).append(m)
+    curves = []
+    for (_, _, _, name), by_nfe in sorted(points.items()):
+        # A curve is of one network: the one trained longest.
+        longest = max(m.facts['kimg'] or 0 for ms in by_nfe.values() for m in ms)
+        last = {nfe: [m for m in ms if (m.facts['kimg'] or 0) == longest] for nfe, ms in by_nfe.items()}
+        best = {nfe: best_match(last[nfe]).value('FID')[1] for nfe in sorted(n for n in last if n and last[n])}
+        curves.append(dict(x=list(best), y=list(best.values()), label=name))
+    if not any(len(curve['x']) > 1 for curve in curves):
+        return None
+    if is_paper_data(label, found):
+        rows = [row for row in TABLE_4 if row.nfe != 1000]
+        curves.append(dict(PAPER, x=[r.nfe for r in rows], y=[r.fid for r in rows], label='paper, blurring schedule'))
+    return dict(curves=curves, xlabel='NFE', ylabel=label, log=True)
+
+
+def training_curves(runs):
+    """(curves of the loss, curves of the score) against kimg, one for each run."""
+    losses, scores = [], []
+    for run in runs:
+        points = [(line['Progress/kimg']['mean'], line['Loss/loss']['mean']) for line in run.stats
+                  if 'Loss/loss' in line and 'Progress/kimg' in line]
+        if points:
+            losses.append(dict(zip(('x', 'y'), map(list, zip(*sorted(points)))), label=run.label, marker=''))
+        curves = {}
+        for line in run.scores:
+            if str(line.get('metric')).split('-')[0] in ('FID', 'FD') and line.get('kimg') is not None:
+                key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'))
+                curves.setdefault(key, {})[line['kimg']] = line['value']
+        # The longest series: of the same number of images and steps all along.
+        (metric, num, nfe, *_), curve = max(curves.items(), key=lambda item: len(item[1]), default=((None,) * 3, {}))
+        if len(curve) > 1:
+            ys = [curve[k] for k in sorted(curve)]
+            scores.append(dict(x=sorted(curve), y=ys, label=f'{run.label}: {metric}, {num:,} images, NFE {nfe}'))
+    return (dict(curves=losses, xlabel='thousands of images (kimg)', ylabel='loss') if losses else None,
+            dict(curves=scores, xlabel='thousands of images (kimg)', ylabel='distance ↓') if scores else None)
+
+
+def lines(figure, plot, title, axis=None):
+    """Draw one plot's curves."""
+    axis = axis or figure.subplots()
+    for curve in plot['curves']:
+        style = {'marker': 'o', 'markersize': 4, **{k: v for k, v in curve.items() if k not in 'xy'}}
+        axis.plot(curve['x'], curve['y'], **style)
+    axis.set(xlabel=plot['xlabel'], ylabel=plot['ylabel'], title=title)
+    ys = [y for curve in plot['curves'] for y in curve['y']]
+    if min(ys) > 0 and max(ys) > 10 * min(ys):
+        axis.set_yscale('log')
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter('{x:g}')
+    if plot.get('log'):
+        nfes = sorted({x for curve in plot['curves'] for x in curve['x']})
+        axis.set_xscale('log')
+        axis.set_xticks(nfes, [str(x) for x in nfes])
+        axis.minorticks_off()
+    if 'ticks' in plot:
+        axis.set_xticks(range(len(plot['ticks'])), plot['ticks'])
+    axis.legend(fontsize=7)
+
+
+def two_panels(figure, losses, scores):
+    """Loss, and score if there is one, side by side."""
+    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+    lines(figure, losses, 'Loss', axes[0])
+    if scores:
+        lines(figure, scores, 'Score', axes[1])

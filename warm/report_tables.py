@@ -1,0 +1,214 @@
+"""The paper's Tables 1, 3, 4 and 5 as Markdown: its number, ours, and what differs."""
+
+import dataclasses
+
+from warm.report_data import best_match, differences
+
+NONE = '–'
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of a table: the paper's numbers, and which measurements answer it.
+
+    Attributes:
+        title: As in the paper.
+        nfe, fid, inception_score: The paper's numbers, None where it gives none.
+        matches: facts → whether a measurement with these facts is of this kind.
+    """
+
+    title: str
+    nfe: int | None
+    fid: float | None
+    inception_score: float | None
+    matches: object
+
+
+def of_system(name):
+    """Facts of a system without epsilon scaling."""
+    return lambda f: f['system'] == name and 'epsilon_scale' not in (f['sampler'] or {})
+
+
+def of_epsilon_scaling(f):
+    """Facts of EDM-ES."""
+    return f['system'] == 'edm' and 'epsilon_scale' in (f['sampler'] or {})
+
+
+def of_bnr(bnr):
+    """Facts of Warm with the paper's targets along a constant BNR; at BNR 0 also EDM."""
+    return lambda f: (of_targets('residual')(f) and f['bnr'] == bnr) or (bnr == 0 and of_system('edm')(f))
+
+
+def of_blurring_schedule(nfe):
+    """Facts of Warm along Blurring Diffusion's schedule."""
+    return lambda f: f['system'] == 'warm' and str(f['path']).startswith('blurring') and f['nfe'] == nfe
+
+
+def of_targets(name):
+    """Facts of Warm with a parametrisation of Table 5. At BNR 0 there is nothing to choose."""
+    return lambda f: f['system'] == 'warm' and f['targets'] == name
+
+
+def at_paper_bnr(matches):
+    """The same at BNR 0.5."""
+    return lambda f: matches(f) and f['bnr'] == 0.5
+
+
+WARM = of_bnr(0.5)
+TABLE_1 = {
+    'Unconditional CIFAR-10': ('cifar10', False, [
+        Row('Cold Diffusion (Blur)', 50, 80.08, None, of_system('cold')),
+        Row('IHDM', 200, 18.96, None, of_system('ihdm')),
+        Row('Blurring Diffusion', 1000, 3.17, 9.51, of_system('blurring')),
+        Row('EDM', 35, 1.97, 9.78, of_system('edm')),
+        Row('EDM-ES', 35, 1.95, None, of_epsilon_scaling),
+        Row('STF', 35, 1.92, 9.79, of_system('stf')),
+        Row('PFGM++', 35, 1.91, None, of_system('pfgmpp')),
+        Row('Warm (BNR 0.5)', 35, 1.85, 10.02, WARM)]),
+    'Class-conditional CIFAR-10': ('cifar10', True, [
+        Row('EDM', 35, 1.79, None, of_system('edm')),
+        Row('EDM-ES', 35, 1.80, None, of_epsilon_scaling),
+        Row('PFGM++', 35, 1.74, None, of_system('pfgmpp')),
+        Row('Warm (BNR 0.5)', 35, 1.68, 10.19, WARM)]),
+    'FFHQ 64×64': ('ffhq', False, [
+        Row('EDM', 79, 2.53, None, of_system('edm')),
+        Row('PFGM++', 79, 2.43, None, of_system('pfgmpp')),
+        Row('Warm (BNR 0.5)', 79, 2.29, 3.41, WARM)]),
+}
+TABLE_3 = [Row('0 (EDM)' if bnr == 0 else f'{bnr:g}', 35, fid, score, of_bnr(bnr)) for bnr, fid, score in (
+    (0, 1.97, 9.78), (0.1, 1.97, 9.96), (0.3, 1.90, 10.02), (0.5, 1.85, 10.02), (0.65, 1.91, 10.00), (1, 2.01, 9.96),
+    (2, 2.57, 9.89), (10, 11.97, 8.51))]
+TABLE_4 = [*(Row('Blurring Diffusion', nfe, fid, score, of_blurring_schedule(nfe)) for nfe, fid, score in (
+    (35, 12.97, 8.57), (79, 4.13, 9.27), (159, 2.91, 9.46), (239, 2.77, 9.52), (319, 2.73, 9.54), (399, 2.71, 9.54),
+    (999, 2.68, 9.56))), Row('Blurring Diffusion, as reported by its authors', 1000, 3.17, 9.51, of_system('blurring'))]
+TABLE_5 = [
+    Row('(a) R: x₀', 35, 13.19, None, at_paper_bnr(of_targets('clean'))),
+    Row('(b) D: V M Vᵀx₀', 35, 9.09, None, at_paper_bnr(of_targets('blurred'))),
+    Row('(c) R: x₀, D: V M Vᵀx₀', 35, 1.98, None, at_paper_bnr(of_targets('clean-blurred'))),
+    Row('(d) R: x_rest, D: V M Vᵀx₀', 35, 1.85, None, at_paper_bnr(of_targets('residual')))]
+HEADS = {'Table 3. Blur-to-Noise Ratios at NFE 35': ('BNR', TABLE_3),
+         "Table 4. Blurring Diffusion's schedule in Warm's parametrisation": ('BNR schedule', TABLE_4),
+         'Table 5. Training objectives at BNR 0.5, NFE 35': ('Branches', TABLE_5)}
+
+
+def is_dataset(facts, name, conditional):
+    """Whether facts are of a data set whose name begins so, with or without classes."""
+    return str(facts['dataset']).lower().startswith(name) and bool(facts['label_dim']) == conditional
+
+
+def others(found):
+    """{(name, whether conditional): measurements} of data sets other than the paper's, in order."""
+    groups = {}
+    for m in found:
+        if not any(is_dataset(m.facts, name, conditional) for name, conditional, _ in TABLE_1.values()):
+            groups.setdefault((m.facts['dataset'], bool(m.facts['label_dim'])), []).append(m)
+    return groups
+
+
+def title_of(dataset):
+    """'digits-8x8, unconditional' of a (name, whether conditional)."""
+    name, conditional = dataset
+    return f"{name or 'unknown data'}, {'class-conditional' if conditional else 'unconditional'}"
+
+
+def tables(found):
+    """All four tables of `Measurement`s, as Markdown."""
+    blocks = ['## Table 1. Methods on CIFAR-10 and FFHQ', table_1(found)]
+    unconditional = [m for m in found if is_dataset(m.facts, 'cifar10', False)]
+    sets = {None: unconditional, **others(found)}
+    for title, (head, rows) in HEADS.items():
+        for dataset, own in sets.items():
+            answered = extended(head, rows, own)
+            if dataset is None or any(answer for _, answer in answered):
+                blocks.append(f'## {title}' + (f' – {title_of(dataset)}' if dataset else ''))
+                blocks.append(markdown(head, [line(row, answer, 'CIFAR-10' if dataset else None)
+                                              for row, answer in answered]))
+    return '\n\n'.join(blocks)
+
+
+def answer(row, found):
+    """The measurement that answers a row, or None."""
+    return best_match([m for m in found if row.matches(m.facts)], nfe=row.nfe, solver='heun')
+
+
+def extended(head, rows, found):
+    """(row, answer) of all rows of the paper, then of BNRs and step counts that only we have."""
+    pairs = [(row, answer(row, found)) for row in rows]
+    extra = []
+    if head == 'BNR':
+        known = {bnr for bnr in (m.facts['bnr'] for m in found) if bnr is not None}
+        extra = [Row(f'{bnr:g}', None, None, None, of_bnr(bnr)) for bnr in sorted(known)
+                 if not any(row.matches(dict(_facts(), bnr=bnr)) for row in rows)]
+    if head == 'BNR schedule':
+        counts = {m.facts['nfe'] for m in found if str(m.facts['path']).startswith('blurring')}
+        extra = [Row('Blurring Diffusion', nfe, None, None, of_blurring_schedule(nfe))
+                 for nfe in sorted(counts - {row.nfe for row in rows})]
+    return pairs + [(row, answer(row, found)) for row in extra]
+
+
+def _facts():
+    return dict(system='warm', targets='residual', sampler={})
+
+
+def table_1(found):
+    """Methods against each other; data sets that the paper doesn't have come last, without its numbers."""
+    lines = []
+    for section, (name, conditional, rows) in TABLE_1.items():
+        own = [m for m in found if is_dataset(m.facts, name, conditional)]
+        lines += [[f'**{section}**']] + [line(row, answer(row, own)) for row in rows]
+    for dataset, own in others(found).items():
+        lines.append([f'**{title_of(dataset)}** (not in the paper)'])
+        answers = [(row, answer(row, own)) for row in TABLE_1['Unconditional CIFAR-10'][2]]
+        lines += [line(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
+                  for row, m in answers if m is not None]
+    return markdown('Method', lines)
+
+
+def line(row, m, paper_data=None):
+    """Cells of a row with its measurement; `paper_data` names the paper's data set if ours is another."""
+    paper = [_number(row.nfe, 'd'), _number(row.fid, '.2f'), _number(row.inception_score, '.2f')]
+    if m is None:
+        return [row.title, *paper, NONE, NONE, NONE, 'not measured']
+    distance, inception_score = (m.value(kind) for kind in ('FID', 'IS'))
+    return [row.title, *paper, _number(m.facts['nfe'], 'd'), _labelled(distance, 'FID'),
+            _labelled(inception_score, 'IS'), differences(m, row.nfe, paper_data) or 'nothing']
+
+
+def _number(value, form):
+    return NONE if value is None else format(value, form)
+
+
+def _labelled(score, plain):
+    if score is None:
+        return NONE
+    label, value = score
+    return f'{value:.2f}' if label == plain else f'{value:.4g} ({label})'
+
+
+def markdown(head, lines):
+    """A table in the paper's layout; a line of one cell is a heading across."""
+    heads = [head, 'NFE ↓ (paper)', 'FID ↓ (paper)', 'IS ↑ (paper)', 'NFE (ours)', 'FID (ours)', 'IS (ours)',
+             'What differs']
+    return rows_of(heads, ['---'] + ['---:'] * 6 + ['---'], lines)
+
+
+def rows_of(heads, alignment, lines):
+    """A Markdown table of text cells."""
+    full = [heads, alignment, *(cells + [''] * (len(heads) - len(cells)) for cells in lines)]
+    return '\n'.join('| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
+                     for cells in full)
+
+
+def all_scores(found):
+    """Every measurement with what it takes to repeat it."""
+    heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Images', 'Rounds', 'Seeds', 'Scores', 'Detector', 'Device',
+             'Seconds', 'Commit']
+    lines = []
+    for m in found:
+        f = m.facts
+        scores = ', '.join(f'{label} {value:.5g}' for label, value in m.values.items())
+        lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), f['path'] or f['system'] or NONE,
+                      f['solver'] or NONE, _number(f['nfe'], 'd'), _number(f['num_images'], ',d'), str(m.rounds), f['seeds'],
+                      scores,
+                      f['detector'] or NONE, f['device'] or NONE, f'{m.seconds:.0f}', f['commit'] or NONE])
+    return rows_of(heads, ['---'] * len(heads), lines)

@@ -1,0 +1,53 @@
+"""From a snapshot and the sampler's flags to images: what generate.py and fid.py have in common."""
+
+import dataclasses
+
+import torch
+
+from torch_utils import distributed
+from training.generation import check_class
+from training.provenance import network_facts
+from training.snapshot import Snapshot, build_network, read_snapshot
+from training.system import System
+from warm.starts import data_for
+from warm.systems import SYSTEMS
+
+
+@dataclasses.dataclass
+class Source:
+    """A network ready to draw from.
+
+    Attributes:
+        snapshot, net, system: As read, as built (on this rank's device), and its System.
+        options: The sampler's options that were given, and those filled in.
+        sampler: callable(latents, class_labels, randn_like).
+        facts: What decides the image of a seed (`training.provenance.network_facts`).
+    """
+
+    snapshot: Snapshot
+    net: torch.nn.Module
+    system: System
+    options: dict
+    sampler: object
+    facts: dict
+
+
+def open_network(path_or_url, sampler_options, class_idx=None):
+    """Read a snapshot and bind its sampler; a download happens on rank 0 first.
+
+    Args:
+        sampler_options: Values of `warm.flags.sampler_flags`, None where the user gave none.
+
+    Raises:
+        UserError: a file that is no snapshot; an option or class that its system doesn't have.
+    """
+    snapshot = distributed.first_on_rank0(lambda: read_snapshot(path_or_url))
+    net = build_network(snapshot, SYSTEMS, distributed.device())
+    system = SYSTEMS[snapshot.system]
+    options = {name: value for name, value in sampler_options.items() if value is not None}
+    if system.starts_from_data:
+        options['data'] = data_for(snapshot, options.get('data'))
+    sampler = system.make_sampler(net, options)
+    check_class(net, class_idx)
+    return Source(snapshot, net, system, options, sampler,
+                  network_facts(snapshot, net, system, options, sampler, class_idx))
