@@ -184,8 +184,8 @@ def main():
 def calc_command(**options):
     """Score a folder or zip of images, or a network.
 
-    The score of a network is that of the images that generate.py writes with the same --batch. An interrupted run
-    continues with the same command.
+    The score of a network is that of the images that generate.py writes with the same --batch (and, on the CPU, the
+    same OMP_NUM_THREADS). An interrupted run continues with the same command.
     """
     under_ranks(lambda: calc(**options))
 

@@ -8,7 +8,8 @@ import tqdm
 from dnnlib import UserError
 from dnnlib.text import parse_int_list
 from torch_utils import distributed as dist
-from training.generation import generate_images, image_path, remaining_seeds, save_grid, write_images
+from training.generation import (BATCH, GPU_BATCH, default_batch, generate_images, image_path, remaining_seeds,
+                                 save_grid, write_images)
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler  # noqa: F401  (as in EDM)
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network
@@ -24,8 +25,8 @@ MAX_WATCHED = 4  # images whose reverse process is shown
 @click.option('--seeds', metavar='LIST', type=parse_int_list, default='0-63', help='Random seeds, such as 1,2,5-10')
 @click.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds')
 @class_flag
-@click.option('--batch', 'max_batch', metavar='INT', type=click.IntRange(min=1), default=64,
-              help='Largest batch per rank')
+@click.option('--batch', 'max_batch', metavar='INT', type=click.IntRange(min=1), default=None,
+              help=f'Largest batch per rank  [default: {BATCH}; up to {GPU_BATCH} on a GPU, by its memory]')
 @click.option('--grid', metavar='FILE.png', default=None, help='Also write a contact sheet of the images')
 @click.option('--trajectory', metavar='FILE', default=None,
               help='Also show x, D, R and D + R through the reverse process: .png, .gif or .mp4')
@@ -64,7 +65,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
         dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images are there already and kept.')
     dist.print0(f'Generating {len(missing)} images to {outdir}...')
     with tqdm.tqdm(total=len(missing), unit='img', disable=None if dist.get_rank() == 0 else True) as bar:
-        write_images(outdir, generate_images(net, seeds, sampler, max_batch, class_idx, set(missing)),
+        write_images(outdir, generate_images(net, seeds, sampler, max_batch or default_batch(net), class_idx, set(missing)),
                      subdirs, progress=lambda n: bar.update(n * dist.get_world_size()))
     dist.barrier()
     if grid is not None and dist.get_rank() == 0:

@@ -2,16 +2,20 @@
 
 import contextlib
 import os
+import sys
 
 import click
 import torch
 
 from torch_utils import distributed as dist
+from torch_utils.signals import EXIT_STOPPED
+from training.batches import DATA_DEVICES
 from training.detectors import DETECTORS
 from training.metrics import METRICS
+from training.precond import PRECISIONS
 from training.training_loop import training_loop
 from warm import config as cfg
-from warm.flags import given_flags, system_flags
+from warm.flags import compile_flag, given_flags, system_flags
 from warm.presets import preset_option
 from warm.systems import SYSTEMS
 
@@ -62,12 +66,23 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='Augmentation probability')
 @click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add the mirrored images to the data set')
 # Performance.
-@click.option('--fp16', metavar='BOOL', type=bool, default=False, help='Train the network in float16 (CUDA)')
+@click.option('--precision', type=click.Choice(list(PRECISIONS)), default=None,
+              help=f'What the network computes in; the rest is float32  [default: {next(iter(PRECISIONS))}]')
+@click.option('--fp16', metavar='BOOL', type=bool, default=None,
+              help="EDM's name of --precision=fp16 (CUDA; float32 on the CPU)")
+@compile_flag
+@click.option('--channels-last', metavar='BOOL', type=bool, default=False,
+              help="Keep the channels of a pixel side by side in the network's memory")
+@click.option('--checkpoint-activations', is_flag=True,
+              help='Compute the network twice instead of keeping its features: less memory, a third more work')
 @click.option('--ls', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=1, help='Loss scaling')
 @click.option('--bench', metavar='BOOL', type=bool, default=True, help='cuDNN benchmarking')
-@click.option('--cache', metavar='BOOL', type=bool, default=True, help='Keep the data set in CPU memory')
+@click.option('--cache', metavar='BOOL', type=bool, default=True,
+              help='Decode the data set once, into the cache folder, and map it into memory (up to 32 GiB)')
+@click.option('--data-device', type=click.Choice(DATA_DEVICES), default=DATA_DEVICES[0],
+              help='Where the decoded data set lies; cuda copies all of it to each GPU')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=0), default=1,
-              help='Processes that load data, per rank; 0 loads in the training process')
+              help='Processes that load data, per rank, where it is not decoded in advance; 0: none')
 # Input and output.
 @click.option('--desc', metavar='STR', default=None, help='String to include in the name of the run folder')
 @click.option('--nosubdir', is_flag=True, help='Write into --outdir itself')
@@ -93,7 +108,16 @@ GRID = 64 if torch.cuda.is_available() else 16
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0, max=(1 << 31) - 1), default=None,
               help='Random seed  [default: random, the same on all ranks]')
 @click.option('--transfer', metavar='FILE|URL', default=None, help='Start from the weights of a snapshot')
-@click.option('--resume', metavar='PT', default=None, help='Continue from a training state')
+@click.option('--resume', metavar='PT|DIR|latest', default=None,
+              help='Continue in a new run folder from a training state, the newest of a run folder, or of --outdir')
+@click.option('--auto-resume', is_flag=True,
+              help='Continue the run of this name in its own folder if there is one; start it otherwise')
+@click.option('--keep', metavar='INT', type=click.IntRange(min=0), default=0,
+              help='How many snapshots and states are kept; 0: all')
+@click.option('--max-nonfinite', metavar='STEPS', type=click.IntRange(min=0), default=100,
+              help='Stop after so many steps in a row with NaN or infinite loss or gradients; 0: never')
+@click.option('--timeout', metavar='SEC', type=click.FloatRange(min=0), default=600,
+              help='Stop if no step is finished for so long; 0: never')
 @click.option('-n', '--dry-run', is_flag=True, help='Print the training options and exit')
 @system_flags('train_options')
 def main(**options):
@@ -118,17 +142,25 @@ def run(options):
     """Flags → dict → one call."""
     config = cfg.training_config(options, given_flags('train_options', options))
     name = cfg.run_name(config, options['arch'], options['desc'])
-    run_dir = options['outdir'] if options['nosubdir'] else dist.on_rank0(
-        lambda: cfg.next_run_dir(options['outdir'], name))
+    run_dir, start = dist.on_rank0(lambda: cfg.start_point(options, name))
+    config['resume'] = start['path']
+    if options['seed'] is None:
+        config['seed'] = start['settings'].get('seed', config['seed'])
     if not options['dry_run'] or os.path.exists(config['dataset_kwargs']['path']):  # a preset shows without its data
         dist.on_rank0(lambda: cfg.check_config(config))
     if options['dry_run']:
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return
-    with cfg.create_run_dir(run_dir, config) if dist.get_rank() == 0 else contextlib.nullcontext():
+    records = start if options['auto_resume'] else None
+    with cfg.create_run_dir(run_dir, config, records) if dist.get_rank() == 0 else contextlib.nullcontext():
         dist.print0(cfg.summary(config, run_dir))
-        training_loop(run_dir=run_dir, systems=SYSTEMS, **config)
+        for complaint in start['complaints']:
+            dist.print0(f'Warning: passing over a damaged state: {complaint}')
+        with dist.lost_ranks_named():
+            done = training_loop(run_dir=run_dir, systems=SYSTEMS, **config)
+    if not done:
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == '__main__':

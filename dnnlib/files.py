@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import pathlib
 import sys
 import tempfile
 
@@ -58,6 +59,13 @@ def _sync_folder(folder):
             os.close(fd)
 
 
+def remove_temporary_files(folder):
+    """Delete what `atomic_write` left in `folder` when it was killed. Nobody else may be writing there."""
+    for path in pathlib.Path(folder).glob('.tmp-*'):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def make_dirs(path):
     """Create folder `path` and its parents.
 
@@ -107,8 +115,9 @@ class _TeeStream:
     def write(self, text):
         self._stream.write(text)
         if '\r' not in text:
-            self._file.write(text)
-            self._file.flush()
+            with contextlib.suppress(OSError):  # on a full disk, what matters will say so
+                self._file.write(text)
+                self._file.flush()
         return len(text)
 
     def __getattr__(self, name):

@@ -17,6 +17,15 @@ def root():
 
 
 @pytest.fixture(scope='session')
+def undisturbed(tmp_path_factory):
+    """Folder of a run of two ranks that nothing disturbs (tests.kills), for comparison."""
+    from tests import kills
+    folder = tmp_path_factory.mktemp('undisturbed') / 'run'
+    assert kills.wait(kills.start(folder, 2)) == 0, kills.log_of(folder)
+    return folder
+
+
+@pytest.fixture(scope='session')
 def golden():
     """golden('warm-blur') → the arrays of tests/golden/warm-blur.npz, `meta` parsed from JSON."""
     def load(name):

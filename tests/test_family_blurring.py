@@ -10,7 +10,7 @@ from dnnlib import UserError
 from warm.bands import ancestral_noise_step, diffuse, posterior
 from warm.blur import dct2
 from warm.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, blurring_samplers
-from warm.lee import F_TYPES, LeeChain, eq12_step, lee_loss, lee_sampler, lee_samplers
+from warm.lee import LeeChain, eq12_step, lee_loss, lee_sampler, lee_samplers
 
 S = spectrum()
 

@@ -1,7 +1,6 @@
 """The relatives of EDM: STF, PFGM++, epsilon scaling, Soft Diffusion."""
 
 import math
-import types
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from warm.path import ConstantBNR
 from warm.pfgmpp import (PFGMPPLoss, PFGMPPPrecond, chi_square_of, heavy_tailed, pfgmpp_samplers, with_heavy_tails)
 from warm.soft import SoftLoss, SoftPrecond, momentum_step, soft_bands, soft_sampler
 from warm.stf import STFLoss, posterior_mean
+from warm.systems import SYSTEMS
 
 S = spectrum()
 
@@ -255,22 +255,25 @@ def test_soft_step_is_the_specifications():
         step, x + blurred_next - blurred + (9 - 1) / 9 * (blurred - x) + math.sqrt(9 - 1) * z)
 
 
-def test_soft_loss_sees_what_the_blur_leaves():
+class Wrong:
+    """A network for losses that is off by σ·wrong."""
+
+    path = ConstantBNR(50.0)
+
+    def __init__(self, images, wrong):
+        self.images, self.wrong = images, wrong
+
+    def __call__(self, x, sigma, labels=None, augment_labels=None):
+        return self.images + sigma * self.wrong
+
+
+@pytest.mark.parametrize('k, cost', [(0, 1.0), (7, 0.0)])
+def test_soft_loss_sees_what_the_blur_leaves(k, cost):
     """A wrong detail far beyond the blur costs nothing, a wrong mean costs its square over σ²."""
-    images = uniform_images(2)
-    for k, expected in ((0, 0.01), (7, 0.0)):
-        wrong = torch.zeros(8, 8, dtype=torch.float64)
-        wrong[k, k] = 1
-        net = types.SimpleNamespace(path=ConstantBNR(50.0), call=idct2(wrong).float())
-
-        class Net:
-            path = net.path
-
-            def __call__(self, x, sigma, labels=None, augment_labels=None):
-                return images + net.call * sigma
-
-        loss = SoftLoss(P_mean=0, P_std=0)(Net(), images)
-        torch.testing.assert_close(loss.sum(dim=(1, 2, 3)), torch.full([2], 1.0 if k == 0 else 0.0), atol=1e-5, rtol=0)
+    images, bands = uniform_images(2), torch.zeros(8, 8, dtype=torch.float64)
+    bands[k, k] = 1
+    loss = SoftLoss(P_mean=0, P_std=0)(Wrong(images, idct2(bands).float()), images)
+    torch.testing.assert_close(loss.sum(dim=(1, 2, 3)), torch.full([2], cost), atol=1e-5, rtol=0)
 
 
 def test_soft_network_is_its_input_plus_a_correction():
@@ -292,8 +295,8 @@ def test_soft_without_blur_has_edms_marginal():
 
 def test_stf_samples_as_edm(latents):
     """Nothing of STF is left at sampling; the registry gives it EDM's sampler."""
-    from warm.systems import SYSTEMS
     net = Denoiser()
-    assert torch.equal(SYSTEMS['stf'].make_sampler(net, {'num_steps': 5})(latents), edm_sampler(net, latents, num_steps=5))
+    assert torch.equal(SYSTEMS['stf'].make_sampler(net, {'num_steps': 5})(latents),
+                       edm_sampler(net, latents, num_steps=5))
     assert torch.equal(SYSTEMS['edm'].make_sampler(net, {'num_steps': 5, 'solver': 'euler'})(latents),
                        ablation_sampler(net, latents, num_steps=5, solver='euler'))

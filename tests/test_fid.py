@@ -1,21 +1,35 @@
 """The fid.py command: real runs with the pixel detector, and what it says about bad input."""
 
 import http.server
+import json
+import math
 import os
+import pathlib
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
+import warnings
 
 import click.testing
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import requests
 import torch
 
 import fid
+from tests.commands import ROOT, torchrun
+from tests.commands import invoke as invoke_script
+from training import metric_collectors, metrics, scoring
 from training.metric_images import image_batches, open_images
+from training.metric_resume import Unfinished
+from training.snapshot import save_snapshot
+from warm.precond import WarmPrecond
 
 
 def write_images(folder, n, seed=0, size=16, channels=3):
@@ -26,6 +40,17 @@ def write_images(folder, n, seed=0, size=16, channels=3):
         x = rng.integers(0, 256 - 20 * seed, [4, 4, channels], dtype=np.uint8).repeat(size // 4, 0).repeat(size // 4, 1)
         PIL.Image.fromarray(x[:, :, 0] if channels == 1 else x).save(folder / f'{i:06d}.png')
     return folder
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cache(tmp_path_factory):
+    """A cache folder of these tests' own; and one thread, as in the processes they start: it decides the last digit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('DNNLIB_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
+        yield pathlib.Path(os.environ['DNNLIB_CACHE_DIR'])
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')
@@ -133,6 +158,246 @@ def test_batches_keep_the_order(folders):
     assert torch.equal(torch.cat(batches), expected)
 
 
+# ---- Straight from a network.
+
+class Scripted(torch.nn.Module):
+    """Three features and three probabilities an image."""
+
+    def forward(self, x, return_features: bool = False, no_output_bias: bool = False):
+        y = (x.float() * torch.arange(1, 1 + x.shape[3], device=x.device)).mean(dim=[2, 3]).sin()
+        return y if return_features else y.softmax(dim=1)
+
+
+@pytest.fixture(scope='module')
+def network(tmp_path_factory):
+    """Snapshot of a small conditional Warm network with random weights."""
+    torch.manual_seed(0)
+    net = WarmPrecond(img_resolution=8, img_channels=3, label_dim=4, bnr='0.5', model_type='SongUNet', model_channels=8,
+                      channel_mult=[1, 1], num_blocks=1)
+    for parameter in net.parameters():  # output layers start near zero; make every weight count
+        torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp('run') / 'network-snapshot-000003.safetensors'
+    save_snapshot(path, net.eval(), 'warm', kimg=3.5, dataset=dict(name='colours'))
+    return path
+
+
+@pytest.fixture(scope='module')
+def scored(tmp_path_factory, folders):
+    """Options of fid.py: a scripted detector that gives probabilities too, and a reference made with it."""
+    folder = tmp_path_factory.mktemp('scripted')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        torch.jit.script(Scripted()).save(str(folder / 'tiny.pt'))
+    invoke('ref', data=folders[0], dest=folder / 'ref.npz', detector=folder / 'tiny.pt', metrics='fid,pr')
+    return dict(detector=folder / 'tiny.pt', ref=folder / 'ref.npz', metrics='fid,is,pr')
+
+
+def logged(path):
+    """Lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def values(path):
+    return {line['metric']: line['value'] for line in logged(path)}
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_network_scores_as_its_written_images(network, scored, tmp_path):
+    """The same numbers to the last bit: from files, without files, and without files on two ranks."""
+    drawn = ['--seeds=0-40', '--batch=8', '--steps=3', '--class=2']
+    assert invoke_script('generate.py', f'--network={network}', f'--outdir={tmp_path / "images"}',
+                         *drawn).exit_code == 0
+    before = sorted(network.parent.iterdir())
+    files = invoke('calc', images=tmp_path / 'images', num=41, batch=8, log=tmp_path / 'files.jsonl', **scored)
+    direct = invoke('calc', network=network, seeds='0-40', batch=8, steps=3, log=tmp_path / 'direct.jsonl',
+                    **{'class': 2}, **scored)
+    assert sorted(network.parent.iterdir()) == before
+    assert files.splitlines()[-5:] == direct.splitlines()[-5:]
+    torchrun('fid.py', 'calc', f'--network={network}', *drawn, f'--log={tmp_path / "ranks.jsonl"}',
+             *(f'--{k}={v}' for k, v in scored.items()))
+    expected = values(tmp_path / 'files.jsonl')
+    assert list(expected) == ['FD-tiny', 'IS-tiny', 'IS-tiny_std', 'precision-tiny', 'recall-tiny']
+    assert values(tmp_path / 'direct.jsonl') == expected == values(tmp_path / 'ranks.jsonl')
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_rounds(network, scored, tmp_path):
+    """Each round is the score of its range of seeds; the best of each metric is printed last."""
+    common = dict(network=network, steps=2, batch=8, **scored)
+    printed = invoke('calc', seeds='5-24', rounds=3, log=tmp_path / 'rounds.jsonl', **common)
+    lines = logged(tmp_path / 'rounds.jsonl')
+    assert [(line['seeds'], line['round']) for line in lines[::5]] == [('5-24', 1), ('25-44', 2), ('45-64', 3)]
+    invoke('calc', seeds='25-44', log=tmp_path / 'second.jsonl', **common)
+    assert values(tmp_path / 'second.jsonl') == {line['metric']: line['value'] for line in lines[5:10]}
+    by_name = {name: [line['value'] for line in lines if line['metric'] == name] for name in ('FD-tiny', 'IS-tiny')}
+    assert f'\nFD-tiny: {min(by_name["FD-tiny"]):.8g}\n' in printed
+    assert f'\nIS-tiny: {max(by_name["IS-tiny"]):.8g}\n' in printed
+    assert printed.count('Round 2 of 3, ') == 5
+
+
+def test_best_of_rounds():
+    rounds = [{'FID': 3., 'IS': 9., 'IS_std': 0.1, 'precision': 0.5, 'recall': 0.6},
+              {'FID': 2., 'IS': 8., 'IS_std': 0.2, 'precision': 0.4, 'recall': 0.7}]
+    assert metrics.best_scores(['fid', 'is', 'pr'], rounds) == {
+        'FID': 2, 'IS': 9, 'IS_std': 0.1, 'precision': 0.5, 'recall': 0.7}
+
+
+def test_record_beside_the_snapshot(network, folders, reference, tmp_path):
+    run_dir = tmp_path / 'run'
+    shutil.copytree(network.parent, run_dir)
+    invoke('calc', network=run_dir / network.name, seeds='0-9', steps=5, solver='euler', ref=reference)
+    line, = logged(run_dir / 'metrics.jsonl')
+    expected = dict(metric='FD-pixels', detector='pixels', ref=str(reference), num_images=10, seeds='0-9', nfe=5,
+                    solver='euler', bnr=0.5, path='constant BNR 0.5', kimg=3.5, system='warm', dataset='colours',
+                    network=network.name, sampler=dict(num_steps=5, solver='euler'))
+    assert {k: line[k] for k in expected} == expected
+    assert len(line['network_sha256']) == len(line['ref_sha256']) == 64 and line['seconds'] > 0 and 'commit' in line
+    shutil.copytree(folders[1], tmp_path / 'images')
+    invoke('calc', images=tmp_path / 'images', num=50, ref=reference)
+    line, = logged(tmp_path / 'metrics.jsonl')
+    assert line['seeds'] == '0-49' and line['images'] == str(tmp_path / 'images')
+
+
+def test_scores_are_printed_where_they_cannot_be_recorded(folders, reference, tmp_path):
+    shutil.copytree(folders[1], tmp_path / 'images')
+    (tmp_path / 'metrics.jsonl').mkdir()
+    output = invoke('calc', images=tmp_path / 'images', num=50, ref=reference)
+    assert 'FD-pixels: ' in output and 'Warning: the scores were not recorded' in output
+    fails('calc', 'metrics.jsonl cannot be written', images=tmp_path / 'images', num=50, ref=reference,
+          log=tmp_path / 'metrics.jsonl')
+
+
+# ---- Interruptions.
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+from training import metric_resume
+from training.detectors import PixelDetector
+metric_resume.SAVE_SECONDS, metric_resume.SAVE_SHARE = 0, 1e9
+run = PixelDetector.run
+def slow(*args):
+    time.sleep(0.05)
+    return run(*args)
+PixelDetector.run = slow
+import fid
+fid.main()
+"""
+
+
+@pytest.mark.parametrize('what, ranks', [('images', 1), ('network', 1), ('network', 2)])
+def test_a_killed_score_continues(what, ranks, network, folders, reference, tmp_path, monkeypatch):
+    """Killed midway, the same command goes on where it was; its numbers are an undisturbed run's to the last bit."""
+    (tmp_path / 'slow.py').write_text(SLOW.format(root=str(ROOT)))
+    source = [f'--images={folders[1]}', '--num=50'] if what == 'images' else [f'--network={network}', '--seeds=0-49',
+                                                                              '--steps=2']
+    args = ['calc', *source, f'--ref={reference}', '--detector=pixels', '--metrics=fid,pr', '--batch=2']
+    launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', '--'] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(tmp_path / 'slow.py'), *args]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'DNNLIB_CACHE_DIR': str(tmp_path / 'cache')}
+    stored = tmp_path / 'cache' / 'unfinished-scores'
+
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(stored.glob('[!.]*.npz'))) < ranks:
+        time.sleep(0.01)
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.send_signal(signal.SIGKILL)
+    process.wait()
+    for leftover in stored.glob('.tmp*'):
+        leftover.unlink()
+    assert process.returncode == -signal.SIGKILL, 'the run ended before it could be killed'
+    assert len(list(stored.glob('*.npz'))) == ranks
+
+    if ranks > 1:
+        continued = torchrun('fid.py', *args, f'--log={tmp_path / "a.jsonl"}', ranks=ranks, env=env).stdout
+    else:
+        monkeypatch.setenv('DNNLIB_CACHE_DIR', env['DNNLIB_CACHE_DIR'])
+        continued = invoke_script('fid.py', *args, f'--log={tmp_path / "a.jsonl"}').output
+    done = int(re.search(r'Continuing an interrupted run after (\d+) of', continued)[1])
+    assert 0 < done < 50 // ranks
+    assert not list(stored.iterdir())
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'other'))
+    assert 'Continuing' not in invoke_script('fid.py', *args, f'--log={tmp_path / "b.jsonl"}').output
+    assert values(tmp_path / 'a.jsonl') == values(tmp_path / 'b.jsonl')
+
+
+def test_interrupted_rounds_keep_the_finished_ones(network, reference, tmp_path, monkeypatch):
+    """The first round is not drawn again; no line is recorded twice."""
+    common = dict(network=network, seeds='0-9', steps=1, rounds=2, ref=reference)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, 'generate_batch', stop_after(scoring.generate_batch, 1))
+        assert isinstance(run('calc', log=tmp_path / 'a.jsonl', **common).exception, KeyboardInterrupt | SystemExit)
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, 'generate_batch', lambda net, seeds, *args, original=scoring.generate_batch:
+                      drawn.append(seeds) or original(net, seeds, *args))
+        invoke('calc', log=tmp_path / 'a.jsonl', **common)
+    assert drawn == [list(range(10, 20))]
+    invoke('calc', log=tmp_path / 'b.jsonl', **common)
+    assert [(line['round'], line['value']) for line in logged(tmp_path / 'a.jsonl')] == \
+        [(line['round'], line['value']) for line in logged(tmp_path / 'b.jsonl')]
+
+
+def stop_after(function, calls):
+    """The function, interrupted at a later call."""
+    made = []
+
+    def stopping(*args):
+        if len(made) == calls:
+            raise KeyboardInterrupt
+        made.append(args)
+        return function(*args)
+    return stopping
+
+
+def test_what_is_continued_is_the_same_work(folders, tmp_path):
+    """Other images under the same names, another batch size or detector: nothing is taken over."""
+    shutil.copytree(folders[1], tmp_path / 'images')
+    first = scoring.ImageFiles(open_images(tmp_path / 'images')).identity()
+    assert scoring.ImageFiles(open_images(tmp_path / 'images')).identity() == first
+    PIL.Image.new('RGB', (16, 16)).save(tmp_path / 'images' / '000007.png')
+    assert scoring.ImageFiles(open_images(tmp_path / 'images')).identity() != first
+    assert Unfinished([first, 64]).path != Unfinished([first, 32]).path
+    unfinished = Unfinished([first])
+    unfinished.path.parent.mkdir(parents=True, exist_ok=True)
+    for content in (b'', b'PK\x03\x04 cut off'):
+        unfinished.path.write_bytes(content)
+        assert unfinished.load() is None
+    unfinished.remove()
+
+
+def test_full_disk_does_not_stop_the_score(folders, reference, monkeypatch):
+    def full(file, **arrays):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(np, 'savez', full)
+    output = invoke('calc', images=folders[1], num=50, ref=reference)
+    assert 'FD-pixels: ' in output and 'Warning: an interruption would cost' in output
+
+
+@pytest.mark.parametrize('total, batch, world', [(50, 8, 3), (5, 64, 4), (64, 64, 1), (100, 1, 7), (129, 64, 2)])
+def test_shares_are_whole_batches_in_order(total, batch, world, monkeypatch):
+    monkeypatch.setattr(metric_collectors.distributed, 'get_world_size', lambda: world)
+    shares = metric_collectors.rank_shares(total, batch)
+    assert [i for share in shares for i in share] == list(range(total)) and len(shares[0])
+    assert all(share.start % batch == 0 for share in shares if share)
+
+
+def test_exact_sum_does_not_depend_on_grouping():
+    terms = torch.randn([60, 4], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    terms = terms * 10. ** torch.arange(60)[:, None].remainder(17) - 3
+    sums = []
+    for order in (range(60), reversed(range(60))):
+        total = metric_collectors.ExactSum()
+        for i in order:
+            total.add(terms[i])
+        again = metric_collectors.ExactSum()
+        again.restore(total.state(), 'cpu')
+        sums.append(again.over_ranks([range(60)]))
+    np.testing.assert_array_equal(sums[0], sums[1])
+    assert sums[0][0] == math.fsum(terms[:, 0].tolist())
+    assert (terms[:, 0].sum() - terms.flip(0)[:, 0].cumsum(0)[-1]).abs() > 0  # the plain sum does depend on it
+
+
 # ---- Bad input.
 
 def test_too_few_images(folders, reference):
@@ -174,6 +439,32 @@ def test_options_that_make_no_sense(folders, reference, tmp_path):
     fails('calc', 'there is no file nowhere.npz', ref='nowhere.npz', **images)
     fails('ref', 'is a folder', data=folders[0], dest=tmp_path)
     fails('ref', 'no folder or zip', data=tmp_path / 'none', dest=tmp_path / 'x.npz')
+
+
+NETWORK_ERRORS = {
+    'both': (dict(images='x'), 'give either --images=PATH'),
+    'number of images': (dict(num=20), '--num goes with --images, not with --network'),
+    'too few': (dict(seeds='0-8', metrics='is,fid'), "'is' needs at least 10 images"),
+    'one image': (dict(seeds='7'), 'at least 2 images'),
+    'a seed twice': (dict(seeds='1,2,3,2'), 'a seed occurs twice'),
+    'class': (dict(**{'class': 4}), 'classes 0 to 3'),
+    'option of another system': (dict(disc='vp'), '--disc is not an option of the Warm sampler'),
+    'missing': (dict(network='nowhere.safetensors'), 'there is no file nowhere.safetensors'),
+    'log': (dict(log='/nowhere/x.jsonl'), '/nowhere/x.jsonl cannot be written'),
+}
+
+
+@pytest.mark.parametrize('name', NETWORK_ERRORS)
+def test_options_of_networks(name, network, reference, tmp_path):
+    options, message = NETWORK_ERRORS[name]
+    fails('calc', message, **{'network': network, 'seeds': '0-9', 'ref': reference, **options})
+
+
+def test_options_of_images(folders, reference):
+    images = dict(images=folders[1], num=50, ref=reference)
+    for option in ({'seeds': '0-9'}, {'rounds': 3}, {'steps': 3}, {'S_churn': 1}, {'bnr': 0.5}, {'class': 1}):
+        fails('calc', f'--{next(iter(option))} goes with --network, not with --images', **images, **option)
+    fails('calc', 'give either --images=PATH', ref=reference)
 
 
 @pytest.fixture

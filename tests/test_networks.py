@@ -12,7 +12,7 @@ from training import networks
 from training.layers import (INIT_MODES, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding,
                              attend, draw_parameters, filter_down, filter_up, make_resample_filter, plain_attention,
                              split_heads)
-from training.precond import Precond, compute_dtype, edm_scalings, vp_sigma, vp_sigma_inv
+from training.precond import PRECISIONS, Precond, edm_scalings, vp_sigma, vp_sigma_inv
 from training.unet import DECODERS, EMBEDDINGS, ENCODERS, MODELS
 
 RECORDS = ['net-edm-adm', 'net-edm-ddpmpp', 'net-edm-ncsnpp', 'net-edm-skip', 'net-iddpm-ddpmpp', 'net-ve-ncsnpp',
@@ -368,9 +368,9 @@ def test_iddpm_rounds_to_its_grid():
 
 def test_float16_only_on_cuda():
     cpu, cuda = torch.device('cpu'), torch.device('cuda', 0)
-    assert compute_dtype(True, False, cuda) == torch.float16
-    assert {compute_dtype(True, True, cuda), compute_dtype(False, False, cuda), compute_dtype(True, False, cpu)} == {
-        torch.float32}
+    assert PRECISIONS['fp16'].dtype_on(cuda) == torch.float16 and PRECISIONS['fp16'].dtype_on(cpu) == torch.float32
+    assert small_net(use_fp16=True).precision == 'fp16'
+    assert small_net().precision == 'fp32'
 
 
 # -------------------------------------------------------------------------------------- bad input

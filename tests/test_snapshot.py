@@ -286,9 +286,9 @@ def test_tensors_that_do_not_match():
     ('edm', {'img_channels': 10 ** 12})])
 def test_arguments_that_ask_for_a_huge_network_cost_nothing(system, change):
     net = SYSTEMS[system].network_class(**SMALL)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     refusal(build_network, snapshot_of(net.state_dict(), system, **{**SMALL, **change}), SYSTEMS)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10  # KiB
 
 
@@ -300,7 +300,7 @@ def test_mutations_load_or_are_refused(good, tmp_path):
     start = time.monotonic()
     for _ in range(500):
         path.write_bytes(mutate(data, rng))
-        one = time.monotonic()
+        one = time.process_time()
         try:
             snapshot = read_snapshot(path)
             build_network(snapshot, TINY)
@@ -309,7 +309,7 @@ def test_mutations_load_or_are_refused(good, tmp_path):
             assert (snapshot.network_kwargs, snapshot.kimg) == (whole.network_kwargs, whole.kimg)
         except UserError:
             outcomes['refused'] += 1
-        assert time.monotonic() - one < 5
+        assert time.process_time() - one < 5
         if time.monotonic() - start > 60:
             break
     assert outcomes['loaded'] > 0 and outcomes['refused'] > 5

@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from training.state import (STATE_FORMAT, STATE_NAME, find_latest, load_state, matching_snapshot, parse_kimg,
-                            save_state)
+from training.state import STATE_FORMAT, load_state, parse_kimg, save_state
 
 STATE = {
     'kimg': 12, 'lr': 1e-3, 'name': 'warm', 'flag': True, 'none': None, 'big': 2 ** 127, 'small': -5,
@@ -40,7 +39,7 @@ def equal(a, b):
 
 @pytest.fixture(scope='module')
 def good(tmp_path_factory):
-    path = tmp_path_factory.mktemp('state') / STATE_NAME.format(12)
+    path = tmp_path_factory.mktemp('state') / 'training-state-000012.pt'
     save_state(path, STATE)
     return path
 
@@ -191,9 +190,9 @@ def test_archives_that_torch_would_not_have_written(name, good, tmp_path):
     path.write_bytes(rebuilt(good, lambda parts: parts.items()))
     assert equal(STATE, load_state(path))  # the way of making them is sound
     path.write_bytes(rebuilt(good, *ARCHIVES[name]))
-    start = time.monotonic()
+    start = time.process_time()
     refusal(path)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_mutations_load_or_are_refused(good, tmp_path):
@@ -207,13 +206,13 @@ def test_mutations_load_or_are_refused(good, tmp_path):
             path.write_bytes(rebuilt(good, with_pickle(lambda _: mutate(program, rng))))
         else:
             path.write_bytes(mutate(data, rng))
-        one = time.monotonic()
+        one = time.process_time()
         try:
             load_state(path)
             outcomes['loaded'] += 1
         except UserError:
             outcomes['refused'] += 1
-        assert time.monotonic() - one < 5
+        assert time.process_time() - one < 5
         if time.monotonic() - start > 60:
             break
     assert outcomes['loaded'] > 5 and outcomes['refused'] > 5
@@ -274,19 +273,3 @@ def test_parse_kimg(name, kimg, tmp_path):
 def test_parse_kimg_refuses_other_names(name):
     with pytest.raises(UserError):
         parse_kimg(name)
-
-
-def test_matching_snapshot(tmp_path):
-    state = tmp_path / 'training-state-000012.pt'
-    with pytest.raises(UserError, match='network-snapshot-000012.safetensors is missing'):
-        matching_snapshot(state)
-    for name in ('network-snapshot-000012.pkl', 'network-snapshot-000012.safetensors'):  # ours goes first
-        (tmp_path / name).write_bytes(b'')
-        assert matching_snapshot(state) == tmp_path / name
-
-
-def test_find_latest_goes_by_number(tmp_path):
-    assert find_latest(tmp_path) is None and find_latest(tmp_path / 'missing') is None
-    for name in ('000002', '1000000', '999999', 'x', '5'):
-        (tmp_path / f'training-state-{name}.pt').write_bytes(b'')
-    assert find_latest(tmp_path).name == 'training-state-1000000.pt'

@@ -66,7 +66,7 @@ def states_equal(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(states_equal(a[k], b[k]) for k in a if k != 'seconds')
+        return a.keys() == b.keys() and all(states_equal(a[k], b[k]) for k in a if k not in ('seconds', 'last_tick'))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(states_equal, a, b))
     return a == b
@@ -107,7 +107,7 @@ def test_accumulation_and_ranks_take_the_same_images(monkeypatch):
     def images(rank, ranks, start=0):
         monkeypatch.setattr(tl.dist, 'get_rank', lambda: rank)
         monkeypatch.setattr(tl.dist, 'get_world_size', lambda: ranks)
-        batches = tl.endless_batches(load_embedded(), 4, 5, start, {}, torch.device('cpu'))
+        batches = tl.Batches(load_embedded(), 4, 5, start, {}, torch.device('cpu'))
         return torch.cat([next(batches)[0] for _ in range(3)])
     alone = images(0, 1)[:12]
     assert alone.dtype == torch.float32 and -1 <= alone.min() and alone.max() <= 1

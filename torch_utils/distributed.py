@@ -1,7 +1,14 @@
 """Ranks: the process group under torchrun, and the same calls in a single process without one."""
 
+import collections
+import contextlib
 import datetime
+import inspect
 import os
+import re
+import secrets
+import time
+import warnings
 
 import torch
 import torch.distributed
@@ -21,8 +28,33 @@ def init():
         torch.cuda.set_device(local_rank())
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not torch.distributed.is_initialized():
         on_cuda = torch.cuda.is_available()
+        store, rank, ranks = next(torch.distributed.rendezvous('env://', timeout=TIMEOUT))
         torch.distributed.init_process_group(
-            'nccl' if on_cuda else 'gloo', timeout=TIMEOUT, device_id=device() if on_cuda else None)
+            'nccl' if on_cuda else 'gloo', store=fresh_store(store, rank, ranks), rank=rank, world_size=ranks,
+            timeout=TIMEOUT, device_id=device() if on_cuda else None)
+
+
+def fresh_store(store, rank, ranks):
+    """A part of the ranks' common store that no earlier life of theirs has used.
+
+    When torchrun restarts the ranks it may give them the same store again, in which one of them can find the address
+    where another was before. So rank 0 makes up a name, and tells it to everyone who asks with a word of its own.
+    """
+    own = secrets.token_hex(8)
+    if rank > 0:
+        store.set(f'asking/{rank}', own)
+        name = store.get(f'answer/{own}').decode()
+        store.set(f'{name}/heard/{rank}', 'yes')
+        return torch.distributed.PrefixStore(name, store)
+    end = time.monotonic() + TIMEOUT.total_seconds()
+    for r in range(1, ranks):
+        while not store.check([f'{own}/heard/{r}']):
+            if store.check([f'asking/{r}']):  # perhaps by an earlier life
+                store.set(f"answer/{store.get(f'asking/{r}').decode()}", own)
+            if time.monotonic() > end:
+                raise UserError(f'rank {r} of {ranks} has not come within {TIMEOUT}; see what it has printed')
+            time.sleep(0.01)
+    return torch.distributed.PrefixStore(own, store)
 
 
 def cleanup():
@@ -51,6 +83,20 @@ def device():
     return torch.device('cuda', local_rank()) if torch.cuda.is_available() else torch.device('cpu')
 
 
+@contextlib.contextmanager
+def lost_ranks_named():
+    """Turns the errors by which gloo and NCCL report a rank that has gone into a UserError."""
+    try:
+        yield
+    except RuntimeError as e:
+        reason = (str(e).splitlines() or [''])[0]
+        lost = re.search('closed by peer|reset by peer|Broken pipe|NCCL|timed out', reason, re.I)
+        if get_world_size() == 1 or not lost:
+            raise
+        raise UserError(f'rank {get_rank()} lost the connection to another rank ({reason[-160:]}); see what that rank '
+                        'has printed, and run the same command with --auto-resume to go on from the last state') from e
+
+
 def barrier():
     """Wait until every rank is here."""
     if torch.distributed.is_initialized():
@@ -61,6 +107,19 @@ def print0(*args, **kwargs):
     """Print on rank 0 only."""
     if get_rank() == 0:
         print(*args, **kwargs)
+
+
+def data_parallel(net):
+    """`net` wrapped so that gradients are averaged over the ranks; a single process gets it back as it is."""
+    if get_world_size() == 1:
+        return net
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    # Our buffers are constants: no need to send them at every step. The flag has changed its name.
+    flag = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(wrapper).parameters \
+        else 'broadcast_buffers'
+    # 1×1 kernels have two equivalent memory layouts, which PyTorch mistakes for a mismatch.
+    warnings.filterwarnings('ignore', message='Grad strides do not match bucket view strides')
+    return wrapper(net, device_ids=[device()] if torch.cuda.is_available() else None, **{flag: False})
 
 
 def broadcast_object(value):
@@ -86,6 +145,34 @@ def all_reduce_sum(tensor):
     if get_world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+class Ballot:
+    """Adds up a few numbers over the ranks at each step and brings the sums to the host, which needn't wait for them.
+
+    On a GPU the sums of a step are read when the next step has been handed to it; on the CPU at once.
+    """
+
+    def __init__(self):
+        self._under_way = collections.deque()
+
+    def cast(self, numbers):
+        """Hand in this rank's numbers of a step, float32 [n] on its device. Call on all ranks."""
+        all_reduce_sum(numbers)
+        event = None
+        if numbers.is_cuda:
+            numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way.append((numbers, event))
+
+    def results(self, wait=False):
+        """The sums of the steps that can be read by now, as lists, each once; with `wait` of all steps."""
+        while self._under_way and (wait or self._under_way[0][1] is None or len(self._under_way) > 1):
+            numbers, event = self._under_way.popleft()
+            if event is not None:
+                event.synchronize()
+            yield numbers.tolist()
 
 
 def on_rank0(function):

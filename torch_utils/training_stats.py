@@ -32,6 +32,17 @@ def report(name, value):
     return value
 
 
+def unread():
+    """What this rank has reported since the last `Collector.update`, for `restore`: {name: CPU tensor}."""
+    return {name: moments.cpu().clone() for name, moments in _moments.items()}
+
+
+def restore(moments):
+    """Start from what `unread` gave."""
+    _moments.clear()
+    _moments.update({name: m.to(distributed.device(), copy=True) for name, m in moments.items()})
+
+
 class Collector:
     """Reads what was reported since its last `update`."""
 

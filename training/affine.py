@@ -9,6 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from torch_utils.precision import float32_products
+
 # Low-pass filter of the sym6 wavelet (Daubechies' least asymmetric one with 12 taps), of sum √2. It is
 # orthonormal under shifts by two, so filtering up and then down gives back the image.
 SYM6 = [0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
@@ -68,6 +70,7 @@ def colour_map(luma=1, chroma=1, quarter_turn=0, offset=0):
                   [rest[0], rest[1], diagonal, offset], [0, 0, 0, 1])
 
 
+@float32_products(tf32=False)  # TF32 would round the images' own values
 def recolour(images, C):
     """Apply colour matrices C [N, 4, 4] to images [N, 3, H, W]; a grey one [N, 1, H, W] gets the channels' mean."""
     C = C[:, :3].to(images.dtype)
@@ -121,6 +124,7 @@ def sample_positions(size, device):
     return (n + 0.5) / 2 - size / 2
 
 
+@float32_products(tf32=False)
 def warp(images, M):
     """Look up each pixel of `images` [N, C, H, W] at the place where M [N, 3, 3] maps it.
 

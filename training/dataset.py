@@ -28,6 +28,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     Items are ``(image, label)``: a uint8 array [C, H, W] and a float32 vector [label_dim] (length 0
     without labels). Objects pickle and fork: each process opens the zip for itself and fills its own cache.
+    With `use_decoded`, pixels come from an array of all images (training.decoded), for which `batch` is the quick way.
 
     Args:
         path: Folder or zip, as dataset_tool.py makes them; any images of one square size do.
@@ -60,7 +61,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         if isinstance(self._archive, ZipArchive):
             self._check_png_headers()
         self._use_cache = bool(cache)
-        self._cache = self._cached = None
+        self._cache = self._cached = self._decoded = None
         if cache:
             self._allocate_cache()
 
@@ -95,6 +96,51 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Whether labels are class numbers in dataset.json."""
         return self._labels.ndim == 1
 
+    @property
+    def path(self):
+        """The folder or zip."""
+        return self._archive.path
+
+    @property
+    def num_files(self):
+        """Number of images at the path, whether in the subset or not."""
+        return len(self._names)
+
+    @property
+    def decoded(self):
+        """The array given to `use_decoded`, or None."""
+        return self._decoded
+
+    def decode_file(self, raw_idx):
+        """Pixels of the image number `raw_idx` at the path, uint8 [C, H, W], checked; past the cache."""
+        return self._decode(self._names[raw_idx])
+
+    def use_decoded(self, images):
+        """Take pixels from `images` from now on: uint8 [num_files, C, H, W], all at the path in their order."""
+        self._decoded, self._use_cache, self._cache, self._cached = images, False, None, None
+
+    def batch(self, indices):
+        """The items `indices`: images uint8 [B, C, H, W] and labels float32 [B, label_dim], both the caller's own."""
+        if self._decoded is None:
+            images, labels = zip(*(self[i] for i in indices))
+            return np.stack(images), np.stack(labels)
+        raw_idx, flipped = self.locate(indices)
+        images = np.asarray(self._decoded[raw_idx])  # a copy, in memory
+        images[flipped] = images[flipped][..., ::-1]
+        return images, self.labels_of_files(raw_idx)
+
+    def locate(self, indices):
+        """(number at the path, whether mirrored) of each of the items `indices`, as arrays [B]."""
+        indices = np.asarray(indices, np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f'indices {indices.min()} to {indices.max()} in a dataset of {len(self)} items')
+        return self._raw_idx[indices % len(self._raw_idx)], indices >= len(self._raw_idx)
+
+    def labels_of_files(self, raw_idx):
+        """Labels, float32 [B, label_dim], of the images with those numbers at the path."""
+        labels = self._labels[raw_idx]
+        return np.eye(self.label_dim, dtype=np.float32)[labels] if self.has_onehot_labels else labels
+
     def __len__(self):
         return len(self._raw_idx) * (2 if self._xflip else 1)
 
@@ -117,6 +163,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         names = (self._names[i] for i in self._raw_idx)
         return [(name, *self._archive.stamp(name)) for name in names]
 
+    def fingerprint(self):
+        """Values that change with the content at the path, without reading the images."""
+        return self._archive.fingerprint(self._names)
+
     def get_details(self, idx):
         """`raw_idx` (index among all images of the path), `xflip` and `raw_label` of item `idx`."""
         k, flipped = self._locate(idx)
@@ -124,7 +174,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return types.SimpleNamespace(raw_idx=raw_idx, xflip=flipped, raw_label=self._labels[raw_idx].copy())
 
     def __getstate__(self):
-        return {**self.__dict__, '_cache': None, '_cached': None}
+        return {**self.__dict__, '_cache': None, '_cached': None, '_decoded': None}
 
     def _locate(self, idx):
         """(position in the subset, whether mirrored) of item `idx`; mirrored copies follow the originals."""
@@ -135,6 +185,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def _load(self, k):
         """Pixels of the k-th image of the subset, from the cache where there is one."""
+        if self._decoded is not None:
+            return self._decoded[self._raw_idx[k]]
         if not self._use_cache:
             return self._decode(self._names[self._raw_idx[k]])
         if self._cache is None:  # a copy in another process starts with an empty cache

@@ -3,8 +3,10 @@
 import dataclasses
 import gzip
 import io
+import math
 import os
 import pickle
+import pickletools
 import struct
 import tarfile
 import zlib
@@ -24,7 +26,9 @@ CIFAR10_MD5 = 'c58f30108f718f92721af3b95e74349a'
 CIFAR10_MAX_BYTES = 200 << 20
 CIFAR10_BATCHES = [f'cifar-10-batches-py/data_batch_{i}' for i in range(1, 6)]
 MAX_BATCH_BYTES = 64 << 20  # CIFAR-10's pickles are 31 MB each
-MAX_MNIST_IMAGES = 1_000_000
+MAX_TAR_BYTES = 400 << 20  # unpacked; CIFAR-10's is 186 MB
+MAX_MNIST_IMAGES = 300_000
+MAX_PICKLE_STEPS, MAX_PICKLE_TUPLES, MAX_PICKLE_MEMO = 500_000, 1000, 1_000_000  # CIFAR-10's take a tenth of it
 
 
 @dataclasses.dataclass
@@ -97,13 +101,15 @@ def read_cifar10(path):
     remedy = f'download it again from {CIFAR10_URL}'
     batches = {}
     try:
-        with tarfile.open(path, 'r:gz') as tar:
+        with gzip.open(path) as unpacked, tarfile.open(fileobj=_Bounded(unpacked, path), mode='r|') as tar:
             for member in tar:
                 if member.isfile() and member.name in CIFAR10_BATCHES:
                     if member.size > MAX_BATCH_BYTES:
                         raise UserError(f'{member.name} in {path} is larger than {MAX_BATCH_BYTES} bytes; {remedy}')
                     batches[member.name] = _read_batch(tar.extractfile(member).read(), f'{member.name} in {path}')
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
+    except UserError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as e:
         raise UserError(f'{path} is not a readable tar.gz file ({e}); {remedy}') from e
     missing = [name for name in CIFAR10_BATCHES if name not in batches]
     if missing:
@@ -113,9 +119,35 @@ def read_cifar10(path):
     return Source(str(path), images, PIL.Image.fromarray, labels)
 
 
+class _Bounded:
+    """A stream that refuses to become longer than MAX_TAR_BYTES, however small the file is that it comes from."""
+
+    def __init__(self, stream, path):
+        self.stream, self.path, self.left = stream, path, MAX_TAR_BYTES
+
+    def read(self, size):
+        data = self.stream.read(min(size, self.left + 1))
+        self.left -= len(data)
+        if self.left < 0:
+            raise UserError(f'{self.path} unpacks to more than {MAX_TAR_BYTES} bytes; download it again from '
+                            f'{CIFAR10_URL}')
+        return data
+
+
+def _check_pickle(data):
+    """Refuse a pickle that could crash or starve Python's own machine by its program alone (see `edm_pickle`)."""
+    tuples = 0
+    for steps, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        tuples += 'TUPLE' in opcode.name
+        far = 'PUT' in opcode.name and argument is not None and int(argument) > MAX_PICKLE_MEMO
+        if far or steps > MAX_PICKLE_STEPS or tuples > MAX_PICKLE_TUPLES:
+            raise ValueError('its pickle is not one of plain values')
+
+
 def _read_batch(data, what):
     """(uint8 [N, 32, 32, 3], list of N labels) from the content of one batch file."""
     try:
+        _check_pickle(data)
         batch = _BatchUnpickler(io.BytesIO(data), encoding='bytes').load()
         batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
         images = batch['data'].pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -204,7 +236,9 @@ def _read_idx(path, ndim):
             magic, *shape = struct.unpack(f'>{1 + ndim}I', f.read(4 * (1 + ndim)))
             if magic != 0x800 + ndim or shape[0] > MAX_MNIST_IMAGES or max(shape[1:], default=0) > 1024:
                 raise ValueError('its header is not that of such a file')
-            size = int(np.prod(shape))
+            size = math.prod(shape)
+            if size > MAX_MNIST_IMAGES * 28 * 28:
+                raise ValueError('its header asks for too much')
             data = f.read(size)
             if len(data) != size:
                 raise ValueError(f'it ends after {len(data)} of {size} bytes')

@@ -1,5 +1,7 @@
 """From seeds to images: latents and classes per seed, batches over ranks, PNG files that survive an interruption."""
 
+import concurrent.futures
+import contextlib
 import io
 import json
 import os
@@ -56,7 +58,28 @@ def to_uint8(images):
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
-def generate_images(net, seeds, sampler, max_batch=64, class_idx=None, wanted=None):
+BATCH = 64  # images at a time, where nothing else is said
+GPU_BATCH = 512  # likewise on a GPU with memory to spare; more is no faster there
+GPU_SHARE = 0.25  # of its memory that the features of a batch may take
+
+
+def default_batch(net):
+    """Images at a time that suit the network's device: BATCH, or on a large GPU a power of two up to GPU_BATCH.
+
+    It depends on the network and the kind of GPU alone, not on what else the GPU holds: an image's last bits
+    depend on the batch it is drawn in.
+    """
+    device = next(net.parameters()).device
+    if device.type != 'cuda':
+        return BATCH
+    features = sum((net.model.num_blocks + 2) * channels * (net.img_resolution >> level) ** 2
+                   for level, channels in enumerate(net.model.level_channels))
+    image_bytes = 4 * 2 * features  # skips in float32, and about as much again for what is being computed
+    fitting = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / image_bytes
+    return max(BATCH, min(GPU_BATCH, 1 << int(np.log2(max(fitting, 1)))))
+
+
+def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted=None):
     """Yield (seeds, uint8 images [B, C, H, W]) for this rank's share of `seeds`, in batches.
 
     With `wanted` (a set), only those of the seeds. The batches stay those of all seeds, and are drawn whole: the
@@ -71,7 +94,7 @@ def generate_images(net, seeds, sampler, max_batch=64, class_idx=None, wanted=No
         yield [batch[i] for i in rows], images[rows]
 
 
-def gather_images(net, seeds, sampler, max_batch=64, class_idx=None):
+def gather_images(net, seeds, sampler, max_batch=BATCH, class_idx=None):
     """All images of `seeds` as one uint8 array [N, C, H, W] in the order of `seeds`, on every rank."""
     share = -(-len(seeds) // distributed.get_world_size())  # every rank works, however few the seeds
     parts = [(s, x.cpu().numpy()) for s, x in
@@ -153,16 +176,53 @@ def remaining_seeds(outdir, seeds, subdirs, settings, overwrite=False):
 def _read_json(path):
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
+WRITERS = 2  # threads; what they wait for, disk and compression, leaves the sampler's thread alone
+QUEUED = 4  # batches that may wait to be written
+
+
 def write_images(outdir, batches, subdirs=False, progress=lambda n: None):
-    """Write the batches of `generate_images` as PNG files; `progress` is called with each batch's size."""
-    for seeds, images in batches:
-        for seed, image in zip(seeds, images.cpu().numpy()):
-            path = image_path(outdir, seed, subdirs)
-            if subdirs:
-                make_dirs(path.parent)
-            save_png(path, image)
-        progress(len(seeds))
+    """Write the batches of `generate_images` as PNG files while the next ones are drawn.
+
+    `progress` is called with the size of each batch that has been written.
+
+    Raises:
+        UserError: a file cannot be written; those before it are kept.
+    """
+    with contextlib.closing(batches), concurrent.futures.ThreadPoolExecutor(WRITERS, 'png') as pool:
+        pending = []
+
+        def finish(left):
+            while len(pending) > left:
+                progress(pending.pop(0).result())
+        try:
+            for seeds, images in batches:
+                pending.append(pool.submit(_write_batch, outdir, seeds, *to_host(images), subdirs))
+                finish(QUEUED)
+            finish(0)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def to_host(images):
+    """(images in CPU memory, event): from a GPU the copy is under way until the event, which nobody waits for here."""
+    if not images.is_cuda:
+        return images, None
+    copy = torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return copy, event
+
+
+def _write_batch(outdir, seeds, images, event, subdirs):
+    if event is not None:
+        event.synchronize()
+    for seed, image in zip(seeds, images.numpy()):
+        path = image_path(outdir, seed, subdirs)
+        if subdirs:
+            make_dirs(path.parent)
+        save_png(path, image)
+    return len(seeds)

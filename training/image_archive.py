@@ -1,5 +1,6 @@
 """Where images lie: a folder or a zip, read the same way, and what its dataset.json says about them."""
 
+import hashlib
 import json
 import math
 import os
@@ -9,7 +10,9 @@ import zlib
 from dnnlib import UserError
 from training.image_codec import is_image_name
 
-MAX_FILE_BYTES = 1 << 30  # no image or label file of a dataset is near this; a zip may claim anything
+MAX_FILE_BYTES = 1 << 28  # no image of a dataset is near this; a zip may claim anything
+MAX_LABEL_BYTES = 16 << 20  # of dataset.json, and LABEL_BYTES_PER_IMAGE; parsed JSON takes twenty times its text
+LABEL_BYTES_PER_IMAGE = 256
 MAX_CLASSES = 100_000  # a one-hot vector longer than this is a mistaken label
 
 
@@ -51,6 +54,10 @@ class FolderArchive:
             raise UserError(f'could not read {name} in {self.path}: {e.strerror}; '
                             'check the file and its permissions') from e
         return status.st_size, status.st_mtime_ns
+
+    def fingerprint(self, names):
+        """What changes with the content of the files `names`, without reading them: a hexadecimal digest."""
+        return _digest((name, *self.stamp(name)) for name in names)
 
     def read(self, name):
         """The bytes of one file. Raises UserError when it cannot be read."""
@@ -98,6 +105,11 @@ class ZipArchive:
         info = self._open().getinfo(name)
         return info.file_size, info.CRC
 
+    def fingerprint(self, names):
+        """What changes with the content of the files `names`: the zip's size, time and directory as a digest."""
+        status = os.stat(self.path)
+        return _digest([(status.st_size, status.st_mtime_ns), *((name, *self.stamp(name)) for name in names)])
+
     def read(self, name):
         """The bytes of one file. Raises UserError when it is missing or damaged."""
         return self._read(name, -1)
@@ -109,14 +121,23 @@ class ZipArchive:
     def _read(self, name, size):
         try:
             with self._open().open(name) as f:
-                if self._open().getinfo(name).file_size > MAX_FILE_BYTES:
+                file_size = self._open().getinfo(name).file_size
+                if file_size > MAX_FILE_BYTES:
                     raise _too_large(name, self.path)
-                return f.read(size)
+                # Never without a number: zipfile would unpack up to 2 GiB at once, whatever the file's entry says.
+                return f.read(file_size if size < 0 else min(size, file_size))
         except KeyError as e:
             raise UserError(f'there is no {name} in {self.path}; make the zip anew with dataset_tool.py') from e
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as e:
             raise UserError(f'could not read {name} in {self.path} ({e}); '
                             'copy the zip again, or make it anew with dataset_tool.py') from e
+
+
+def _digest(records):
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(record).encode())
+    return digest.hexdigest()
 
 
 def _too_large(name, path):
@@ -148,7 +169,10 @@ def read_labels(archive):
     where = f'dataset.json in {archive.path}'
     remedy = 'correct it, or make the dataset anew with dataset_tool.py'
     try:
-        content = json.loads(archive.read('dataset.json'))
+        text = archive.read('dataset.json')
+        if len(text) > MAX_LABEL_BYTES + LABEL_BYTES_PER_IMAGE * len(archive.names()):
+            raise UserError(f'{where} is far too long for the images there; {remedy}')
+        content = json.loads(text)
     except (ValueError, RecursionError) as e:
         reason = 'nested too deeply' if isinstance(e, RecursionError) else e
         raise UserError(f'{where} is not valid JSON ({reason}); {remedy}') from e

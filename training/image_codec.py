@@ -16,6 +16,7 @@ except ImportError:
 
 # Raster formats only: Pillow would hand PostScript (even in a file called .png) to an interpreter.
 FORMATS = ('AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'QOI', 'SGI', 'TGA', 'TIFF', 'WEBP')
+MAX_PIXELS = 1 << 26  # 8192×8192; half of it where a pixel takes more than 3 bytes, so that memory stays under 1 GiB
 PNG_HEADER_BYTES = 33  # signature, then the IHDR chunk
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3}  # colour type → channels after decoding (palettes become RGB)
 PLAIN = {'1': 'L', 'L': 'L', 'RGB': 'RGB', 'P': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB'}  # nothing is lost but CMYK's K
@@ -111,7 +112,7 @@ def _open(data, what):
     """The first frame of an image file, decoded by Pillow."""
     try:
         with PIL.Image.open(io.BytesIO(data), formats=_formats()) as image:
-            _check_size(*image.size, what)
+            _check_size(*image.size, what, MAX_PIXELS if image.mode in PLAIN else MAX_PIXELS // 2)
             image.load()
             return image
     except UserError:
@@ -120,14 +121,13 @@ def _open(data, what):
         raise _undecodable(what, e) from e
 
 
-def _check_size(width, height, what):
-    limit = PIL.Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
+def _check_size(width, height, what, limit=MAX_PIXELS):
+    if width * height > limit:
         raise UserError(f'{what} claims {width}x{height} pixels, more than the {limit} accepted; remove it')
 
 
 def _undecodable(what, error):
     if isinstance(error, (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)):
-        return UserError(f'{what} claims more than the {PIL.Image.MAX_IMAGE_PIXELS} pixels accepted; remove it')
+        return UserError(f'{what} claims more than the {MAX_PIXELS} pixels accepted; remove it')
     reason = 'of no known format' if isinstance(error, PIL.UnidentifiedImageError) else f'damaged ({error})'
     return UserError(f'{what} does not decode as an image: it is {reason}; replace or remove it')

@@ -1,7 +1,8 @@
 """The parts U-Nets are made of: weights and their initialisation, resampling convolutions, attention, the block.
 
 Every layer keeps its parameters in float32 and casts them to the dtype of its input, so one set of
-weights serves float32, float16 and float64. Parameter names are those of EDM's checkpoints.
+weights serves float32, float16, bfloat16 and float64. In the two short types group norms and softmax
+are computed in float32 still. Parameter names are those of EDM's checkpoints.
 """
 
 import dataclasses
@@ -78,8 +79,43 @@ class Linear(torch.nn.Module):
         return F.linear(x, cast(self.weight, x), cast(self.bias, x))
 
 
+SHORT_TYPES = (torch.float16, torch.bfloat16)
+
+
+class ShortTypeNorm(torch.autograd.Function):
+    """Group norm, and perhaps SiLU, of float16 or bfloat16 features, computed in float32 and rounded once.
+
+    What is kept for the backward pass is the input in its short type; the float32 values are made anew.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, num_groups, eps, silu):
+        y, mean, rstd = torch.native_group_norm(x.to(torch.float32), weight, bias, *_sizes(x), num_groups, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.num_groups, ctx.silu = num_groups, silu
+        return (F.silu(y) if silu else y).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        wide, grad = x.to(torch.float32), grad.to(torch.float32)
+        if ctx.silu:
+            y = (wide.unflatten(1, (ctx.num_groups, -1)) - mean[:, :, None, None, None]) * rstd[:, :, None, None, None]
+            y = torch.addcmul(bias[:, None, None], y.flatten(1, 2), weight[:, None, None])
+            gate = y.sigmoid()
+            grad = grad * (gate * (1 + y * (1 - gate)))
+        grads = torch.ops.aten.native_group_norm_backward(
+            grad.contiguous(), wide.contiguous(), mean, rstd, weight, *_sizes(x), ctx.num_groups, [True, True, True])
+        return grads[0].to(x.dtype), grads[1], grads[2], None, None, None
+
+
+def _sizes(x):
+    """Batch, channels and pixels of [B, C, H, W]."""
+    return x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+
+
 class GroupNorm(torch.nn.Module):
-    """Group normalisation with min(32, C // 4) groups.
+    """Group normalisation with min(32, C // 4) groups; its statistics are float32 at least.
 
     Raises UserError if C channels cannot be divided into that many groups.
     """
@@ -94,8 +130,12 @@ class GroupNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(channels))
         self.bias = torch.nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x):
-        return F.group_norm(x, self.num_groups, cast(self.weight, x), cast(self.bias, x), self.eps)
+    def forward(self, x, silu=False):
+        """The normalised features, with `silu` also through SiLU."""
+        if x.dtype in SHORT_TYPES:
+            return ShortTypeNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
+        y = F.group_norm(x, self.num_groups, cast(self.weight, x), cast(self.bias, x), self.eps)
+        return F.silu(y) if silu else y
 
 
 def make_resample_filter(taps):
@@ -123,8 +163,13 @@ class Conv2d(torch.nn.Module):
     With ``fused`` the two share one padding. Going down the convolution then comes first, at full
     resolution, and only its result is low-passed.
 
+    ``memory_format`` is the layout the weight is handed over in, and with it that of the result; the parameter
+    itself keeps its own.
+
     Raises UserError if both ``up`` and ``down`` are set.
     """
+
+    memory_format = torch.preserve_format
 
     def __init__(self, in_channels, out_channels, kernel, init=None, up=False, down=False, resample_filter=(1, 1),
                  fused=False):
@@ -150,7 +195,8 @@ class Conv2d(torch.nn.Module):
         return x if self.weight is None else self._convolve(x, self.pad)
 
     def _convolve(self, x, padding):
-        return F.conv2d(x, cast(self.weight, x), cast(self.bias, x), padding=padding)
+        weight = self.weight.to(x.dtype, memory_format=self.memory_format)
+        return F.conv2d(x, weight, cast(self.bias, x), padding=padding)
 
     def _fused(self, x):
         if self.up:
@@ -293,8 +339,8 @@ class UNetBlock(torch.nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
 
     def forward(self, x, emb):
-        h = self.conv0(F.silu(self.norm0(x)))
-        h = F.silu(self._modulate(h, self.affine(emb)[:, :, None, None].to(h.dtype)))
+        h = self.conv0(self.norm0(x, silu=True))
+        h = self._modulate(h, self.affine(emb)[:, :, None, None].to(h.dtype))
         h = self.conv1(F.dropout(h, p=self.style.dropout, training=self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
         if self.num_heads:
@@ -302,7 +348,8 @@ class UNetBlock(torch.nn.Module):
         return x
 
     def _modulate(self, h, params):
+        """SiLU of the second norm, scaled and shifted by the embedding or of the sum with it."""
         if self.style.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
-            return torch.addcmul(shift, self.norm1(h), scale + 1)
-        return self.norm1(h + params)
+            return F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        return self.norm1(h + params, silu=True)

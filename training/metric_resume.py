@@ -33,7 +33,8 @@ class Unfinished:
 
     def __init__(self, identity):
         device = distributed.device()
-        computed_by = [FORMAT, torch.__version__, device.type, distributed.get_world_size()]
+        threads = torch.get_num_threads() if device.type == 'cpu' else None  # they decide the last digit
+        computed_by = [FORMAT, torch.__version__, device.type, threads, distributed.get_world_size()]
         text = json.dumps([computed_by, identity], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:24]
         self.path = cache_dir() / 'unfinished-scores' / f'{digest}-rank{distributed.get_rank()}.npz'
@@ -47,11 +48,11 @@ class Unfinished:
     def load(self):
         """What was stored, as `Accumulator.restore` takes it, or None. A damaged file counts as none."""
         try:
-            with np.load(self.path, allow_pickle=False) as z:
+            with open(self.path, 'rb') as f, np.load(f, allow_pickle=False) as z:
                 state = dict(z)
             self.earlier_sec = float(state.pop('seconds'))
             return state
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+        except (OSError, ValueError, AttributeError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
             return None
 
     def save_if_due(self, accumulator):

@@ -11,8 +11,6 @@ need besides (see `metric_collectors`). As .npz files they are readable as EDM's
 import dataclasses
 import os
 import typing
-import zipfile
-import zlib
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from dnnlib.download import is_url, local_path
 from dnnlib.files import atomic_write, make_dirs
 from training import metric_fid, metric_is, metric_kid, metric_pr
 from training.metric_collectors import Features, Moments, SplitProbabilities, rank_share
+from training.npz import read_npz
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,8 +241,8 @@ def load_reference(path_or_url, metrics, detector):
     path = local_path(path_or_url)
     needed = dict.fromkeys(a for m in metrics for a in METRICS[m].ref_arrays)
     try:
-        ref = _read_npz(path, {'mu', 'sigma', 'num', 'detector', 'detector_hash', *needed})
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
+        ref = read_npz(path, {'mu', 'sigma', 'num', 'detector', 'detector_hash', *needed})
+    except (ValueError, OSError) as e:
         if is_url(path_or_url):
             path.unlink(missing_ok=True)  # or the bad answer would be served from the cache for ever
         raise UserError(f'{path_or_url} is not an .npz file of statistics, or it is damaged (if it was downloaded, '
@@ -254,13 +253,6 @@ def load_reference(path_or_url, metrics, detector):
         if 'features' in METRICS[name].ref_arrays:
             _check_enough(name, len(ref['features']), f'images in {path_or_url}')
     return ref
-
-
-def _read_npz(path, names):
-    if not zipfile.is_zipfile(path):  # np.load would return a single array for an .npy file
-        raise ValueError('no .npz')
-    with np.load(path, allow_pickle=False) as z:
-        return {name: z[name] for name in names if name in z.files}
 
 
 def _check_arrays(ref, needed, what):

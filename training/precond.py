@@ -4,10 +4,12 @@ One class a column of that table; what differs between them is ``scalings`` and 
 """
 
 import copy
+from typing import NamedTuple
 
 import torch
 
 from dnnlib import UserError
+from torch_utils.precision import float32_products
 from training.snapshot import copy_matching_tensors
 from training.unet import MODELS, require_choice
 
@@ -43,9 +45,23 @@ def iddpm_noise_levels(C_1, C_2, M):
     return u
 
 
-def compute_dtype(use_fp16, force_fp32, device):
-    """float16 where asked for, not overruled and on CUDA; float32 otherwise."""
-    return torch.float16 if use_fp16 and not force_fp32 and device.type == 'cuda' else torch.float32
+class Precision(NamedTuple):
+    """How F is computed: the dtype of its features; whether CUDA rounds float32 products to TF32."""
+    dtype: torch.dtype
+    tf32: bool = False
+    cuda_only: bool = False  # elsewhere float32, as in EDM
+
+    def dtype_on(self, device):
+        """The dtype on a torch.device."""
+        return torch.float32 if self.cuda_only and device.type != 'cuda' else self.dtype
+
+
+PRECISIONS = {
+    'fp32': Precision(torch.float32),
+    'tf32': Precision(torch.float32, tf32=True),
+    'bf16': Precision(torch.bfloat16),
+    'fp16': Precision(torch.float16, cuda_only=True),
+}
 
 
 def edm_scalings(sigma, sigma_data=SIGMA_DATA):
@@ -68,7 +84,7 @@ class Precond(torch.nn.Module):
     Args:
         img_resolution, img_channels: of the images.
         label_dim: width of the class labels, 0 for none.
-        use_fp16: run F in float16 on CUDA.
+        use_fp16: EDM's switch: the default of ``precision`` is fp16 instead of fp32.
         model_type: one of training.unet.MODELS; model_kwargs: its further arguments.
         constants: the subclass's own arguments by name; they become attributes.
         sigma_min, sigma_max: range of noise levels the network supports.
@@ -76,7 +92,11 @@ class Precond(torch.nn.Module):
 
     Attributes: all of these, ``model`` (F) and ``init_kwargs``, the subclass's constructor arguments
     as a dict that JSON can hold; ``type(net)(**net.init_kwargs)`` has the same architecture.
+    ``precision``, a name in PRECISIONS, is how F runs; it may be set at any time and is not part of a snapshot.
+    Weights, embeddings, group norms' statistics, softmax and all that surrounds F are float32 in any case.
     """
+
+    _precision = None
 
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
                  sigma_min, sigma_max, out_channels=None):
@@ -94,6 +114,19 @@ class Precond(torch.nn.Module):
                                         out_channels=out_channels or img_channels, label_dim=label_dim,
                                         **model_kwargs)
 
+    @property
+    def precision(self):
+        return self._precision or ('fp16' if self.use_fp16 else 'fp32')
+
+    @precision.setter
+    def precision(self, name):
+        require_choice('precision', name, PRECISIONS)
+        self._precision = name
+
+    def products(self):
+        """Context in which CUDA rounds float32 products as ``precision`` says; F runs in it, backward passes should."""
+        return float32_products(PRECISIONS[self.precision].tf32)
+
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
         """The denoised image D(x; σ).
 
@@ -101,7 +134,7 @@ class Precond(torch.nn.Module):
             x: [B, img_channels, img_resolution, img_resolution], of any float dtype.
             sigma: noise level > 0, in units of the images: a number or tensor of 1 or B values.
             class_labels: [B, label_dim] or [1, label_dim]; None means zeros.
-            force_fp32: do without float16.
+            force_fp32: take fp32 instead of ``precision``.
             model_kwargs: passed on to F, such as augment_labels.
 
         Returns:
@@ -118,9 +151,11 @@ class Precond(torch.nn.Module):
 
     def run_model(self, c_in_x, c_noise, class_labels=None, force_fp32=False, **model_kwargs):
         """F at a scaled image, in the precision that suits the device; float32 [B, out_channels, H, W]."""
-        dtype = compute_dtype(self.use_fp16, force_fp32, c_in_x.device)
+        precision = PRECISIONS['fp32' if force_fp32 else self.precision]
         labels = self.check_labels(class_labels, c_in_x)
-        return self.model(c_in_x.to(dtype), c_noise.flatten(), labels, **model_kwargs).to(torch.float32)
+        with float32_products(precision.tf32):
+            F_x = self.model(c_in_x.to(precision.dtype_on(c_in_x.device)), c_noise.flatten(), labels, **model_kwargs)
+        return F_x.to(torch.float32, memory_format=torch.contiguous_format)
 
     def transfer(self, source):
         """Copy every tensor of state dict `source` whose name and shape match; returns their names."""

@@ -62,9 +62,9 @@ def training_facts(net, system, dataset_name):
 
 
 def sampling_facts(net, system, options, sampler):
-    """How it is sampled: NFE, solver, the system's own facts (Warm's BNR), all options given."""
+    """How it is sampled: NFE, solver, precision, the system's own facts (Warm's BNR), all options given."""
     solver = options.get('solver', 'heun') if 'solver' in system.sample_options else None
-    return dict(nfe=count_evaluations(net, sampler), solver=solver, **system.describe(net, options), sampler=options)
+    return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=net.precision, **system.describe(net, options), sampler=options)
 
 
 def code_version():
@@ -102,6 +102,6 @@ def read_facts(path):
     """The JSON object in a file, {} without one."""
     try:
         facts = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}

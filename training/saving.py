@@ -14,7 +14,7 @@ from training.snapshot import read_snapshot, write_snapshot
 from training.state import load_state, parse_kimg, save_state
 
 MAX_WAITING = 2  # saves that may wait for the disk; a further one waits, lest memory fills up
-LEAVE_SEC = 60  # how long an error elsewhere waits for the writes that have begun
+LEAVE_SEC = 60  # how long an error elsewhere waits for what is being written
 KINDS = {'training-state': 'pt', 'network-snapshot': 'safetensors'}
 READERS = {'training-state': load_state, 'network-snapshot': read_snapshot}
 LATEST = 'latest'
@@ -26,7 +26,7 @@ class Saver:
     """Writes one run's snapshots and states in a background thread, in the order given. One on rank 0 is enough.
 
     The caller only waits for the copy into this machine's memory. Once a state is on the disk and has been
-    read back, older files beyond `keep` are deleted. Leaving the `with` block waits for what is under way.
+    read back, older files beyond `keep` are deleted. Leaving the `with` block waits a while for what is under way.
 
     Args:
         run_dir: Folder of the run.
@@ -42,24 +42,19 @@ class Saver:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *exc):
+    def __exit__(self, *exc):
         if self._thread is not None:
-            self._put(None)
-            self._thread.join(None if kind is None else LEAVE_SEC)
-        if kind is None:
-            self.check()
+            with contextlib.suppress(queue.Full):
+                self._jobs.put(None, timeout=LEAVE_SEC)
+            self._thread.join(LEAVE_SEC)
 
     def save(self, nimg, snapshot=None, state=None):
         """Write network-snapshot-KIMG and training-state-KIMG, whichever is given.
 
         Args:
             snapshot: Arguments of `write_snapshot` without the path; its tensors may be in use.
-            state: As for `save_state`; the same tensors are copied once.
-
-        Raises:
-            UserError: an earlier save failed.
+            state: As for `save_state`; a tensor that is in both is copied once.
         """
-        self.check()
         snapshot, state = host_copy((snapshot, state))
         self._put(lambda: self._write(nimg, snapshot, state))
 
@@ -67,6 +62,11 @@ class Saver:
         """Raise the UserError that an earlier save ended with, if it did."""
         if self._error is not None:
             raise self._error
+
+    def finish(self):
+        """Wait until all is written, then `check`."""
+        self._jobs.join()
+        self.check()
 
     def _put(self, job):
         if self._thread is None:
@@ -81,6 +81,8 @@ class Saver:
                     job()
             except Exception as e:  # raised again by `check`, in the thread that trains
                 self._error = e
+            finally:
+                self._jobs.task_done()
 
     def _write(self, nimg, snapshot, state):
         if snapshot is not None:
@@ -169,10 +171,11 @@ def find_states(where, outdir):
 
 
 def newest_good(states):
-    """(path, content) of the first state that can be read, (None, None) without one; prints what is wrong with others."""
+    """(path, content, complaints): the first state that can be read, or None twice; what is wrong with those before."""
+    complaints = []
     for path in states:
         try:
-            return path, load_state(path)
+            return path, load_state(path), complaints
         except UserError as e:
-            print(f'Passing over a training state: {e}')
-    return None, None
+            complaints.append(str(e))
+    return None, None, complaints

@@ -2,7 +2,8 @@
 
 A snapshot is one safetensors file. The key `HEADER_KEY` of its metadata holds a JSON object: format
 (version), system, network_kwargs (constructor arguments), dataset (facts about the training data),
-kimg, extra, and checksum (of all the rest and the tensors). Unknown entries are ignored, so that a later version may add some without a new format.
+kimg, extra, and checksum (of all the rest and the tensors). Unknown entries are ignored, so that a later
+version may add some without a new format.
 EDM's .pkl snapshots are read too (training.edm_pickle).
 """
 

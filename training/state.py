@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import pathlib
 import re
 import zipfile
 
@@ -14,8 +13,6 @@ from dnnlib.files import atomic_write
 from training.edm_pickle import TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id, shown
 
 STATE_FORMAT = 1
-STATE_NAME = 'training-state-{:06d}.pt'
-SNAPSHOT_NAMES = ('network-snapshot-{:06d}.safetensors', 'network-snapshot-{:06d}.pkl')  # ours, then EDM's
 PLAIN = (str, int, float, bool, type(None))
 KIND = 'warm-diffusion training state'
 
@@ -34,33 +31,11 @@ def parse_kimg(path):
     return int(match[1] or match[2])
 
 
-def find_latest(run_dir):
-    """Path of the training state with the highest KIMG in a run folder, None without one."""
-    states = pathlib.Path(run_dir).glob('training-state-*.pt')
-    states = [path for path in states if re.fullmatch(r'training-state-\d{6,12}\.pt', path.name)]
-    return max(states, key=parse_kimg, default=None)
-
-
-def matching_snapshot(state_path):
-    """Path of the network snapshot that was saved together with a training state.
-
-    Raises:
-        UserError: the state's name says no KIMG, or no snapshot of that KIMG lies beside it.
-    """
-    kimg = parse_kimg(state_path)
-    choices = [pathlib.Path(state_path).parent / name.format(kimg) for name in SNAPSHOT_NAMES]
-    for path in choices:
-        if path.is_file():
-            return path
-    raise UserError(f'the snapshot {choices[0].name} is missing beside {state_path}; '
-                    'put it back there, or resume from another training state')
-
-
 def save_state(path, state):
     """Write a training state; `path` keeps its former content unless all of it reaches the disk.
 
     Args:
-        path: Usually STATE_NAME.format(kimg) in the run folder.
+        path: Usually training-state-KIMG.pt in the run folder.
         state: Tree of dicts (plain keys), lists, tuples, tensors, str, int, float, bool and None. Long
             tables of numbers belong into tensors.
 

@@ -1,8 +1,10 @@
 """What a training run says about itself: status lines, stats.jsonl, and a progress line for a person."""
 
 import json
+import math
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -10,6 +12,7 @@ import psutil
 import torch
 
 from dnnlib import UserError
+from dnnlib.files import atomic_write
 from dnnlib.text import format_time
 from torch_utils import distributed as dist
 from torch_utils import training_stats
@@ -40,6 +43,10 @@ class Status:
         """Seconds of training up to now, over all pieces of the run."""
         return time.time() - self.started
 
+    def tick_seconds(self):
+        """Seconds since the tick began."""
+        return time.time() - self.tick_time
+
     def end_tick(self, tick, nimg):
         """Print EDM's status line and report its numbers; what follows until `start_tick` is maintenance."""
         self.ended = time.time()
@@ -48,6 +55,11 @@ class Status:
             training_stats.report(name, value)
         self.collector.update()
         print_status(self.collector)
+
+    def last_line(self):
+        """Statistics of the last tick that ended, as its line in stats.jsonl; {} before."""
+        stats = self.collector.as_dict()
+        return {**stats, 'timestamp': time.time()} if stats else {}
 
     def add(self, values):
         """Add {name: value}, known to rank 0 alone, to the line of the tick that has ended."""
@@ -114,6 +126,40 @@ def append_line(path, record, remedy='resume from the last training state'):
             f.write(json.dumps(record) + '\n')
     except OSError as e:
         raise UserError(f'could not write {path}: {e.strerror or e}; free some space and {remedy}') from e
+
+
+def trim_records(run_dir, tick, last_line):
+    """Make stats.jsonl and log.txt end where a run is continued: after the ticks before number `tick`.
+
+    Args:
+        last_line: What stats.jsonl should end with (`Status.last_line`), in case that was never written; or {}.
+
+    Raises:
+        UserError: the files cannot be read or written.
+    """
+    def parsed(line):
+        try:
+            return json.loads(line)['Progress/tick']['mean']
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return math.inf  # cut off by whatever ended the run
+    lines = [line for line in _lines(run_dir, 'stats.jsonl') if parsed(line) < tick]
+    if last_line and not any(parsed(line) == tick - 1 for line in lines):
+        lines.append(json.dumps(last_line) + '\n')
+    log = _lines(run_dir, 'log.txt')
+    log = [line for line in log if not ((m := re.match(r'tick (\d+) ', line)) and int(m[1]) >= tick)]
+    for name, content in (('stats.jsonl', lines), ('log.txt', log)):
+        if content or os.path.exists(os.path.join(run_dir, name)):
+            with atomic_write(os.path.join(run_dir, name), 'w') as f:
+                f.writelines(content)
+
+
+def _lines(run_dir, name):
+    try:
+        return (pathlib.Path(run_dir) / name).read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f'could not read {name} in {run_dir}: {e.strerror or e}; check its permissions') from e
 
 
 def check_tensorboard():

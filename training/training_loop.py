@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import os
 
 import numpy as np
@@ -11,13 +10,19 @@ import torch
 from dnnlib import UserError
 from torch_utils import distributed as dist
 from torch_utils import training_stats
-from torch_utils.misc import InfiniteSampler
+from torch_utils.signals import StopRequest, Watchdog
+from training.acceleration import accelerate
 from training.augment import AugmentPipe
+from training.batches import Batches
 from training.dataset import ImageFolderDataset
+from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
-from training.snapshot import build_network, read_snapshot, save_snapshot
-from training.state import load_state, matching_snapshot, save_state
+from training.health import Health
+from training.progress import Progress, restore, run_state, seed_rank
+from training.saving import Saver
+from training.snapshot import read_snapshot
+from training.state import load_state
 from training.status import Status
 
 
@@ -29,7 +34,9 @@ def training_loop(
     network_kwargs,             # Arguments of the system's network, without those that the data set decides.
     optimizer_kwargs,           # Arguments of torch.optim.Adam: lr, betas, eps.
     augment_kwargs=None,        # Arguments of AugmentPipe; None = no augmentation.
-    data_loader_kwargs=None,    # Arguments of torch.utils.data.DataLoader.
+    data_loader_kwargs=None,    # Arguments of torch.utils.data.DataLoader, for sets that are not decoded in advance.
+    data_device='cpu',          # Where the decoded data set lies; 'cuda' puts all of it on each GPU.
+    accelerate_kwargs=None,     # Arguments of training.acceleration.accelerate: precision, compile, …
     seed=0,                     # The same on all ranks.
     batch_size=512,             # Images per step, over all ranks.
     batch_gpu=None,             # Images per forward pass and rank; smaller than a rank's share = accumulation.
@@ -44,14 +51,21 @@ def training_loop(
     grid_images=64,             # Images in the grid that goes with each snapshot; 0 = none.
     transfer=None,              # Snapshot whose EMA weights to start from.
     resume=None,                # Training state to continue.
+    keep=0,                     # Snapshots and states kept; 0 = all.
+    max_nonfinite=100,          # Steps in a row with a non-finite loss or gradients that end the run; 0 = none do.
+    timeout=600,                # Seconds without a finished step after which a rank counts as hung; 0 = never.
     eval_kwargs=None,           # Arguments of make_evaluator: ticks, num, ref, detector, metrics; None = no scores.
     tensorboard=False,          # Whether to write event files for TensorBoard too.
     cudnn_benchmark=True,
 ):
     """Train a system and leave snapshots, states, image grids and stats.jsonl in `run_dir`.
 
+    Returns:
+        Whether the training is done; False where a signal has stopped it (torch_utils.signals), its state saved.
+
     Raises:
-        UserError: batch sizes that do not divide, data or files that cannot be used, a full disk.
+        UserError: batch sizes that do not divide, data or files that cannot be used, a full disk, numbers that
+            stay non-finite.
     """
     device = dist.device()
     torch.backends.cudnn.benchmark = cudnn_benchmark
@@ -59,31 +73,37 @@ def training_loop(
     system = systems[system]
 
     dist.print0('Loading dataset...')
-    dataset = ImageFolderDataset(**dataset_kwargs)
+    dataset = open_dataset(**dataset_kwargs)
     state = None
     if resume is not None:
         dist.print0(f'Resuming from {resume}...')
         state = load_state(resume)
     progress = Progress(**state['progress']) if state else Progress()
+    if progress.nimg >= total_kimg * 1000:
+        dist.print0(f'All {total_kimg:g} kimg are done already.')
+        return True
 
     dist.print0('Constructing network...')
     torch.manual_seed(seed)  # the initial weights do not depend on the rank or on the number of ranks
     net = system.network_class(**interface_kwargs(dataset, augment_kwargs), **network_kwargs)
     net.train().requires_grad_(True).to(device)
+    accelerate(net, **(accelerate_kwargs or {}))
     loss_fn = system.loss(net)
     augment_pipe = AugmentPipe(**augment_kwargs) if augment_kwargs else None
-    optimizer = torch.optim.Adam(net.parameters(), **optimizer_kwargs)
-    if transfer is not None:
+    optimizer = make_optimizer(net, **optimizer_kwargs)
+    if state is not None:
+        ema_rampup_ratio = state['settings']['ema_rampup_ratio']
+    elif transfer is not None:
         transfer_weights(transfer, net)
         ema_rampup_ratio = None
+    settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
-        restore(state, resume, net, ema, optimizer, systems)
-    ddp = net if dist.get_world_size() == 1 else torch.nn.parallel.DistributedDataParallel(
-        net, device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False)
+        restore(state, resume, net, ema, optimizer)
+    ddp = dist.data_parallel(net)
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None
     evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, **(eval_kwargs or {}))
-    batches = endless_batches(dataset, batch_gpu, seed, progress.nimg, data_loader_kwargs or {}, device)
+    batches = Batches(dataset, batch_gpu, seed, progress.nimg, data_loader_kwargs or {}, device, data_device)
     seed_rank(seed, state)
 
     grid_sampler = system.make_sampler(ema, sample_options)
@@ -92,62 +112,74 @@ def training_loop(
 
     dist.print0(f'Training for {total_kimg:g} kimg...')
     status = Status(run_dir, progress.nimg, total_kimg * 1000, progress.seconds, device, tensorboard)
-    while True:
-        # One step: gradients over the accumulation rounds, synchronised on the last.
-        optimizer.zero_grad(set_to_none=True)
-        for i in range(rounds):
-            with ddp.no_sync() if ddp is not net and i < rounds - 1 else contextlib.nullcontext():
-                images, labels = next(batches)
-                loss = loss_fn(ddp, images, labels, augment_pipe)
-                training_stats.report('Loss/loss', loss)
-                loss.sum().mul(loss_scaling / batch_rank).backward()
-        for group in optimizer.param_groups:
-            group['lr'] = optimizer_kwargs['lr'] * min(progress.nimg / max(lr_rampup_kimg * 1000, 1e-8), 1)
-        clean_gradients(net, loss_scaling)
-        optimizer.step()
-        update_ema(ema, net, ema_beta(batch_size, progress.nimg, ema_halflife_kimg * 1000, ema_rampup_ratio))
-        progress.nimg += batch_size
-        status.line.show(progress.nimg)
+    health = Health(max_nonfinite, progress.nonfinite)
+    with (StopRequest() as stop, Watchdog(timeout, f'rank {dist.get_rank()}') as watchdog,
+          Saver(run_dir, keep) as saver, contextlib.closing(batches)):
+        while True:
+            # One step: gradients over the accumulation rounds, synchronised on the last.
+            watchdog.beat()
+            optimizer.zero_grad(set_to_none=True)
+            finite = []
+            for i in range(rounds):
+                with ddp.no_sync() if ddp is not net and i < rounds - 1 else contextlib.nullcontext():
+                    images, labels = next(batches)
+                    loss = loss_fn(ddp, images, labels, augment_pipe)
+                    training_stats.report('Loss/loss', loss)
+                    total = loss.sum()
+                    finite.append(total.detach().isfinite())
+                    with net.products():
+                        total.mul(loss_scaling / batch_rank).backward()
+            for group in optimizer.param_groups:
+                group['lr'] = optimizer_kwargs['lr'] * min(progress.nimg / max(lr_rampup_kimg * 1000, 1e-8), 1)
+            finite.append(clean_gradients(net, loss_scaling))
+            optimizer.step()
+            update_ema(ema, net, ema_beta(batch_size, progress.nimg, ema_halflife_kimg * 1000, ema_rampup_ratio))
+            progress.nimg += batch_size
+            status.line.show(progress.nimg)
+            health.end_step(progress.nimg // batch_size, finite, stop.name is not None)
 
-        # Once per tick; the first tick ends after one batch.
-        done = progress.nimg >= total_kimg * 1000
-        if not done and progress.tick != 0 and progress.nimg < status.tick_nimg + kimg_per_tick * 1000:
-            continue
-        status.end_tick(progress.tick, progress.nimg)
-        dump = done or (progress.tick != 0 and is_due(progress.tick, state_dump_ticks))
-        # A state is resumed together with the snapshot of the same moment.
-        if dump or is_due(progress.tick, snapshot_ticks):
-            if dist.get_rank() == 0:
-                save_snapshot(name_in(run_dir, 'network-snapshot', progress, 'safetensors'), ema, system.name,
-                              dataset=facts(dataset), kimg=progress.nimg / 1000)
-            if grid_images:
-                images = gather_images(ema, list(range(grid_images)), grid_sampler)
+            # Once per tick, and when asked to stop; the first tick ends after one batch.
+            done = progress.nimg >= total_kimg * 1000
+            tick_ends = done or progress.tick == 0 or progress.nimg >= progress.tick_nimg + kimg_per_tick * 1000
+            if not tick_ends and not health.stopping:
+                continue
+            watchdog.rest()
+            dist.on_rank0(saver.check)
+            health.settle()
+            tick = progress.tick
+            if tick_ends:
+                training_stats.report('Progress/nonfinite', health.count)
+                training_stats.report('Timing/data_wait', batches.take_wait() / max(status.tick_seconds(), 1e-8))
+                status.end_tick(tick, progress.nimg)
+                progress.tick, progress.tick_nimg, health.count = tick + 1, progress.nimg, 0
+            dump = done or health.stopping or (tick != 0 and is_due(tick, state_dump_ticks))
+            if (dump or is_due(tick, snapshot_ticks)) and worth_saving(health, progress):
+                progress.seconds, progress.nonfinite = status.elapsed(), health.count
+                weights = ema.state_dict()
+                snapshot = dict(tensors=weights, network_kwargs=ema.init_kwargs, system=system.name,
+                                dataset=facts(dataset), kimg=progress.nimg / 1000)
+                state = run_state(net, weights, optimizer, progress, settings, status.last_line()) if dump else None
                 if dist.get_rank() == 0:
-                    save_grid(name_in(run_dir, 'fakes', progress, 'png'), images)
-                    system.draw_process(name_in(run_dir, 'process', progress, 'png'), ema)
-        progress.tick += 1
-        if dump:
-            progress.seconds = status.elapsed()
-            content = dict(net=net.state_dict(), optimizer=optimizer.state_dict(),
-                           random_states=dist.gather_objects(random_state()), network_kwargs=net.init_kwargs,
-                           progress=dataclasses.asdict(progress))
-            if dist.get_rank() == 0:
-                save_state(name_in(run_dir, 'training-state', progress, 'pt'), content)
-        status.add(evaluate(ema, progress.tick - 1, progress.nimg, done))  # now that the tick's files are safe
-        status.start_tick(progress.nimg)
-        if done:
-            break
+                    saver.save(progress.nimg, snapshot, state)
+                if grid_images and not health.stopping:
+                    images = gather_images(ema, list(range(grid_images)), grid_sampler)
+                    if dist.get_rank() == 0:
+                        save_grid(name_in(run_dir, 'fakes', progress), images)
+                        system.draw_process(name_in(run_dir, 'process', progress), ema)
+            if tick_ends:
+                if not health.stopping:  # time may be short
+                    status.add(evaluate(ema, tick, progress.nimg, done))
+                status.start_tick(progress.nimg)
+            if done or health.stopping:
+                break
+        dist.on_rank0(saver.finish)
     dist.barrier()
+    if not done:
+        dist.print0(f'Stopped by a signal after {progress.nimg / 1000:g} kimg; the same command with --auto-resume, or '
+                    f'with --resume={run_dir}, goes on from there.')
+        return False
     dist.print0('Done.')
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands: images seen, ticks ended, seconds spent."""
-
-    nimg: int = 0
-    tick: int = 0
-    seconds: float = 0.0
+    return True
 
 
 def split_batch(batch_size, batch_gpu=None):
@@ -181,10 +213,16 @@ def facts(dataset):
                 num_channels=dataset.num_channels, label_dim=dataset.label_dim)
 
 
-def name_in(run_dir, kind, progress, ending):
-    """RUN_DIR/KIND-KIMG.ENDING (image grids, as in EDM's predecessors, without the dash)."""
-    dash = '-' if '-' in kind else ''
-    return os.path.join(run_dir, f'{kind}{dash}{progress.nimg // 1000:06d}.{ending}')
+def worth_saving(health, progress):
+    """Whether the last step was sound: otherwise what was saved before must stay the newest."""
+    if health.streak:
+        dist.print0(f'Nothing is saved at {progress.nimg / 1000:g} kimg: the loss or its gradients are not finite.')
+    return not health.streak
+
+
+def name_in(run_dir, kind, progress):
+    """RUN_DIR/KINDKIMG.png."""
+    return os.path.join(run_dir, f'{kind}{progress.nimg // 1000:06d}.png')
 
 
 def transfer_weights(path, net):
@@ -200,66 +238,39 @@ def transfer_weights(path, net):
     dist.print0(f'Transferred {len(copied)} of {len(net.state_dict())} tensors.')
 
 
-def restore(state, path, net, ema, optimizer, systems):
-    """Bring network, moving average and optimiser to the recorded point.
-
-    Raises:
-        UserError: the state belongs to another network.
-    """
-    before, now = state['network_kwargs'], net.init_kwargs
-    changed = sorted(k for k in {**before, **now} if before.get(k) != now.get(k))
-    if changed:
-        raise UserError(f"{path} was saved by a run whose network differs in {', '.join(changed)}; "
-                        'resume with the options of that run, see its training_options.json')
-    net.load_state_dict(state['net'])
-    optimizer.load_state_dict(state['optimizer'])
-    ema.load_state_dict(build_network(read_snapshot(matching_snapshot(path)), systems).state_dict())
+def open_dataset(cache=True, **kwargs):
+    """The data set; with `cache` its images decoded in advance, unless it is too large for that. Call on all ranks."""
+    dataset = ImageFolderDataset(**kwargs)
+    images = decoded_images(dataset) if cache else None
+    if images is not None:
+        dataset.use_decoded(images)
+    return dataset
 
 
-def random_state():
-    """This rank's random state, as tensors."""
-    state = {'cpu': torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state['cuda'] = torch.cuda.get_rng_state()
-    return state
-
-
-def seed_rank(seed, state=None):
-    """Give each rank noise of its own; from a recorded state, continue it where the number of ranks is the same."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    if state is not None and len(state['random_states']) == ranks:
-        torch.set_rng_state(state['random_states'][rank]['cpu'])
-        if torch.cuda.is_available() and 'cuda' in state['random_states'][rank]:
-            torch.cuda.set_rng_state(state['random_states'][rank]['cuda'])
-        return
-    nimg = 0
-    if state is not None:
-        nimg = state['progress']['nimg']
-        dist.print0(f"The run was saved by {len(state['random_states'])} ranks and goes on with {ranks}: "
-                    'the data continues in order, the noise differs.')
-    torch.manual_seed(int(np.random.SeedSequence([seed, rank, nimg]).generate_state(1)[0]))
-
-
-def endless_batches(dataset, batch, seed, start_nimg, loader_kwargs, device):
-    """Yield (images [B, C, H, W] float32 in [−1, 1], labels [B, label_dim] float32) on `device`, without end."""
-    ranks = dist.get_world_size()
-    sampler = InfiniteSampler(dataset, rank=dist.get_rank(), num_replicas=ranks, seed=seed,
-                              start_idx=start_nimg // ranks)
-    # A generator of its own: the loader must not draw from the one that the training noise comes from.
-    loader = torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch, generator=torch.Generator(),
-                                         pin_memory=device.type == 'cuda', **loader_kwargs)
-    for images, labels in loader:
-        images = images.to(device, non_blocking=True).to(torch.float32) / 127.5 - 1
-        yield images, labels.to(device, non_blocking=True)
+def make_optimizer(net, **kwargs):
+    """Adam, on a GPU in its fused form: one pass over all weights, and nothing that the host waits for."""
+    parameters = list(net.parameters())
+    return torch.optim.Adam(parameters, **kwargs, fused=True if parameters[0].is_cuda else None)
 
 
 def clean_gradients(net, loss_scaling=1):
-    """Undo the loss scaling; NaN becomes 0 and ±inf ±1e5, so that one bad batch does not end a run."""
-    for param in net.parameters():
-        if param.grad is not None:
-            if loss_scaling != 1:
-                param.grad.div_(loss_scaling)
-            torch.nan_to_num(param.grad, nan=0, posinf=1e5, neginf=-1e5, out=param.grad)
+    """Undo the loss scaling; NaN becomes 0 and ±inf ±1e5, so that one bad batch does not end a run.
+
+    Returns:
+        Whether all were finite, as a tensor on their device.
+    """
+    grads = [param.grad for param in net.parameters() if param.grad is not None]
+    if loss_scaling != 1:
+        torch._foreach_div_(grads, loss_scaling)
+    # On a GPU hundreds of kernels take longer to launch than the gradients to copy into one tensor and back.
+    pieces = [torch.cat([grad.flatten() for grad in grads])] if grads[0].is_cuda else grads
+    finite = torch.stack([piece.sum() for piece in pieces]).isfinite().all()  # infinities and NaN come through
+    for piece in pieces:
+        piece.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
+    if pieces is not grads:
+        parts = pieces[0].split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
+    return finite
 
 
 def ema_beta(batch_size, nimg, halflife_nimg, rampup_ratio):

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from dnnlib import UserError
 from training.layers import (BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding,
@@ -37,7 +38,15 @@ class UNet(torch.nn.Module):
     A subclass sets up its embedding (``embed``), calls ``build``, and says how images pass through
     ``enc`` and ``dec`` (``encode``, ``decode``). Keys of ``enc`` and ``dec`` are ``{R}x{R}_{kind}``,
     in order of execution.
+
+    Attributes:
+        memory_format: layout of the features inside, torch.channels_last or torch.contiguous_format; see
+            ``set_memory_format``.
+        recompute: keep only the blocks' inputs and run the blocks anew in the backward pass, for less memory.
     """
+
+    memory_format = torch.contiguous_format
+    recompute = False
 
     def __init__(self, img_resolution, in_channels, out_channels, model_channels, channel_mult, num_blocks,
                  attn_resolutions, noise_channels):
@@ -58,8 +67,30 @@ class UNet(torch.nn.Module):
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None, extra_embedding=None):
         emb = self.embed(noise_labels, class_labels, augment_labels, extra_embedding, batch=x.shape[0])
-        x, skips = self.encode(x, emb)
+        x, skips = self.encode(x.contiguous(memory_format=self.memory_format), emb)
         return self.decode(x, skips, emb)
+
+    def set_memory_format(self, memory_format):
+        """Lay the features out so from now on; parameters keep their layout."""
+        self.memory_format = memory_format
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                module.memory_format = memory_format
+
+    def run_layer(self, layer, x, emb):
+        """Blocks take the embedding, plain convolutions do not."""
+        return self._run(layer, x, emb) if isinstance(layer, UNetBlock) else layer(x)
+
+    def run_decoder_block(self, block, x, skips, emb):
+        """Join the latest skip, if the block is wider than x, and run it."""
+        if block.in_channels == x.shape[1]:
+            return self._run(block, x, emb)
+        return self._run(lambda *inputs: block(torch.cat(inputs[:2], dim=1), inputs[2]), x, skips.pop(), emb)
+
+    def _run(self, block, *inputs):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     # ---- construction
 
@@ -116,18 +147,6 @@ class UNet(torch.nn.Module):
 
     def add_decoder_aux(self, style, level, channels):
         """Called after each level's blocks; a subclass may add layers of its own to ``dec``."""
-
-
-def run_layer(layer, x, emb):
-    """Blocks take the embedding, plain convolutions do not."""
-    return layer(x, emb) if isinstance(layer, UNetBlock) else layer(x)
-
-
-def run_decoder_block(block, x, skips, emb):
-    """Join the latest skip, if the block is wider than x, and run it."""
-    if block.in_channels != x.shape[1]:
-        x = torch.cat([x, skips.pop()], dim=1)
-    return block(x, emb)
 
 
 def kinds(layers):
@@ -235,7 +254,7 @@ class SongUNet(UNet):
             elif kind == 'aux_residual':
                 x = skips[-1] = aux = (x + layer(aux)) * math.sqrt(0.5)
             else:
-                x = run_layer(layer, x, emb)
+                x = self.run_layer(layer, x, emb)
                 skips.append(x)
         return x, skips
 
@@ -246,11 +265,11 @@ class SongUNet(UNet):
             if kind == 'aux_up':
                 image = layer(image)
             elif kind == 'aux_norm':
-                normed = layer(x)
+                normed = layer(x, silu=True)
             elif kind == 'aux_conv':
-                image = image + layer(F.silu(normed))
+                image = image + layer(normed)
             else:
-                x = run_decoder_block(layer, x, skips, emb)
+                x = self.run_decoder_block(layer, x, skips, emb)
         return image
 
 
@@ -297,15 +316,15 @@ class DhariwalUNet(UNet):
         """Image → (coarsest features, skips)."""
         skips = []
         for layer in self.enc.values():
-            x = run_layer(layer, x, emb)
+            x = self.run_layer(layer, x, emb)
             skips.append(x)
         return x, skips
 
     def decode(self, x, skips, emb):
         """Features → image."""
         for block in self.dec.values():
-            x = run_decoder_block(block, x, skips, emb)
-        return self.out_conv(F.silu(self.out_norm(x)))
+            x = self.run_decoder_block(block, x, skips, emb)
+        return self.out_conv(self.out_norm(x, silu=True))
 
 
 MODELS = {'SongUNet': SongUNet, 'DhariwalUNet': DhariwalUNet}

@@ -10,13 +10,16 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.download import is_url, local_path
-from dnnlib.files import Tee, atomic_write, make_dirs
+from dnnlib.files import Tee, atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
 from training.augment import TRAIN_AUGMENT
+from training.batches import check_data_device
 from training.dataset import EMBEDDED, ImageFolderDataset
-from training.state import matching_snapshot
+from training.precond import PRECISIONS
+from training.saving import find_states, newest_good, saved_files
+from training.state import load_state
+from training.status import check_tensorboard, trim_records
 from training.training_loop import interface_kwargs, split_batch
-from training.status import check_tensorboard
 from warm.systems import SYSTEMS
 
 # What --arch stands for: arguments of the U-Net (spec §3). --cbase and --cres replace two of them.
@@ -46,13 +49,15 @@ def training_config(o, system_options):
         raise UserError('--transfer starts a new run and --resume continues an old one; give one of them')
     if o['tensorboard']:
         check_tensorboard()
+    precision = chosen_precision(o['precision'], o['fp16'])
+    check_data_device(o['data_device'])
     system = SYSTEMS[o['precond']]
     own = system.network_kwargs(system_options)
     if o['data'] is None:
         dist.print0(f'No --data given: training on the embedded handwritten digits (8×8). For CIFAR-10: {GET_CIFAR10}')
     dataset_kwargs = dict(path=o['data'] or EMBEDDED, use_labels=o['cond'], xflip=o['xflip'], cache=o['cache'])
     own.update(measured(system, own, dataset_kwargs))
-    network_kwargs = dict(ARCHITECTURES[o['arch']], dropout=o['dropout'], use_fp16=o['fp16'], **own)
+    network_kwargs = dict(ARCHITECTURES[o['arch']], dropout=o['dropout'], use_fp16=precision == 'fp16', **own)
     if o['cbase'] is not None:
         network_kwargs['model_channels'] = o['cbase']
     if o['cres'] is not None:
@@ -61,7 +66,10 @@ def training_config(o, system_options):
         system=system.name,
         dataset_kwargs=dataset_kwargs,
         data_loader_kwargs=dict(num_workers=o['workers'], **({'prefetch_factor': 2} if o['workers'] else {})),
+        data_device=o['data_device'],
         network_kwargs=network_kwargs,
+        accelerate_kwargs=dict(precision=precision, channels_last=o['channels_last'],
+                               recompute=o['checkpoint_activations'], compile=bool(o['compile'])),
         optimizer_kwargs=dict(lr=o['lr'], betas=[0.9, 0.999], eps=1e-8),
         augment_kwargs=dict(p=o['augment'], **TRAIN_AUGMENT) if o['augment'] else None,
         seed=dist.broadcast_object(secrets.randbelow(1 << 31)) if o['seed'] is None else o['seed'],
@@ -81,7 +89,21 @@ def training_config(o, system_options):
         tensorboard=o['tensorboard'],
         transfer=o['transfer'],
         resume=o['resume'],
+        keep=o['keep'],
+        max_nonfinite=o['max_nonfinite'],
+        timeout=o['timeout'],
     )
+
+
+def chosen_precision(precision, fp16):
+    """The name in PRECISIONS that --precision and EDM's --fp16 stand for, None where they were not given.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    if None not in (precision, fp16) and fp16 != (precision == 'fp16'):
+        raise UserError(f'--fp16={int(fp16)} and --precision={precision} contradict each other; give one of them')
+    return precision or ('fp16' if fp16 else next(iter(PRECISIONS)))
 
 
 def measured(system, own, dataset_kwargs):
@@ -105,11 +127,8 @@ def check_config(config):
     with torch.device('meta'):  # names and shapes, without the memory
         SYSTEMS[config['system']].network_class(**interface_kwargs(dataset, config['augment_kwargs']),
                                                 **config['network_kwargs'])
-    if config['resume'] is not None:
-        matching_snapshot(config['resume'])
-    for path in (config['transfer'], config['resume']):
-        if path is not None and not is_url(path):
-            local_path(path)
+    if config['transfer'] is not None and not is_url(config['transfer']):
+        local_path(config['transfer'])
 
 
 def run_name(config, arch, desc=None):
@@ -121,7 +140,7 @@ def run_name(config, arch, desc=None):
         config['system'],
         f'gpus{dist.get_world_size()}',
         f"batch{config['batch_size']}",
-        'fp16' if config['network_kwargs']['use_fp16'] else 'fp32',
+        config['accelerate_kwargs']['precision'],
     ]
     return '-'.join(parts + ([desc] if desc else []))
 
@@ -133,9 +152,58 @@ def next_run_dir(outdir, name):
     return os.path.join(outdir, f'{max(numbers, default=-1) + 1:05d}-{name}')
 
 
-def create_run_dir(run_dir, config):
-    """Make the run folder with its training_options.json; returns the `Tee` that copies what is printed to log.txt."""
+def start_point(o, name):
+    """(run folder, what to continue). Only looks; nothing is created.
+
+    --auto-resume takes the run folder with the highest number and this run's name, whatever its number of ranks,
+    and the newest good state in it; without any, --resume's state.
+
+    Returns:
+        The folder; {'path', 'settings', 'tick', 'last_tick', 'complaints'} of a state (training.progress.run_state).
+        'path' None: a new run.
+
+    Raises:
+        UserError: there is no state where --resume says, or none that can be read.
+    """
+    run_dir = o['outdir'] if o['nosubdir'] else next_run_dir(o['outdir'], name)
+    path, state, complaints = None, None, []
+    if o['auto_resume']:
+        run_dir = run_dir if o['nosubdir'] else same_run_dir(o['outdir'], name) or run_dir
+        path, state, complaints = newest_good(saved_files(run_dir, 'training-state'))
+    if path is None and o['resume']:
+        states = find_states(o['resume'], o['outdir'])
+        if len(states) == 1:
+            load_state(states[0])  # says what is wrong with it
+        path, state, complaints = newest_good(states)
+        if path is None:
+            raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read; '
+                            'resume from another run')
+    if path is None:
+        return run_dir, dict(path=None, settings={}, tick=0, last_tick='{}', complaints=complaints)
+    return run_dir, dict(path=str(path), settings=state['settings'], tick=state['progress']['tick'],
+                         last_tick=state['last_tick'], complaints=complaints)
+
+
+def same_run_dir(outdir, name):
+    """The folder OUTDIR/NNNNN-NAME with the highest number, None without one; the number of ranks in it may differ."""
+    def but_ranks(text):
+        return re.sub(r'-gpus\d+-', '-gpus*-', text)
+    found = [entry for entry in (os.listdir(outdir) if os.path.isdir(outdir) else [])
+             if (m := re.fullmatch(r'\d{5,}-(.*)', entry)) and but_ranks(m[1]) == but_ranks(name)]
+    return os.path.join(outdir, max(found, key=lambda entry: int(entry.split('-')[0]))) if found else None
+
+
+def create_run_dir(run_dir, config, start):
+    """Make the run folder with its training_options.json; returns the `Tee` that copies what is printed to log.txt.
+
+    Args:
+        start: From `start_point`. What the folder's records say about later ticks is dropped with --auto-resume;
+            None otherwise.
+    """
     make_dirs(run_dir)
+    if start is not None:
+        trim_records(run_dir, start['tick'], json.loads(start['last_tick']))
+        remove_temporary_files(run_dir)
     with atomic_write(os.path.join(run_dir, 'training_options.json'), 'w') as f:
         json.dump(config, f, indent=2)
     return Tee(os.path.join(run_dir, 'log.txt'))

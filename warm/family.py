@@ -41,6 +41,7 @@ class Member:
         train: Flags of train.py besides --precond; members of one system with the same flags share a run.
         sample: Options of its sampler.
         note: What a reader of its score has to know.
+        paper: Where it is not the system's.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Member:
     train: tuple = ()
     sample: tuple = ()
     note: str = ''
+    paper: str = ''
 
     @property
     def run(self):
@@ -58,12 +60,26 @@ class Member:
 FROM_DATA = 'starts from blurred training images, so part of the score is theirs'
 NOTES = {'ihdm': FROM_DATA, 'cold': f'{FROM_DATA}; restoration, not generation'}
 VARIANTS = (
-    Member('EDM-ES', 'edm', sample=(('epsilon_scale', '1.0006'),), note='EDM, predicted noise divided by 1.0006'),
+    Member('EDM-ES', 'edm', sample=(('epsilon_scale', '1.0006'),), paper='Ning et al. 2023',
+           note="EDM's network, predicted noise divided by 1.0006"),
     Member('Denoising Diffusion', 'blurring', train=('--sigma-blur-max=0',), note="Blurring Diffusion's DDPM"),
     Member('Blur Diffusion, ancestral', 'lee', sample=(('reverse_step', 'ancestral'),)),
     Member('Cold Diffusion, colours', 'cold', train=('--cold-blur=strong',), sample=(('cold_start', 'colours'),),
            note="starts from colours like the training images' means"),
 )
+
+
+# Flags of train.py that come nearest to each paper's own network and training (see the notes in each system's file).
+PAPER_SETTINGS = {
+    'blurring': ('CIFAR-10; 2 million steps', '--data=datasets/cifar10-32x32.zip --arch=ddpmpp --cbase=256 '
+                 '--cres=1,1,1 --dropout=0.2 --augment=0 --batch=128 --lr=2e-4 --ema=0.89 --duration=256'),
+    'lee': ('LSUN-church 64×64; 600,000 steps', '--data=datasets/lsun-church-64x64.zip --arch=adm --cbase=128 '
+            '--cres=1,2,3,4 --dropout=0 --augment=0 --batch=16 --lr=5e-5 --ema=0.11 --duration=9.6'),
+    'ihdm': ('CIFAR-10, as Blurring Diffusion describes its network',
+             '--data=datasets/cifar10-32x32.zip --arch=ddpmpp --cbase=128 --cres=1,2,2,2 --augment=0'),
+    'stf': ("CIFAR-10, EDM's", '--data=datasets/cifar10-32x32.zip'),
+    'pfgmpp': ("CIFAR-10, EDM's", '--data=datasets/cifar10-32x32.zip --aug-dim=2048'),
+}
 
 
 def members():
@@ -131,8 +147,9 @@ def draw_sheet(figure, rows):
     panels = figure.subplots(len(rows), 1)
     for ax, (label, images) in zip(panels, rows):
         ax.imshow(tile(images, columns=COLUMNS)[0], cmap='gray', vmin=0, vmax=255)
-        ax.set_axis_off()
-        ax.text(-0.01, 0.5, label, ha='right', va='center', transform=ax.transAxes)
+        ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(label, rotation=0, ha='right', va='center')
+        ax.spines[:].set_visible(False)
 
 
 def page(results, floor, num, duration, figure):
@@ -143,7 +160,7 @@ def page(results, floor, num, duration, figure):
         f'handwritten digits (8×8) for {duration * 1000:g} thousand images with `train.py {" ".join(TRAINING)}`,',
         f'seeds 0 to {num - 1} drawn with its own sampler at its defaults, and scored by FD-pixels (`fid.py`,',
         f'`--detector=pixels`) against all 1797 digits; {num} real digits score {floor:.2f}. NFE is counted. PyTorch',
-        f'{torch.__version__.split("+")[0]} on {dist.device().type}, {torch.get_num_threads()} threads. So short a',
+        f'{torch.__version__.split("+")[0]} on {dist.device().type}, threads: {torch.get_num_threads()}. So short a',
         'training on so small images says that a system works, not which is better.', '',
         f'![Contact sheet]({figure})', '',
         '| system | paper | flags | NFE | FD-pixels | sampling | note |',
@@ -153,9 +170,19 @@ def page(results, floor, num, duration, figure):
         system = SYSTEMS[r.member.system]
         flags = ' '.join([f'--precond={system.name}', *r.member.train,
                           *(f"--{k.replace('_', '-')}={v}" for k, v in r.member.sample)])
-        lines.append(f'| {r.member.title} | {system.paper} | `{flags}` | {r.nfe} | {r.score:.2f} | {r.seconds:.0f} s '
-                     f'| {r.member.note} |')
-    return '\n'.join(lines) + '\n'
+        lines.append(f'| {r.member.title} | {r.member.paper or system.paper} | `{flags}` | {r.nfe} '
+                     f'| {r.score:.2f} | {r.seconds:.0f} s | {r.member.note} |')
+    return '\n'.join([*lines, *settings()]) + '\n'
+
+
+def settings():
+    """Lines of the page: the papers' own settings as commands."""
+    lines = ['', "## The papers' own settings", '',
+             "What their text says about network and training, as far as the flags go (the U-Nets are EDM's, with",
+             "their number of blocks and attention); Cold and Soft Diffusion's papers were not at hand.", '']
+    for name, (what, flags) in PAPER_SETTINGS.items():
+        lines.append(f'- {SYSTEMS[name].title} ({what}): `python train.py --precond={name} {flags}`')
+    return lines
 
 
 @click.command(context_settings=dict(show_default=True))
@@ -180,7 +207,7 @@ def main(outdir, docs, duration, num):
         print(f'{member.title}: FD-pixels {results[-1].score:.2f}, NFE {results[-1].nfe}', flush=True)
     rows = [(f'real digits: {floor:.2f}', some[:COLUMNS].numpy()),
             *((f'{r.member.title}: {r.score:.2f}, NFE {r.nfe}', r.images) for r in results)]
-    draw(os.path.join(docs, 'family'), (10, 0.42 * len(rows)), lambda figure: draw_sheet(figure, rows))
+    draw(os.path.join(docs, 'family'), (10, 0.36 * len(rows)), lambda figure: draw_sheet(figure, rows))
     with atomic_write(os.path.join(docs, 'family.md'), 'w') as f:
         f.write(page(results, floor, num, duration, 'family.png'))
 

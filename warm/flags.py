@@ -2,6 +2,7 @@
 
 import click
 
+from training.precond import PRECISIONS
 from training.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from training.system import own_options
 from warm.presets import preset_option
@@ -11,6 +12,16 @@ from warm.systems import SYSTEMS
 
 class_flag = click.option('--class', 'class_idx', metavar='INT', type=click.IntRange(min=0), default=None,
                           help='Class of all images  [default: random]')
+
+compile_flag = click.option('--compile', is_flag=True, default=None, show_default=False,
+                            help='Compile the network for this machine: minutes at first, then faster')
+
+# How the network runs; None leaves it as it is.
+RUN_FLAGS = (
+    click.option('--precision', type=click.Choice(list(PRECISIONS)), default=None,
+                 help='What the network computes in; the rest is float32  [default: fp32, or fp16 if it was trained so]'),
+    compile_flag,
+)
 
 # Of every sampler; None leaves the value to the sampler.
 SAMPLER_FLAGS = (
@@ -40,9 +51,9 @@ SAMPLER_FLAGS = (
 
 
 def sampler_flags(command):
-    """Decorator that adds the flags of the samplers: the common ones, then those that only some systems have."""
+    """Decorator that adds the flags of drawing: how the network runs, every sampler's, those of some systems only."""
     command = system_flags('own_sample_options')(command)
-    for option in reversed(SAMPLER_FLAGS):
+    for option in reversed(RUN_FLAGS + SAMPLER_FLAGS):
         command = option(command)
     return preset_option('sample')(command)
 

@@ -120,7 +120,8 @@ class BNRList:
     def draw_alpha(self, beta):
         """α for β [B, 1, 1, 1]; draws an index [B, 1, 1, 1] from the global generator."""
         index = torch.randint(len(self.values), beta.shape, device=beta.device)
-        return beta * torch.tensor(self.values, dtype=beta.dtype, device=beta.device)[index]
+        values = torch.stack([beta.new_full([], bnr) for bnr in self.values])  # filled in there: a copy would wait
+        return beta * values[index]
 
     def contains(self, path, beta_min, beta_max):
         """Whether `path` is one of the trained BNRs."""

@@ -129,7 +129,7 @@ def _measurement(run, lines):
 
 
 def best_match(candidates, **preferred):
-    """The measurement nearest to the paper's way: with the facts preferred, most images, longest training, best score."""
+    """The measurement nearest to the paper's: with the facts preferred, most images, longest training, best score."""
     def rank(m):
         distance = m.value('FID')
         return (sum(m.facts.get(name) == value for name, value in preferred.items()), m.facts['num_images'] or 0,

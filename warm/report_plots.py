@@ -101,11 +101,13 @@ def fid_against_nfe(found):
 def training_curves(runs):
     """(curves of the loss, curves of the score) against kimg, one for each run."""
     losses, scores = [], []
-    for run in runs:
+    for i, run in enumerate(runs):
+        colour = f'C{i % 10}'  # of the run, in both panels
         points = [(line['Progress/kimg']['mean'], line['Loss/loss']['mean']) for line in run.stats
                   if 'Loss/loss' in line and 'Progress/kimg' in line]
         if points:
-            losses.append(dict(zip(('x', 'y'), map(list, zip(*sorted(points)))), label=run.label, marker=''))
+            xs, ys = map(list, zip(*sorted(points)))
+            losses.append(dict(x=xs, y=ys, label=run.label, marker='', color=colour))
         curves = {}
         for line in run.scores:
             if str(line.get('metric')).split('-')[0] in ('FID', 'FD') and line.get('kimg') is not None:
@@ -115,7 +117,8 @@ def training_curves(runs):
         (metric, num, nfe, *_), curve = max(curves.items(), key=lambda item: len(item[1]), default=((None,) * 3, {}))
         if len(curve) > 1:
             ys = [curve[k] for k in sorted(curve)]
-            scores.append(dict(x=sorted(curve), y=ys, label=f'{run.label}: {metric}, {num:,} images, NFE {nfe}'))
+            scores.append(dict(x=sorted(curve), y=ys, label=f'{run.label}: {metric}, {num:,} images, NFE {nfe}',
+                               color=colour))
     return (dict(curves=losses, xlabel='thousands of images (kimg)', ylabel='loss') if losses else None,
             dict(curves=scores, xlabel='thousands of images (kimg)', ylabel='distance ↓') if scores else None)
 

@@ -141,7 +141,7 @@ def extended(head, rows, found):
                  if not any(row.matches(dict(_facts(), bnr=bnr)) for row in rows)]
     if head == 'BNR schedule':
         counts = {m.facts['nfe'] for m in found if str(m.facts['path']).startswith('blurring')}
-        extra = [Row('Blurring Diffusion', nfe, None, None, of_blurring_schedule(nfe))
+        extra = [Row('Blurring Diffusion', None, None, None, of_blurring_schedule(nfe))
                  for nfe in sorted(counts - {row.nfe for row in rows})]
     return pairs + [(row, answer(row, found)) for row in extra]
 
@@ -201,14 +201,14 @@ def rows_of(heads, alignment, lines):
 
 def all_scores(found):
     """Every measurement with what it takes to repeat it."""
-    heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Images', 'Rounds', 'Seeds', 'Scores', 'Detector', 'Device',
-             'Seconds', 'Commit']
+    heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Images', 'Rounds', 'Seeds', 'Scores', 'Detector',
+             'Device', 'Seconds', 'Commit']
     lines = []
     for m in found:
         f = m.facts
         scores = ', '.join(f'{label} {value:.5g}' for label, value in m.values.items())
         lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), f['path'] or f['system'] or NONE,
-                      f['solver'] or NONE, _number(f['nfe'], 'd'), _number(f['num_images'], ',d'), str(m.rounds), f['seeds'],
-                      scores,
+                      f['solver'] or NONE, _number(f['nfe'], 'd'), _number(f['num_images'], ',d'), str(m.rounds),
+                      f['seeds'], scores,
                       f['detector'] or NONE, f['device'] or NONE, f'{m.seconds:.0f}', f['commit'] or NONE])
     return rows_of(heads, ['---'] * len(heads), lines)

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from torch_utils import distributed
+from training.acceleration import RUN_OPTIONS, accelerate
 from training.generation import check_class
 from training.provenance import network_facts
 from training.snapshot import Snapshot, build_network, read_snapshot
@@ -36,7 +37,7 @@ def open_network(path_or_url, sampler_options, class_idx=None):
     """Read a snapshot and bind its sampler; a download happens on rank 0 first.
 
     Args:
-        sampler_options: Values of `warm.flags.sampler_flags`, None where the user gave none.
+        sampler_options: Values of `sampler_flags` and of RUN_OPTIONS, None where the user gave none.
 
     Raises:
         UserError: a file that is no snapshot; an option or class that its system doesn't have.
@@ -45,6 +46,8 @@ def open_network(path_or_url, sampler_options, class_idx=None):
     net = build_network(snapshot, SYSTEMS, distributed.device())
     system = SYSTEMS[snapshot.system]
     options = {name: value for name, value in sampler_options.items() if value is not None}
+    run_options = {name: options.pop(name) for name in RUN_OPTIONS if name in options}
+    accelerate(net, **run_options, cuda_graphs=True)
     if system.starts_from_data:
         options['data'] = data_for(snapshot, options.get('data'))
     sampler = system.make_sampler(net, options)

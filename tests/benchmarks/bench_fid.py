@@ -86,7 +86,8 @@ def measure_pass(count, size, repeats, device):
         seconds = alternate({
             'decoding': lambda: list(image_batches(dataset, range(count), BATCH)),
             'network': network,
-            'both and the statistics': lambda: statistics(ImageFiles(dataset), detector, ['fid'], BATCH, progress=False),
+            'both and the statistics':
+                lambda: statistics(ImageFiles(dataset), detector, ['fid'], BATCH, progress=False),
         }, repeats, device)
     whole = seconds['both and the statistics']
     return [dict(part=part, seconds=s, images_per_second=count / s, share=s / whole) for part, s in seconds.items()]

@@ -1,0 +1,109 @@
+"""Data: conversion by one and two processes, and loading from the decoded map against zip and PNG.
+
+    python tests/benchmarks/bench_data.py [--images=10000] [--data=ZIP] [--out=FILE.json]
+
+Conversion counts elapsed time, since several processes are what is measured; on a machine in use it is a lower bound.
+Loading counts processor time, of batches gathered in this process. `share of a step` is that of a network that takes
+6,200 images/s, the limit of an H200 with the CIFAR-10 model.
+"""
+
+import os
+import pathlib
+import sys
+import tempfile
+import time
+
+import click
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from tests.benchmarks.bench_train import write_zip  # noqa: E402
+from tests.benchmarks.report import alternate, report  # noqa: E402
+from training.batches import Batches  # noqa: E402
+from training.dataset import ImageFolderDataset  # noqa: E402
+from training.dataset_convert import convert  # noqa: E402
+from training.dataset_sources import open_source  # noqa: E402
+from training.decoded import decoded_images  # noqa: E402
+
+NETWORK_RATE = 6200  # images/s
+
+
+def conversion(data, folder, repeats):
+    """A row for each number of processes; they take turns."""
+    seconds = {workers: [] for workers in (1, 2)}
+    for _ in range(repeats):
+        for workers in seconds:
+            start = time.perf_counter()
+            summary = convert(open_source(data), f'{folder}/out-{workers}.zip', workers=workers)
+            seconds[workers].append(time.perf_counter() - start)
+    best = {workers: min(times) for workers, times in seconds.items()}  # the least disturbed
+    return [dict(work=f'conversion, {workers} process{"es" if workers > 1 else ""}', unit='elapsed',
+                 images_per_second=summary.num_images / s, ratio=best[1] / s) for workers, s in best.items()]
+
+
+def mapped_dataset(path):
+    """The data set with its decoded images mapped from the cache folder."""
+    dataset = ImageFolderDataset(path)
+    dataset.use_decoded(decoded_images(dataset, min_bytes=0))
+    return dataset
+
+
+def loading(data, batch, repeats):
+    """A row for each way of loading; the first is the reference."""
+    plain, mapped = ImageFolderDataset(data), mapped_dataset(data)
+    cpu = torch.device('cpu')
+    batches = Batches(mapped, batch, 0, 0, {}, cpu)
+    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0))[:batch].tolist()
+    seconds = alternate({'zip and PNG': lambda: plain.batch(order), 'decoded map': lambda: mapped.batch(order),
+                         'decoded map, order and conversion to float included': lambda: next(batches)}, repeats)
+    batches.close()
+    reference = seconds['zip and PNG']
+    return [dict(work=f'loading, {name}', unit='processor', images_per_second=batch / s, ratio=reference / s)
+            for name, s in seconds.items()]
+
+
+def waiting(data, batch, device):
+    """A row: the share of time that a loop waits which takes a batch at NETWORK_RATE images/s."""
+    batches = Batches(mapped_dataset(data), batch, 0, 0, {}, device)
+    next(batches), batches.take_wait()
+    start = time.perf_counter()
+    for _ in range(20):
+        next(batches)
+        time.sleep(batch / NETWORK_RATE)
+    share = batches.take_wait() / (time.perf_counter() - start)
+    batches.close()
+    return dict(work=f'waiting, at {NETWORK_RATE} images/s', unit='share of elapsed', images_per_second=NETWORK_RATE,
+                ratio=share)
+
+
+@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.option('--images', metavar='INT', type=int, default=4096, help='Images of the data set that is made up')
+@click.option('--size', metavar='INT', type=int, default=32, help='Their resolution')
+@click.option('--data', metavar='ZIP', default=None, help='Take this data set instead')
+@click.option('--batch', metavar='INT', type=int, default=512, help='Images a batch')
+@click.option('--repeats', metavar='INT', type=int, default=3, help='Of each measurement')
+@click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
+def main(images, size, data, batch, repeats, out):
+    """Measure conversion and loading."""
+    device = torch.device('cuda', 0) if torch.cuda.is_available() else torch.device('cpu')
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ['DNNLIB_CACHE_DIR'] = f'{folder}/cache'
+        if data is None:
+            data = f'{folder}/data.zip'
+            write_zip(data, images, size)
+        dataset = ImageFolderDataset(data)
+        start = time.process_time()
+        decoded_images(dataset, min_bytes=0)
+        decoding = time.process_time() - start
+        rows = [*conversion(data, folder, repeats),
+                dict(work='decoding into the cache, once', unit='processor',
+                     images_per_second=dataset.num_files / decoding, ratio=1.0),
+                *loading(data, batch, max(repeats, 10)), waiting(data, batch, device)]
+    report(f'Data, {dataset.num_files} images of {dataset.resolution}×{dataset.resolution}, batch {batch}', rows,
+           dict(images=dataset.num_files, size=dataset.resolution, batch=batch, repeats=repeats,
+                load=os.getloadavg()[0]), out, device.type)
+
+
+if __name__ == '__main__':
+    main()

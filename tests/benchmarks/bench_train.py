@@ -1,0 +1,241 @@
+"""Training images/s: the reference way, the plain float32 path, and each faster one, in one run.
+
+    python tests/benchmarks/bench_train.py [--cbase=128] [--batch=512] [--compile] [--out=FILE.json]
+
+The reference way is EDM's: float32 without TF32, NCHW, attention by an explicit softmax, the moving average and the
+cleaning of gradients tensor by tensor, one worker that decodes PNG files. A row's `ratio` is its images/s over the
+reference's. MFU is the arithmetic of the network (counted by PyTorch) over the measured peak of a matrix product in
+the row's own precision. On a CPU, times are processor time of one thread, worker processes left out.
+"""
+
+import contextlib
+import copy
+import pathlib
+import sys
+import tempfile
+import time
+import zipfile
+
+import click
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from dnnlib.text import parse_int_list  # noqa: E402
+from tests.benchmarks.report import alternate, report  # noqa: E402
+from torch_utils.precision import float32_products  # noqa: E402
+from training import layers  # noqa: E402
+from training import training_loop as tl  # noqa: E402
+from training.acceleration import accelerate  # noqa: E402
+from training.augment import TRAIN_AUGMENT, AugmentPipe  # noqa: E402
+from training.batches import Batches  # noqa: E402
+from training.dataset import ImageFolderDataset  # noqa: E402
+from training.image_codec import encode_png  # noqa: E402
+from training.precond import PRECISIONS  # noqa: E402
+from warm.config import ARCHITECTURES  # noqa: E402
+from warm.systems import SYSTEMS  # noqa: E402
+
+
+def explicit_attention(qkv, num_heads):
+    """The reference: all weights of the attention in memory."""
+    batch, channels, height, width = qkv.shape
+    a = layers.plain_attention(*layers.split_heads(qkv, num_heads))
+    return a.transpose(-1, -2).reshape(batch, channels // 3, height, width)
+
+
+@torch.no_grad()
+def ema_one_by_one(ema, net, beta):
+    """The reference."""
+    for p_ema, p in zip(ema.parameters(), net.parameters()):
+        p_ema.copy_(p.detach().lerp(p_ema, beta))
+
+
+def clean_one_by_one(net):
+    """The reference."""
+    for p in net.parameters():
+        torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
+
+
+def ways(device, compile):
+    """{name: (system, arguments of accelerate)}; None stands for the reference way."""
+    cuda = device == 'cuda'
+    found = {'reference': ('edm', None)}
+    found.update({name: ('edm', dict(precision=name)) for name, p in PRECISIONS.items()
+                  if cuda or not (p.cuda_only or p.tf32)})
+    found['bf16, channels-last'] = 'edm', dict(precision='bf16', channels_last=True)
+    if compile:
+        found['bf16, compiled'] = 'edm', dict(precision='bf16', compile=True)
+        found['bf16, compiled, channels-last'] = 'edm', dict(precision='bf16', compile=True, channels_last=True)
+    found['bf16, Warm'] = 'warm', dict(precision='bf16')
+    if compile:
+        found['bf16, compiled, Warm'] = 'warm', dict(precision='bf16', compile=True)
+    return found
+
+
+class Trainer:
+    """One way of training: `step()` is a whole step, `parts` the seconds that each part of the last one took."""
+
+    def __init__(self, system, options, network_kwargs, data, batch, device):
+        self.reference, self.batch, self.device = options is None, batch, torch.device(device)
+        self.pipe = AugmentPipe(p=0.12, **TRAIN_AUGMENT)
+        torch.manual_seed(0)
+        self.net = SYSTEMS[system].network_class(img_channels=3, augment_dim=self.pipe.label_dim, **network_kwargs)
+        self.net.to(device).train()
+        accelerate(self.net, **(options or {}))
+        self.ema = copy.deepcopy(self.net).requires_grad_(False)
+        self.loss = SYSTEMS[system].loss(self.net)
+        adam = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+        self.optimizer = (torch.optim.Adam(self.net.parameters(), **adam) if self.reference
+                          else tl.make_optimizer(self.net, **adam))
+        dataset = ImageFolderDataset(data) if self.reference else tl.open_dataset(path=data)
+        self.batches = Batches(dataset, batch, 0, 0, dict(num_workers=1, prefetch_factor=2), self.device)
+        self.parts = {}
+
+    @contextlib.contextmanager
+    def part(self, name):
+        """Times a part of the step; on a GPU this waits, so that `breakdown` is not to be mixed with `step`."""
+        clock = time.perf_counter if self.device.type == 'cuda' else time.process_time
+        if self.timed and self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        start = clock()
+        yield
+        if self.timed:
+            if self.device.type == 'cuda':
+                torch.cuda.synchronize()
+            self.parts[name] = self.parts.get(name, 0) + clock() - start
+
+    def step(self, timed=False):
+        """Data, loss, gradients, Adam, moving average."""
+        self.timed = timed
+        with self.attention():
+            with self.part('data'):
+                images, labels = next(self.batches)
+            with self.part('augmentation'):
+                augmented = self.pipe(images)
+            self.optimizer.zero_grad(set_to_none=True)
+            with self.part('forward'):
+                loss = self.loss(self.net, images, None, lambda _: augmented)
+                tl.training_stats.report('Loss/loss', loss)
+            with self.part('backward'), self.net.products():
+                loss.sum().mul(1 / self.batch).backward()
+        with self.part('gradient cleaning'):
+            (clean_one_by_one if self.reference else tl.clean_gradients)(self.net)
+        with self.part('Adam'):
+            self.optimizer.step()
+        with self.part('moving average'):
+            (ema_one_by_one if self.reference else tl.update_ema)(self.ema, self.net, 0.99)
+
+    @contextlib.contextmanager
+    def attention(self):
+        """The reference's attention, where this is the reference."""
+        former = layers.attend
+        if self.reference:
+            layers.attend = explicit_attention
+        try:
+            yield
+        finally:
+            layers.attend = former
+
+    def peak_memory(self):
+        """GiB allocated at most during a step; None on a CPU."""
+        if self.device.type != 'cuda':
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+
+
+def matrix_peak(precision, device, repeats=10):
+    """FLOP/s of a large matrix product of random numbers in that precision."""
+    n = 8192 if device == 'cuda' else 1024
+    p = PRECISIONS[precision]
+    a, b = (torch.randn([n, n], device=device).to(p.dtype_on(torch.device(device))) for _ in range(2))
+    with float32_products(p.tf32):
+        seconds = alternate({'product': lambda: [a @ b for _ in range(repeats)]}, 5, device)['product'] / repeats
+    return 2 * n ** 3 / seconds
+
+
+def step_flops(network_kwargs, system='edm'):
+    """Floating-point operations of a training step per image: the network's products, forward and backward."""
+    net = SYSTEMS[system].network_class(img_channels=3, **network_kwargs)
+    size = network_kwargs['img_resolution']
+    with FlopCounterMode(display=False) as counter:
+        SYSTEMS[system].loss(net)(net, torch.zeros([1, 3, size, size])).sum().backward()
+    return counter.get_total_flops()
+
+
+def write_zip(path, count, size):
+    """A data set of `count` smooth random images as uncompressed PNG files, as dataset_tool.py writes them."""
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, 'w') as z:
+        for i in range(count):
+            small = PIL.Image.fromarray(rng.integers(0, 256, [8, 8, 3], dtype=np.uint8))
+            z.writestr(f'{i:08d}.png', encode_png(small.resize([size, size], PIL.Image.Resampling.BICUBIC)))
+
+
+@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
+@click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: CPU 64, CUDA of the network]')
+@click.option('--cres', metavar='LIST', type=parse_int_list, default=None, help='Channels per resolution')
+@click.option('--size', metavar='INT', type=int, default=32, help='Resolution of the images')
+@click.option('--batch', metavar='INT', type=int, default=None, help='Images a step  [default: CPU 8, CUDA 512]')
+@click.option('--images', metavar='INT', type=int, default=2048, help='Images of the data set that is made up')
+@click.option('--repeats', metavar='INT', type=int, default=None, help='Of each step  [default: CPU 3, CUDA 10]')
+@click.option('--compile', is_flag=True, help='Compiled networks too: minutes of compilation for each')
+@click.option('--only', metavar='LIST', default=None, help='Rows whose name holds one of these words, and the reference')
+@click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
+def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
+    """Measure training."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    cuda = device == 'cuda'
+    if not cuda:
+        torch.set_num_threads(1)
+    torch.backends.cudnn.benchmark = True
+    batch, repeats, cbase = batch or (512 if cuda else 8), repeats or (10 if cuda else 3), cbase or (None if cuda else 64)
+    network_kwargs = dict(ARCHITECTURES[arch], img_resolution=size, dropout=0.13)
+    network_kwargs.update({'model_channels': cbase} if cbase else {}, **({'channel_mult': cres} if cres else {}))
+    flops = step_flops(network_kwargs)
+    chosen = {name: way for name, way in ways(device, compile).items()
+              if name == 'reference' or only is None or any(word in name for word in only.split(';'))}
+    peaks = {name: matrix_peak(name, device) for name in PRECISIONS}
+    with tempfile.TemporaryDirectory() as folder:
+        data = f'{folder}/data.zip'
+        write_zip(data, images, size)
+        rows, seconds = [], {}
+        if cuda:  # one after the other: their memory together would be too much
+            for name, (system, options) in chosen.items():
+                trainer = Trainer(system, options, network_kwargs, data, batch, device)
+                seconds[name] = alternate({name: trainer.step}, repeats, device)[name]
+                rows.append(row(name, trainer, options, seconds, flops, peaks))
+                trainer.batches.close()
+                del trainer
+                torch.cuda.empty_cache()
+        else:
+            trainers = {name: Trainer(system, options, network_kwargs, data, batch, device)
+                        for name, (system, options) in chosen.items()}
+            seconds = alternate({name: trainer.step for name, trainer in trainers.items()}, repeats, device)
+            rows = [row(name, trainer, chosen[name][1], seconds, flops, peaks) for name, trainer in trainers.items()]
+            for trainer in trainers.values():
+                trainer.batches.close()
+    parameters = sum(p.numel() for p in SYSTEMS['edm'].network_class(img_channels=3, **network_kwargs).parameters())
+    report(f'Training, {arch}, {parameters / 1e6:.1f} M parameters, batch {batch}, {flops / 1e9:.1f} GFLOP an image',
+           rows, dict(network=network_kwargs, parameters=parameters, batch=batch, repeats=repeats, flops=flops,
+                      matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
+
+
+def row(name, trainer, options, seconds, flops, peaks):
+    """The table's row: speed, MFU, memory, and milliseconds of each part of a step."""
+    precision = (options or {}).get('precision', 'fp32')
+    per_second = trainer.batch / seconds[name]
+    memory = trainer.peak_memory()
+    trainer.parts = {}
+    trainer.step(timed=True)
+    return dict(way=name, images_per_second=per_second, ratio=seconds['reference'] / seconds[name],
+                mfu=per_second * flops / peaks[precision], **({'peak_gib': memory} if memory else {}),
+                **{part: f'{1e3 * t:.1f} ms' for part, t in trainer.parts.items()})
+
+
+if __name__ == '__main__':
+    main()

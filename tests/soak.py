@@ -1,0 +1,136 @@
+"""Two ranks train for a while, images are generated and scored from their snapshots beside it: does anything grow?
+
+    python -m tests.soak --minutes 30
+
+prints a table of each rank's memory and file handles after the first minute and at the end, and what was left behind.
+It fails where memory has grown by 2 % or more, or a handle or a process is left.
+"""
+
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import click
+import psutil
+
+from tests.commands import ROOT, SMALL
+from training.dataset import EMBEDDED
+from training.saving import saved_files
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+TRAIN = [*SMALL, '--batch=64', '--workers=1', '--precond=warm', '--cond=1', '--grid=4', '--tick=1.28', '--snap=1', '--dump=2',
+         '--duration=1000', '--nosubdir', '--auto-resume', '--keep=3', '--seed=0']
+WARM_UP_SEC = 60
+MAX_GROWTH = 0.02
+
+
+def command(script, *args):
+    """Run one of the commands to its end; it must succeed."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *args], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ranks_of(process):
+    """The training processes under torchrun, by rank."""
+    found = {}
+    for p in psutil.Process(process.pid).children():
+        if any(part.endswith('train.py') for part in p.cmdline()):
+            found[int(p.environ()['RANK'])] = p
+    return [found[rank] for rank in sorted(found)]
+
+
+def measure(p):
+    """(RSS in MiB, open files and sockets, threads, child processes) of a process."""
+    return p.memory_info().rss / 2 ** 20, p.num_fds(), p.num_threads(), len(p.children())
+
+
+class Customer:
+    """Generates and scores from the newest snapshot, again and again, one command at a time."""
+
+    def __init__(self, folder, tmp):
+        self.folder, self.tmp, self.finished, self.process = folder, tmp, {'generate.py': 0, 'fid.py': 0}, None
+        self.failed = []
+
+    def step(self):
+        """Start the next command when the last one is done."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        if self.process is not None:
+            self.finished[self.script] += 1
+            if self.process.returncode:
+                self.failed.append(pathlib.Path(self.tmp, 'customer.txt').read_text())
+        snapshots = saved_files(self.folder, 'network-snapshot')
+        if not snapshots:
+            return
+        scores = sum(self.finished.values()) % 2
+        self.script = 'fid.py' if scores else 'generate.py'
+        # The newest of three: it is not deleted while it is read.
+        args = ['calc', f'--network={snapshots[0]}', f'--ref={self.tmp}/ref.npz', '--seeds=0-31', '--detector=pixels',
+                f'--log={self.tmp}/metrics.jsonl'] if scores else \
+            [f'--network={snapshots[0]}', f'--outdir={self.tmp}/images', '--seeds=0-15', '--overwrite']
+        with open(f'{self.tmp}/customer.txt', 'w') as out:
+            self.process = subprocess.Popen([sys.executable, str(ROOT / self.script), *args, '--steps=4'], env=ENV,
+                                            stdout=out, stderr=subprocess.STDOUT)
+
+
+@click.command()
+@click.option('--minutes', type=click.FloatRange(min=3), default=30, help='How long the training runs')
+def main(minutes):
+    """Train, generate and score for a while, and watch memory, handles and processes."""
+    with tempfile.TemporaryDirectory() as tmp:
+        command('fid.py', 'ref', f'--data={EMBEDDED}', f'--dest={tmp}/ref.npz', '--detector=pixels')
+        folder = f'{tmp}/run'
+        with open(f'{tmp}/train.txt', 'w') as out:
+            process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                                        '--nproc_per_node=2', '--', str(ROOT / 'train.py'), *TRAIN,
+                                        f'--outdir={folder}'], env=ENV, stdout=out, stderr=subprocess.STDOUT)
+        while not saved_files(folder, 'training-state'):  # the first save is part of warming up
+            assert process.poll() is None, pathlib.Path(tmp, 'train.txt').read_text()
+            time.sleep(0.2)
+        ranks, customer, samples, began = ranks_of(process), Customer(folder, tmp), [], time.monotonic()
+        assert len(ranks) == 2
+        while time.monotonic() < began + minutes * 60:
+            assert process.poll() is None, pathlib.Path(tmp, 'train.txt').read_text()
+            customer.step()
+            samples.append((time.monotonic() - began, [measure(p) for p in ranks]))
+            time.sleep(2)
+        customer.process.wait()
+        helpers = [child for p in ranks for child in p.children(recursive=True)]
+        process.terminate()
+        process.wait(120)
+        left = [p for p in [*ranks, *helpers] if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        for p in left:
+            p.kill()
+        report(samples, minutes, customer, folder, left)
+
+
+def report(samples, minutes, customer, folder, left):
+    """Print the table and fail where something grew or was left."""
+    window = max(60, minutes * 6)  # a minute, or a tenth of the whole
+    first = [ranks for t, ranks in samples if WARM_UP_SEC <= t < WARM_UP_SEC + window]
+    last = [ranks for t, ranks in samples if t >= minutes * 60 - window]
+    ticks = sum(1 for _ in open(f'{folder}/stats.jsonl'))
+    print(f'{minutes:g} minutes, {ticks} ticks, {customer.finished["generate.py"]} times generated and '
+          f'{customer.finished["fid.py"]} times scored, {len(customer.failed)} of them failed')
+    print('medians of the window after the first minute → of the last window')
+    bad = [*customer.failed, *(f'process left: {p}' for p in left)]
+    for rank in range(2):
+        before, after = ([statistics.median(s[rank][i] for s in part) for i in range(4)] for part in (first, last))
+        growth = after[0] / before[0] - 1
+        print(f'rank {rank}: memory {before[0]:.1f} → {after[0]:.1f} MiB ({growth:+.2%}), handles {before[1]:g} → '
+              f'{after[1]:g}, threads {before[2]:g} → {after[2]:g}, child processes {before[3]:g} → {after[3]:g}')
+        if growth >= MAX_GROWTH or any(b < a for b, a in zip(before[1:], after[1:])):
+            bad.append(f'rank {rank} has grown')
+    states, snapshots = (len(saved_files(folder, kind)) for kind in ('training-state', 'network-snapshot'))
+    print(f'kept: {states} states, {snapshots} snapshots; processes left: {len(left)}')
+    if bad:
+        sys.exit('\n'.join(bad))
+
+
+if __name__ == '__main__':
+    main()

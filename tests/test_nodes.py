@@ -1,0 +1,108 @@
+"""Several machines, as two torchrun agents on this one."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import torch.distributed
+
+from tests import kills
+from tests.commands import ROOT, SMALL
+from tests.kills import check_same
+from tests.test_stopping import free_port
+from torch_utils import distributed as dist
+from torch_utils.signals import EXIT_STOPPED
+
+
+def agent(folder, port, node):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d',
+               f'--rdzv_endpoint=127.0.0.1:{port}', '--rdzv_id=test', f'--rdzv_conf=is_host={1 - node}', '--',
+               str(ROOT / 'train.py'), *kills.RUN, f'--outdir={folder}']
+    with open(f'{folder}.{node}.txt', 'wb') as out:
+        return subprocess.Popen(command, env=kills.ENV, stdout=out, stderr=subprocess.STDOUT)
+
+
+def test_two_agents_train_as_one_with_two_ranks(undisturbed, tmp_path):
+    folder, port = tmp_path / 'run', free_port()
+    agents = [agent(folder, port, node) for node in range(2)]
+    try:
+        for node, process in enumerate(agents):
+            assert process.wait(kills.LIFE_SEC) == 0, (tmp_path / f'run.{node}.txt').read_text()
+    finally:
+        for process in agents:
+            kills.kill_all(process)
+    check_same(folder, undisturbed)
+    assert 'Done.' in (tmp_path / 'run.0.txt').read_text() + (tmp_path / 'run.1.txt').read_text()
+
+
+def test_ranks_of_a_new_life_do_not_meet_those_of_the_old(monkeypatch):
+    """They get a part of the store for themselves, although the store still has the words of the former life."""
+    from concurrent.futures import ThreadPoolExecutor
+    store = torch.distributed.HashStore()
+    names = []
+    with ThreadPoolExecutor(3) as pool:
+        for life in range(3):
+            parts = list(pool.map(lambda rank: dist.fresh_store(store, rank, 3), range(3)))
+            parts[1].set('where', str(life))
+            assert parts[0].get('where') == parts[2].get('where') == str(life).encode()
+            names.append({part.get('where') for part in parts})
+            assert not parts[0].check(['elsewhere'])
+    assert len(names) == 3
+
+
+def test_without_torchrun_there_is_no_group_and_no_port(monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE'):
+        monkeypatch.delenv(name, raising=False)
+    dist.init()
+    assert not torch.distributed.is_initialized() and (dist.get_rank(), dist.get_world_size()) == (0, 1)
+    assert 'MASTER_PORT' not in os.environ
+    dist.cleanup()
+
+
+STAND_INS = {
+    'srun': '''#!/bin/bash
+# Both tasks on this machine; the highest exit code, as srun's.
+shift
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids[$i]=$!; done
+echo "${pids[0]}" > "$TASK_FILE"
+code=0
+for pid in "${pids[@]}"; do wait "$pid"; c=$?; [ $c -gt $code ] && code=$c; done
+exit $code
+''',
+    'scontrol': '''#!/bin/bash
+if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "asked to $*"; fi
+'''}
+
+
+def test_the_slurm_file(tmp_path):
+    """SIGUSR1 to a task: the job saves, asks to be queued again, and goes on when it is."""
+    bin_dir = tmp_path / 'bin'
+    bin_dir.mkdir()
+    for name, text in STAND_INS.items():
+        (bin_dir / name).write_text(text)
+        (bin_dir / name).chmod(0o755)
+    (bin_dir / 'python').write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (bin_dir / 'python').chmod(0o755)
+    env = {**kills.ENV, 'PATH': f"{bin_dir}:{os.environ['PATH']}", 'SLURM_JOB_ID': str(free_port()),
+           'SLURM_JOB_NODELIST': 'a,b', 'TASK_FILE': str(tmp_path / 'task')}
+
+    def submit(*options):
+        with open(tmp_path / 'out.txt', 'ab') as out:
+            return subprocess.Popen(['bash', 'docs/slurm.sbatch', *SMALL, '--batch=16', '--grid=0', '--tick=0.032', '--snap=0',
+                                     '--dump=0', f'--outdir={tmp_path / "runs"}', '--seed=1', *options], cwd=ROOT, env=env,
+                                    stdout=out, stderr=subprocess.STDOUT)
+
+    def said():
+        return (tmp_path / 'out.txt').read_text()
+    job = submit('--duration=1')
+    try:
+        assert kills.until(lambda: 'tick 3 ' in said(), job), said()
+        os.kill(int((tmp_path / 'task').read_text()), signal.SIGUSR1)
+        assert job.wait(60) == EXIT_STOPPED, said()
+    finally:
+        kills.kill_all(job)
+    assert f"asked to requeue {env['SLURM_JOB_ID']}" in said()
+    assert kills.wait(submit('--duration=0.00001')) == 0
+    assert 'Resuming from' in said() and said().count('asked to requeue') == 1
+    assert len(list((tmp_path / 'runs').iterdir())) == 1

@@ -1,0 +1,99 @@
+"""Numbers going wrong: counted, and the end of the run when they stay so; the last good state remains."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from dnnlib import UserError
+from tests.commands import SMALL, invoke, refused
+from tests.kills import equal, final_state
+from torch_utils import distributed as dist
+from training import training_loop as tl
+from training.health import Health
+from training.loss import EDMLoss
+from training.saving import saved_files
+from training.snapshot import read_snapshot
+
+RUN = [*SMALL, '--grid=0', '--augment=0', '--dropout=0', '--tick=0.032', '--snap=1', '--dump=1', '--seed=3', '--nosubdir',
+       '--lr-rampup=0']
+
+
+def train(folder, *options, steps=10):
+    return invoke('train.py', *RUN, f'--outdir={folder}', f'--duration={steps * 16e-6:.6f}', *options)
+
+
+def counts(folder):
+    return [json.loads(line)['Progress/nonfinite']['mean'] for line in (folder / 'stats.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture
+def bad_steps(monkeypatch):
+    """bad_steps(numbers, value) makes the loss of these steps that value."""
+    loss, step = EDMLoss.__call__, [0]
+
+    def spoil(numbers, value):
+        def spoilt(self, *args, **kwargs):
+            step[0] += 1
+            return loss(self, *args, **kwargs) * (value if step[0] in numbers else 1)
+        monkeypatch.setattr(EDMLoss, '__call__', spoilt)
+    return spoil
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_single_bad_steps_are_counted_and_the_run_goes_on(value, bad_steps, tmp_path):
+    bad_steps({3, 4, 6}, value)
+    assert train(tmp_path, '--max-nonfinite=3').exit_code == 0
+    assert counts(tmp_path)[:5] == [0, 1, 1, 1, 0]  # ticks end with the steps 1, 3, 5, 7, …
+    assert all(t.isfinite().all() for t in final_state(tmp_path)['net'].values())
+
+
+def test_too_many_in_a_row_end_the_run_and_the_last_good_state_stays(bad_steps, tmp_path):
+    bad_steps(range(6, 1000), math.nan)
+    refused(train(tmp_path, '--max-nonfinite=4', steps=40), '4 steps in a row', 'the steps 6 to 9', '--max-nonfinite')
+    assert final_state(tmp_path)['progress']['nimg'] == 5 * 16  # that of step 7 would have been bad
+    snapshot = read_snapshot(saved_files(tmp_path, 'network-snapshot')[0])
+    assert snapshot.kimg == 0.08 and all(t.isfinite().all() for t in snapshot.state_dict.values())
+
+
+def test_a_run_that_explodes_is_stopped(tmp_path):
+    refused(train(tmp_path, '--lr=1e30', '--max-nonfinite=3', steps=40), '3 steps in a row')
+    for state in saved_files(tmp_path, 'training-state'):
+        assert all(t.isfinite().all() for t in final_state(tmp_path)['net'].values()), state
+
+
+def test_zero_never_stops(bad_steps, tmp_path):
+    bad_steps(range(2, 1000), math.nan)
+    out = train(tmp_path, '--max-nonfinite=0', '--dump=0', steps=8)
+    assert out.exit_code == 0 and 'Nothing is saved' in out.output
+
+
+def test_loss_scaling_is_undone_before_anything_reads_gradients(tmp_path):
+    """A power of two changes no bit of a float32: the runs are the same, whether or not a step is bad."""
+    for scale in (1, 1024):
+        assert train(tmp_path / str(scale), f'--ls={scale}', steps=5).exit_code == 0
+    a, b = (final_state(tmp_path / str(scale)) for scale in (1, 1024))
+    for name in ('net', 'ema', 'optimizer'):
+        assert equal(a[name], b[name])
+
+
+def test_clean_gradients_says_whether_all_were_finite():
+    net = torch.nn.Linear(3, 2)
+    for bad in (None, math.nan, math.inf, -math.inf):
+        net.weight.grad, net.bias.grad = torch.full([2, 3], 1e30), torch.ones(2)
+        if bad is not None:
+            net.bias.grad[1] = bad
+        assert tl.clean_gradients(net, 4).item() is (bad is None)
+        assert net.weight.grad[0, 0] == 2.5e29 and net.bias.grad.isfinite().all()
+
+
+def test_one_rank_is_enough(monkeypatch):
+    """What any rank reports counts for all of them, also its wish to stop."""
+    others = torch.tensor([1., 1.])
+    monkeypatch.setattr(dist, 'all_reduce_sum', lambda t: t.add_(others))
+    health = Health(max_nonfinite=2)
+    health.end_step(1, [torch.tensor(True)], False)
+    assert health.streak == 1 and health.stopping
+    with pytest.raises(UserError, match='2 steps in a row, the steps 1 to 2'):
+        health.end_step(2, [torch.tensor(True)], False)

@@ -1,0 +1,136 @@
+"""warm.report: the paper's tables with our numbers beside them, and the plots, from made-up scores."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from warm import report
+from warm.report_data import measurements, read_run
+from warm.report_tables import TABLE_1, TABLE_3, TABLE_4, TABLE_5, tables
+
+PAPER = dict(metric='FID', detector='inception-2015-12-05', detector_sha256='a', ref='r.npz', ref_sha256='b',
+             num_images=50_000, seeds='0-49999', nfe=35, solver='heun', bnr=0.5, path='constant BNR 0.5',
+             trained_on='constant BNR 0.5', targets='residual', kimg=200_000.0, system='warm', dataset='cifar10-32x32',
+             label_dim=0, sampler={}, network='network-snapshot-200000.safetensors', network_sha256='c', class_idx=None,
+             seconds=100.0, commit='v1', device='cuda')
+EDM = dict(system='edm', bnr=0.0, path=None, trained_on=None, targets=None, network_sha256='e')
+CLI = CliRunner()
+
+
+def rounds(values, **changes):
+    """Lines of a metrics.jsonl: a round for each value."""
+    n = changes.get('num_images', PAPER['num_images'])
+    return [{**PAPER, **changes, 'value': v, 'seeds': f'{i * n}-{(i + 1) * n - 1}'} for i, v in enumerate(values)]
+
+
+def make_run(folder, lines, stats=()):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    if stats:
+        (folder / 'stats.jsonl').write_text(''.join(json.dumps(
+            {'Progress/kimg': {'mean': kimg}, 'Loss/loss': {'mean': loss}}) + '\n' for kimg, loss in stats))
+    return folder
+
+
+def rows(text):
+    """Cells of all table rows."""
+    lines = [line for line in text.splitlines() if line.startswith('| ')]
+    return [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
+
+
+def found_row(text, title, ours=True):
+    return next(row for row in rows(text) if row[0] == title and (row[-1] != 'not measured') == ours)
+
+
+def report_of(tmp_path, lines):
+    return tables(measurements([read_run(make_run(tmp_path / 'run', lines))]))
+
+
+def test_the_paper_repeated_differs_in_nothing(tmp_path):
+    """50,000 images, three rounds, the best counts: 1.84 beside 1.85, and the Inception Score's best is its largest."""
+    lines = rounds([1.9, 1.84, 1.88]) + rounds([10.01, 9.9, 10.05], metric='IS') + rounds([.1, .2, .3], metric='IS_std')
+    text = report_of(tmp_path, lines)
+    assert found_row(text, 'Warm (BNR 0.5)')[1:] == ['35', '1.85', '10.02', '35', '1.84', '10.05', 'nothing']
+    assert found_row(text, '0.5')[4:] == ['35', '1.84', '10.05', 'nothing']
+    assert found_row(text, '(d) R: x_rest, D: V M Vᵀx₀')[4:6] == ['35', '1.84']
+    assert sum(row[-1] == 'not measured' for row in rows(text)) == \
+        sum(len(r) for *_, r in TABLE_1.values()) + len(TABLE_3) + len(TABLE_4) + len(TABLE_5) - 3
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(nfe=11), 'NFE 11 instead of 35'), (dict(num_images=5000), '5,000 images'),
+    (dict(kimg=2000.0), 'trained on 2 of 200 Mimg'), (dict(metric='FD-pixels', detector='pixels'),
+                                                      'FD-pixels instead of FID'),
+    (dict(solver='dpmpp2m'), 'solver dpmpp2m'),
+    (dict(trained_on='BNRs from 0.1 to 2'), 'network for BNRs from 0.1 to 2'),
+    (dict(class_idx=3), 'class 3 alone'), (dict(dataset='digits-8x8'), 'data digits-8x8 instead of CIFAR-10')])
+def test_what_differs_is_said(tmp_path, changes, words):
+    text = report_of(tmp_path, rounds([2.5, 2.4, 2.6], **changes))
+    assert found_row(text, '0.5')[-1] == words
+    one_round = report_of(tmp_path, rounds([2.5]))
+    assert found_row(one_round, '0.5')[-1] == '1 round'
+
+
+def test_each_score_finds_its_row(tmp_path):
+    """Systems, BNRs, schedules and targets; what the paper doesn't have gets a row without its numbers."""
+    text = report_of(tmp_path, [
+        *rounds([1.97], **EDM), *rounds([1.95], **{**EDM, 'sampler': {'epsilon_scale': '1.0006'}}),
+        *rounds([1.79], **EDM, label_dim=10), *rounds([9.0], targets='blurred'), *rounds([2.6], bnr=2.0),
+        *rounds([2.1], bnr=1.5), *rounds([3.0], bnr=None, path='blurring schedule up to 20 pixels', nfe=79),
+        *rounds([3.5], bnr=None, path='blurring schedule up to 20 pixels', nfe=59),
+        *rounds([2.29], dataset='ffhq-64x64', nfe=79)])
+    assert found_row(text, 'EDM')[5] == '1.97' and found_row(text, 'EDM-ES')[5] == '1.95'
+    assert found_row(text, '0 (EDM)')[5] == '1.97' and found_row(text, '2')[5] == '2.60'
+    assert [row[5] for row in rows(text) if row[0] == 'EDM' and row[-1] != 'not measured'] == ['1.97', '1.79']
+    assert found_row(text, '1.5')[1:6] == ['–', '–', '–', '35', '2.10']
+    assert [row[1:6] for row in rows(text) if row[0] == 'Blurring Diffusion' and row[5] != '–'] == [
+        ['79', '4.13', '9.27', '79', '3.00'], ['–', '–', '–', '59', '3.50']]
+    assert found_row(text, '(b) D: V M Vᵀx₀')[5] == '9.00'
+    assert found_row(text, 'Warm (BNR 0.5)')[2:6] == ['2.29', '3.41', '79', '2.29']
+
+
+def test_the_measurement_nearest_to_the_paper_is_shown(tmp_path):
+    text = report_of(tmp_path, rounds([1.5], num_images=1000) + rounds([2.0]) + rounds([1.4], nfe=17)
+                     + rounds([1.3], kimg=1000.0))
+    assert found_row(text, '0.5')[4:6] == ['35', '2.00']
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):
+    folder = make_run(tmp_path / 'run', rounds([2.0]))
+    with open(folder / 'metrics.jsonl', 'a') as f:
+        f.write('{"metric": "FID", "val')
+    assert len(read_run(folder).scores) == len(read_run(folder / 'metrics.jsonl').scores) == 1
+
+
+def test_report_and_plots(tmp_path):
+    """Two runs with curves: three plots as PNG and SVG, the same bytes every time."""
+    series = [line for nfe in (11, 35, 79) for line in rounds([100 / nfe], nfe=nfe)]
+    progress = [line for kimg in (1, 2) for line in rounds([50 / kimg], kimg=float(kimg), num_images=1000)]
+    runs = [make_run(tmp_path / '00000-warm', series + progress, [(0, 1.5), (1, 1.0), (2, 0.8)]),
+            make_run(tmp_path / '00001-edm', [{**line, **EDM} for line in series], [(0, 1.4), (1, 1.1)])]
+    written = []
+    for out in ('a', 'b'):
+        result = CLI.invoke(report.main, [*map(str, runs), f'--outdir={tmp_path / out}'])
+        assert result.exit_code == 0, result.output
+        written.append({p.name: p.read_bytes() for p in (tmp_path / out).iterdir()})
+    assert set(written[0]) == {'report.md', *(f'{name}.{kind}' for name in ('fid-bnr', 'fid-nfe', 'training')
+                                              for kind in ('png', 'svg'))}
+    assert written[0] == written[1]
+    text = written[0]['report.md'].decode()
+    assert '(fid-nfe.png)' in text and '00001-edm' in text and 'Table 5' in text
+
+
+def test_report_without_scores(tmp_path):
+    folder = make_run(tmp_path / 'run', [], [(0, 1.5)])
+    result = CLI.invoke(report.main, [str(folder), f'--outdir={tmp_path / "out"}'])
+    assert result.exit_code == 0, result.output
+    assert 'fid.py calc --network' in (tmp_path / 'out' / 'report.md').read_text()
+
+
+def test_bad_input(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    for path, message in (('none', 'there is no run folder'), ('empty', 'neither a stats.jsonl nor a metrics.jsonl')):
+        result = CLI.invoke(report.main, [str(tmp_path / path), f'--outdir={tmp_path / "out"}'])
+        assert result.exit_code == 1 and message in result.output
+    assert not (tmp_path / 'out').exists()

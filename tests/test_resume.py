@@ -1,0 +1,253 @@
+"""Continuing a run: where --resume and --auto-resume start, what they leave in the records, what is kept on disk."""
+
+import contextlib
+import json
+import resource
+import shutil
+import time
+
+import pytest
+import torch
+
+from dnnlib import UserError
+from tests.commands import SMALL, invoke, refused
+from tests.kills import check_same, equal, final_state, losses
+from training import saving
+from training.saving import Saver, host_copy, prune, saved_files
+from training.state import load_state, save_state
+
+# 64 images a step, two steps a tick: ticks end at 0.064, 0.192, …, 1.088 kimg, states at 000000 (overwritten) and 000001.
+RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0', '--tick=0.128', '--snap=1', '--dump=1']
+
+
+def train(folder, *options, kimg=1.088, seed=3):
+    """train.py into `folder` itself, in this process."""
+    seeds = [] if seed is None else [f'--seed={seed}']
+    return invoke('train.py', *RUN, f'--outdir={folder}', '--nosubdir', f'--duration={kimg / 1000}', *seeds, *options)
+
+
+def trained(*args, **kwargs):
+    """The same; it must succeed."""
+    result = train(*args, **kwargs)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """A run of 1.088 kimg, whose states are of 0.96 (named 000000) and of 1.088 kimg (000001)."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    trained(folder)
+    assert [p.name for p in saved_files(folder, 'training-state')] == ['training-state-000001.pt',
+                                                                      'training-state-000000.pt']
+    return folder
+
+
+@pytest.fixture
+def cut(whole, tmp_path):
+    """A copy of it that was killed after the state of 0.96 kimg and the last tick's line."""
+    folder = tmp_path / 'cut'
+    shutil.copytree(whole, folder)
+    for kind in saving.KINDS:
+        saved_files(folder, kind)[0].unlink()
+    (folder / '.tmp-x1y2training-state-000001.pt').write_bytes(b'half of it')
+    return folder
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_auto_resume_ends_like_the_whole_run_with_each_tick_once(whole, cut):
+    with open(cut / 'stats.jsonl', 'a') as f:
+        f.write('{"Progress/tick": {"num": 1, "me')  # cut off by the kill
+    out = trained(cut, '--auto-resume')
+    assert f'Resuming from {cut}/training-state-000000.pt' in out.output
+    check_same(cut, whole)
+
+
+def test_the_line_of_the_last_tick_is_made_up_for(whole, cut):
+    """A state may reach the disk before the line of its tick does."""
+    lines = (cut / 'stats.jsonl').read_text().splitlines(keepends=True)
+    tick = load_state(cut / 'training-state-000000.pt')['progress']['tick']
+    (cut / 'stats.jsonl').write_text(''.join(lines[:tick - 1]))
+    trained(cut, '--auto-resume')
+    assert losses(cut) == losses(whole)
+
+
+def test_a_finished_run_can_be_started_again_and_again(whole, cut):
+    trained(cut, '--auto-resume')
+    before = {p.name: p.read_bytes() for p in cut.iterdir() if p.name not in ('log.txt', 'training_options.json')}
+    out = trained(cut, '--auto-resume')
+    assert 'done already' in out.output
+    assert before == {p.name: p.read_bytes() for p in cut.iterdir() if p.name in before}
+    trained(cut, '--auto-resume', kimg=1.2)  # and can be made longer
+    assert final_state(cut)['progress']['nimg'] == 1216
+
+
+def test_auto_resume_starts_afresh_without_a_state(tmp_path, whole):
+    trained(tmp_path / 'run', '--auto-resume')
+    check_same(tmp_path / 'run', whole)
+
+
+def test_auto_resume_keeps_a_seed_that_was_drawn(tmp_path):
+    trained(tmp_path / 'run', '--auto-resume', kimg=0.064, seed=None)
+    seed = json.loads((tmp_path / 'run' / 'training_options.json').read_text())['seed']
+    trained(tmp_path / 'run', '--auto-resume', kimg=0.128, seed=None)
+    assert json.loads((tmp_path / 'run' / 'training_options.json').read_text())['seed'] == seed
+
+
+def test_auto_resume_finds_its_folder_by_name(tmp_path):
+    def start(*options, kimg=0.064):
+        out = invoke('train.py', *RUN, f'--outdir={tmp_path}', f'--duration={kimg / 1000}', '--auto-resume', *options)
+        assert out.exit_code == 0, out.output
+        return out.output
+    start('--desc=a')
+    start('--desc=b')
+    start('--desc=a', kimg=0.128)
+    folders = sorted(p.name for p in tmp_path.iterdir())
+    assert len(folders) == 2 and folders[0].startswith('00000-') and folders[0].endswith('-a')
+    assert load_state(tmp_path / folders[0] / 'training-state-000000.pt')['progress']['nimg'] == 128
+    (tmp_path / folders[0]).rename(tmp_path / folders[0].replace('-gpus1-', '-gpus8-'))
+    assert 'done already' in start('--desc=a', kimg=0.128)  # a run may go on with another number of ranks
+
+
+@pytest.mark.parametrize('where', ['file', 'folder', 'latest'])
+def test_resume_takes_a_file_a_folder_or_latest(where, whole, cut):
+    (cut.parent / 'other').mkdir()
+    value = {'file': cut / 'training-state-000000.pt', 'folder': cut, 'latest': 'latest'}[where]
+    (cut / 'training-state-000000.pt').touch()
+    out = invoke('train.py', *RUN, f'--outdir={cut.parent}', '--duration=0.001088', '--seed=3', f'--resume={value}')
+    assert out.exit_code == 0, out.output
+    assert f'Resuming from {cut}/training-state-000000.pt' in out.output
+    new = next(cut.parent.glob('00000-*'))
+    assert equal(final_state(new), final_state(whole)) and losses(new) == losses(whole)[-1:]
+
+
+def test_a_damaged_state_is_passed_over(whole, tmp_path):
+    folder = tmp_path / 'run'
+    shutil.copytree(whole, folder)
+    damage(folder / 'training-state-000001.pt')
+    out = trained(folder, '--auto-resume')
+    assert 'passing over a damaged state' in out.output and 'training-state-000001.pt is damaged' in out.output
+    check_same(folder, whole)
+
+
+def test_without_any_good_state(whole, cut):
+    damage(cut / 'training-state-000000.pt')
+    refused(train(cut, f'--resume={cut / "training-state-000000.pt"}'), 'damaged')
+    refused(train(cut, f'--resume={cut}'), 'damaged')
+    shutil.copy(cut / 'training-state-000000.pt', cut / 'training-state-000001.pt')
+    refused(train(cut, f'--resume={cut}'), 'none of the 2 training states')
+    out = trained(cut, '--auto-resume')
+    assert 'passing over' in out.output and 'Resuming' not in out.output
+    check_same(cut, whole)
+
+
+@pytest.mark.parametrize('value, sentence', [('/nowhere/training-state-000001.pt', '/nowhere'), ('latest', 'latest'),
+                                             ('{tmp}', 'no training-state-*.pt')])
+def test_nothing_to_resume(value, sentence, tmp_path):
+    refused(invoke('train.py', *RUN, f'--outdir={tmp_path / "runs"}', f'--resume={value.format(tmp=tmp_path)}'), sentence)
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_another_network_is_refused(cut):
+    refused(train(cut, '--auto-resume', '--cbase=16'), 'model_channels', 'training_options.json')
+
+
+# ------------------------------------------------------------------------------------- what is on the disk
+
+def test_a_wrong_checksum_inside_is_noticed(tmp_path):
+    """Even where the archive around it is sound: a bit that flipped in memory before it was written."""
+    path = tmp_path / 'training-state-000001.pt'
+    save_state(path, {'w': torch.zeros(4)})
+    content = torch.load(path, weights_only=True)
+    content['state']['w'][2] = 1
+    torch.save(content, path)
+    with pytest.raises(UserError, match='checksum of its content'):
+        load_state(path)
+
+
+def fake_files(folder, kimgs):
+    for kimg in kimgs:
+        save_state(folder / f'training-state-{kimg:06d}.pt', {'w': torch.full([1000], float(kimg))})
+
+
+def test_prune_keeps_the_newest(tmp_path):
+    fake_files(tmp_path, [1, 2, 3, 4, 9])
+    prune(tmp_path, 2, 4500)  # 9 is of a run that was continued from further back
+    assert [p.name for p in saved_files(tmp_path, 'training-state')] == [f'training-state-{k:06d}.pt' for k in (9, 4, 3)]
+
+
+def test_prune_never_deletes_the_only_good_one(tmp_path, capsys):
+    fake_files(tmp_path, [1, 2, 3])
+    damage(tmp_path / 'training-state-000003.pt')
+    prune(tmp_path, 1, 3000)
+    assert len(saved_files(tmp_path, 'training-state')) == 3
+    assert 'No older files are deleted' in capsys.readouterr().out
+
+
+def test_keep(tmp_path):
+    trained(tmp_path, '--keep=2', '--tick=0.5', kimg=2.2)
+    assert [p.name for p in saved_files(tmp_path, 'training-state')] == ['training-state-000002.pt',
+                                                                        'training-state-000001.pt']
+    assert len(saved_files(tmp_path, 'network-snapshot')) == 2
+
+
+@contextlib.contextmanager
+def full_disk(n):
+    """Within it, a write beyond n bytes of a file fails as on a full disk."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_the_last_state(cut):
+    state = cut / 'training-state-000000.pt'
+    before = state.read_bytes()
+    with full_disk(len(before) // 2):  # a snapshot fits, a state does not
+        refused(train(cut, '--auto-resume', kimg=50), 'could not write', 'training-state', 'free some space')
+    assert state.read_bytes() == before and not list(cut.glob('.tmp-*'))
+    trained(cut, '--auto-resume')
+
+
+def test_saving_waits_for_the_copy_only(tmp_path, monkeypatch):
+    """What is written is what was there when `save` was called."""
+    def slow(path, state):
+        time.sleep(0.5)
+        save_state(path, state)
+    monkeypatch.setattr(saving, 'save_state', slow)
+    weights = torch.zeros(5)
+    with Saver(tmp_path) as saver:
+        start = time.monotonic()
+        saver.save(7000, state={'w': weights})
+        weights += 1
+        assert time.monotonic() - start < 0.3
+        saver.finish()
+        assert time.monotonic() - start > 0.4
+    assert torch.equal(load_state(tmp_path / 'training-state-000007.pt')['w'], torch.zeros(5))
+
+
+def test_an_error_of_the_writer_comes_up_later(tmp_path, monkeypatch):
+    def fail(path, state):
+        raise UserError('the disk is gone')
+    monkeypatch.setattr(saving, 'save_state', fail)
+    with Saver(tmp_path) as saver:
+        saver.save(1000, state={})
+        with pytest.raises(UserError, match='the disk is gone'):
+            saver.finish()
+        with pytest.raises(UserError, match='the disk is gone'):
+            saver.check()
+
+
+def test_host_copy_shares_what_is_shared():
+    w = torch.arange(6.).reshape(2, 3).t()
+    copy = host_copy({'a': w, 'b': [w, (1, 'x')]})
+    assert copy['a'] is copy['b'][0] and copy['b'][1] == (1, 'x') and torch.equal(copy['a'], w)
+    w[0, 0] = 9
+    assert copy['a'][0, 0] == 0 and copy['a'].is_contiguous()

@@ -1,0 +1,420 @@
+"""Fast paths against the plain ones they stand for, and steps in which the host never waits for the GPU."""
+
+import copy
+import itertools
+import json
+import os
+import shutil
+import threading
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dnnlib import UserError
+from tests.commands import SMALL, invoke, refused, run_command
+from tests.test_precision import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
+from training import acceleration, decoded, generation
+from training import batches as b
+from training import training_loop as tl
+from training.acceleration import accelerate
+from training.augment import TRAIN_AUGMENT, AugmentPipe
+from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
+from training.loss import EDMLoss
+from training.networks import EDMPrecond
+from training.progress import load_optimizer
+from warm.loss import WarmLoss
+from warm.precond import WarmPrecond
+
+STEPS = {'edm': (EDMPrecond, EDMLoss, {}), 'warm': (WarmPrecond, WarmLoss, {}),
+         'warm-list': (WarmPrecond, WarmLoss, dict(bnr='0,0.1,0.5')),
+         'warm-range': (WarmPrecond, WarmLoss, dict(bnr='0.1-2'))}
+
+
+# ---- The network.
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('model_type', NETWORKS)
+def test_channels_last_is_as_exact(model_type, device):
+    """Sums in another order: at most three times as far from float64 as the plain layout is, outputs and gradients."""
+    net = make_net(model_type, device=device)
+    x, c_noise = torch.randn([4, 3, 8, 8], device=device), torch.randn([4], device=device)
+    exact = copy.deepcopy(net).double()
+    out = exact.model(x.double(), c_noise.double())
+    out.square().mean().backward()
+    exact = [out], [p.grad for p in exact.parameters()]
+    plain = outputs_and_gradients(net, x, c_noise)
+    other = outputs_and_gradients(accelerate(net, channels_last=True), x, c_noise)
+    assert all(distance(a, e) <= 3 * distance(p, e) < 1e-5 for a, p, e in zip(other, plain, exact))
+    assert other[0][0].is_contiguous() and all(p.is_contiguous() for p in net.parameters())
+    features = net.model.enc['8x8_conv'](x.contiguous(memory_format=torch.channels_last))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('model_type', NETWORKS)
+def test_recomputation_changes_nothing(model_type, device):
+    """Outputs and gradients, bit for bit."""
+    net = make_net(model_type, device=device)
+    x, c_noise = torch.randn([4, 3, 8, 8], device=device), torch.randn([4], device=device)
+    plain = outputs_and_gradients(net, x, c_noise)
+    recomputed = outputs_and_gradients(accelerate(net, recompute=True), x, c_noise)
+    assert all(torch.equal(a, p) for a, p in zip(sum(recomputed, []), sum(plain, [])))
+
+
+def test_recomputation_draws_the_same_dropout():
+    net = make_net()
+    for module in net.modules():
+        if hasattr(module, 'style'):
+            object.__setattr__(module.style, 'dropout', 0.5)
+    x, c_noise, results = torch.randn([4, 3, 8, 8]), torch.randn([4]), []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        results.append(outputs_and_gradients(accelerate(net, recompute=recompute), x, c_noise))
+    assert all(torch.equal(a, c) for a, c in zip(results[0][1], results[1][1]))
+
+
+def saved_bytes(net, x, c_noise):
+    """Memory held for the backward pass, weights left out."""
+    held, weights = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in weights:
+            held[t.untyped_storage().data_ptr()] = t, t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = net.run_model(x, c_noise)
+    assert out.requires_grad
+    return sum(size for _, size in held.values())
+
+
+def test_memory_held_for_the_backward_pass():
+    """bf16 holds less than half of fp32's features (its norms and SiLUs are made anew), recomputation less still."""
+    x, c_noise = torch.randn([32, 3, 8, 8]), torch.randn([32])
+    held = {name: saved_bytes(accelerate(make_net(), **options), x, c_noise) for name, options in {
+        'fp32': {}, 'bf16': dict(precision='bf16'), 'recompute': dict(recompute=True)}.items()}
+    assert held['bf16'] < 0.5 * held['fp32'] and held['recompute'] < 0.4 * held['fp32'], held
+
+
+@pytest.mark.parametrize('model_type', NETWORKS)
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.filterwarnings('ignore')  # torch's own, from inside its compiler
+def test_one_graph_to_compile(model_type, precision):
+    """The whole U-Net is a single graph, forward and backward, whose numbers are those of the network as it is."""
+    net = make_net(model_type)
+    net.precision = precision
+    x, c_noise = torch.randn([2, 3, 8, 8]), torch.randn([2])
+    reference = outputs_and_gradients(net, x, c_noise)
+    net.model.compile(backend='aot_eager', fullgraph=True, dynamic=False)
+    outputs, grads = outputs_and_gradients(net, x, c_noise)
+    tolerance = {'fp32': 1e-6, 'bf16': 2e-2}[precision]
+    assert distance(outputs, reference[0]) <= tolerance and distance(grads, reference[1]) <= tolerance
+    assert copy.deepcopy(net).model._compiled_call_impl is None and set(net.state_dict()) == set(make_net(
+        model_type).state_dict())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('graphs', [False, True])
+def test_compiled_on_a_gpu(graphs):
+    net = make_net(device='cuda').eval().requires_grad_(False)
+    x, sigma = torch.randn([4, 3, 8, 8], device='cuda'), torch.ones([], device='cuda')
+    reference = [net(x, sigma * s) for s in (1, 2, 3)]
+    accelerate(net, compile=True, cuda_graphs=graphs)
+    with torch.no_grad():
+        for _ in range(3):
+            outputs = [net(x, sigma * s) for s in (1, 2, 3)]
+    assert distance(outputs, reference) < 1e-5
+
+
+def test_compilers_absence_is_a_sentence(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError('Unsupported: C++ compiler not found\n  long story')
+    monkeypatch.setattr(torch, 'compile', fails)
+    with pytest.raises(UserError, match=r'--compile does not work here \(Unsupported: C\+\+ compiler not found\).*g\+\+'):
+        acceleration.check_compiler(torch.device('cpu'))
+
+
+# ---- A step without waiting.
+
+WAITS = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'is_nonzero', 'equal', 'unique2'}
+
+
+class Waits(TorchDispatchMode):
+    """Lists what would make the host wait for a GPU: values read back, tensors made of Python lists, copies over."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        devices = {t.device.type for t in (*args, out) if isinstance(t, torch.Tensor) and t.numel() > 0}
+        crosses = name in ('_to_copy', 'copy_') and len(devices) > 1
+        if name in WAITS or name == 'lift_fresh' or crosses:
+            self.found.append(name)
+        return out
+
+
+def training_step(system, device, fused):
+    """A function: one step as the loop makes it, augmentation, gradients, Adam and EMA included."""
+    network_class, loss_class, kwargs = STEPS[system]
+    pipe = AugmentPipe(p=0.5, **TRAIN_AUGMENT)
+    with torch.device(device):
+        net = make_net(network_class=network_class, augment_dim=pipe.label_dim, device=device, **kwargs).train()
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=fused)
+    images = torch.zeros([4, 3, 8, 8], device=device)
+    loss_fn = loss_class()
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_fn(net, images, None, pipe)
+        tl.training_stats.report('Loss/loss', loss)
+        with net.products():
+            loss.sum().mul(1 / 4).backward()
+        tl.clean_gradients(net)
+        if fused:
+            optimizer.step()
+        tl.update_ema(ema, net, 0.9)
+    return step
+
+
+@pytest.fixture
+def statistics():
+    """No statistics before or after."""
+    tl.training_stats._moments.clear()
+    yield
+    tl.training_stats._moments.clear()
+
+
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+@pytest.mark.parametrize('system', STEPS)
+def test_a_step_never_waits(system, device, statistics):
+    """On the CPU nothing is read back; on the meta device, which has no values, nothing is copied there either."""
+    step = training_step(system, device, fused=True if device == 'cpu' else None)
+    step()  # constants such as the DCT's matrix are copied once
+    with Waits() as waits:
+        step()
+    assert waits.found == []
+
+
+def test_waits_are_found():
+    with Waits() as waits:
+        x = torch.zeros([3], device='meta')
+        x + torch.tensor([1., 2., 3.]).to('meta')
+        torch.ones([]).item()
+    assert waits.found == ['lift_fresh', '_to_copy', '_local_scalar_dense']
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('data_device', b.DATA_DEVICES)
+@pytest.mark.parametrize('system', STEPS)
+def test_a_step_never_waits_for_the_gpu(system, data_device, statistics):
+    step = training_step(system, 'cuda', fused=True)
+    dataset = tl.open_dataset(path=EMBEDDED, use_labels=True)
+    batches = b.Batches(dataset, 8, 0, 0, {}, torch.device('cuda', 0), data_device)
+    step(), next(batches)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for _ in range(3):
+            next(batches)
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+        batches.close()
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_gradients_are_cleaned_alike(device):
+    """One pass over all gradients gives what tensor by tensor gives."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(5, 2)).to(device)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p) * 1e6
+    assert tl.clean_gradients(net)
+    net[0].weight.grad.view(-1)[:3] = torch.tensor([float('nan'), float('inf'), -float('inf')])
+    expected = [torch.nan_to_num(p.grad / 8, nan=0, posinf=1e5, neginf=-1e5) for p in net.parameters()]
+    assert not tl.clean_gradients(net, loss_scaling=8)
+    assert all(torch.equal(p.grad, e) for p, e in zip(net.parameters(), expected))
+
+
+def test_optimizer_states_move_between_devices():
+    """A state of the fused kernels continues with the plain ones, to the same numbers, and back."""
+    def make(fused):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(5))
+        return p, torch.optim.Adam([p], lr=0.1, fused=fused)
+    results = []
+    for first, second in ((None, None), (True, None), (None, True)):
+        p, optimizer = make(first)
+        for fused in (first, second):
+            later, other = make(fused)
+            if optimizer.state:
+                load_optimizer(other, optimizer.state_dict())
+            with torch.no_grad():
+                later.copy_(p)
+            p, optimizer = later, other
+            assert optimizer.param_groups[0]['fused'] is fused
+            p.grad = torch.ones(5)
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+# ---- Data.
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache folder, and decoded files even for small sets."""
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
+    monkeypatch.setattr(decoded, 'MIN_BYTES', 0)
+    return tmp_path / 'cache' / 'decoded'
+
+
+def decoded_dataset(path=EMBEDDED, **kwargs):
+    dataset = ImageFolderDataset(path, **kwargs)
+    dataset.use_decoded(decoded.decoded_images(dataset, min_bytes=0))
+    return dataset
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(use_labels=True), dict(xflip=True, use_labels=True),
+                                    dict(max_size=100, xflip=True, random_seed=3)])
+def test_decoded_images_are_the_images(cache, kwargs):
+    plain, mapped = ImageFolderDataset(EMBEDDED, **kwargs), decoded_dataset(**kwargs)
+    assert isinstance(mapped.decoded, np.memmap) and len(list(cache.iterdir())) == 1
+    indices = np.random.default_rng(0).integers(len(plain), size=64).tolist()
+    for dataset in (plain, mapped):
+        images, labels = dataset.batch(indices)
+        assert images.dtype == np.uint8 and labels.dtype == np.float32
+        for i, image, label in zip(indices, images, labels):
+            np.testing.assert_array_equal(image, plain[i][0])
+            np.testing.assert_array_equal(label, plain[i][1])
+    assert all((mapped[i][0] == plain[i][0]).all() for i in indices)
+    with pytest.raises(IndexError):
+        mapped.batch([len(mapped)])
+
+
+@pytest.mark.parametrize('start', [0, 96])
+def test_all_ways_give_the_same_batches(cache, start):
+    """Worker process, thread, resident tensor: the same images and labels in the same order, bit for bit."""
+    def take(dataset, source=b.Batches, **loader_kwargs):
+        batches = b.Batches(dataset, 8, 5, start, loader_kwargs, torch.device('cpu'))
+        if source is not b.Batches:
+            sampler = b.InfiniteSampler(dataset, seed=5, start_idx=start)
+            batches._source = source(dataset, sampler, 8, torch.device('cpu'))
+        taken = [tuple(t.clone() for t in next(batches)) for _ in range(5)]
+        batches.close()
+        return taken
+    common = dict(use_labels=True, xflip=True)
+    reference = take(load_embedded(xflip=True), num_workers=0)
+    for taken in (take(load_embedded(xflip=True), num_workers=1), take(decoded_dataset(**common)),
+                  take(decoded_dataset(**common), b.resident_batches)):
+        assert all(torch.equal(x, y) for p, q in zip(taken, reference) for x, y in zip(p, q))
+    assert reference[0][0].dtype == torch.float32 and reference[0][1].sum() == 8
+
+
+def test_decoded_again_when_the_zip_changes(cache, tmp_path):
+    path = tmp_path / 'set.zip'
+    shutil.copy(EMBEDDED, path)
+    decoded_dataset(path)
+    first, = cache.iterdir()
+    stamp = first.stat().st_mtime_ns
+    decoded_dataset(path)
+    assert [f.stat().st_mtime_ns for f in cache.iterdir()] == [stamp]
+    os.utime(path, ns=(1, 1))
+    decoded_dataset(path)
+    second, = cache.iterdir()
+    assert second != first
+    second.write_bytes(second.read_bytes()[:1000])  # damaged, as no writer of ours leaves it
+    np.testing.assert_array_equal(decoded_dataset(path).decoded[5], ImageFolderDataset(path)[5][0])
+
+
+def test_no_decoded_file_where_it_cannot_be(cache, monkeypatch, capsys, tmp_path):
+    """A full disk: a warning, and the images are read one by one. A damaged image is an error either way."""
+    dataset = load_embedded()
+    monkeypatch.setattr(decoded.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(1, 1, 1 << 20))
+    assert decoded.decoded_images(dataset, min_bytes=0) is None
+    assert 'not decoded in advance' in capsys.readouterr().out and not list(cache.glob('*'))
+    assert decoded.decoded_images(dataset, max_bytes=1000) is None
+    monkeypatch.undo()
+    for i in range(2):
+        PIL.Image.new('L', (8, 8)).save(tmp_path / f'{i}.bmp')
+    (tmp_path / '1.bmp').write_bytes(b'BM damaged')
+    with pytest.raises(UserError, match='1.bmp'):
+        decoded.decoded_images(ImageFolderDataset(tmp_path), min_bytes=0)
+
+
+def test_thread_ends_and_its_errors_surface():
+    def items():
+        yield from range(3)
+        raise UserError('the disk is gone')
+    results = b.ahead(items())
+    assert list(itertools.islice(results, 3)) == [0, 1, 2]
+    with pytest.raises(UserError, match='the disk is gone'):
+        next(results)
+    endless = b.ahead(itertools.count())
+    next(endless)
+    endless.close()
+    assert not any(thread.name == 'batches' for thread in threading.enumerate())
+
+
+def test_share_of_waiting_is_recorded(tmp_path):
+    for workers, cache in ((0, 1), (1, 0)):
+        run_command('train.py', *SMALL, f'--outdir={tmp_path / str(cache)}', '--duration=0.00032', '--grid=0',
+                    f'--workers={workers}', f'--cache={cache}')
+        path, = (tmp_path / str(cache)).glob('*/stats.jsonl')
+        shares = [json.loads(line)['Timing/data_wait']['mean'] for line in path.read_text().splitlines()]
+        assert len(shares) == 2 and all(0 < share < 1 for share in shares)
+
+
+def test_data_device_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    refused(invoke('train.py', '-n', '--data-device=cuda'), '--data-device=cuda needs a GPU')
+
+
+# ---- Sampling.
+
+def test_writing_goes_on_behind(tmp_path, monkeypatch):
+    """Batches are drawn while earlier ones are written, but only so many; all are there in the end."""
+    drawn, written = [], []
+
+    def batches():
+        for i in range(12):
+            drawn.append(i)
+            yield [2 * i, 2 * i + 1], torch.zeros([2, 3, 4, 4], dtype=torch.uint8)
+
+    def slow(path, image):
+        time.sleep(0.01)
+        ahead.append(len(drawn) - len(written))
+        written.append(path)
+    ahead, sizes = [], []
+    monkeypatch.setattr(generation, 'save_png', slow)
+    generation.write_images(tmp_path, batches(), progress=sizes.append)
+    assert len(written) == 24 and sizes == [2] * 12
+    assert max(drawn) == 11 and max(ahead) > 1
+
+
+def test_a_failed_write_ends_the_drawing(tmp_path, monkeypatch):
+    drawn = []
+
+    def batches():
+        for i in range(100):
+            drawn.append(i)
+            yield [i], torch.zeros([1, 3, 4, 4], dtype=torch.uint8)
+
+    def full(path, image):
+        raise UserError(f'could not write {path}: the disk is full')
+    monkeypatch.setattr(generation, 'save_png', full)
+    with pytest.raises(UserError, match='the disk is full'):
+        generation.write_images(tmp_path, batches())
+    assert len(drawn) <= generation.QUEUED + 2
+
+
+def test_default_batch():
+    net = make_net()
+    assert generation.default_batch(net) == generation.BATCH == 64

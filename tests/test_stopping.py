@@ -1,0 +1,184 @@
+"""Stopping and dying: signals, ranks that are killed or hang, jobs that are killed while they write."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import kills
+from tests.commands import ROOT, SMALL, invoke
+from tests.kills import check_same, equal, final_state, losses
+from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED
+from training.health import Health
+from training.saving import saved_files
+
+RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0.12', '--dropout=0.1', '--tick=0.256', '--snap=0', '--dump=0',
+       '--seed=3', '--nosubdir', '--auto-resume', '--duration=0.000768']
+
+
+# ------------------------------------------------------------------------------------- signals
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    assert invoke('train.py', *RUN, f'--outdir={folder}').exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_run_goes_on_from_there(number, whole, tmp_path, monkeypatch):
+    """In the middle of a tick: even that tick's statistics are those of the undisturbed run."""
+    end_step = Health.end_step
+
+    def signalled(self, step, finite, stop):
+        if step == 7 and not stop:
+            os.kill(os.getpid(), number)
+            time.sleep(0.3)  # the thread that reads signals gets its turn
+        end_step(self, step, finite, stop)
+    monkeypatch.setattr(Health, 'end_step', signalled)
+    out = invoke('train.py', *RUN, f'--outdir={tmp_path}')
+    assert out.exit_code == EXIT_STOPPED and 'goes on from there' in out.output, out.output
+    assert final_state(tmp_path)['progress']['nimg'] == 512 and final_state(tmp_path)['progress']['tick_nimg'] == 320
+    assert saved_files(tmp_path, 'network-snapshot')
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers of before are back
+    assert invoke('train.py', *RUN, f'--outdir={tmp_path}').exit_code == 0
+    check_same(tmp_path, whole)
+
+
+def python(program):
+    """Run a small program; returns its exit code, what it said, and the seconds it took."""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    """Also while the main thread is held up; two that come together count as one."""
+    code, said, seconds = python('''
+import os, signal, threading, time
+from torch_utils.signals import StopRequest
+def send():
+    for pause in (0.1, 0.1, 1.5):
+        time.sleep(pause)
+        print(pause, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+with StopRequest() as stop:
+    threading.Thread(target=send).start()
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire(timeout=30)
+''')
+    assert code == 128 + signal.SIGTERM and said.split() == ['0.1', '0.1', '1.5'] and seconds < 20
+
+
+def test_the_watchdog_ends_a_process_that_hangs_and_shows_where():
+    code, said, seconds = python('''
+import time
+from torch_utils.signals import Watchdog
+def stuck():
+    time.sleep(30)
+with Watchdog(0.8, 'rank 3') as dog:
+    time.sleep(1.2)  # before the first step it does not count
+    dog.beat()
+    for _ in range(4):
+        time.sleep(0.4)
+        dog.beat()
+    dog.rest()
+    time.sleep(1.2)
+    dog.beat()
+    print('so far', flush=True)
+    stuck()
+''')
+    assert code == EXIT_HUNG and said.startswith('so far') and seconds < 20
+    assert 'rank 3 finished no step for 0.8 seconds' in said and 'in stuck' in said
+
+
+def test_loader_processes_leave_signals_to_their_rank():
+    """They are sent to the whole group; a loader that died of one would take the step with it."""
+    code, said, _ = python('''
+import os, subprocess, time, torch
+from torch_utils.signals import StopRequest, shield_worker
+class Numbers(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for i in range(1000000):
+            yield i
+loader = iter(torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=shield_worker))
+next(loader)
+with StopRequest() as stop:
+    worker = loader._workers[0]
+    for name in ('TERM', 'INT', 'USR1'):  # from elsewhere, as torchrun's come
+        subprocess.run(['kill', '-' + name, str(worker.pid)], check=True)
+    time.sleep(0.5)
+    for _ in range(20):
+        next(loader)
+    assert worker.is_alive() and stop.name is None
+    worker.terminate()  # but it obeys its parent
+    worker.join(10)
+    print('alive' if worker.is_alive() else 'ended')
+os._exit(0)
+''')
+    assert code == 0 and said.split()[-1] == 'ended', said
+
+
+# ------------------------------------------------------------------------------------- ranks that die or hang
+
+def two_ranks(folder, port, *options):
+    """Two ranks without torchrun, started as Slurm's srun starts them; endless for the purpose."""
+    env = {**kills.ENV, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'}
+    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--batch=16', '--grid=0', f'--outdir={folder}', '--nosubdir',
+               '--tick=0.064', '--dump=4', '--snap=0', *options]
+    ranks = []
+    for rank in range(2):
+        with open(folder / f'rank{rank}.txt', 'wb') as out:
+            ranks.append(subprocess.Popen(command, env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, stdout=out,
+                                          stderr=subprocess.STDOUT))
+    return ranks
+
+
+@pytest.mark.parametrize('number, options, code, sentence', [
+    (signal.SIGKILL, [], 1, 'rank 0 lost the connection to another rank'),
+    (signal.SIGSTOP, ['--timeout=4'], EXIT_HUNG, 'rank 0 finished no step for 4 seconds')])
+def test_a_lost_rank_stops_the_other(number, options, code, sentence, tmp_path):
+    ranks = two_ranks(tmp_path, free_port(), *options)
+    try:
+        said = tmp_path / 'rank0.txt'
+        assert kills.until(lambda: 'tick 2' in said.read_text(), ranks[0]), said.read_text()
+        ranks[1].send_signal(number)
+        start = time.monotonic()
+        assert ranks[0].wait(60) == code, said.read_text()
+        assert time.monotonic() - start < 40  # the stated time, and room for a busy machine
+        assert sentence in said.read_text()
+    finally:
+        for rank in ranks:
+            kills.kill_all(rank)
+
+
+def free_port():
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_a_killed_rank_is_restarted_by_torchrun(undisturbed, tmp_path):
+    """Twice; `python -m tests.kills` does it 20 times."""
+    assert kills.kill_ranks(tmp_path / 'run', 2, random.Random(1)) >= 1
+    check_same(tmp_path / 'run', undisturbed)
+
+
+def test_a_job_killed_while_it_writes_goes_on(tmp_path):
+    """Four times, one rank; `python -m tests.kills` does it 50 times with two."""
+    assert kills.wait(kills.start(tmp_path / 'whole', 1)) == 0
+    assert kills.kill_jobs(tmp_path / 'run', 4, 1, random.Random(1)) >= 2
+    check_same(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_the_comparison_notices_a_difference(whole, undisturbed):
+    assert not equal(final_state(whole), final_state(undisturbed)) and losses(whole) != losses(undisturbed)
+    assert pathlib.Path(undisturbed, 'training_options.json').exists()

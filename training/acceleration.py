@@ -1,0 +1,53 @@
+"""How a network runs: precision, memory layout, recomputation, compilation. None of it enters a snapshot."""
+
+import torch
+
+from dnnlib import UserError
+
+RUN_OPTIONS = ('precision', 'compile')  # what commands that draw images offer of `accelerate`'s arguments
+
+
+def accelerate(net, precision=None, channels_last=False, recompute=False, compile=False, cuda_graphs=False):
+    """Set how a preconditioned network runs from now on; its weights stay as they are.
+
+    Args:
+        net: training.precond.Precond, on its device.
+        precision: A name in training.precond.PRECISIONS; None leaves the network's own.
+        channels_last: Lay features out with the channels of a pixel side by side. Off by default: on the CPUs
+            measured it is no faster (docs/performance.md).
+        recompute: Keep only the inputs of the U-Net's blocks for the backward pass: less memory, a third more work.
+        compile: torch.compile the U-Net, once for every shape of its input.
+        cuda_graphs: When compiled for CUDA, replay each call as one graph; for drawing, without gradients.
+
+    Returns:
+        `net`.
+
+    Raises:
+        UserError: an unknown precision; compilation where it is impossible.
+    """
+    if precision is not None:
+        net.precision = precision
+    if channels_last:
+        net.model.set_memory_format(torch.channels_last)
+    net.model.recompute = recompute
+    if compile:
+        device = next(net.parameters()).device
+        check_compiler(device)
+        torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 32)
+        graphs = cuda_graphs and device.type == 'cuda'
+        net.model.compile(dynamic=False, mode='reduce-overhead' if graphs else None)
+    return net
+
+
+def check_compiler(device):
+    """Raise UserError unless torch.compile works for a device, by trying it; a few seconds at first."""
+    try:
+        torch.compile(_tiny, dynamic=False)(torch.ones([8], device=device))
+    except Exception as e:  # whatever the compilers of two devices raise
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise UserError(f'--compile does not work here ({reason[:200]}); on a GPU it needs the package triton, on the '
+                        'CPU a C++ compiler such as g++: install it, or leave --compile out') from e
+
+
+def _tiny(x):
+    return x.sin() + 1

@@ -1,0 +1,184 @@
+"""From the data set to the device: the training order, cut into batches that are ready before they are asked for.
+
+Three ways give the same images in the same order: decoded images gathered by a thread, decoded images that lie on
+the GPU, and worker processes that decode the files of a set too large for either.
+"""
+
+import contextlib
+import itertools
+import queue
+import threading
+import time
+
+import numpy as np
+import torch
+
+from dnnlib import UserError
+from torch_utils import distributed as dist
+from torch_utils.misc import InfiniteSampler
+from torch_utils.signals import shield_worker
+
+AHEAD = 3  # batches that wait in CPU memory
+DATA_DEVICES = ('cpu', 'cuda')
+COPY_IMAGES = 4096  # of a set that goes to the GPU, at a time
+GPU_SHARE = 0.5  # of the GPU's free memory that a data set may take
+
+
+class Batches:
+    """Iterator without end of (images [B, C, H, W] float32 in [−1, 1], labels [B, label_dim] float32) on `device`.
+
+    Args:
+        dataset: An ImageFolderDataset.
+        batch: Images a batch.
+        seed: Of the order, the same on all ranks.
+        start_nimg: Images that all ranks together have had before.
+        loader_kwargs: Arguments of torch.utils.data.DataLoader, used where the set isn't decoded.
+        device: Where the batches are wanted.
+        data_device: 'cuda' keeps the decoded set there.
+
+    Raises:
+        UserError: `data_device` is 'cuda' and the set does not fit, is not decoded, or there is no GPU.
+    """
+
+    def __init__(self, dataset, batch, seed, start_nimg, loader_kwargs, device, data_device='cpu'):
+        ranks = dist.get_world_size()
+        sampler = InfiniteSampler(dataset, rank=dist.get_rank(), num_replicas=ranks, seed=seed,
+                                  start_idx=start_nimg // ranks)
+        if data_device == 'cuda':
+            self._source = resident_batches(dataset, sampler, batch, device)
+        elif dataset.decoded is not None:
+            self._source = gathered_batches(dataset, sampler, batch, device)
+        else:
+            self._source = loaded_batches(dataset, sampler, batch, device, loader_kwargs)
+        self._waited = 0.0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        images, labels = next(self._source)
+        self._waited += time.perf_counter() - start
+        return images.to(torch.float32) / 127.5 - 1, labels
+
+    def take_wait(self):
+        """Seconds that the host has waited for data since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def close(self):
+        """End threads and processes."""
+        self._source.close()
+
+
+def loaded_batches(dataset, sampler, batch, device, loader_kwargs):
+    """Generator of (uint8 images, labels) on `device` from a DataLoader, whose processes start at once."""
+    # A generator of its own: the loader must not draw from the one that the training noise comes from.
+    loader = torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch, generator=torch.Generator(),
+                                         pin_memory=device.type == 'cuda', worker_init_fn=shield_worker, **loader_kwargs)
+    return _on_device(iter(loader), device)
+
+
+def _on_device(batches, device):
+    for images, labels in batches:
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def gathered_batches(dataset, sampler, batch, device):
+    """Generator of (uint8 images, labels) on `device`: a thread gathers and pins them, and copies them ahead."""
+    cuda = device.type == 'cuda'
+    stream = torch.cuda.Stream(device) if cuda else None
+
+    def gather(indices):
+        tensors = [torch.from_numpy(array) for array in dataset.batch(indices)]
+        if not cuda:
+            return tensors, None
+        with torch.cuda.stream(stream):
+            tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+            event = torch.cuda.Event()
+            event.record()
+        return tensors, event
+
+    with contextlib.closing(ahead(map(gather, _chunks(sampler, batch)))) as results:
+        for tensors, event in results:
+            if cuda:
+                current = torch.cuda.current_stream(device)
+                current.wait_event(event)  # the GPU waits, not the host
+                for tensor in tensors:
+                    tensor.record_stream(current)
+            yield tensors
+
+
+def resident_batches(dataset, sampler, batch, device):
+    """Generator of (uint8 images, labels) gathered on the GPU, where the whole set lies."""
+    images = _to_gpu(dataset, device)
+
+    def places(indices):
+        raw_idx, flipped = dataset.locate(indices)
+        tensors = torch.from_numpy(raw_idx), torch.from_numpy(flipped), torch.from_numpy(dataset.labels_of_files(raw_idx))
+        return [tensor.pin_memory() if device.type == 'cuda' else tensor for tensor in tensors]
+
+    for tensors in map(places, _chunks(sampler, batch)):
+        raw_idx, flipped, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        chosen = images.index_select(0, raw_idx)
+        yield torch.where(flipped[:, None, None, None], chosen.flip(3), chosen), labels
+
+
+def check_data_device(data_device):
+    """Raise UserError if a set cannot be kept there."""
+    if data_device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--data-device=cuda needs a GPU, and PyTorch finds none here; leave it out')
+
+
+def _to_gpu(dataset, device):
+    check_data_device(device.type)
+    if dataset.decoded is None:
+        raise UserError('--data-device=cuda needs the data set decoded in advance, which --cache=0 forbids or its size '
+                        'or the cache folder does not allow; leave it out')
+    size = dataset.decoded.nbytes
+    if device.type == 'cuda' and size > GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        raise UserError(f'the decoded data set of {size >> 20} MiB is more than half of the free memory of the GPU; '
+                        'leave --data-device=cuda out')
+    images = torch.empty(dataset.decoded.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), COPY_IMAGES):
+        images[start:start + COPY_IMAGES] = torch.from_numpy(np.array(dataset.decoded[start:start + COPY_IMAGES]))
+    return images
+
+
+def _chunks(sampler, batch):
+    """Lists of `batch` indices, without end."""
+    indices = iter(sampler)
+    while True:
+        yield list(itertools.islice(indices, batch))
+
+
+def ahead(items, depth=AHEAD):
+    """The endless iterator's items, made by a thread up to `depth` of them in advance; its errors are raised here."""
+    results, closed = queue.Queue(depth), threading.Event()
+
+    def put(result):
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                results.put(result, timeout=0.1)
+                return
+
+    def work():
+        try:
+            for item in items:
+                put((item, None))
+                if closed.is_set():
+                    return
+        except BaseException as e:  # raised again by the generator below
+            put((None, e))
+
+    thread = threading.Thread(target=work, name='batches', daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = results.get()
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        closed.set()
+        thread.join()

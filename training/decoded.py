@@ -1,0 +1,107 @@
+"""A data set decoded once: all its pixels in one file of the cache folder, mapped into memory and so shared by all.
+
+The file is an ordinary .npy, uint8 [N, C, H, W], the images in the order of their names. Its own name tells the
+path and the content it was made from; after a change it is made anew and the former one removed.
+"""
+
+import contextlib
+import glob
+import hashlib
+import math
+import os
+import shutil
+
+import numpy as np
+
+from dnnlib import UserError
+from dnnlib.download import cache_dir
+from dnnlib.files import atomic_write, make_dirs
+from torch_utils import distributed as dist
+
+MAX_BYTES = 32 << 30  # sets larger than this, decoded, are read from their files by worker processes
+MIN_BYTES = 16 << 20  # for smaller ones a file isn't worth it: every process decodes them for itself
+SPARE_BYTES = 1 << 30  # left free on the disk of the cache folder
+
+
+def decoded_images(dataset, max_bytes=MAX_BYTES, min_bytes=MIN_BYTES):
+    """The pixels of all images of `dataset`'s path, read-only uint8 [N, C, H, W]; None if they should be streamed.
+
+    Made on rank 0 first, then found, or on another machine made, by the other ranks. Call on all ranks.
+
+    Raises:
+        UserError: an image that does not decode.
+    """
+    size = num_bytes(dataset)
+    if size > max_bytes:
+        return None
+    if size < min_bytes:
+        return np.stack([dataset.decode_file(i) for i in range(dataset.num_files)])
+    return dist.first_on_rank0(lambda: _open_or_make(dataset))
+
+
+def _open_or_make(dataset):
+    path, bad_images = decoded_path(dataset), []
+    images = _open(path, dataset)
+    if images is not None:
+        return images
+    try:
+        make_dirs(path.parent)
+        _check_space(path.parent, num_bytes(dataset))
+        _remove_former(path)
+        with atomic_write(path) as f:
+            _write(f, dataset, bad_images)
+    except UserError as e:
+        if bad_images:
+            raise
+        print(f'Warning: the data set is not decoded in advance: {e.message} (DNNLIB_CACHE_DIR names the folder).')
+        return None
+    return _open(path, dataset)
+
+
+def decoded_path(dataset):
+    """Where the decoded images of a data set lie: DNNLIB_CACHE_DIR/decoded/NAME-PATH-CONTENT.npy."""
+    path = os.path.abspath(dataset.path)
+    where = hashlib.sha256(path.encode()).hexdigest()[:12]
+    what = hashlib.sha256(repr((dataset.image_shape, dataset.fingerprint())).encode()).hexdigest()[:16]
+    return cache_dir() / 'decoded' / f'{dataset.name[:60]}-{where}-{what}.npy'
+
+
+def num_bytes(dataset):
+    """Size of the decoded images."""
+    return dataset.num_files * math.prod(dataset.image_shape)
+
+
+def _check_space(folder, size):
+    free = shutil.disk_usage(folder).free
+    if free < size + SPARE_BYTES:
+        raise UserError(f'{folder} has {free >> 20} MiB of free space, of which {size >> 20} MiB are needed')
+
+
+def _write(f, dataset, bad_images):
+    """The .npy file; an error of the images themselves is also appended to `bad_images`."""
+    np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False,
+                                                 shape=(dataset.num_files, *dataset.image_shape)))
+    for i in range(dataset.num_files):
+        try:
+            image = dataset.decode_file(i)
+        except UserError as e:
+            bad_images.append(e)
+            raise
+        f.write(image.tobytes())
+
+
+def _open(path, dataset):
+    """The map, None if there is no such file or not of the right shape."""
+    try:
+        mapped = np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return mapped if mapped.dtype == np.uint8 and mapped.shape == (dataset.num_files, *dataset.image_shape) else None
+
+
+def _remove_former(path):
+    """Delete what was made of the same path with other content. Maps in use stay valid."""
+    stem = path.name.rsplit('-', 1)[0]
+    for former in path.parent.glob(f'{glob.escape(stem)}-*.npy'):
+        with contextlib.suppress(OSError):
+            former.unlink()

@@ -1,0 +1,63 @@
+"""What the ranks must agree on after every step: whether to stop, and whether the numbers are still sound."""
+
+import collections
+
+import torch
+
+from dnnlib import UserError
+from torch_utils.distributed import Ballot
+
+
+class Health:
+    """Counts steps with a non-finite loss or gradients, and carries one rank's wish to stop to all of them.
+
+    A step costs the sum of two numbers over the ranks. On a GPU they are read one step later, so that the host
+    never waits for the step it has just begun.
+
+    Args:
+        max_nonfinite: Bad steps in a row that end the run; 0: none do.
+        count: Bad steps that the present tick had before.
+
+    Attributes:
+        stopping: Whether a rank has asked to stop; on all ranks from the same step on.
+        streak: Bad steps in a row, up to the last one read.
+        count: Bad steps of the present tick, up to the last one read.
+    """
+
+    def __init__(self, max_nonfinite=0, count=0):
+        self.max_nonfinite, self.count = max_nonfinite, count
+        self.stopping, self.streak = False, 0
+        self._ballot, self._steps = Ballot(), collections.deque()
+
+    def end_step(self, step, finite, stop):
+        """Take this rank's part of a step. Call on all ranks.
+
+        Args:
+            step: Its number, for the message.
+            finite: Boolean tensors without dimensions, on the device; all must hold for a sound step.
+            stop: Whether this rank asks to stop.
+
+        Raises:
+            UserError: `max_nonfinite` bad steps in a row.
+        """
+        sound = torch.stack(finite).all()
+        self._ballot.cast(torch.stack([~sound, sound.new_full((), stop)]).to(torch.float32))
+        self._steps.append(step)
+        self._read(self._ballot.results())
+
+    def settle(self):
+        """Read what has not been read yet: after it, the attributes are those of the last step."""
+        self._read(self._ballot.results(wait=True))
+
+    def _read(self, results):
+        for bad, stop in results:
+            step = self._steps.popleft()
+            self.stopping |= stop > 0
+            self.streak = self.streak + 1 if bad else 0
+            self.count += bad > 0
+            if self.streak == 1:
+                self._first = step
+            if self.max_nonfinite and self.streak >= self.max_nonfinite:
+                raise UserError(f'the loss or its gradients were not finite in {self.streak} steps in a row, the steps '
+                                f'{self._first} to {step}; the states saved before are good: resume from the last '
+                                'with a lower --lr, or allow more with --max-nonfinite')
