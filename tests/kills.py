@@ -24,8 +24,8 @@ from tests.commands import ROOT, SMALL
 from training.saving import saved_files
 from training.state import load_state
 
-RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0.12', '--dropout=0.1', '--tick=0.512', '--snap=1', '--dump=1',
-       '--seed=5', '--duration=0.004', '--nosubdir', '--auto-resume', '--keep=2']
+RUN = [*SMALL, '--batch=32', '--grid=0', '--augment=0.12', '--dropout=0.1', '--tick=0.256', '--snap=1', '--dump=1',
+       '--seed=5', '--duration=0.002048', '--nosubdir', '--auto-resume', '--keep=2']
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
 LIFE_SEC = 200  # longer than any life of the run takes on a busy machine

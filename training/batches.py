@@ -59,7 +59,7 @@ class Batches:
         start = time.perf_counter()
         images, labels = next(self._source)
         self._waited += time.perf_counter() - start
-        return images.to(torch.float32) / 127.5 - 1, labels
+        return images.to(torch.float32).div_(127.5).sub_(1), labels
 
     def take_wait(self):
         """Seconds that the host has waited for data since the last call."""

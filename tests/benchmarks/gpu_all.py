@@ -1,0 +1,83 @@
+"""All that needs a GPU, in one command of at most ten minutes: the CUDA tests and every benchmark, into one JSON file.
+
+    python tests/benchmarks/gpu_all.py --out=gpu.json [--seconds=570] [--tiny]
+
+What no longer fits into the time is left out and named in the file. With --tiny everything runs at a small size, on
+the CPU too, to try the script itself.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import click
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from tests.benchmarks.report import ROOT, environment  # noqa: E402
+
+HERE = pathlib.Path(__file__).resolve().parent
+CUDA_TESTS = ['tests/test_precision.py', 'tests/test_speed_paths.py']
+TINY = ['--cbase=16', '--cres=1,1', '--batch=4', '--repeats=1']
+
+# name → (script, options, options of --tiny, seconds it may take), most wanted first
+RUNS = {
+    'train': ('bench_train.py', [], TINY + ['--images=64', '--size=8'], 150),
+    'train-compiled': ('bench_train.py', ['--compile', '--only=compiled'], None, 240),
+    'sample': ('bench_sample.py', [], ['--cbase=16', '--batch=4', '--repeats=1', '--size=8'], 120),
+    'data': ('bench_data.py', ['--images=20000'], ['--images=64', '--repeats=1', '--size=8'], 60),
+    'warm': ('bench_warm.py', [], TINY + ['--resolution=8'], 60),
+    'train-64-a-gpu': ('bench_train.py', ['--batch=64', '--only=bf16'], None, 90),
+    'sample-compiled': ('bench_sample.py', ['--compile', '--batch=64'], None, 150),
+    'fid': ('bench_fid.py', ['--images=2048'], ['--images=8', '--dims=32', '--repeats=1'], 90),
+}
+
+
+def run_one(command, limit):
+    """What a command said and whether it ended in time: {'rc', 'seconds', 'output'}."""
+    start = time.monotonic()
+    try:
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=limit,
+                              env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        rc, output = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as e:
+        rc, output = None, (e.stdout or b'').decode(errors='replace')
+    return dict(rc=rc, seconds=round(time.monotonic() - start, 1), output=output[-6000:])
+
+
+@click.command()
+@click.option('--out', metavar='FILE.json', required=True, help='Where all results go')
+@click.option('--seconds', type=float, default=570, show_default=True, help='Time for everything')
+@click.option('--tiny', is_flag=True, help='Small sizes, on the CPU too')
+@click.option('--tests/--no-tests', default=True, help='Run the tests as well')
+def main(out, seconds, tiny, tests):
+    """Measure everything."""
+    import torch
+    end, device = time.monotonic() + seconds, 'cuda' if torch.cuda.is_available() else 'cpu'
+    results = dict(environment=environment(device), tiny=tiny, runs={})
+
+    def record(name, result):
+        results['runs'][name] = result
+        pathlib.Path(out).write_text(json.dumps(results, indent=2))  # whatever happens next, this is kept
+        print(f'== {name}: rc {result.get("rc")}, {result.get("seconds", 0)} s\n{result.get("output", "")}', flush=True)
+
+    if tests:
+        words = 'near_float32' if tiny else 'cuda or gpu or GPU or waits'
+        record('tests', run_one(['-m', 'pytest', '-q', *CUDA_TESTS, '-k', words], min(120, end - time.monotonic())))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (script, options, tiny_options, limit) in RUNS.items():
+            options = tiny_options if tiny else options
+            left = end - time.monotonic()
+            if options is None or left < 20:
+                record(name, dict(rc=None, left_out='no tiny form' if options is None else 'no time left'))
+                continue
+            file = pathlib.Path(folder) / f'{name}.json'
+            result = run_one([str(HERE / script), *options, f'--out={file}'], min(limit, left))
+            record(name, {**result, 'report': json.loads(file.read_text()) if file.exists() else None})
+
+
+if __name__ == '__main__':
+    main()
