@@ -79,11 +79,18 @@ def make_dirs(path):
 
 
 def file_sha256(path):
-    """Hexadecimal SHA-256 of a file."""
+    """Hexadecimal SHA-256 of a file.
+
+    Raises:
+        UserError: it cannot be read, perhaps because it was deleted meanwhile.
+    """
     digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
+    try:
+        with open(path, 'rb') as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
+    except OSError as e:
+        raise UserError(f'could not read {path}: {e.strerror or e}; check that it is still there') from e
     return digest.hexdigest()
 
 

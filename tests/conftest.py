@@ -1,11 +1,16 @@
 """Shared by all tests: the recorded values and the project's root."""
 
 import json
+import os
 import pathlib
 import types
 
-import numpy as np
-import pytest
+# The tests' networks are small: a second thread costs more than it brings, above all on a busy machine. To be set
+# before PyTorch is imported; commands started by tests inherit it.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

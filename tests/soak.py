@@ -8,6 +8,7 @@ It fails where memory has grown by 2 % or more, or a handle or a process is left
 
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -69,7 +70,8 @@ class Customer:
             return
         scores = sum(self.finished.values()) % 2
         self.script = 'fid.py' if scores else 'generate.py'
-        # The newest of three: it is not deleted while it is read.
+        # Copied, since training deletes it before long.
+        snapshots = [shutil.copy(snapshots[0], self.tmp)]
         args = ['calc', f'--network={snapshots[0]}', f'--ref={self.tmp}/ref.npz', '--seeds=0-31', '--detector=pixels',
                 f'--log={self.tmp}/metrics.jsonl'] if scores else \
             [f'--network={snapshots[0]}', f'--outdir={self.tmp}/images', '--seeds=0-15', '--overwrite']

@@ -311,7 +311,9 @@ def test_signal_leaves_nothing(tmp_path, root, end):
     for i in range(50):
         save(tmp_path / 'src' / f'{i}.bmp', pixels(i, 1024, 1024))
     process = subprocess.Popen([sys.executable, root / 'dataset_tool.py', f'--source={tmp_path}/src', '--workers=2',
-                                f'--dest={tmp_path}/out.zip'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                f'--dest={tmp_path}/out.zip'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               # A job in a shell's background has SIGINT ignored, and hands that on.
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     for _ in range(1000):
         if list(tmp_path.glob('.tmp-*')):
             break

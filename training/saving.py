@@ -93,21 +93,23 @@ class Saver:
             prune(self.run_dir, self.keep, nimg)
 
 
-def host_copy(tree):
-    """The tree of dicts, lists and tuples with each tensor copied to CPU memory, shared ones once."""
-    copies = {}
+def host_copy(tree, copies=None):
+    """The tree of dicts, lists and tuples with each tensor copied to CPU memory, shared ones once.
 
-    def copied(value):
-        if isinstance(value, dict):
-            return {key: copied(item) for key, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(map(copied, value))
-        if isinstance(value, torch.Tensor):
-            if id(value) not in copies:  # the value is kept, so that its id stays its own
-                copies[id(value)] = value, value.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
-            return copies[id(value)][1]
-        return value
-    return copied(tree)
+    Args:
+        copies: {id of a tensor: (the tensor, which thereby keeps its id; its copy)}, for the function's own use. A
+            nested function would be shorter, but part of a cycle that keeps all copies until garbage is collected.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(tree, dict):
+        return {key: host_copy(item, copies) for key, item in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(host_copy(item, copies) for item in tree)
+    if isinstance(tree, torch.Tensor):
+        if id(tree) not in copies:
+            copies[id(tree)] = tree, tree.detach().to('cpu', copy=True, memory_format=torch.contiguous_format)
+        return copies[id(tree)][1]
+    return tree
 
 
 def saved_path(run_dir, kind, nimg):

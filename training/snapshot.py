@@ -37,7 +37,7 @@ class Snapshot:
     Attributes:
         system: Name in the registry of systems, e.g. 'edm'.
         network_kwargs: Constructor arguments of the system's network.
-        state_dict: {name: CPU tensor}; may be views of the file, copy before changing them.
+        state_dict: {name: CPU tensor}; of EDM's files they may be views, copy before changing them.
         dataset: Facts about the training data, plain values.
         kimg: Thousands of images trained on, or None.
         extra: Whatever else the writer recorded, plain values.
@@ -120,10 +120,11 @@ def _read_safetensors(path, header_bytes):
                 raise UserError(f'{path} holds tensors but is not a network snapshot of this project; '
                                 'give a network-snapshot-*.safetensors or a .pkl of EDM')
             header = _check_header(text, path)
-            state_dict = {name: f.get_tensor(name) for name in f.keys()}
-            if header.pop('checksum') not in (None, _checksum(json.loads(text), state_dict)):
-                raise UserError(f'the checksum of {path} is wrong, so it is damaged; copy or download it again, or use '
-                                'another snapshot')
+        # Not f.get_tensor, which loses some memory with each tensor (safetensors 0.8): training reads often.
+        state_dict = safetensors.torch.load(path.read_bytes())
+        if header.pop('checksum') not in (None, _checksum(json.loads(text), state_dict)):
+            raise UserError(f'the checksum of {path} is wrong, so it is damaged; copy or download it again, or use '
+                            'another snapshot')
     except UserError:
         raise
     except Exception as e:  # SafetensorError, but also what torch says to dtypes it lacks or sizes it cannot map

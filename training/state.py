@@ -105,19 +105,20 @@ def _unwrap(content, path):
 def content_digest(tree):
     """Hexadecimal SHA-256 of a tree of dicts, lists, tuples, plain values and tensors, in their order."""
     digest = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            digest.update(f'{value.dtype}{list(value.shape)}'.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        elif isinstance(value, (dict, list, tuple)):
-            digest.update(f'{type(value).__name__}{len(value)}:'.encode())
-            for item in (part for pair in value.items() for part in pair) if isinstance(value, dict) else value:
-                add(item)
-        else:
-            digest.update(f'{value!r},'.encode())
-    add(tree)
+    _add_to_digest(digest, tree)
     return digest.hexdigest()
+
+
+def _add_to_digest(digest, value):
+    if isinstance(value, torch.Tensor):
+        digest.update(f'{value.dtype}{list(value.shape)}'.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, (dict, list, tuple)):
+        digest.update(f'{type(value).__name__}{len(value)}:'.encode())
+        for item in (part for pair in value.items() for part in pair) if isinstance(value, dict) else value:
+            _add_to_digest(digest, item)
+    else:
+        digest.update(f'{value!r},'.encode())
 
 
 def _checked_copy(value, where):

@@ -26,6 +26,7 @@ from training.dataset import ImageFolderDataset  # noqa: E402
 from training.decoded import decoded_images  # noqa: E402
 
 NETWORK_RATE = 6200  # images/s
+IN_A_ROW = 10  # batches of one measurement, more than are made ahead
 
 
 def conversion(data, folder, repeats):
@@ -58,18 +59,24 @@ def mapped_dataset(path):
 
 
 def loading(data, batch, repeats):
-    """A row for each way of loading; the first is the reference."""
+    """A row for each way of loading; ratios are against zip and PNG."""
     plain, mapped = ImageFolderDataset(data), mapped_dataset(data)
     cpu = torch.device('cpu')
     batches, slow_batches = (Batches(dataset, batch, 0, 0, {}, cpu) for dataset in (mapped, plain))
-    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0))[:batch].tolist()
-    seconds = alternate({'zip and PNG': lambda: plain.batch(order), 'decoded map': lambda: mapped.batch(order),
-                         'zip and PNG, with the order and conversion to float': lambda: next(slow_batches),
-                         'decoded map, likewise': lambda: next(batches)}, repeats)
+    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def gather(dataset):
+        return lambda: [dataset.batch(order[:batch]) for _ in range(IN_A_ROW)]
+
+    def take(batches):
+        return lambda: [next(batches) for _ in range(IN_A_ROW)]
+    seconds = alternate({'zip and PNG': gather(plain), 'decoded map': gather(mapped),
+                         'zip and PNG, with the order and conversion to float': take(slow_batches),
+                         'decoded map, likewise': take(batches)}, repeats)
     batches.close(), slow_batches.close()
-    reference = seconds['zip and PNG']
-    return [dict(work=f'loading, {name}', unit='processor', images_per_second=batch / s, ratio=reference / s)
-            for name, s in seconds.items()]
+    return [dict(work=f'loading, {name}', unit='processor', images_per_second=batch * IN_A_ROW / s,
+                 ratio=seconds[name.replace('decoded map', 'zip and PNG').replace(
+                     'likewise', 'with the order and conversion to float')] / s) for name, s in seconds.items()]
 
 
 def waiting(data, batch, device):
@@ -109,7 +116,7 @@ def main(images, size, data, batch, repeats, out):
         rows = [*conversion(data, folder, repeats),
                 dict(work='decoding into the cache, once', unit='processor',
                      images_per_second=dataset.num_files / decoding, ratio=1.0),
-                *loading(data, batch, max(repeats, 10)), waiting(data, batch, device)]
+                *loading(data, batch, max(repeats, 5)), waiting(data, batch, device)]
     report(f'Data, {dataset.num_files} images of {dataset.resolution}×{dataset.resolution}, batch {batch}', rows,
            dict(images=dataset.num_files, size=dataset.resolution, batch=batch, repeats=repeats,
                 load=os.getloadavg()[0]), out, device.type)
