@@ -100,6 +100,9 @@ def main(minutes):
             assert process.poll() is None, pathlib.Path(tmp, 'train.txt').read_text()
             customer.step()
             samples.append((time.monotonic() - began, [measure(p) for p in ranks]))
+            if len(samples) % 60 == 0:
+                memory = ', '.join(f'{rss:.1f} MiB' for rss, *_ in samples[-1][1])
+                print(f'after {samples[-1][0] / 60:.1f} minutes: {memory}', flush=True)
             time.sleep(2)
         customer.process.wait()
         helpers = [child for p in ranks for child in p.children(recursive=True)]

@@ -133,7 +133,7 @@ def test_compilers_absence_is_a_sentence(monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError('Unsupported: C++ compiler not found\n  long story')
     monkeypatch.setattr(torch, 'compile', fails)
-    with pytest.raises(UserError, match=r'--compile does not work here \(Unsupported: C\+\+ compiler not found\).*g\+\+'):
+    with pytest.raises(UserError, match=r'--compile does not work here \(Unsupported: C\+\+ compiler .*g\+\+'):
         acceleration.check_compiler(torch.device('cpu'))
 
 

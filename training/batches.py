@@ -75,7 +75,8 @@ def loaded_batches(dataset, sampler, batch, device, loader_kwargs):
     """Generator of (uint8 images, labels) on `device` from a DataLoader, whose processes start at once."""
     # A generator of its own: the loader must not draw from the one that the training noise comes from.
     loader = torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch, generator=torch.Generator(),
-                                         pin_memory=device.type == 'cuda', worker_init_fn=shield_worker, **loader_kwargs)
+                                         pin_memory=device.type == 'cuda', worker_init_fn=shield_worker,
+                                         **loader_kwargs)
     return _on_device(iter(loader), device)
 
 
@@ -115,7 +116,7 @@ def resident_batches(dataset, sampler, batch, device):
 
     def places(indices):
         raw_idx, flipped = dataset.locate(indices)
-        tensors = torch.from_numpy(raw_idx), torch.from_numpy(flipped), torch.from_numpy(dataset.labels_of_files(raw_idx))
+        tensors = map(torch.from_numpy, (raw_idx, flipped, dataset.labels_of_files(raw_idx)))
         return [tensor.pin_memory() if device.type == 'cuda' else tensor for tensor in tensors]
 
     for tensors in map(places, _chunks(sampler, batch)):

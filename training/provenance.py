@@ -64,7 +64,8 @@ def training_facts(net, system, dataset_name):
 def sampling_facts(net, system, options, sampler):
     """How it is sampled: NFE, solver, precision, the system's own facts (Warm's BNR), all options given."""
     solver = options.get('solver', 'heun') if 'solver' in system.sample_options else None
-    return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=net.precision, **system.describe(net, options), sampler=options)
+    return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=net.precision,
+                **system.describe(net, options), sampler=options)
 
 
 def code_version():

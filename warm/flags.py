@@ -19,7 +19,7 @@ compile_flag = click.option('--compile', is_flag=True, default=None, show_defaul
 # How the network runs; None leaves it as it is.
 RUN_FLAGS = (
     click.option('--precision', type=click.Choice(list(PRECISIONS)), default=None,
-                 help='What the network computes in; the rest is float32  [default: fp32, or fp16 if it was trained so]'),
+                 help='What the network computes in; the rest is float32  [default: fp32; fp16 if trained so]'),
     compile_flag,
 )
 

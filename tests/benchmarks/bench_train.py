@@ -184,7 +184,7 @@ def write_zip(path, count, size):
 @click.option('--images', metavar='INT', type=int, default=2048, help='Images of the data set that is made up')
 @click.option('--repeats', metavar='INT', type=int, default=None, help='Of each step  [default: CPU 3, CUDA 10]')
 @click.option('--compile', is_flag=True, help='Compiled networks too: minutes of compilation for each')
-@click.option('--only', metavar='LIST', default=None, help='Rows whose name holds one of these words, and the reference')
+@click.option('--only', metavar='LIST', default=None, help='Rows that hold one of these words (a;b), and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
     """Measure training."""
@@ -193,7 +193,8 @@ def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
     if not cuda:
         torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
-    batch, repeats, cbase = batch or (512 if cuda else 8), repeats or (10 if cuda else 3), cbase or (None if cuda else 64)
+    batch, repeats = batch or (512 if cuda else 8), repeats or (10 if cuda else 3)
+    cbase = cbase or (None if cuda else 64)
     network_kwargs = dict(ARCHITECTURES[arch], img_resolution=size, dropout=0.13)
     network_kwargs.update({'model_channels': cbase} if cbase else {}, **({'channel_mult': cres} if cres else {}))
     flops = step_flops(network_kwargs)
