@@ -211,9 +211,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize('name', HOSTILE)
 def test_hostile_programs_are_refused_soon(name):
-    start = time.monotonic()
+    start = time.process_time()
     refusal(HOSTILE[name])
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_endless_nesting_of_values_and_modules_is_refused():
@@ -272,14 +272,14 @@ def test_mutations_load_or_are_refused(good):
     outcomes = collections.Counter()
     start = time.monotonic()
     for _ in range(300):
-        one = time.monotonic()
+        one = time.process_time()
         data = mutate(good, rng)
         try:
             load_edm_pickle(data)
             outcomes['loaded'] += 1
         except UserError:
             outcomes['refused'] += 1
-        assert time.monotonic() - one < 5
+        assert time.process_time() - one < 5
         if time.monotonic() - start > 60:
             break
     assert outcomes['loaded'] > 5 and outcomes['refused'] > 5

@@ -95,7 +95,7 @@ class ZipArchive:
 
     def names(self):
         """All files of the zip. Names are keys only: nothing is ever extracted to them."""
-        return [info.filename for info in self._open().infolist() if not info.is_dir()]
+        return [name for info in self._open().infolist() if (name := info.filename) and not name.endswith('/')]
 
     def has(self, name):
         return name in self._open().NameToInfo
