@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import platform
 import subprocess
 import time
 
@@ -79,6 +80,15 @@ def code_version():
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def processor():
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def log_scores(path, values, detector, facts):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from dnnlib.files import atomic_write
+from training.provenance import processor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -41,7 +42,7 @@ def alternate(tasks, repeats, device='cpu'):
 def environment(device='cpu'):
     """Hardware, versions and commit, as plain values."""
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else None
-    return dict(processor=_processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
+    return dict(processor=processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=_commit())
 
 
@@ -58,15 +59,6 @@ def report(title, rows, settings, out=None, device='cpu'):
     if out is not None:
         with atomic_write(out, 'w') as f:
             json.dump(content, f, indent=2)
-
-
-def _processor():
-    """The processor's name, where the system tells."""
-    try:
-        lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _commit():

@@ -1,0 +1,323 @@
+"""Carry out the plan of `warm.study_plan`: train, score, record; in pieces, by as many workers as there are.
+
+    python -m warm.study --scale=digits                    everything, in order of worth
+    python -m warm.study --scale=cifar10 --minutes=9       what fits into 9 minutes; the same command goes on
+    python -m warm.study --scale=digits -n                 what is done and what is left
+
+Each run has a folder in --outdir, each score a line in --results/SCALE.jsonl, from which `python -m warm.study_page`
+makes the page. A run is one worker's at a time, so the command may be started several times at once, also on several
+machines that share the folder. With --tidy, a folder keeps only what is still needed, so that an unfinished study is
+small enough to be moved.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import torch
+
+from dnnlib import UserError
+from dnnlib.files import make_dirs
+from torch_utils import distributed as dist
+from torch_utils.signals import EXIT_STOPPED
+from training import provenance
+from training.dataset import EMBEDDED
+from training.metric_images import open_images
+from training.metrics import label
+from training.saving import saved_files
+from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
+from training.state import parse_kimg
+from warm.report_data import read_lines
+from warm.sources import open_network
+from warm.study_plan import QUESTIONS, SCALES, plan
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SAVE_SEC = 20  # of the piece's time left for a stopped training to save its state
+STOP_SEC = 120  # after which a training that does not stop is killed
+NEAR = 0.03  # a snapshot counts for a number of images if it is this near, relatively
+
+
+class OutOfTime(Exception):
+    """The piece's time is spent."""
+
+
+class Clock:
+    """Time left of a piece of `minutes`; 0: no limit."""
+
+    def __init__(self, minutes=0):
+        self.end = time.monotonic() + 60 * minutes if minutes else float('inf')
+
+    def left(self):
+        """Seconds left."""
+        return self.end - time.monotonic()
+
+    def need(self, seconds):
+        """Raise OutOfTime unless that many seconds are left."""
+        if self.left() < seconds:
+            raise OutOfTime
+
+
+@dataclasses.dataclass
+class Study:
+    """One worker's view of a scale.
+
+    Attributes:
+        scale: The Scale.
+        outdir: Folder of its runs.
+        results: File of its scores.
+        clock: Time left.
+        launcher: Words before train.py, such as those of torchrun.
+        speed: Seconds that drawing and scoring took per image and evaluation, the last time.
+    """
+
+    scale: object
+    outdir: pathlib.Path
+    results: pathlib.Path
+    clock: Clock
+    launcher: tuple = (sys.executable,)
+    speed: float = 0.0
+
+    def folder(self, run_name):
+        """Of a run."""
+        return self.outdir / run_name
+
+    def recorded(self):
+        """{(run, kimg, options)} that have a line in the results."""
+        return {key_of(line) for line in read_lines(self.results)}
+
+    def missing(self, run):
+        """Scores of a run that have no line yet."""
+        done = self.recorded()
+        return [score for score in run.scores if (run.name, score.kimg, score.options) not in done]
+
+    def snapshot(self, run_name, kimg):
+        """The run's network after that many images, None if it is not there."""
+        near = [path for path in saved_files(self.folder(run_name), 'network-snapshot')
+                if abs(parse_kimg(path) - kimg) <= max(NEAR * kimg, 1)]
+        return min(near, key=lambda path: abs(parse_kimg(path) - kimg), default=None)
+
+    @functools.cached_property
+    def scorer(self):
+        """Detector and reference statistics of the training data, made once."""
+        detector = open_detector(self.scale.detector)
+        reference = self.outdir / f'reference{detector.suffix}.npz'
+        with claimed(self.outdir / 'reference.lock', wait=True):
+            if not reference.is_file():
+                data = self.scale.data or EMBEDDED
+                write_reference(reference, ImageFiles(open_images(data), data), detector, self.scale.metrics,
+                                self.scale.batch, progress=False)
+        return load_scorer(list(self.scale.metrics), detector, reference)
+
+
+def key_of(line):
+    """What a line of the results is a score of, comparable with the plan."""
+    return line.get('run'), line.get('point'), tuple((name, value) for name, value in line.get('options', ()))
+
+
+@contextlib.contextmanager
+def claimed(path, wait=False):
+    """Hold a lock file for a while; yields whether it could be had (a worker that dies lets go of it)."""
+    with open(path, 'a') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+# ---- One run.
+
+def work_on(study, run):
+    """Train a run as far as its missing scores need, and score it. Returns whether anything was done.
+
+    Raises:
+        OutOfTime: the same call will go on from here.
+    """
+    if not study.missing(run) or not parent_ready(study, run):
+        return False
+    make_dirs(study.folder(run.name))
+    with claimed(study.folder(run.name) / 'lock') as mine:
+        if not mine or not study.missing(run):
+            return False
+        train(study, run)
+        for score in study.missing(run):
+            measure(study, run, score)
+    return True
+
+
+def parent_ready(study, run):
+    """Whether the network that a run starts from is there."""
+    return run.parent is None or study.snapshot(run.parent, study.scale.main[-1]) is not None
+
+
+def train_command(study, run):
+    """The words of the run's train.py."""
+    parent = run.parent and study.snapshot(run.parent, study.scale.main[-1])
+    return [*study.launcher, str(ROOT / 'train.py'), f'--outdir={study.folder(run.name)}', '--nosubdir',
+            *([f'--data={study.scale.data}'] if study.scale.data else []), *study.scale.train, *run.flags,
+            f'--seed={run.seed}', f'--duration={run.kimg / 1000:g}', f'--tick={run.kimg_per_snapshot:g}', '--snap=1',
+            '--dump=1', '--auto-resume', *([f'--transfer={parent}'] if parent else [])]
+
+
+def train(study, run):
+    """Bring the run to its end, unless all networks that are still to be scored are there."""
+    if all(study.snapshot(run.name, score.kimg) for score in study.missing(run)):
+        return
+    study.clock.need(2 * SAVE_SEC)
+    command = train_command(study, run)
+    print(f'\n$ {shlex.join(command)}', flush=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    code = stopped_in_time(process, study.clock.left() - SAVE_SEC)
+    for old in saved_files(study.folder(run.name), 'training-state')[1:]:
+        old.unlink()
+    if code == EXIT_STOPPED:
+        raise OutOfTime
+    if code != 0:
+        raise UserError(f'the training {run.name} failed with exit code {code}; see the message above and '
+                        f"{study.folder(run.name) / 'log.txt'}")
+
+
+def stopped_in_time(process, seconds):
+    """Exit code of a training that is asked to stop after `seconds`, or when this process is."""
+    try:
+        return process.wait(None if seconds == float('inf') else seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        return process.wait(STOP_SEC)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SEC)
+            process.kill()
+
+
+def measure(study, run, score):
+    """Draw and score the images of one network in one way, and record it."""
+    scale, path = study.scale, study.snapshot(run.name, score.kimg)
+    if path is None:
+        raise UserError(f'{study.folder(run.name)} has no network near {score.kimg:g} thousand images; delete that '
+                        'folder, and it is trained again')
+    drawn = open_network(path, {**dict(scale.draw), **dict(score.options)})
+    study.clock.need(1.2 * study.speed * scale.num * drawn.facts['nfe'])
+    source = NetworkImages(drawn.net, drawn.sampler, range(scale.num), facts=drawn.facts)
+    values, facts = study.scorer(source, scale.batch, progress=False)
+    study.speed = facts['seconds'] / scale.num / drawn.facts['nfe']
+    record = dict(study=scale.name, run=run.name, seed=run.seed, point=score.kimg, options=score.options,
+                  flags=run.flags, parent=run.parent, **training_facts(study.folder(run.name), drawn),
+                  **source.record, **facts, hardware=hardware())
+    provenance.log_scores(study.results, values, study.scorer.detector, record)
+    shown = ', '.join(f'{label(name, study.scorer.detector)} {value:.4g}' for name, value in values.items())
+    print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
+
+
+def training_facts(folder, drawn):
+    """Parameters of the network, and the seconds of training up to it."""
+    ticks = [(line['Progress/kimg']['mean'], line['Timing/total_sec']['mean'])
+             for line in read_lines(folder / 'stats.jsonl') if 'Timing/total_sec' in line]
+    seconds = min(ticks, key=lambda tick: abs(tick[0] - drawn.snapshot.kimg), default=(0, None))[1]
+    return dict(parameters=sum(p.numel() for p in drawn.net.parameters()),
+                train_seconds=seconds and round(seconds, 1))
+
+
+def hardware():
+    """What a run is trained and drawn on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f'{provenance.processor()}, {torch.get_num_threads()} thread(s)'
+
+
+# ---- All runs.
+
+def tidy(study, runs):
+    """Delete the networks and states of runs that are measured and whose network starts no other that is not."""
+    parents = {run.parent for run in runs if study.missing(run)}
+    for run in runs:
+        if not study.missing(run):
+            networks = [] if run.name in parents else saved_files(study.folder(run.name), 'network-snapshot')
+            for path in (*networks, *saved_files(study.folder(run.name), 'training-state')):
+                path.unlink()
+
+
+def overview(study, runs):
+    """A line for each run: how many of its scores are there."""
+    lines = []
+    for run in runs:
+        done = len(run.scores) - len(study.missing(run))
+        lines.append(f'{done:3d} of {len(run.scores):3d} scores   {run.kimg:6g} kimg   {run.name}')
+    return '\n'.join(lines)
+
+
+@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.option('--scale', 'scale_name', type=click.Choice(list(SCALES)), required=True, help='How large everything is')
+@click.option('--outdir', metavar='DIR', default='study', help='Where the runs are, in a folder of the scale')
+@click.option('--results', metavar='DIR', default='results', help='Where the scores are recorded, in SCALE.jsonl')
+@click.option('--questions', metavar='LIST', default=','.join(QUESTIONS), help='Which questions; 1 answers 3 too')
+@click.option('--only', metavar='TEXT', default='', help='Only runs whose name contains this', show_default=False)
+@click.option('--minutes', type=click.FloatRange(min=0), default=0, help='Stop after so long; 0: when all is done')
+@click.option('--gpus', type=click.IntRange(min=1), default=1, help='GPUs of this machine to train on')
+@click.option('--tidy', 'tidies', is_flag=True, help='Delete networks and states that are not needed any more')
+@click.option('-n', '--dry-run', is_flag=True, help='Print what is done and exit')
+def main(scale_name, outdir, results, questions, only, minutes, gpus, tidies, dry_run):
+    """Train and score what the results page needs; the same command goes on where it stopped."""
+    scale = SCALES[scale_name]
+    study = Study(scale, pathlib.Path(outdir) / scale.name, pathlib.Path(results) / f'{scale.name}.jsonl',
+                  Clock(minutes), launcher(gpus))
+    runs = [run for run in plan(scale, chosen(questions)) if only in run.name]
+    if not dry_run:
+        check_prepared(scale)
+        make_dirs(study.outdir)
+        make_dirs(results)
+        dist.init()
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
+        try:
+            while any([work_on(study, run) for run in runs]):  # again: what others held, parents that became ready
+                pass
+        except OutOfTime:
+            print('Time is up; the same command goes on from here.')
+        finally:
+            dist.cleanup()
+        if tidies:
+            tidy(study, runs)
+    print(overview(study, runs))
+
+
+def chosen(questions):
+    """'1,5' → ['1', '5'].
+
+    Raises:
+        UserError: there is no such question.
+    """
+    numbers = questions.split(',')
+    for number in numbers:
+        if number not in QUESTIONS:
+            raise UserError(f"there is no question '{number}'; --questions takes some of {','.join(QUESTIONS)}")
+    return numbers
+
+
+def launcher(gpus):
+    """The words before train.py."""
+    torchrun = ('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={gpus}')
+    return (sys.executable, *(torchrun if gpus > 1 else ()))
+
+
+def check_prepared(scale):
+    """Raise UserError unless the data and the detector of a scale are there."""
+    for path in (scale.data, scale.detector if '/' in scale.detector else None):
+        if path and not os.path.exists(path):
+            commands = '\n'.join(f'  {command}' for command in scale.prepare)
+            raise UserError(f'{path} is missing; make it with\n{commands}')
+
+
+if __name__ == '__main__':
+    main()
