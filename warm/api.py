@@ -1,10 +1,14 @@
 """The library in a few lines: load a snapshot, draw images. For D and R of a noisy image see WarmPrecond."""
 
+import dataclasses
+
 import torch
 
+from dnnlib import UserError
 from torch_utils import distributed as dist
 from training.generation import check_class, generate_batch, to_uint8
 from training.snapshot import build_network, read_snapshot
+from warm.starts import data_for
 from warm.systems import SYSTEMS
 
 
@@ -16,7 +20,8 @@ def load(path_or_url, device=None):
         device: Where it runs; by default the GPU if there is one.
 
     Returns:
-        The preconditioned network in evaluation mode. `net.system` names its system; Warm networks have
+        The preconditioned network in evaluation mode. `net.system` names its system, `net.snapshot` holds the
+        file's other facts (training.snapshot.Snapshot, without tensors); Warm networks have
         `net.denoise_deblur(x, sigma, class_labels=None, alpha=None)` → (D, R).
 
     Raises:
@@ -24,7 +29,7 @@ def load(path_or_url, device=None):
     """
     snapshot = read_snapshot(path_or_url)
     net = build_network(snapshot, SYSTEMS, device or dist.device())
-    net.system = snapshot.system
+    net.system, net.snapshot = snapshot.system, dataclasses.replace(snapshot, state_dict={})
     return net
 
 
@@ -36,15 +41,30 @@ def sample(net, seeds, class_idx=None, batch=64, **options):
         seeds: Integers, one per image.
         class_idx: Class of all images; None draws one per seed.
         batch: Images at a time.
-        options: Sampler options by name, such as num_steps=18, solver='heun', bnr=0.5.
+        options: Sampler options by name, such as num_steps=18, solver='heun', bnr=0.5. Systems whose samples start
+            from training images (ihdm, cold) take them from `data`, a folder or zip; by default from the embedded
+            digits, if the network was trained on them.
 
     Returns:
         uint8 [N, C, H, W] on the CPU.
 
     Raises:
-        UserError: an option that the network's sampler does not have.
+        UserError: an option that the network's sampler does not have; training images that are not at hand.
     """
     check_class(net, class_idx)
+    if SYSTEMS[net.system].starts_from_data and hasattr(net, 'snapshot'):
+        options['data'] = _start_data(net.snapshot, options.get('data'))
     sampler, seeds = SYSTEMS[net.system].make_sampler(net, options), list(seeds)
     batches = [generate_batch(net, seeds[i:i + batch], sampler, class_idx) for i in range(0, len(seeds), batch)]
     return torch.cat([to_uint8(images).cpu() for images in batches])
+
+
+def _start_data(snapshot, path):
+    """`data_for`, which speaks of flags, with the library's remedy."""
+    try:
+        return data_for(snapshot, path)
+    except UserError as e:
+        if path is not None:
+            raise
+        raise UserError(f"{snapshot.path} starts from blurred training images; pass the data set it was trained on "
+                        f"({snapshot.dataset.get('name', 'unknown')}), as in sample(net, seeds, data='ZIP|DIR')") from e

@@ -8,6 +8,7 @@ from torch_utils import training_stats
 from training.loss import P_MEAN, P_STD, augment, edm_loss_weight, sample_edm_sigma
 from training.precond import SIGMA_DATA
 from warm.blur import blur_and_rest
+from warm.choices import DEFAULTS, REST
 from warm.path import OnePath
 
 
@@ -16,20 +17,23 @@ class WarmLoss:
     """λ(β)·Σ over the branches of (estimate − target)², by default ‖D − V M Vᵀ x₀‖² + ‖R − V (I−M) Vᵀ x₀‖².
 
     The same λ for both (ours): at small blur and constant BNR an error of R enters the sampler like one of
-    D, since Ṁ/(1−M) tends to −2/β there. Random numbers are drawn in this order: β's variate [B, 1, 1, 1],
-    the BNR's [B, 1, 1, 1] if the network is trained on several, the augmentation, the noise. The blur comes
-    after the augmentation. Each branch's term is also reported by itself, as `Loss/denoise`, `Loss/deblur`.
+    D, since Ṁ/(1−M) tends to −2/β there; `rest_weight` multiplies R's. Random numbers are drawn in this
+    order: β's variate [B, 1, 1, 1], the BNR's [B, 1, 1, 1] if the network is trained on several, the
+    augmentation, the noise. The blur comes after the augmentation. Each branch's term is also reported by
+    itself, as `Loss/denoise`, `Loss/deblur`, without `rest_weight`, so that runs of different weights compare.
 
     Args:
         P_mean, P_std: EDM's distribution of ln β.
         sigma_data: Standard deviation of the data.
         path: Path or family of paths (warm.path); None takes the network's own.
+        rest_weight: Factor of the rest's term, where a branch estimates the rest (warm.choices).
     """
 
     P_mean: float = P_MEAN
     P_std: float = P_STD
     sigma_data: float = SIGMA_DATA
     path: object = None
+    rest_weight: float = DEFAULTS['rest_weight']
 
     def __call__(self, net, images, labels=None, augment_pipe=None):
         """Loss of each element, float32 like `images` [B, C, N, N] in [−1, 1]; `net` may be wrapped in DDP."""
@@ -47,6 +51,7 @@ class WarmLoss:
                  for estimate, target in zip(estimates, bare.targets.targets(y, blurred, rest))]
         for name, term in zip(bare.targets.names, terms):
             training_stats.report(f'Loss/{name}', term)
+        terms = [self.rest_weight * term if name == REST else term for name, term in zip(bare.targets.names, terms)]
         return sum(terms[1:], start=terms[0])
 
     def family(self, net):

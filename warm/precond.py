@@ -6,6 +6,7 @@ import torch
 from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings
 from training.unet import require_choice
+from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
 from warm.path import parse_family
 from warm.targets import TARGETS, Hot
 
@@ -16,7 +17,7 @@ class WarmPrecond(Precond):
     D = c_skip·x + c_out·F_D with EDM's coefficients at σ = β; R = s_R(α)·F_R (warm.targets). Noise is
     conditioned on through ln(β)/4 as in EDM, blur through ln(α)/4: a positional embedding and a linear map
     without bias, added to the noise embedding; exactly zero for images with α = 0. A network whose only BNR
-    is 0 is EDM's, tensor for tensor.
+    is 0 is EDM's, tensor for tensor. What of this is ours can be chosen otherwise (warm.choices).
 
     Args:
         img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
@@ -25,24 +26,37 @@ class WarmPrecond(Precond):
         bnr: What to train on: a number, a list '0,0.1,0.5' or a range '0.1-2' (None: the paper's 0.5).
         bnr_schedule: 'constant', or 'blurring[:SIGMA_B_MAX]', which takes the place of `bnr`.
         targets: What the branches estimate, a name in warm.targets.TARGETS (Table 5).
+        rest_weight: Factor of R's term in the loss, > 0; recorded here, applied by warm.loss.
+        rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
+        blur_embedding: How the network is told the blur, a name in warm.choices.BLUR_EMBEDDINGS; 'none' only for a
+            single path, on which α follows from β.
 
     Attributes:
         family: The paths that the network is trained on (warm.path).
         targets: The class of warm.targets in use.
+        choices: Those of the last three arguments that are not the defaults; only they stand in `init_kwargs`.
+
+    Raises:
+        UserError: an argument that is unknown, or that has no effect together with the others.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'),
-                 sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None, targets='residual', model_type='SongUNet',
-                 **model_kwargs):
+                 sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None, targets='residual',
+                 rest_weight=DEFAULTS['rest_weight'], rest_scale=DEFAULTS['rest_scale'],
+                 blur_embedding=DEFAULTS['blur_embedding'], model_type='SongUNet', **model_kwargs):
         require_choice('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
         chosen = Hot if family.is_hot else TARGETS[targets]
+        choices = checked_choices(dict(rest_weight=rest_weight, rest_scale=rest_scale, blur_embedding=blur_embedding),
+                                  family, targets, chosen.names)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
                          dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, bnr=bnr,
-                              bnr_schedule=bnr_schedule, targets=targets),
+                              bnr_schedule=bnr_schedule, targets=targets, **choices),
                          sigma_min, sigma_max, out_channels=img_channels * len(chosen.names))
-        self.family, self.targets = family, chosen
-        self.map_blur = None if family.is_hot else BlurEmbedding(self.model.noise_channels)
+        self.family, self.targets, self.choices = family, chosen, choices
+        self.rest_weight, self.rest_scale, self.blur_embedding = rest_weight, rest_scale, blur_embedding
+        told = BLUR_EMBEDDINGS[blur_embedding]
+        self.map_blur = None if family.is_hot or told is None else BlurEmbedding(self.model.noise_channels, told)
 
     def scalings(self, sigma):
         """EDM's coefficients at σ = β."""
@@ -66,7 +80,8 @@ class WarmPrecond(Precond):
         if self.map_blur is not None:
             model_kwargs['extra_embedding'] = self.map_blur(alpha.flatten().to(torch.float32))
         F = self.run_model(c_in * x, c_noise, class_labels, force_fp32, **model_kwargs)
-        return self.targets.estimates(F.split(self.img_channels, dim=1), c_skip * x, c_out, alpha, self.sigma_data)
+        return self.targets.estimates(F.split(self.img_channels, dim=1), c_skip * x, c_out, alpha, self.sigma_data,
+                                      self.rest_scale)
 
     def as_alpha(self, alpha, sigma, x):
         """α as [B or 1, 1, 1, 1] on x's device."""
@@ -115,14 +130,13 @@ class WarmPrecond(Precond):
 
 
 class BlurEmbedding(torch.nn.Module):
-    """Embedding [B, channels] of blur levels α [B] in pixels, through ln(α)/4; zero at α = 0 (ours)."""
+    """Embedding [B, channels] of blur levels α [B] in pixels, through told(α); zero at α = 0 (ours)."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, told=log_blur):
         super().__init__()
+        self.told = told
         self.features = PositionalEmbedding(channels, endpoint=True, sin_first=True)
         self.linear = Linear(channels, channels, Init('xavier_uniform'), bias=False)
 
     def forward(self, alpha):
-        tiny = torch.finfo(alpha.dtype).tiny
-        features = self.features(alpha.clamp(min=tiny).log() / 4)
-        return torch.where(alpha[:, None] > 0, self.linear(features), 0)
+        return torch.where(alpha[:, None] > 0, self.linear(self.features(self.told(alpha))), 0)

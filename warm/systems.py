@@ -9,6 +9,7 @@ from dnnlib import UserError
 from training.samplers import edm_sigma_steps
 from training.system import COMMON_SAMPLE_OPTIONS, EDM_SYSTEMS, Option, System, flag_of
 from warm.blurring import BLURRING
+from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES, flags_of
 from warm.cold import COLD
 from warm.epsilon_scaling import with_epsilon_scaling
 from warm.ihdm import IHDM
@@ -66,12 +67,16 @@ def measured_bnr(bnr, dataset):
 
 
 def warm_facts(net, options):
-    """The path that is sampled, its BNR (None where it varies), and what the network was trained on."""
+    """The path that is sampled, its BNR (None where it varies), and what the network was trained on.
+
+    `targets` is followed by the choices that are not the defaults ('residual --rest-scale=edm'): scores of such
+    networks are told apart, and none of them stands for the method itself in a table.
+    """
     path = net.family.default
     if options.get('bnr') is not None or options.get('bnr_schedule') is not None:
         path = parse_path(options.get('bnr'), options.get('bnr_schedule'))
     return dict(bnr=getattr(path, 'bnr', None), path=str(path), trained_on=str(net.family),
-                targets=net.init_kwargs['targets'])
+                targets=' '.join([net.init_kwargs['targets'], *flags_of(net.choices)]))
 
 
 WARM = System(
@@ -79,7 +84,7 @@ WARM = System(
     title='Warm',
     paper='Warm Diffusion, ICLR 2025',
     network_class=WarmPrecond,
-    loss=lambda net: WarmLoss(sigma_data=net.sigma_data),
+    loss=lambda net: WarmLoss(sigma_data=net.sigma_data, rest_weight=net.rest_weight),
     sampler=warm_samplers,
     sample_options=(*COMMON_SAMPLE_OPTIONS, 'solver'),
     describe=warm_facts,
@@ -96,6 +101,10 @@ WARM = System(
         Option('bnr_schedule', None, f"Schedule of the blur: {', '.join(PATHS)}[:SIGMA_B_MAX]",
                shown='constant'),
         Option('targets', 'residual', 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
+        Option('rest_weight', DEFAULTS['rest_weight'], "Factor of R's term in the loss", type=float),
+        Option('rest_scale', DEFAULTS['rest_scale'], "Scale of R's output", type=click.Choice(list(REST_SCALES))),
+        Option('blur_embedding', DEFAULTS['blur_embedding'], 'How the network is told the blur',
+               type=click.Choice(list(BLUR_EMBEDDINGS))),
     ),
 )
 

@@ -9,8 +9,9 @@ F has unit scale. A branch that estimates the clean or the blurred image uses ED
 
 import torch
 
-from warm.blur import blur_and_rest, blur_mask, filter_bands, residual_scale
+from warm.blur import blur_and_rest, blur_mask, filter_bands
 from warm.blur import rest as rest_of
+from warm.choices import REST, REST_SCALES
 
 MIN_MASK = 1e-3  # (b) divides by M: below this the band is taken as lost (spec: x₀ = V max(M, 10⁻³)⁻¹ Vᵀ D)
 
@@ -18,17 +19,17 @@ MIN_MASK = 1e-3  # (b) divides by M: below this the band is taken as lost (spec:
 class Residual:
     """(d), the paper's choice: D estimates the blurred image, R the rest."""
 
-    names = ('denoise', 'deblur')
+    names = ('denoise', REST)
 
     @staticmethod
-    def estimates(F, skip, c_out, alpha, sigma_data):
-        """D = c_skip·x + c_out·F_D, R = s_R(α)·F_R without its mean per channel.
+    def estimates(F, skip, c_out, alpha, sigma_data, rest_scale):
+        """D = c_skip·x + c_out·F_D, R = s_R·F_R without its mean per channel; s_R is REST_SCALES[rest_scale].
 
-        At λ = 0 there is nothing to restore, and Heun's corrector would amplify a stray mean. The scale
-        s_R keeps F_R near unit size at every blur.
+        At λ = 0 there is nothing to restore, and Heun's corrector would amplify a stray mean.
         """
         F_D, F_R = F
-        R = residual_scale(alpha, F_R.shape[-1], sigma_data).to(F_R.dtype) * F_R
+        s_R = REST_SCALES[rest_scale](alpha, c_out, F_R.shape[-1], sigma_data)
+        R = s_R.to(F_R.dtype) * F_R
         return skip + c_out * F_D, R - R.mean(dim=(2, 3), keepdim=True)
 
     @staticmethod
@@ -48,7 +49,7 @@ class CleanOnly:
     names = ('clean',)
 
     @staticmethod
-    def estimates(F, skip, c_out, alpha, sigma_data):
+    def estimates(F, skip, c_out, alpha, sigma_data, rest_scale):
         """x̂₀ = c_skip·x + c_out·F."""
         return (skip + c_out * F[0],)
 
@@ -88,7 +89,7 @@ class CleanAndBlurred:
     names = ('denoise', 'clean')
 
     @staticmethod
-    def estimates(F, skip, c_out, alpha, sigma_data):
+    def estimates(F, skip, c_out, alpha, sigma_data, rest_scale):
         """D and x̂₀, both c_skip·x + c_out·F."""
         return skip + c_out * F[0], skip + c_out * F[1]
 

@@ -1,0 +1,95 @@
+"""The library on systems that start from training images: where it takes them from (the rest: test_warm_commands)."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import warm
+from dnnlib import UserError
+from tests.commands import invoke
+from training.dataset import EMBEDDED
+from training.snapshot import save_snapshot
+from training.training_loop import facts
+from warm.systems import SYSTEMS
+from warm.starts import TrainingImages
+
+SHORT = {'cold': dict(cold_steps=3), 'ihdm': dict(ihdm_levels=3)}
+STARTED = [name for name, system in SYSTEMS.items() if system.starts_from_data]
+
+
+def test_all_systems_that_start_from_images_are_tested():
+    assert set(STARTED) == set(SHORT)
+
+
+def snapshot_of(name, path, dataset):
+    """An untrained network's snapshot, said to have been trained on a data set; returns the file."""
+    torch.manual_seed(0)
+    system = SYSTEMS[name]
+    net = system.network_class(img_resolution=8, img_channels=1, **system.network_kwargs(SHORT[name]),
+                               model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1,
+                               attn_resolutions=[])
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    save_snapshot(path, net, name, dataset=dataset, kimg=1)
+    return path
+
+
+def digits():
+    return facts(TrainingImages(EMBEDDED, net=type('Net', (), dict(
+        label_dim=0, img_channels=1, img_resolution=8))).dataset)
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_embedded_digits_need_not_be_named(name, tmp_path):
+    """They are what generate.py starts from, too: the same images."""
+    network = snapshot_of(name, tmp_path / 'network.safetensors', digits())
+    net = warm.load(network)
+    images = warm.sample(net, range(4))
+    assert torch.equal(images, warm.sample(net, range(4), data=EMBEDDED))
+    assert invoke('generate.py', f'--network={network}', f'--outdir={tmp_path / "out"}', '--seeds=0-3').exit_code == 0
+    for seed in range(4):
+        with PIL.Image.open(tmp_path / 'out' / f'{seed:06d}.png') as picture:
+            assert np.abs(np.asarray(picture).astype(int) - images[seed, 0].numpy()).max() <= 1
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_other_data_sets_have_to_be_named(name, tmp_path):
+    """The sentence names the data set and the argument; with it, images come; of another size, it is refused."""
+    dataset = dict(digits(), name='photographs', num_images=3)
+    net = warm.load(snapshot_of(name, tmp_path / 'network.safetensors', dataset))
+    with pytest.raises(UserError, match=r'\(photographs\), as in sample\(net, seeds, data=') as e:
+        warm.sample(net, [0])
+    assert '\n' not in str(e.value) and '--data' not in str(e.value)
+    with pytest.raises(UserError, match='has 1797 images'):
+        warm.sample(net, [0], data=EMBEDDED)
+    folder = tmp_path / 'photographs'
+    folder.mkdir()
+    for i in range(3):
+        PIL.Image.fromarray(np.full([8, 8], 80 * i, np.uint8)).save(folder / f'{i}.png')
+    assert warm.sample(net, range(2), data=folder).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize('name', STARTED)
+def test_snapshot_without_facts(name, tmp_path):
+    net = warm.load(snapshot_of(name, tmp_path / 'network.safetensors', {}))
+    with pytest.raises(UserError, match=r'\(unknown\)'):
+        warm.sample(net, [0])
+
+
+def test_networks_without_a_file(tmp_path):
+    """A network that was not loaded takes its images from `data`; what it has no use for is refused."""
+    net = warm.load(snapshot_of('cold', tmp_path / 'network.safetensors', digits()))
+    known = warm.sample(net, [0])
+    del net.snapshot
+    assert torch.equal(warm.sample(net, [0], data=EMBEDDED), known)
+    with pytest.raises(UserError, match='data'):
+        warm.sample(net, [0])
+
+
+def test_data_is_no_option_of_other_systems(root):
+    net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
+    assert net.snapshot.system == net.system == 'edm' and not net.snapshot.state_dict
+    with pytest.raises(UserError, match='--data is not an option'):
+        warm.sample(net, [1], data=EMBEDDED)
