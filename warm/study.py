@@ -177,23 +177,26 @@ def train(study, run):
     command = train_command(study, run)
     print(f'\n$ {shlex.join(command)}', flush=True)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    code = stopped_in_time(process, study.clock.left() - SAVE_SEC)
-    for old in saved_files(study.folder(run.name), 'training-state')[1:]:
-        old.unlink()
-    if code == EXIT_STOPPED:
-        raise OutOfTime
+    try:
+        code = wait_for(process, study.clock.left() - SAVE_SEC)
+    finally:
+        for old in saved_files(study.folder(run.name), 'training-state')[1:]:
+            old.unlink()
     if code != 0:
         raise UserError(f'the training {run.name} failed with exit code {code}; see the message above and '
                         f"{study.folder(run.name) / 'log.txt'}")
 
 
-def stopped_in_time(process, seconds):
-    """Exit code of a training that is asked to stop after `seconds`, or when this process is."""
+def wait_for(process, seconds):
+    """Exit code of a training, which is asked to stop after `seconds`, or when this process is.
+
+    Raises:
+        OutOfTime: it was asked; what it had done is in its last state.
+    """
     try:
-        return process.wait(None if seconds == float('inf') else seconds)
+        return process.wait(None if seconds == float('inf') else max(seconds, 0))
     except subprocess.TimeoutExpired:
-        process.terminate()
-        return process.wait(STOP_SEC)
+        raise OutOfTime from None
     finally:
         if process.poll() is None:
             process.terminate()
@@ -241,7 +244,7 @@ def hardware():
 
 def tidy(study, runs):
     """Delete the networks and states of runs that are measured and whose network starts no other that is not."""
-    parents = {run.parent for run in runs if study.missing(run)}
+    parents = {run.parent for run in plan(study.scale) if study.missing(run)}
     for run in runs:
         if not study.missing(run):
             networks = [] if run.name in parents else saved_files(study.folder(run.name), 'network-snapshot')
@@ -254,7 +257,8 @@ def overview(study, runs):
     lines = []
     for run in runs:
         done = len(run.scores) - len(study.missing(run))
-        lines.append(f'{done:3d} of {len(run.scores):3d} scores   {run.kimg:6g} kimg   {run.name}')
+        waits = '' if parent_ready(study, run) or not study.missing(run) else f'   (waits for {run.parent})'
+        lines.append(f'{done:3d} of {len(run.scores):3d} scores   {run.kimg:6g} kimg   {run.name}{waits}')
     return '\n'.join(lines)
 
 

@@ -1,0 +1,192 @@
+"""warm.study: the plan is complete, a study goes on where it stopped, and the page says what the numbers say."""
+
+import dataclasses
+import json
+import pathlib
+
+import pytest
+from click.testing import CliRunner
+
+from tests.commands import ROOT, invoke
+from warm import study, study_page, study_plan
+from warm.study_data import Scores, compare, shown
+from warm.study_plan import CHOICES, PAPER_BNRS, QUESTIONS, SCALES, choice_name, plan, run_name
+
+CLI = CliRunner()
+TINY = dict(main=(1, 2), side=1, transfer=(1,), main_seeds=(0,), side_seeds=(0,), num=16, batch=16,
+            train=('--cbase=8', '--cres=1,1', '--batch=64', '--workers=0', '--grid=0'))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    scale = dataclasses.replace(SCALES['digits'], **TINY)
+    monkeypatch.setitem(SCALES, 'digits', scale)
+    monkeypatch.setattr(study_plan, 'SOLVERS', {'heun': (5, 18), 'dpmpp2m': (9,)})
+    return scale
+
+
+def carry_out(folder, *options):
+    return CLI.invoke(study.main, ['--scale=digits', f'--outdir={folder / "runs"}', f'--results={folder / "results"}',
+                                   *options])
+
+
+def records(folder):
+    path = folder / 'results' / 'digits.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# ---- The plan.
+
+@pytest.mark.parametrize('scale', SCALES.values(), ids=list(SCALES))
+def test_plan(scale):
+    """Every run once, parents before children, each scored network saved."""
+    runs = plan(scale)
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names)
+    assert scale.side in scale.main and set(scale.side_seeds) <= set(scale.main_seeds)
+    for i, run in enumerate(runs):
+        assert run.parent is None or run.parent in names[:i]
+        assert len(set(run.scores)) == len(run.scores)
+        for score in run.scores:
+            steps = score.kimg / run.kimg_per_snapshot
+            assert steps == pytest.approx(round(steps))
+
+
+@pytest.mark.parametrize('run', [run for run in plan(SCALES['digits']) if run.seed == 0], ids=lambda run: run.name)
+def test_the_flags_of_every_run_are_flags(run):
+    out = invoke('train.py', *SCALES['digits'].train, *run.flags, '-n')
+    assert out.exit_code == 0, out.output
+
+
+def test_every_row_of_the_paper_is_asked():
+    """Table 3's BNRs by separate networks and by one; Table 5; each of our choices with each alternative."""
+    scale = SCALES['cifar10']
+    names = {run.name: run for run in plan(scale)}
+    for bnr in PAPER_BNRS:
+        own = run_name({0: 'edm', 0.5: 'warm'}.get(bnr, f'warm-bnr{bnr:g}'))
+        assert any(score.kimg == scale.side and not score.options for score in names[own].scores)
+        assert any(('bnr', f'{bnr:g}') in score.options for score in names[run_name('warm-all')].scores)
+    assert all(run_name(f'warm-{targets}') in names for targets in ('clean', 'blurred', 'clean-blurred'))
+    assert all(run_name(choice_name(flag, value)) in names for flag, (_, values) in CHOICES.items() for value in values)
+
+
+def test_the_choices_are_the_systems_defaults():
+    """What the plan calls our choice is what train.py does without the flag."""
+    plain = invoke('train.py', '--precond=warm', '--bnr=0.5', '--cbase=8', '--seed=0', '-n').output
+    for flag, (chosen, _) in CHOICES.items():
+        assert invoke('train.py', '--precond=warm', '--bnr=0.5', '--cbase=8', '--seed=0', f'{flag}={chosen}',
+                      '-n').output == plain, flag
+
+
+# ---- Carrying it out.
+
+def test_a_study_in_pieces(tiny, tmp_path, monkeypatch):
+    """Stopped in the middle of a training, and again between scores; the numbers are those without a stop."""
+    options = ('--questions=1', '--only=edm-cond')
+    whole = carry_out(tmp_path / 'whole', *options)
+    assert whole.exit_code == 0, whole.output
+    monkeypatch.setattr(study, 'SAVE_SEC', 0)
+    pieces = tmp_path / 'pieces'
+    stopped = carry_out(pieces, *options, '--minutes=0.05')  # Python has hardly started training by then
+    assert stopped.exit_code == 0 and 'Time is up' in stopped.output and not records(pieces)
+    again = carry_out(pieces, *options)
+    assert again.exit_code == 0, again.output
+
+    def numbers(folder):
+        return {(r['run'], r['point'], str(r['options']), r['metric']): r['value'] for r in records(folder)}
+    assert numbers(pieces) == numbers(tmp_path / 'whole')
+    done = len(records(pieces))
+    assert carry_out(pieces, *options).exit_code == 0 and len(records(pieces)) == done  # nothing is done twice
+    record = records(pieces)[0]
+    assert record['run'] == 'edm-cond-s0' and record['metric'] == 'FD-pixels' and record['num_images'] == 16
+    assert record['train_seconds'] > 0 and record['parameters'] > 1000 and record['hardware'] and record['nfe'] == 35
+
+
+def test_transfer_waits_for_its_parent_and_tidy_keeps_it(tiny, tmp_path):
+    """The parent's network stays until its child is measured; then nothing large is left."""
+    child = carry_out(tmp_path, '--questions=6')
+    assert child.exit_code == 0 and not records(tmp_path) and '(waits for edm-uncond-s0)' in child.output
+    runs = tmp_path / 'runs' / 'digits'
+    assert carry_out(tmp_path, '--questions=1,6', '--only=edm-uncond', '--tidy').exit_code == 0
+    result = carry_out(tmp_path, '--questions=1,6', '--only=uncond-s0', '--tidy')
+    assert result.exit_code == 0, result.output
+    assert {r['parent'] for r in records(tmp_path)} == {None, 'edm-uncond-s0'}
+    large = [p for p in runs.rglob('*') if p.suffix in ('.safetensors', '.pt')]
+    assert large == []
+    assert (runs / 'edm-uncond-s0' / 'stats.jsonl').exists()
+
+
+def test_a_run_is_one_workers_at_a_time(tiny, tmp_path):
+    folder = tmp_path / 'runs' / 'digits' / 'edm-cond-s0'
+    folder.mkdir(parents=True)
+    with study.claimed(folder / 'lock') as mine:
+        assert mine
+        result = carry_out(tmp_path, '--questions=1', '--only=edm-cond')
+        assert result.exit_code == 0 and not records(tmp_path)
+    assert carry_out(tmp_path, '--questions=1', '--only=edm-cond').exit_code == 0 and records(tmp_path)
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--scale=cifar10'], 'datasets/cifar10-32x32.zip is missing; make it with'),
+    (['--scale=digits', '--questions=7'], "no question '7'")])
+def test_bad_input(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    result = CLI.invoke(study.main, options)
+    assert result.exit_code == 1 and words in result.output and list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_training_is_said(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, train=(*tiny.train, '--batch=0')))
+    result = carry_out(tmp_path, '--questions=1', '--only=edm-cond')
+    assert result.exit_code == 1 and 'the training edm-cond-s0 failed with exit code 2' in result.output
+
+
+# ---- The page.
+
+def line(run, point, value, seed=0, options=()):
+    return dict(run=run, seed=seed, point=point, options=[list(pair) for pair in options], metric='FD-pixels',
+                value=value, num_images=SCALES['digits'].num, train_seconds=10.0, parameters=900_000, hardware='CPU',
+                torch='2', commit='abc')
+
+
+def test_differences_are_decided_by_seeds():
+    """Two standard errors and one sign; one seed decides nothing."""
+    better = compare({0: 1.0, 1: 1.1, 2: 1.05}, {0: 2.0, 1: 2.0, 2: 2.1})
+    assert better.verdict == 'better' and better.mean == pytest.approx(-0.98333, abs=1e-4)
+    assert str(better).startswith('-0.983 ± 0.076 (-48%)')
+    assert compare({0: 1.0, 1: 2.0}, {0: 1.5, 1: 1.5}).verdict == 'undecided'
+    assert compare({0: 3.0, 1: 3.1, 2: 3.0}, {0: 2.0, 1: 2.0, 2: 2.1}).verdict == 'worse'
+    assert compare({0: 1.0}, {0: 2.0}).verdict == 'undecided (one seed)'
+    assert compare({1: 1.0}, {0: 2.0}) is None
+    assert shown({0: 1.0, 1: 3.0}) == '2 ± 1.4' and shown({}) == '–'
+
+
+def test_page_from_numbers(tmp_path):
+    """Numbers land in their cells; the last of two lines of the same score counts; other image counts don't."""
+    lines = [line(run_name(name, seed=s), k, v + s / 100, s) for s in (0, 1, 2)
+             for name, k, v in (('edm', 80, 1.0), ('warm', 80, 0.5), ('edm', 40, 2.0), ('warm', 40, 3.0))]
+    lines += [line('edm-uncond-s0', 80, 9.0), line('edm-uncond-s0', 80, 1.0)]
+    lines += [dict(line('edm-uncond-s0', 80, 77.0), num_images=5)]
+    lines += [line('warm-uncond-s0', 80, 0.25, options=[('num_steps', 18), ('solver', 'dpmpp2m')])]
+    (tmp_path / 'digits.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
+    scores = Scores.read(SCALES['digits'], tmp_path / 'digits.jsonl')
+    assert scores.values('edm', 80) == {0: 1.0, 1: 1.01, 2: 1.02}
+    text = study_page.page(tmp_path, 'By hand.', study_page.Figures(tmp_path))
+    rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in text.splitlines() if row.startswith('|')]
+    assert ['unconditional, 80 kimg', '1.01 ± 0.01', '0.51 ± 0.01', '-0.5 ± 0 (-50%)', 'better', '10 s', '10 s'] in rows
+    assert next(row for row in rows if row[0] == 'unconditional, 40 kimg')[4] == 'worse'
+    assert 'By hand.' in text and '2M with 18 evaluations 0.25, Heun with 35 0.51' in text
+    assert 'Nothing is measured yet' in text and (tmp_path / 'results-main-digits.png').exists()
+
+
+def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
+    """docs/results.md is what `python -m warm.study_page` writes."""
+    notes = (ROOT / 'results' / 'notes.md').read_text(encoding='utf-8')
+    text = study_page.page(ROOT / 'results', notes, study_page.Figures(tmp_path))
+    assert (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8') == text
+    for name in pathlib.Path(tmp_path).glob('*.png'):
+        assert (ROOT / 'docs' / name.name).exists()
+
+
+def test_every_question_has_a_section():
+    assert {title[0] for title in study_page.QUESTIONS} == {*QUESTIONS, '3'}

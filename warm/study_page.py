@@ -1,0 +1,240 @@
+"""docs/results.md from the numbers in results/: what was asked, the paper's answer, and ours.
+
+    python -m warm.study_page
+
+What the numbers mean is written by hand, in results/notes.md, and stands at the top of the page.
+"""
+
+import os
+import pathlib
+
+import click
+
+from dnnlib.files import atomic_write
+from warm.figures import draw
+from warm.presets import PRESETS
+from warm.report_plots import lines as draw_lines
+from warm.report_tables import TABLE_3, TABLE_4, TABLE_5, rows_of
+from warm.study_data import Scores, compare, shown
+from warm.study_plan import CHOICES, EVALUATIONS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS, STEPS, choice_name
+
+WARM, EDM = 'warm', 'edm'
+NONE = '–'
+TITLES = {WARM: 'Warm, BNR 0.5', EDM: 'EDM'}
+
+
+def table(heads, rows):
+    """Markdown, the first column to the left; '' without rows that say anything."""
+    if all(cell in (NONE, '') for row in rows for cell in row[1:]):
+        return 'Not measured at this scale.'
+    return rows_of(heads, ['---'] + ['---:'] * (len(heads) - 1), rows)
+
+
+def against(values, reference):
+    """Two cells: the difference and what it decides."""
+    difference = compare(values, reference)
+    return [NONE, NONE] if difference is None else [str(difference), difference.verdict]
+
+
+def mimg(kimg):
+    """'80 kimg', '2 Mimg'."""
+    return f'{kimg / 1000:g} Mimg' if kimg >= 1000 else f'{kimg:g} kimg'
+
+
+# ---- The questions. Each returns Markdown.
+
+def question_1(scores, figures):
+    """Warm against EDM over images seen and time."""
+    rows = []
+    for cond in (False, True):
+        for kimg in scores.scale.main:
+            edm, warm = (scores.values(name, kimg, cond) for name in (EDM, WARM))
+            times = [scores.seconds(name, kimg, cond) for name in (EDM, WARM)]
+            rows.append([f"{'class-conditional' if cond else 'unconditional'}, {mimg(kimg)}", shown(edm), shown(warm),
+                         *against(warm, edm), *(NONE if t is None else f'{t:.0f} s' for t in times)])
+    curves = [dict(x=[k for k in scores.scale.main if scores.values(name, k, cond)],
+                   y=[mean(scores.values(name, k, cond)) for k in scores.scale.main if scores.values(name, k, cond)],
+                   label=f"{TITLES[name]}, {'conditional' if cond else 'unconditional'}")
+              for cond in (False, True) for name in (EDM, WARM)]
+    figures(f'main-{scores.scale.name}', curves, 'thousands of images seen', f'{scores.label} ↓')
+    return table(['', 'EDM', 'Warm', 'difference', 'Warm is', "EDM's training", "Warm's training"], rows)
+
+
+def question_2(scores, figures):
+    """Table 3."""
+    kimg, paper = scores.scale.side, dict(zip(PAPER_BNRS, (row.fid for row in TABLE_3)))
+    reference, rows = scores.values(EDM, kimg), []
+    for bnr in PAPER_BNRS:
+        own = scores.values({0: EDM, 0.5: WARM}.get(bnr, f'warm-bnr{bnr:g}'), kimg)
+        one = scores.values('warm-all', kimg, bnr=f'{bnr:g}')
+        rows.append(['0 (EDM)' if bnr == 0 else f'{bnr:g}', f'{paper[bnr]:.2f}', shown(own),
+                     *(against(own, reference) if bnr else [NONE, NONE]), shown(one)])
+    curves = [dict(x=[i for i, row in enumerate(rows) if row[column] != NONE],
+                   y=[float(row[column].split()[0]) for row in rows if row[column] != NONE], label=label)
+              for column, label in ((2, 'a network each'), (5, 'one network for all'))]
+    figures(f'bnr-{scores.scale.name}', curves, 'Blur-to-Noise Ratio', f'{scores.label} ↓',
+            ticks=[f'{bnr:g}' for bnr in PAPER_BNRS])
+    return table(['BNR', "paper's FID", 'a network each', 'minus EDM', 'is', 'one network for all'], rows)
+
+
+def question_3(scores, figures):
+    """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35."""
+    main, kimg = scores.scale.main[-1], scores.scale.side
+    kinds = [('EDM', EDM, main, {}), ('Warm, BNR 0.5', WARM, main, {}),
+             *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in ('0.1', '1', '2'))]
+    heads = [f'{2 * n - 1} / {e}' if 2 * n - 1 != e else str(e) for n, e in zip(STEPS, EVALUATIONS)]
+    rows, curves = [], []
+    for title, what, at, fixed in kinds:
+        for solver, counts in SOLVERS.items():
+            cells = [scores.solved(what, at, solver, steps, **fixed) for steps in counts]
+            rows.append([f'{title}, {solver}, {mimg(at)}', *map(shown, cells)])
+            nfes = [2 * n - 1 for n in STEPS] if solver == 'heun' else EVALUATIONS
+            if what != 'warm-all':
+                curves.append(dict(x=[n for n, cell in zip(nfes, cells) if cell], y=[mean(c) for c in cells if c],
+                                   label=f'{title}, {solver}'))
+    figures(f'nfe-{scores.scale.name}', curves, 'NFE', f'{scores.label} ↓', log=True)
+    answers = []
+    for title, what, at, fixed in kinds[:2]:
+        few, many = scores.solved(what, at, 'dpmpp2m', 18, **fixed), scores.solved(what, at, 'heun', 18, **fixed)
+        if few and many:
+            answers.append(f'{title}: 2M with 18 evaluations {shown(few)}, Heun with 35 {shown(many)}.')
+    return '\n\n'.join([table(['NFE of Heun / others', *heads], rows), *answers])
+
+
+def question_4(scores, figures):
+    """Tables 5 and 4."""
+    kimg, rows = scores.scale.side, []
+    ours = scores.values(WARM, kimg)
+    for row, what in zip(TABLE_5, ('warm-clean', 'warm-blurred', 'warm-clean-blurred', WARM)):
+        values = scores.values(what, kimg)
+        rows.append([row.title, f'{row.fid:.2f}', shown(values), *(against(values, ours) if what != WARM else ['', ''])])
+    first = table([f'Parametrisation, {mimg(kimg)}', "paper's FID", scores.label, 'minus (d)', 'is'], rows)
+    paper = {row.nfe: row.fid for row in TABLE_4}
+    rows = [[str(2 * n - 1), f'{paper[2 * n - 1]:.2f}', shown(scores.solved('warm-blurring', kimg, 'heun', n)),
+             shown(scores.solved(WARM, kimg, 'heun', n))] for n in SCHEDULE_STEPS]
+    second = table([f'NFE, {mimg(kimg)}', "paper's FID, blurring schedule", 'blurring schedule', 'constant BNR 0.5'],
+                   rows)
+    return f'{first}\n\n{second}'
+
+
+def question_5(scores, figures):
+    """Our own choices against their alternatives."""
+    kimg, rows = scores.scale.side, []
+    ours = scores.values(WARM, kimg)
+    for flag, (chosen, alternatives) in CHOICES.items():
+        for value in alternatives:
+            values = scores.values(choice_name(flag, value), kimg)
+            rows.append([f'`{flag}={value}` for {chosen}', shown(ours), shown(values), *against(values, ours)])
+    return table([f'Alternative, {mimg(kimg)}', 'as chosen', 'alternative', 'difference', 'alternative is'], rows)
+
+
+def question_6(scores, figures):
+    """EDM → Warm transfer."""
+    parent_kimg = scores.scale.main[-1]
+    parent, rows = scores.values(EDM, parent_kimg), []
+    for kimg in scores.scale.transfer:
+        values = scores.values('transfer', kimg)
+        rows.append([mimg(kimg), shown(values), *against(values, parent)])
+    return f'Parent: EDM after {mimg(parent_kimg)}, {shown(parent)}.\n\n' + table(
+        ['images after the transfer', 'Warm', 'minus parent', 'is'], rows)
+
+
+QUESTIONS = {
+    '1. Warm at BNR 0.5 against EDM': question_1,
+    '2. Which BNR (Table 3)': question_2,
+    '3. Fewer evaluations (Fig. 5)': question_3,
+    '4. Parametrisations and schedules (Tables 5 and 4)': question_4,
+    '5. Our own choices': question_5,
+    '6. From EDM to Warm by transfer': question_6,
+}
+
+
+def mean(values):
+    """Of {seed: value}."""
+    return sum(values.values()) / len(values)
+
+
+# ---- The page.
+
+def setup(scores):
+    """What was trained and scored, on what."""
+    scale, lines = scores.scale, scores.lines
+    facts = {name: ', '.join(dict.fromkeys(str(line.get(name)) for line in lines))
+             for name in ('hardware', 'torch', 'commit')}
+    parameters = sorted({line['parameters'] / 1e6 for line in lines if line.get('parameters')})
+    hours = sum({line['run']: line.get('train_seconds') or 0 for line in sorted(lines, key=lambda x: x['point'])}.values()) / 3600
+    return '\n'.join([
+        f'**{scale.note}**', '',
+        f"- Scores: {scores.label} of {scale.num:,} images against all training images"
+        + ('' if scores.label == 'FID' else ', which is no FID and compares with nothing outside its table') + '; NFE 35'
+        ' with Heun’s solver unless said otherwise.',
+        f"- Trained with `train.py {' '.join(scale.train)}`; networks of {parameters[0]:.2f} to {parameters[-1]:.2f} M "
+        f'parameters; {hours:.1f} hours of training in all; seeds {min(scale.main_seeds)} to {max(scale.main_seeds)}.',
+        f"- {facts['hardware']}; PyTorch {facts['torch']}; commit {facts['commit']}.",
+        f'- To repeat it: {"; ".join(f"`{c}`" for c in (*scale.prepare, f"python -m warm.study --scale={scale.name}"))}.',
+    ])
+
+
+def page(results, notes, figures):
+    """The whole of docs/results.md.
+
+    Args:
+        results: Folder of the SCALE.jsonl.
+        notes: Hand-written text for the top.
+        figures: figures(name, curves, xlabel, ylabel, ticks=None, log=False) draws one.
+    """
+    blocks = ['# Does it work?', notes.strip()]
+    for scale in SCALES.values():
+        scores = Scores.read(scale, pathlib.Path(results) / f'{scale.name}.jsonl')
+        blocks.append(f'## {scale.title}')
+        if not scores.lines:
+            blocks.append(f'{scale.note} Nothing is measured yet: `python -m warm.study --scale={scale.name}`.')
+            continue
+        blocks.append(setup(scores))
+        for title, question in QUESTIONS.items():
+            before = len(figures.drawn)
+            blocks += [f'### {title}', question(scores, figures)]
+            blocks += [f'![{title}]({name}.png)' for name in figures.drawn[before:]]
+    return '\n\n'.join([*blocks, recipe()]) + '\n'
+
+
+def recipe():
+    """How anyone with 8 GPUs repeats the paper's own experiments."""
+    rows = [[f'`{name}`', f'`torchrun --standalone --nproc_per_node=8 train.py --preset={name}`',
+             f'`… --preset={name} --precond=edm`'] for name in PRESETS if name != 'digits']
+    return '\n\n'.join([
+        '## At full size',
+        'The paper trains on 200 Mimg with 8 GPUs. The hours are 200,000,000 / (images a second of all GPUs) / 3600; '
+        '`python tests/benchmarks/bench_train.py` measures the images a second of one.',
+        rows_of(['preset', 'Warm', 'its EDM twin'], ['---'] * 3, rows)])
+
+
+class Figures:
+    """Draws the page's figures into a folder and remembers their names."""
+
+    def __init__(self, folder):
+        self.folder, self.drawn = folder, []
+
+    def __call__(self, name, curves, xlabel, ylabel, ticks=None, log=False):
+        """A figure of the curves that have two points or more; none without any."""
+        curves = [curve for curve in curves if len(curve['x']) > 1]
+        if curves:
+            content = dict(curves=curves, xlabel=xlabel, ylabel=ylabel, log=log, **({'ticks': ticks} if ticks else {}))
+            draw(os.path.join(self.folder, f'results-{name}'), (5.6, 3.6), lambda f: draw_lines(f, content, ''))
+            self.drawn.append(f'results-{name}')
+
+
+@click.command(context_settings=dict(show_default=True))
+@click.option('--results', metavar='DIR', default='results', help='Where the numbers are')
+@click.option('--docs', metavar='DIR', default='docs', help='Where to write results.md and its figures')
+def main(results, docs):
+    """Write the results page from the numbers."""
+    notes = pathlib.Path(results) / 'notes.md'
+    text = notes.read_text(encoding='utf-8') if notes.is_file() else ''
+    with atomic_write(os.path.join(docs, 'results.md'), 'w') as f:
+        f.write(page(results, text, Figures(docs)))
+    print(f"Wrote {os.path.join(docs, 'results.md')}.")
+
+
+if __name__ == '__main__':
+    main()
