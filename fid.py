@@ -11,10 +11,11 @@ from dnnlib.text import parse_int_list
 from torch_utils import distributed
 from training import metrics as m
 from training.detectors import DETECTORS
-from training.generation import RECORD
+from training.generation import BATCH, GPU_BATCH, RECORD, default_batch
 from training.metric_images import open_images
 from training.provenance import LOG_NAME, log_scores, read_facts
-from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, unfinished_pass, write_reference
+from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, scoring_batch, unfinished_pass,
+                              write_reference)
 from training.status import check_appendable
 from training.system import flag_of
 from warm.flags import class_flag, sampler_flags
@@ -36,6 +37,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
         check_appendable(log)
     scorer = load_scorer(m.parse_metrics(metrics), detector, ref, seed)
     if images:
+        batch = batch or scoring_batch(scorer.detector.device)
         dataset = open_images(images, num or NUM, seed)
         sources = [ImageFiles(dataset, images, read_facts(pathlib.Path(images) / RECORD))]
         default_log = pathlib.Path(os.path.abspath(images)).parent / LOG_NAME
@@ -44,6 +46,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
         scorer.check(len(seeds))
         distributed.print0(f'Loading network from {network} ...')
         drawn = open_network(network, sampler_options, class_idx)
+        batch = batch or default_batch(drawn.net)
         sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
                    for shift in shifts(seeds, rounds or 1)]
         default_log = (pathlib.Path() if is_url(network) else drawn.snapshot.path.parent) / LOG_NAME
@@ -106,7 +109,7 @@ def ref(data, dest, batch, detector, metrics):
     detector = open_detector(detector)
     source = ImageFiles(open_images(data), data)
     distributed.print0(f'Reference statistics of {source.total} images of {data} ...')
-    write_reference(dest, source, detector, metrics, batch)
+    write_reference(dest, source, detector, metrics, batch or scoring_batch(detector.device))
     distributed.print0(f'Wrote {dest}')
 
 
@@ -116,8 +119,8 @@ METRICS_HELP = 'Comma-separated: ' + ', '.join(f'{name} ({metric.title})' for na
 DETECTOR_HELP = f'{", ".join(DETECTORS)}, or a TorchScript or .pth file'
 
 common = [
-    click.option('--batch', help='Images per batch and process', metavar='INT', type=click.IntRange(min=1),
-                 default=64, show_default=True),
+    click.option('--batch', help=f'Images per batch and process  [default: {BATCH}; up to {GPU_BATCH} on a GPU]',
+                 metavar='INT', type=click.IntRange(min=1), default=None),
     click.option('--detector', help=DETECTOR_HELP, metavar='NAME|PATH|URL', default=next(iter(DETECTORS)),
                  show_default=True),
     click.option('--metrics', help=METRICS_HELP, metavar='LIST', default=next(iter(m.METRICS)), show_default=True),

@@ -10,11 +10,11 @@ import os
 from torch_utils import distributed as dist
 from training import metrics as m
 from training.dataset import ImageFolderDataset
+from training.generation import BATCH, default_batch
 from training.provenance import LOG_NAME, log_scores, sampling_facts, training_facts
 from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
 
 REF_NAME = 'eval-ref.npz'
-BATCH = 64
 
 
 @dataclasses.dataclass
@@ -45,7 +45,7 @@ class Evaluator:
             return {}
         sampler = self.system.make_sampler(net, self.sample_options)
         source = NetworkImages(net, sampler, range(self.num))
-        values, facts = self.scorer(source, BATCH, progress=False)
+        values, facts = self.scorer(source, default_batch(net), progress=False)
         if dist.get_rank() > 0:
             return {}
         facts.update(training_facts(net, self.system, self.dataset_name), kimg=nimg / 1000, network=None,
