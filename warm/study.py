@@ -4,7 +4,7 @@
     python -m warm.study --scale=cifar10 --minutes=9       what fits into 9 minutes; the same command goes on
     python -m warm.study --scale=digits -n                 what is done and what is left
 
-Each run has a folder in --outdir, each score a line in --results/SCALE.jsonl, from which `python -m warm.study_page`
+Each run has a folder in --outdir, each score a line in SCALE.jsonl in --results, from which `python -m warm.study_page`
 makes the page. A run is one worker's at a time, so the command may be started several times at once, also on several
 machines that share the folder. With --tidy, a folder keeps only what is still needed, so that an unfinished study is
 small enough to be moved.
@@ -266,17 +266,21 @@ def overview(study, runs):
 @click.option('--scale', 'scale_name', type=click.Choice(list(SCALES)), required=True, help='How large everything is')
 @click.option('--outdir', metavar='DIR', default='study', help='Where the runs are, in a folder of the scale')
 @click.option('--results', metavar='DIR', default='results', help='Where the scores are recorded, in SCALE.jsonl')
+@click.option('--detector', metavar='NAME|PATH', default=None,
+              help="As for fid.py, such as inception; its scores go to SCALE--DETECTOR.jsonl  [default: the scale's]")
 @click.option('--questions', metavar='LIST', default=','.join(QUESTIONS), help='Which questions; 1 answers 3 too')
 @click.option('--only', metavar='TEXT', default='', help='Only runs whose name contains this', show_default=False)
 @click.option('--minutes', type=click.FloatRange(min=0), default=0, help='Stop after so long; 0: when all is done')
 @click.option('--gpus', type=click.IntRange(min=1), default=1, help='GPUs of this machine to train on')
 @click.option('--tidy', 'tidies', is_flag=True, help='Delete networks and states that are not needed any more')
 @click.option('-n', '--dry-run', is_flag=True, help='Print what is done and exit')
-def main(scale_name, outdir, results, questions, only, minutes, gpus, tidies, dry_run):
+def main(scale_name, outdir, results, detector, questions, only, minutes, gpus, tidies, dry_run):
     """Train and score what the results page needs; the same command goes on where it stopped."""
-    scale = SCALES[scale_name]
-    study = Study(scale, pathlib.Path(outdir) / scale.name, pathlib.Path(results) / f'{scale.name}.jsonl',
-                  Clock(minutes), launcher(gpus))
+    scale, file = SCALES[scale_name], scale_name
+    if detector not in (None, scale.detector):
+        scale, file = dataclasses.replace(scale, detector=detector), f'{file}--{pathlib.Path(detector).stem}'
+    study = Study(scale, pathlib.Path(outdir) / scale.name, pathlib.Path(results) / f'{file}.jsonl', Clock(minutes),
+                  launcher(gpus))
     runs = [run for run in plan(scale, chosen(questions)) if only in run.name]
     if not dry_run:
         check_prepared(scale)

@@ -5,6 +5,7 @@
 What the numbers mean is written by hand, in results/notes.md, and stands at the top of the page.
 """
 
+import functools
 import os
 import pathlib
 
@@ -16,7 +17,8 @@ from warm.presets import PRESETS
 from warm.report_plots import lines as draw_lines
 from warm.report_tables import TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study_data import Scores, compare, shown
-from warm.study_plan import CHOICES, EVALUATIONS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS, STEPS, choice_name
+from warm.study_plan import (CHOICES, EVALUATIONS, OTHER_BNRS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS, STEPS,
+                             choice_name)
 
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
@@ -56,7 +58,7 @@ def question_1(scores, figures):
                    y=[mean(scores.values(name, k, cond)) for k in scores.scale.main if scores.values(name, k, cond)],
                    label=f"{TITLES[name]}, {'conditional' if cond else 'unconditional'}")
               for cond in (False, True) for name in (EDM, WARM)]
-    figures(f'main-{scores.scale.name}', curves, 'thousands of images seen', f'{scores.label} ↓')
+    figures('main', curves, 'thousands of images seen', f'{scores.label} ↓')
     return table(['', 'EDM', 'Warm', 'difference', 'Warm is', "EDM's training", "Warm's training"], rows)
 
 
@@ -72,7 +74,7 @@ def question_2(scores, figures):
     curves = [dict(x=[i for i, row in enumerate(rows) if row[column] != NONE],
                    y=[float(row[column].split()[0]) for row in rows if row[column] != NONE], label=label)
               for column, label in ((2, 'a network each'), (5, 'one network for all'))]
-    figures(f'bnr-{scores.scale.name}', curves, 'Blur-to-Noise Ratio', f'{scores.label} ↓',
+    figures('bnr', curves, 'Blur-to-Noise Ratio', f'{scores.label} ↓',
             ticks=[f'{bnr:g}' for bnr in PAPER_BNRS])
     return table(['BNR', "paper's FID", 'a network each', 'minus EDM', 'is', 'one network for all'], rows)
 
@@ -81,18 +83,19 @@ def question_3(scores, figures):
     """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35."""
     main, kimg = scores.scale.main[-1], scores.scale.side
     kinds = [('EDM', EDM, main, {}), ('Warm, BNR 0.5', WARM, main, {}),
-             *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in ('0.1', '1', '2'))]
+             *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in OTHER_BNRS)]
     heads = [f'{2 * n - 1} / {e}' if 2 * n - 1 != e else str(e) for n, e in zip(STEPS, EVALUATIONS)]
     rows, curves = [], []
     for title, what, at, fixed in kinds:
         for solver, counts in SOLVERS.items():
             cells = [scores.solved(what, at, solver, steps, **fixed) for steps in counts]
-            rows.append([f'{title}, {solver}, {mimg(at)}', *map(shown, cells)])
+            if any(cells):
+                rows.append([f'{title}, {solver}, {mimg(at)}', *map(shown, cells)])
             nfes = [2 * n - 1 for n in STEPS] if solver == 'heun' else EVALUATIONS
             if what != 'warm-all':
                 curves.append(dict(x=[n for n, cell in zip(nfes, cells) if cell], y=[mean(c) for c in cells if c],
                                    label=f'{title}, {solver}'))
-    figures(f'nfe-{scores.scale.name}', curves, 'NFE', f'{scores.label} ↓', log=True)
+    figures('nfe', curves, 'NFE', f'{scores.label} ↓', log=True)
     answers = []
     for title, what, at, fixed in kinds[:2]:
         few, many = scores.solved(what, at, 'dpmpp2m', 18, **fixed), scores.solved(what, at, 'heun', 18, **fixed)
@@ -107,7 +110,8 @@ def question_4(scores, figures):
     ours = scores.values(WARM, kimg)
     for row, what in zip(TABLE_5, ('warm-clean', 'warm-blurred', 'warm-clean-blurred', WARM)):
         values = scores.values(what, kimg)
-        rows.append([row.title, f'{row.fid:.2f}', shown(values), *(against(values, ours) if what != WARM else ['', ''])])
+        rows.append([row.title, f'{row.fid:.2f}', shown(values),
+                     *(against(values, ours) if what != WARM else ['', ''])])
     first = table([f'Parametrisation, {mimg(kimg)}', "paper's FID", scores.label, 'minus (d)', 'is'], rows)
     paper = {row.nfe: row.fid for row in TABLE_4}
     rows = [[str(2 * n - 1), f'{paper[2 * n - 1]:.2f}', shown(scores.solved('warm-blurring', kimg, 'heun', n)),
@@ -157,21 +161,25 @@ def mean(values):
 # ---- The page.
 
 def setup(scores):
-    """What was trained and scored, on what."""
+    """What was trained and scored, on what, and how to read the tables."""
     scale, lines = scores.scale, scores.lines
     facts = {name: ', '.join(dict.fromkeys(str(line.get(name)) for line in lines))
              for name in ('hardware', 'torch', 'commit')}
     parameters = sorted({line['parameters'] / 1e6 for line in lines if line.get('parameters')})
-    hours = sum({line['run']: line.get('train_seconds') or 0 for line in sorted(lines, key=lambda x: x['point'])}.values()) / 3600
+    seconds = {}
+    for line in sorted(lines, key=lambda line: line['point']):  # the last of a run is the longest
+        seconds[line['run']] = line.get('train_seconds') or 0
+    commands = (*scale.prepare, f'python -m warm.study --scale={scale.name}', 'python -m warm.study_page')
+    no_fid = '' if scores.label == 'FID' else ', which is no FID and compares with nothing outside its table'
     return '\n'.join([
         f'**{scale.note}**', '',
-        f"- Scores: {scores.label} of {scale.num:,} images against all training images"
-        + ('' if scores.label == 'FID' else ', which is no FID and compares with nothing outside its table') + '; NFE 35'
-        ' with Heun’s solver unless said otherwise.',
-        f"- Trained with `train.py {' '.join(scale.train)}`; networks of {parameters[0]:.2f} to {parameters[-1]:.2f} M "
-        f'parameters; {hours:.1f} hours of training in all; seeds {min(scale.main_seeds)} to {max(scale.main_seeds)}.',
+        f'- Scores: {scores.label} of {scale.num:,} images against all training images{no_fid}; NFE 35 with Heun’s '
+        'solver unless said otherwise. a ± s: mean and standard deviation over the seeds of training. Differences are',
+        '  taken seed by seed, and decided by two standard errors and one sign in all seeds.',
+        f"- Trained with `train.py {' '.join(scale.train)}`: {parameters[0]:.2f} to {parameters[-1]:.2f} M parameters, "
+        f'{len(seconds)} runs, {sum(seconds.values()) / 3600:.1f} hours of training in all.',
         f"- {facts['hardware']}; PyTorch {facts['torch']}; commit {facts['commit']}.",
-        f'- To repeat it: {"; ".join(f"`{c}`" for c in (*scale.prepare, f"python -m warm.study --scale={scale.name}"))}.',
+        '- To repeat it: ' + '; '.join(f'`{command}`' for command in commands) + '.',
     ])
 
 
@@ -181,21 +189,28 @@ def page(results, notes, figures):
     Args:
         results: Folder of the SCALE.jsonl.
         notes: Hand-written text for the top.
-        figures: figures(name, curves, xlabel, ylabel, ticks=None, log=False) draws one.
+        figures: A `Figures`.
     """
     blocks = ['# Does it work?', notes.strip()]
     for scale in SCALES.values():
-        scores = Scores.read(scale, pathlib.Path(results) / f'{scale.name}.jsonl')
-        blocks.append(f'## {scale.title}')
-        if not scores.lines:
-            blocks.append(f'{scale.note} Nothing is measured yet: `python -m warm.study --scale={scale.name}`.')
-            continue
-        blocks.append(setup(scores))
-        for title, question in QUESTIONS.items():
-            before = len(figures.drawn)
-            blocks += [f'### {title}', question(scores, figures)]
-            blocks += [f'![{title}]({name}.png)' for name in figures.drawn[before:]]
+        files = [path for path in (pathlib.Path(results) / f'{scale.name}.jsonl',
+                                   *sorted(pathlib.Path(results).glob(f'{scale.name}--*.jsonl'))) if path.is_file()]
+        if not files:
+            blocks += [f'## {scale.title}', f'{scale.note} Nothing is measured yet: '
+                       f'`python -m warm.study --scale={scale.name}`.']
+        for path in files:
+            blocks += section(Scores.read(scale, path), path.stem, figures)
     return '\n\n'.join([*blocks, recipe()]) + '\n'
+
+
+def section(scores, name, figures):
+    """Blocks of one file of scores, `name` without ending."""
+    blocks = [f'## {scores.scale.title}, {scores.label}', setup(scores)]
+    for title, question in QUESTIONS.items():
+        before = len(figures.drawn)
+        blocks += [f'### {title}', question(scores, functools.partial(figures, name))]
+        blocks += [f'![{title}]({drawn}.png)' for drawn in figures.drawn[before:]]
+    return blocks
 
 
 def recipe():
@@ -215,13 +230,14 @@ class Figures:
     def __init__(self, folder):
         self.folder, self.drawn = folder, []
 
-    def __call__(self, name, curves, xlabel, ylabel, ticks=None, log=False):
-        """A figure of the curves that have two points or more; none without any."""
+    def __call__(self, file, name, curves, xlabel, ylabel, ticks=None, log=False):
+        """A figure of the curves that have two points or more; none without any. `file` names the scores."""
         curves = [curve for curve in curves if len(curve['x']) > 1]
         if curves:
             content = dict(curves=curves, xlabel=xlabel, ylabel=ylabel, log=log, **({'ticks': ticks} if ticks else {}))
-            draw(os.path.join(self.folder, f'results-{name}'), (5.6, 3.6), lambda f: draw_lines(f, content, ''))
-            self.drawn.append(f'results-{name}')
+            path = f'results-{file}-{name}'
+            draw(os.path.join(self.folder, path), (5.6, 3.6), lambda f: draw_lines(f, content, ''))
+            self.drawn.append(path)
 
 
 @click.command(context_settings=dict(show_default=True))
