@@ -432,6 +432,18 @@ def test_cifar10_by_name(tmp_path, monkeypatch):
     assert len(run('cifar10', tmp_path / 'out.zip')) == 15
 
 
+def test_the_test_half_of_cifar10(tmp_path, monkeypatch):
+    """--source=cifar10-test takes test_batch alone, --source=cifar10 all others."""
+    images, labels, files = cifar_batches()
+    files['test_batch'] = files['data_batch_2']
+    path = cifar_tar(tmp_path / 'cifar-10-python.tar.gz', files)
+    monkeypatch.setattr(dataset_sources, 'fetch', lambda *args, **kwargs: path)
+    assert len(run('cifar10', tmp_path / 'train.zip')) == len(images)
+    test = run('cifar10-test', tmp_path / 'test.zip')
+    per_batch = len(images) // 5
+    np.testing.assert_array_equal([test[i][0] for i in range(len(test))], images[per_batch:2 * per_batch])
+
+
 def idx(array):
     return gzip.compress(struct.pack(f'>{1 + array.ndim}I', 0x800 + array.ndim, *array.shape) + array.tobytes())
 

@@ -25,6 +25,8 @@ CIFAR10_SHA256 = '6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001
 CIFAR10_MD5 = 'c58f30108f718f92721af3b95e74349a'
 CIFAR10_MAX_BYTES = 200 << 20
 CIFAR10_BATCHES = [f'cifar-10-batches-py/data_batch_{i}' for i in range(1, 6)]
+CIFAR10_TEST = ['cifar-10-batches-py/test_batch']
+CIFAR10_PARTS = {'cifar10': CIFAR10_BATCHES, 'cifar10-test': CIFAR10_TEST}  # what --source calls them
 MAX_BATCH_BYTES = 64 << 20  # CIFAR-10's pickles are 31 MB each
 MAX_TAR_BYTES = 400 << 20  # unpacked; CIFAR-10's is 186 MB
 MAX_MNIST_IMAGES = 300_000
@@ -60,8 +62,9 @@ def open_source(path):
         UserError: nothing there, no known kind, or damaged.
     """
     path = os.fspath(path)
-    if path == 'cifar10' and not os.path.exists(path):
-        return read_cifar10(fetch(CIFAR10_URL, CIFAR10_SHA256, CIFAR10_MD5, max_bytes=CIFAR10_MAX_BYTES))
+    if path in CIFAR10_PARTS and not os.path.exists(path):
+        return read_cifar10(fetch(CIFAR10_URL, CIFAR10_SHA256, CIFAR10_MD5, max_bytes=CIFAR10_MAX_BYTES),
+                            CIFAR10_PARTS[path])
     path = path.rstrip('/') or '/'
     if not os.path.exists(path):
         raise UserError(f'there is no {path}; check --source')
@@ -92,8 +95,8 @@ class _ArchiveLoader:
         return open_image(self.archive.read(name), f'{name} in {self.archive.path}')
 
 
-def read_cifar10(path):
-    """The 50,000 training images of cifar-10-python.tar.gz, with labels; nothing is extracted.
+def read_cifar10(path, names=CIFAR10_BATCHES):
+    """The 50,000 training images (or other batches) of cifar-10-python.tar.gz, with labels; nothing is extracted.
 
     Raises:
         UserError: the file is damaged, incomplete, or its pickles ask for anything but arrays.
@@ -103,7 +106,7 @@ def read_cifar10(path):
     try:
         with gzip.open(path) as unpacked, tarfile.open(fileobj=_Bounded(unpacked, path), mode='r|') as tar:
             for member in tar:
-                if member.isfile() and member.name in CIFAR10_BATCHES:
+                if member.isfile() and member.name in names:
                     if member.size > MAX_BATCH_BYTES:
                         raise UserError(f'{member.name} in {path} is larger than {MAX_BATCH_BYTES} bytes; {remedy}')
                     batches[member.name] = _read_batch(tar.extractfile(member).read(), f'{member.name} in {path}')
@@ -111,11 +114,11 @@ def read_cifar10(path):
         raise
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError, OverflowError) as e:
         raise UserError(f'{path} is not a readable tar.gz file ({e}); {remedy}') from e
-    missing = [name for name in CIFAR10_BATCHES if name not in batches]
+    missing = [name for name in names if name not in batches]
     if missing:
         raise UserError(f'{path} lacks {missing[0]}; {remedy}')
-    images = np.concatenate([batches[name][0] for name in CIFAR10_BATCHES])
-    labels = [label for name in CIFAR10_BATCHES for label in batches[name][1]]
+    images = np.concatenate([batches[name][0] for name in names])
+    labels = [label for name in names for label in batches[name][1]]
     return Source(str(path), images, PIL.Image.fromarray, labels)
 
 

@@ -206,6 +206,7 @@ SCALES = {scale.name: scale for scale in (
         name='cifar10', title='CIFAR-10, 32×32, on a GPU',
         note='A network of 5.1 M parameters and 8 Mimg stand for the paper’s 55.7 M and 200 Mimg.',
         prepare=('python dataset_tool.py --source=cifar10 --dest=datasets/cifar10-32x32.zip',
+                 'python dataset_tool.py --source=cifar10-test --dest=datasets/cifar10-test-32x32.zip',
                  'python -m training.classifier --data=datasets/cifar10-32x32.zip '
                  '--test=datasets/cifar10-test-32x32.zip --dest=detectors/cifar.ts'),
         data='datasets/cifar10-32x32.zip', detector='detectors/cifar.ts', metrics=('fid', 'is'),
@@ -220,6 +221,8 @@ SCALES = {scale.name: scale for scale in (
              'scripts and decides nothing.',
         prepare=('python dataset_tool.py --source=datasets/cifar10-32x32.zip --resolution=16x16 '
                  '--transform=center-crop --dest=datasets/cifar10-16x16.zip',
+                 'python dataset_tool.py --source=datasets/cifar10-test-32x32.zip --resolution=16x16 '
+                 '--transform=center-crop --dest=datasets/cifar10-test-16x16.zip',
                  'python -m training.classifier --data=datasets/cifar10-16x16.zip '
                  '--test=datasets/cifar10-test-16x16.zip --dest=detectors/cifar.ts --width=16 --epochs=8'),
         data='datasets/cifar10-16x16.zip', detector='detectors/cifar.ts', metrics=('fid', 'is'),
