@@ -112,6 +112,8 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='Continue in a new run folder from a training state, the newest of a run folder, or of --outdir')
 @click.option('--auto-resume', is_flag=True,
               help='Continue the run of this name in its own folder if there is one; start it otherwise')
+@click.option('--compact-state', is_flag=True,
+              help='Save training states of 10 bytes a parameter, not 16; they resume closely, not bit for bit')
 @click.option('--keep', metavar='INT', type=click.IntRange(min=0), default=0,
               help='How many snapshots and states are kept; 0: all')
 @click.option('--max-nonfinite', metavar='STEPS', type=click.IntRange(min=0), default=100,

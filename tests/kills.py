@@ -110,31 +110,43 @@ def is_rank(process):
 
 
 def kill_jobs(folder, kills, ranks, rng):
-    """A run that is killed as a whole while it writes, and started again; returns how often it was killed."""
-    done = 0
+    """A run that is killed as a whole while it writes, and started again.
+
+    Returns:
+        How often it was killed, and how often that left a file half written.
+    """
+    done = halves = 0
     while done < kills:
+        left = being_written(folder)  # by earlier lives
         process = start(folder, ranks)
         try:
-            saves = rng.randint(1, 4)  # a life that is always killed at its first save would get nowhere
-            for _ in range(saves):
-                writing = until(lambda: writes(folder), process) and (_ == saves - 1 or until(lambda: not writes(folder),
-                                                                                              process))
-                if not writing:
-                    break
-            if not writing:
+            # A life that is always killed at its first save would get nowhere.
+            if not until_save(folder, process, rng.randint(1, 4), left):
+                assert process.returncode == 0, log_of(folder)
                 break  # it has reached its end
             time.sleep(rng.uniform(0, 0.004))
         finally:
             kill_all(process)
         done += 1
+        halves += bool(being_written(folder) - left)
     assert wait(start(folder, ranks)) == 0, log_of(folder)
-    return done
+    return done, halves
 
 
-def writes(folder):
-    """Whether a state or snapshot is being written there."""
-    return any(name.startswith('.tmp-') and name.endswith(('.pt', '.safetensors')) for name in os.listdir(folder)) \
-        if os.path.isdir(folder) else False
+def until_save(folder, process, number, left):
+    """Wait until a run writes for the given time, not counting what was left before; False if it ends first."""
+    for i in range(number):
+        if i and not until(lambda: not being_written(folder) - left, process):
+            return False
+        if not until(lambda: being_written(folder) - left, process):
+            return False
+    return True
+
+
+def being_written(folder):
+    """Names of the states and snapshots that are being written there, or were when it was killed."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return {name for name in names if name.startswith('.tmp-') and name.endswith(('.pt', '.safetensors'))}
 
 
 def final_state(folder):
@@ -188,13 +200,14 @@ def main(ranks, jobs, seed):
             check_same(folder, reference)
             runs += 1
             print(f'ranks killed: {killed} in {runs} runs, all ended like the undisturbed one', flush=True)
-        killed = runs = 0
+        killed = halves = runs = 0
         while killed < jobs:
             folder = f'{tmp}/jobs-{runs}'
-            killed += kill_jobs(folder, jobs - killed, 2, rng)
+            more, left = kill_jobs(folder, jobs - killed, 2, rng)
             check_same(folder, reference)
-            runs += 1
-            print(f'jobs killed while writing: {killed} in {runs} runs, all ended like the undisturbed one', flush=True)
+            killed, halves, runs = killed + more, halves + left, runs + 1
+            print(f'jobs killed while writing: {killed} in {runs} runs, all ended like the undisturbed one; '
+                  f'{halves} times a file was half written', flush=True)
 
 
 if __name__ == '__main__':

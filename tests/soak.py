@@ -3,10 +3,11 @@
     python -m tests.soak --minutes 30
 
 prints a table of each rank's memory and file handles after the first minute and at the end, and what was left behind.
-It fails where memory has grown by 2 % or more, or a handle or a process is left.
+It fails where memory has grown by 2 % or more, or a handle or a process is left. With `--workers 1` a process of each
+rank decodes the images anew; otherwise a thread takes them from the decoded set.
 """
 
-import os
+import contextlib
 import pathlib
 import shutil
 import statistics
@@ -19,11 +20,11 @@ import click
 import psutil
 
 from tests.commands import ROOT, SMALL
+from tests.kills import ENV, kill_all
 from training.dataset import EMBEDDED
 from training.saving import saved_files
 
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-TRAIN = [*SMALL, '--batch=64', '--workers=1', '--precond=warm', '--cond=1', '--grid=4', '--tick=1.28', '--snap=1', '--dump=2',
+TRAIN = [*SMALL, '--batch=64', '--precond=warm', '--cond=1', '--grid=4', '--tick=1.28', '--snap=1', '--dump=2',
          '--duration=1000', '--nosubdir', '--auto-resume', '--keep=3', '--seed=0']
 WARM_UP_SEC = 60
 MAX_GROWTH = 0.02
@@ -61,36 +62,44 @@ class Customer:
         """Start the next command when the last one is done."""
         if self.process is not None and self.process.poll() is None:
             return
-        if self.process is not None:
-            self.finished[self.script] += 1
-            if self.process.returncode:
-                self.failed.append(pathlib.Path(self.tmp, 'customer.txt').read_text())
+        self.collect()
         snapshots = saved_files(self.folder, 'network-snapshot')
         if not snapshots:
             return
         scores = sum(self.finished.values()) % 2
         self.script = 'fid.py' if scores else 'generate.py'
         # Copied, since training deletes it before long.
-        snapshots = [shutil.copy(snapshots[0], self.tmp)]
-        args = ['calc', f'--network={snapshots[0]}', f'--ref={self.tmp}/ref.npz', '--seeds=0-31', '--detector=pixels',
+        snapshot = shutil.copy(snapshots[0], self.tmp)
+        args = ['calc', f'--network={snapshot}', f'--ref={self.tmp}/ref.npz', '--seeds=0-31', '--detector=pixels',
                 f'--log={self.tmp}/metrics.jsonl'] if scores else \
-            [f'--network={snapshots[0]}', f'--outdir={self.tmp}/images', '--seeds=0-15', '--overwrite']
+            [f'--network={snapshot}', f'--outdir={self.tmp}/images', '--seeds=0-15', '--overwrite']
         with open(f'{self.tmp}/customer.txt', 'w') as out:
             self.process = subprocess.Popen([sys.executable, str(ROOT / self.script), *args, '--steps=4'], env=ENV,
                                             stdout=out, stderr=subprocess.STDOUT)
 
+    def collect(self):
+        """Wait for the command under way, if any, and note how it ended."""
+        if self.process is not None:
+            self.finished[self.script] += 1
+            if self.process.wait():
+                self.failed.append(pathlib.Path(self.tmp, 'customer.txt').read_text())
+            self.process = None
+
 
 @click.command()
 @click.option('--minutes', type=click.FloatRange(min=3), default=30, help='How long the training runs')
-def main(minutes):
+@click.option('--workers', default=0, help='Processes of a rank that decode images; 0: they are decoded in advance')
+def main(minutes, workers):
     """Train, generate and score for a while, and watch memory, handles and processes."""
-    with tempfile.TemporaryDirectory() as tmp:
+    with tempfile.TemporaryDirectory() as tmp, contextlib.ExitStack() as at_exit:
         command('fid.py', 'ref', f'--data={EMBEDDED}', f'--dest={tmp}/ref.npz', '--detector=pixels')
         folder = f'{tmp}/run'
         with open(f'{tmp}/train.txt', 'w') as out:
             process = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone',
                                         '--nproc_per_node=2', '--', str(ROOT / 'train.py'), *TRAIN,
-                                        f'--outdir={folder}'], env=ENV, stdout=out, stderr=subprocess.STDOUT)
+                                        f'--outdir={folder}', f'--workers={workers}', f'--cache={int(not workers)}'],
+                                       env=ENV, stdout=out, stderr=subprocess.STDOUT)
+        at_exit.callback(kill_all, process)
         while not saved_files(folder, 'training-state'):  # the first save is part of warming up
             assert process.poll() is None, pathlib.Path(tmp, 'train.txt').read_text()
             time.sleep(0.2)
@@ -104,7 +113,7 @@ def main(minutes):
                 memory = ', '.join(f'{rss:.1f} MiB' for rss, *_ in samples[-1][1])
                 print(f'after {samples[-1][0] / 60:.1f} minutes: {memory}', flush=True)
             time.sleep(2)
-        customer.process.wait()
+        customer.collect()
         helpers = [child for p in ranks for child in p.children(recursive=True)]
         process.terminate()
         process.wait(120)
@@ -124,6 +133,7 @@ def report(samples, minutes, customer, folder, left):
           f'{customer.finished["fid.py"]} times scored, {len(customer.failed)} of them failed')
     print('medians of the window after the first minute → of the last window')
     bad = [*customer.failed, *(f'process left: {p}' for p in left)]
+    bad += [f'{script} has never been run' for script, times in customer.finished.items() if not times]
     for rank in range(2):
         before, after = ([statistics.median(s[rank][i] for s in part) for i in range(4)] for part in (first, last))
         growth = after[0] / before[0] - 1

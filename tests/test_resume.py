@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import resource
 import shutil
+import stat
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from dnnlib import UserError
 from tests.commands import SMALL, invoke, refused
 from tests.kills import check_same, equal, final_state, losses
 from training import saving
+from training.health import Health
 from training.saving import Saver, host_copy, prune, saved_files
 from training.state import load_state, save_state
 
@@ -157,7 +160,57 @@ def test_another_network_is_refused(cut):
     refused(train(cut, '--auto-resume', '--cbase=16'), 'model_channels', 'training_options.json')
 
 
+def drop(*keys):
+    """A change of a state: without the entry at that place."""
+    def change(state):
+        for key in keys[:-1]:
+            state = state[key]
+        del state[keys[-1]]
+    return change
+
+
+def put(value, *keys):
+    """A change of a state: another value at that place."""
+    def change(state):
+        for key in keys[:-1]:
+            state = state[key]
+        state[keys[-1]] = value
+    return change
+
+
+@pytest.mark.parametrize('change', [
+    *(drop(name) for name in ('net', 'ema', 'optimizer', 'network_kwargs', 'ranks', 'progress', 'settings',
+                              'last_tick')),
+    put(-64, 'progress', 'nimg'), put('0', 'progress', 'tick'), put(float('inf'), 'progress', 'seconds'),
+    drop('settings', 'ema_rampup_ratio'), put('7', 'settings', 'seed'), put('[' * 100_000, 'last_tick'),
+    put([], 'ranks'), put(torch.zeros(3), 'ranks', 0, 'random'), put(torch.zeros(4), 'ranks', 0, 'statistics', 'x'),
+    put(torch.zeros(9, dtype=torch.uint8), 'ranks', 0, 'random', 'cpu'), put(torch.zeros(2, 2), 'network_kwargs'),
+    put({}, 'net'), put(5, 'ema'), put([], 'optimizer', 'param_groups'), put({'step': 1}, 'optimizer', 'state', 0),
+    put(torch.zeros(1), 'optimizer', 'state', 0, 'exp_avg'), put({}, 'ema_difference'),
+    put(torch.zeros(3, 5, dtype=torch.bfloat16), 'network_kwargs', 'img_resolution')])
+def test_a_state_that_is_not_one_of_a_run_is_refused(change, cut, tmp_path):
+    """Sound as a file, its checksum included: made by hand, or by another version of this program."""
+    path = tmp_path / 'training-state-000000.pt'
+    state = load_state(cut / path.name)
+    change(state)
+    save_state(path, state)
+    refused(train(tmp_path / 'new', f'--resume={path}'), str(path), 'resume')
+
+
 # ------------------------------------------------------------------------------------- what is on the disk
+
+def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Flushed, renamed, and then the folder's entry too: no loss of power leaves half a file under the name."""
+    events = []
+    for name in ('fsync', 'replace'):
+        def noted(*args, do=getattr(os, name), name=name):
+            what = stat.S_ISDIR(os.fstat(args[0]).st_mode) if name == 'fsync' else os.path.basename(args[1])
+            events.append((name, what))
+            return do(*args)
+        monkeypatch.setattr(os, name, noted)
+    save_state(tmp_path / 'training-state-000001.pt', {'w': torch.zeros(3)})
+    assert events == [('fsync', False), ('replace', 'training-state-000001.pt'), ('fsync', True)]
+
 
 def test_a_wrong_checksum_inside_is_noticed(tmp_path):
     """Even where the archive around it is sound: a bit that flipped in memory before it was written."""
@@ -214,6 +267,21 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_last_state(cut):
         refused(train(cut, '--auto-resume', kimg=50), 'could not write', 'training-state', 'free some space')
     assert state.read_bytes() == before and not list(cut.glob('.tmp-*'))
     trained(cut, '--auto-resume')
+
+
+def test_a_lost_mount_ends_the_run_with_a_sentence(cut, monkeypatch):
+    """The folder is gone in the middle of the run."""
+    end_step, away = Health.end_step, cut.parent / 'away'
+
+    def unmount(self, step, *args):
+        if step == 16:
+            cut.rename(away)
+        end_step(self, step, *args)
+    monkeypatch.setattr(Health, 'end_step', unmount)
+    refused(train(cut, '--auto-resume'), 'could not write', str(cut))
+    monkeypatch.undo()
+    assert saved_files(away, 'training-state')
+    trained(away, '--auto-resume')
 
 
 def test_saving_waits_for_the_copy_only(tmp_path, monkeypatch):

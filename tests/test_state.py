@@ -195,6 +195,39 @@ def test_archives_that_torch_would_not_have_written(name, good, tmp_path):
     assert time.process_time() - start < 5
 
 
+def nested(kind, depth):
+    tree = kind([1])
+    for _ in range(depth):
+        tree = kind([tree, tree])
+    return tree
+
+
+REPEATED = {
+    'lists within lists': lambda: nested(list, 45),
+    'tuples within tuples': lambda: nested(tuple, 45),
+    'a list that holds itself': lambda: (lambda tree: tree.append(tree) or tree)([]),
+    'a long list many times': lambda: [[0] * 1000] * 100_000,
+    'a long text many times': lambda: ['x' * 100_000] * 100_000,
+    'a long key many times': lambda: [{'x' * 100_000: 1}] * 100_000,
+    'a tensor many times': lambda: [torch.zeros(100_000)] * 50_000,
+}
+
+
+@pytest.mark.parametrize('name', REPEATED)
+def test_content_that_only_sharing_keeps_small(name, good, tmp_path):
+    content = {**torch.load(good, weights_only=True), 'state': {'a': REPEATED[name]()}}
+    path = write(tmp_path / 's.pt', content)
+    start = time.process_time()
+    assert 'repeats' in refusal(path)
+    assert time.process_time() - start < 5
+
+
+def test_a_tensor_in_two_places_is_no_repetition(tmp_path):
+    w = torch.randn(10_000)
+    save_state(tmp_path / 's.pt', {'net': w, 'ema': w})
+    assert torch.equal(load_state(tmp_path / 's.pt')['ema'], w)
+
+
 def test_mutations_load_or_are_refused(good, tmp_path):
     data, path, rng = good.read_bytes(), tmp_path / 's.pt', random.Random(1)
     with zipfile.ZipFile(good) as archive:

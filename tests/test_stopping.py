@@ -30,20 +30,22 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_run_goes_on_from_there(number, whole, tmp_path, monkeypatch):
-    """In the middle of a tick: even that tick's statistics are those of the undisturbed run."""
+@pytest.mark.parametrize('number, during, nimg, tick_nimg', [
+    (signal.SIGTERM, 7, 512, 320), (signal.SIGINT, 1, 128, 64), (signal.SIGUSR1, 8, 576, 576)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tick_nimg, whole, tmp_path, monkeypatch):
+    """In the middle of a tick and at the end of one: even that tick's statistics are those of the undisturbed run."""
     end_step = Health.end_step
 
     def signalled(self, step, finite, stop):
-        if step == 7 and not stop:
+        if step == during and not stop:
             os.kill(os.getpid(), number)
             time.sleep(0.3)  # the thread that reads signals gets its turn
         end_step(self, step, finite, stop)
     monkeypatch.setattr(Health, 'end_step', signalled)
     out = invoke('train.py', *RUN, f'--outdir={tmp_path}')
     assert out.exit_code == EXIT_STOPPED and 'goes on from there' in out.output, out.output
-    assert final_state(tmp_path)['progress']['nimg'] == 512 and final_state(tmp_path)['progress']['tick_nimg'] == 320
+    progress = final_state(tmp_path)['progress']
+    assert (progress['nimg'], progress['tick_nimg']) == (nimg, tick_nimg)
     assert saved_files(tmp_path, 'network-snapshot')
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers of before are back
@@ -128,7 +130,7 @@ os._exit(0)
 
 # ------------------------------------------------------------------------------------- ranks that die or hang
 
-def two_ranks(folder, port, *options):
+def two_ranks(folder, port, *options, on_rank1=()):
     """Two ranks without torchrun, started as Slurm's srun starts them; endless for the purpose."""
     env = {**kills.ENV, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'}
     command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--batch=16', '--grid=0', f'--outdir={folder}', '--nosubdir',
@@ -136,8 +138,9 @@ def two_ranks(folder, port, *options):
     ranks = []
     for rank in range(2):
         with open(folder / f'rank{rank}.txt', 'wb') as out:
-            ranks.append(subprocess.Popen(command, env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}, stdout=out,
-                                          stderr=subprocess.STDOUT))
+            ranks.append(subprocess.Popen([*command, *(on_rank1 if rank else [])], stdout=out,
+                                          stderr=subprocess.STDOUT,
+                                          env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}))
     return ranks
 
 
@@ -159,6 +162,18 @@ def test_a_lost_rank_stops_the_other(number, options, code, sentence, tmp_path):
             kills.kill_all(rank)
 
 
+def test_a_rank_that_fails_says_why_and_stops_the_other(tmp_path):
+    ranks = two_ranks(tmp_path, free_port(), on_rank1=['--data=/nowhere/set.zip'])
+    try:
+        assert [rank.wait(60) for rank in ranks] == [1, 1]
+    finally:
+        for rank in ranks:
+            kills.kill_all(rank)
+    said = [(tmp_path / f'rank{i}.txt').read_text() for i in range(2)]
+    assert '/nowhere/set.zip' in said[1] and 'Traceback' not in said[1], said[1]
+    assert 'rank 0 lost the connection to another rank' in said[0], said[0]
+
+
 def free_port():
     import socket
     with socket.socket() as s:
@@ -173,9 +188,10 @@ def test_a_killed_rank_is_restarted_by_torchrun(undisturbed, tmp_path):
 
 
 def test_a_job_killed_while_it_writes_goes_on(tmp_path):
-    """Four times, one rank; `python -m tests.kills` does it 50 times with two."""
+    """Three times, one rank; `python -m tests.kills` does it 50 times with two."""
     assert kills.wait(kills.start(tmp_path / 'whole', 1)) == 0
-    assert kills.kill_jobs(tmp_path / 'run', 4, 1, random.Random(1)) >= 2
+    killed, _ = kills.kill_jobs(tmp_path / 'run', 3, 1, random.Random(1))
+    assert killed >= 2
     check_same(tmp_path / 'run', tmp_path / 'whole')
 
 

@@ -113,6 +113,10 @@ def test_accumulation_and_ranks_take_the_same_images(monkeypatch):
     assert alone.dtype == torch.float32 and -1 <= alone.min() and alone.max() <= 1
     assert torch.equal(torch.stack([images(0, 2), images(1, 2)], dim=1).flatten(0, 1)[:12], alone)
     assert torch.equal(images(0, 1, start=4)[:8], alone[4:])
+    # From a start that does not divide over the ranks, too, they take each image once and leave none out.
+    both = torch.cat([images(rank, 3, start=7) for rank in range(3)]).flatten(1)
+    expected = torch.cat([images(0, 1, start=7 + i) for i in (0, 12, 24)]).flatten(1)
+    assert torch.equal(torch.unique(both, dim=0), torch.unique(expected, dim=0)) and len(torch.unique(both, dim=0)) == 36
 
 
 def test_accumulation_keeps_the_scale_of_the_gradient(tmp_path):

@@ -75,12 +75,14 @@ class Bad:
         return b''
     def read(self, data):
         exec(compile('1', '<data>', 'exec'))
+        open('/dev/full', 'w')
         raise KeyError('oops')
 fuzz.TARGETS['bad'] = Bad
 print(json.dumps(fuzz.run_cases('bad', 0, 2, fuzz.Tripwire())))''')
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
     _, failures = json.loads(done.stdout)
-    assert any('KeyError' in f for f in failures) and any('exec of' in f for f in failures), done.stderr
+    for expected in ('KeyError', 'exec of', 'writing /dev/full'):
+        assert any(expected in failure for failure in failures), (expected, done.stderr)
 
 
 # ------------------------------------------------------------------------------------- bombs

@@ -41,9 +41,9 @@ class Batches:
     """
 
     def __init__(self, dataset, batch, seed, start_nimg, loader_kwargs, device, data_device='cpu'):
-        ranks = dist.get_world_size()
-        sampler = InfiniteSampler(dataset, rank=dist.get_rank(), num_replicas=ranks, seed=seed,
-                                  start_idx=start_nimg // ranks)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        had = (start_nimg - rank + ranks - 1) // ranks  # of the first start_nimg, those that are this rank's turn
+        sampler = InfiniteSampler(dataset, rank=rank, num_replicas=ranks, seed=seed, start_idx=had)
         if data_device == 'cuda':
             self._source = resident_batches(dataset, sampler, batch, device)
         elif dataset.decoded is not None:

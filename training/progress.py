@@ -1,5 +1,6 @@
 """Where a training run stands, and what it takes to go on from there bit for bit."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,6 +10,12 @@ import torch
 from dnnlib import UserError
 from torch_utils import distributed as dist
 from torch_utils import training_stats
+from training.compact import MOMENTS, expand, is_compact
+from training.edm_pickle import shown
+from training.state import load_state
+
+# What Python and PyTorch say to values of another kind, or of another shape, than expected.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclasses.dataclass
@@ -44,27 +51,104 @@ def run_state(net, ema, optimizer, progress, settings, last_tick):
                 progress=dataclasses.asdict(progress), settings=settings, last_tick=json.dumps(last_tick))
 
 
+def load_run_state(path):
+    """The content of a training state as it was saved, compact or not.
+
+    Raises:
+        UserError: as for `load_state`; or it holds something else than `run_state` makes.
+    """
+    state = load_state(path)
+    try:
+        sound = _is_run_state(state)
+    except MALFORMED:
+        sound = False
+    if not sound:
+        raise UserError(f'{path} lacks some of what a run is continued from; resume from another training-state-*.pt')
+    return state
+
+
+def _is_run_state(state):
+    """Whether all entries are there and of their kinds. Whether the tensors fit the network, `restore` finds out."""
+    progress, settings = Progress(**state['progress']), state['settings']
+    counts = [progress.nimg, progress.tick, progress.tick_nimg, progress.nonfinite]
+    ratio = settings['ema_rampup_ratio']
+    return (all(isinstance(state[name], dict) for name in ('net', 'optimizer', 'network_kwargs'))
+            and isinstance(state['ema_difference' if is_compact(state) else 'ema'], dict)
+            and all(_is_below(1 << 53, count, int) for count in counts)
+            and _is_below(1e10, progress.seconds, int, float)
+            and _is_below(1 << 31, settings['seed'], int)
+            and (ratio is None or _is_below(1e10, ratio, int, float))
+            and isinstance(json.loads(state['last_tick']), dict)
+            and isinstance(state['ranks'], list) and state['ranks'] and all(map(_is_of_a_rank, state['ranks'])))
+
+
+def _is_below(end, value, *kinds):
+    return type(value) in kinds and 0 <= value < end
+
+
+def _is_of_a_rank(entry):
+    return (all(isinstance(random, torch.Tensor) and random.dtype == torch.uint8 for random in entry['random'].values())
+            and 'cpu' in entry['random']
+            and all(type(name) is str and moments.shape == (3,) and moments.dtype == torch.float64
+                    for name, moments in entry['statistics'].items()))
+
+
+def resume_from(path):
+    """The content of a training state, expanded where it is compact; says where the run starts. Call on all ranks.
+
+    Raises:
+        UserError: as for `load_run_state`.
+    """
+    dist.print0(f'Resuming from {path}...')
+    state = load_run_state(path)
+    if not is_compact(state):
+        return state
+    dist.print0('This state is compact: the run goes on close to where it was, but no longer bit for bit.')
+    with _refusing(path):
+        return expand(state)
+
+
 def restore(state, path, net, ema, optimizer):
     """Bring network, moving average and optimiser to the recorded point.
 
     Raises:
         UserError: the state belongs to another network.
     """
-    before, now = state['network_kwargs'], net.init_kwargs
-    changed = sorted(k for k in {**before, **now} if before.get(k) != now.get(k))
+    with _refusing(path):
+        before, now = state['network_kwargs'], net.init_kwargs
+        changed = sorted(k for k in {**before, **now} if before.get(k) != now.get(k))
     if changed:
         raise UserError(f"{path} was saved by a run whose network differs in {', '.join(changed)}; "
                         'resume with the options of that run, see its training_options.json')
-    net.load_state_dict(state['net'])
-    ema.load_state_dict(state['ema'])
-    load_optimizer(optimizer, state['optimizer'])
+    with _refusing(path):
+        net.load_state_dict(state['net'])
+        ema.load_state_dict(state['ema'])
+        load_optimizer(optimizer, state['optimizer'])
+
+
+@contextlib.contextmanager
+def _refusing(path):
+    """Whatever goes wrong with the content of a state, it is to blame."""
+    try:
+        yield
+    except MALFORMED as e:
+        reason = shown(' '.join(str(e).split()), 200)
+        raise UserError(f'{path} does not fit this run ({type(e).__name__}: {reason}); resume from another '
+                        'training-state-*.pt, or with the versions of this program and PyTorch that wrote it') from e
 
 
 def load_optimizer(optimizer, saved):
-    """Load an optimiser's state, whatever device it was made on: which kernels to use is this run's own choice."""
-    groups = [{**then, **{k: now[k] for k in ('fused', 'foreach', 'capturable')}}
-              for then, now in zip(saved['param_groups'], optimizer.param_groups)]
-    optimizer.load_state_dict({**saved, 'param_groups': groups})
+    """Load Adam's moments and step counts. Its options, and which kernels it uses, are this run's own.
+
+    Raises:
+        ValueError: they do not fit the parameters.
+    """
+    groups = [{**now, 'params': then['params']} for then, now in zip(saved['param_groups'], optimizer.param_groups)]
+    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    for param, entry in optimizer.state.items():
+        shapes = {name: tuple(value.shape) for name, value in entry.items()}
+        if shapes != {'step': (), **dict.fromkeys(MOMENTS, tuple(param.shape))}:
+            raise ValueError(f'moments of the shapes {shapes} for a parameter of {tuple(param.shape)}')
 
 
 def random_state():
@@ -75,15 +159,20 @@ def random_state():
     return state
 
 
-def seed_rank(seed, state=None):
-    """Give each rank noise of its own; from a recorded state, continue it where the number of ranks is the same."""
+def seed_rank(seed, state=None, path=None):
+    """Give each rank noise of its own; from a recorded state, continue it where the number of ranks is the same.
+
+    Raises:
+        UserError: the state of the file `path` holds no random state of this version of PyTorch.
+    """
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if state is not None and len(state['ranks']) == ranks:
         own = state['ranks'][rank]
         training_stats.restore(own['statistics'])
-        torch.set_rng_state(own['random']['cpu'])
-        if torch.cuda.is_available() and 'cuda' in own['random']:
-            torch.cuda.set_rng_state(own['random']['cuda'])
+        with _refusing(path):
+            torch.set_rng_state(own['random']['cpu'])
+            if torch.cuda.is_available() and 'cuda' in own['random']:
+                torch.cuda.set_rng_state(own['random']['cuda'])
         return
     training_stats.restore({})
     nimg = 0

@@ -10,6 +10,7 @@ import threading
 import torch
 
 from dnnlib import UserError
+from training.progress import load_run_state
 from training.snapshot import read_snapshot, write_snapshot
 from training.state import load_state, parse_kimg, save_state
 
@@ -31,10 +32,11 @@ class Saver:
     Args:
         run_dir: Folder of the run.
         keep: How many snapshots and how many states are kept; 0 keeps all.
+        pack: What is done to a state before it is written, such as `training.compact.compact`.
     """
 
-    def __init__(self, run_dir, keep=0):
-        self.run_dir, self.keep = run_dir, keep
+    def __init__(self, run_dir, keep=0, pack=None):
+        self.run_dir, self.keep, self.pack = run_dir, keep, pack
         self._jobs = queue.Queue(MAX_WAITING)
         self._thread = None
         self._error = None
@@ -88,7 +90,7 @@ class Saver:
         if snapshot is not None:
             write_snapshot(saved_path(self.run_dir, 'network-snapshot', nimg), **snapshot)
         if state is not None:
-            save_state(saved_path(self.run_dir, 'training-state', nimg), state)
+            save_state(saved_path(self.run_dir, 'training-state', nimg), self.pack(state) if self.pack else state)
         if self.keep:
             prune(self.run_dir, self.keep, nimg)
 
@@ -177,7 +179,7 @@ def newest_good(states):
     complaints = []
     for path in states:
         try:
-            return path, load_state(path), complaints
+            return path, load_run_state(path), complaints
         except UserError as e:
             complaints.append(str(e))
     return None, None, complaints

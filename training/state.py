@@ -10,9 +10,10 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write
-from training.edm_pickle import TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id, shown
+from training.edm_pickle import MAX_STEPS, TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id, shown
 
 STATE_FORMAT = 1
+MAX_REPEATS = 4  # how often a state may hold the same tensors, weights and their average before the first step, say
 PLAIN = (str, int, float, bool, type(None))
 KIND = 'warm-diffusion training state'
 
@@ -156,7 +157,24 @@ def _check_archive(archive, total_bytes):
         _refuse_if(sizes.get(f'{prefix}data/{pid[2]}') != length * dtype.itemsize, 'a tensor in it has a wrong size')
         return Storage(torch.empty(length, dtype=dtype, device='meta'))
 
-    Machine(archive.read(pickles[0]), TENSOR_GLOBALS, check_storage).load()
+    tree = Machine(archive.read(pickles[0]), TENSOR_GLOBALS, check_storage).load()
+    _check_size(tree, MAX_REPEATS * total_bytes)
+
+
+def _check_size(tree, max_bytes):
+    """Refuse a tree that only sharing keeps small: a few lists within one another can stand for 2⁴⁰ numbers."""
+    waiting, parts, size = [tree], 0, 0
+    while waiting:
+        value = waiting.pop()
+        parts += 1
+        if isinstance(value, (dict, list, tuple)):
+            waiting.extend(value)  # of a dict, its keys
+            waiting.extend(value.values() if isinstance(value, dict) else ())
+        elif isinstance(value, torch.Tensor):
+            size += value.nbytes
+        elif isinstance(value, str):
+            size += len(value)
+        _refuse_if(parts + len(waiting) > MAX_STEPS or size > max_bytes, 'it repeats its own content')
 
 
 def _refuse_if(condition, reason):

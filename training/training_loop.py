@@ -14,15 +14,15 @@ from torch_utils.signals import StopRequest, Watchdog
 from training.acceleration import accelerate
 from training.augment import AugmentPipe
 from training.batches import Batches
+from training.compact import compact
 from training.dataset import ImageFolderDataset
 from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
 from training.health import Health
-from training.progress import Progress, restore, run_state, seed_rank
+from training.progress import Progress, restore, resume_from, run_state, seed_rank
 from training.saving import Saver
 from training.snapshot import read_snapshot
-from training.state import load_state
 from training.status import Status
 
 
@@ -51,6 +51,7 @@ def training_loop(
     grid_images=64,             # Images in the grid that goes with each snapshot; 0 = none.
     transfer=None,              # Snapshot whose EMA weights to start from.
     resume=None,                # Training state to continue.
+    compact_state=False,        # Whether states take 10 bytes a parameter in place of 16, and do not resume exactly.
     keep=0,                     # Snapshots and states kept; 0 = all.
     max_nonfinite=100,          # Steps in a row with a non-finite loss or gradients that end the run; 0 = none do.
     timeout=600,                # Seconds without a finished step after which a rank counts as hung; 0 = never.
@@ -74,10 +75,7 @@ def training_loop(
 
     dist.print0('Loading dataset...')
     dataset = open_dataset(**dataset_kwargs)
-    state = None
-    if resume is not None:
-        dist.print0(f'Resuming from {resume}...')
-        state = load_state(resume)
+    state = resume_from(resume) if resume is not None else None
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_kimg * 1000:
         dist.print0(f'All {total_kimg:g} kimg are done already.')
@@ -104,7 +102,8 @@ def training_loop(
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None
     evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, **(eval_kwargs or {}))
     batches = Batches(dataset, batch_gpu, seed, progress.nimg, data_loader_kwargs or {}, device, data_device)
-    seed_rank(seed, state)
+    seed_rank(seed, state, resume)
+    del state  # it is as large as what is trained
 
     grid_sampler = system.make_sampler(ema, sample_options)
     if grid_images and dist.get_rank() == 0:
@@ -114,7 +113,7 @@ def training_loop(
     status = Status(run_dir, progress.nimg, total_kimg * 1000, progress.seconds, device, tensorboard)
     health = Health(max_nonfinite, progress.nonfinite)
     with (StopRequest() as stop, Watchdog(timeout, f'rank {dist.get_rank()}') as watchdog,
-          Saver(run_dir, keep) as saver, contextlib.closing(batches)):
+          Saver(run_dir, keep, compact if compact_state else None) as saver, contextlib.closing(batches)):
         while True:
             # One step: gradients over the accumulation rounds, synchronised on the last.
             watchdog.beat()

@@ -16,8 +16,8 @@ from training.augment import TRAIN_AUGMENT
 from training.batches import check_data_device
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.precond import PRECISIONS
+from training.progress import load_run_state
 from training.saving import find_states, newest_good, saved_files
-from training.state import load_state
 from training.status import check_tensorboard, trim_records
 from training.training_loop import interface_kwargs, split_batch
 from warm.systems import SYSTEMS
@@ -89,6 +89,7 @@ def training_config(o, system_options):
         tensorboard=o['tensorboard'],
         transfer=o['transfer'],
         resume=o['resume'],
+        compact_state=o['compact_state'],
         keep=o['keep'],
         max_nonfinite=o['max_nonfinite'],
         timeout=o['timeout'],
@@ -173,7 +174,7 @@ def start_point(o, name):
     if path is None and o['resume']:
         states = find_states(o['resume'], o['outdir'])
         if len(states) == 1:
-            load_state(states[0])  # says what is wrong with it
+            load_run_state(states[0])  # says what is wrong with it
         path, state, complaints = newest_good(states)
         if path is None:
             raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read; '

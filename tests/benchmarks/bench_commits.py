@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_commits.py [--before=REV] [--kimg=8] [--repeats=3] [--out=FILE.json]
 
-Processor time of whole train.py processes on the embedded digits, start included, so that what a new system adds to
-importing shows too; the older commit is checked out into a temporary folder.
+Processor time of whole train.py processes on the embedded digits, of two lengths: their difference is what training
+costs, the rest the start, where the imports of all systems show. The older commit goes into a temporary folder.
 """
 
 import os
@@ -40,12 +40,13 @@ def seconds(tree, system, kimg, folder):
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--before', metavar='REV', default='HEAD', help='Commit to compare with; HEAD: what is not committed')
 @click.option('--systems', default='edm,warm', help='Values of --precond that both have')
-@click.option('--kimg', type=click.FloatRange(min=0, min_open=True), default=8, help='Length of each training')
+@click.option('--kimg', type=click.FloatRange(min=0, min_open=True), default=8,
+              help='Length of the longer training; the shorter has an eighth')
 @click.option('--repeats', type=click.IntRange(min=1), default=3, help='Of each; the median counts')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(before, systems, kimg, repeats, out):
     """Measure this tree against an older commit."""
-    times, load = {}, os.getloadavg()[0]
+    times, load, lengths = {}, os.getloadavg()[0], (kimg / 8, kimg)
     with tempfile.TemporaryDirectory() as folder:
         old = pathlib.Path(folder) / 'before'
         subprocess.run(['git', 'worktree', 'add', '--detach', old, before], cwd=ROOT, check=True, capture_output=True)
@@ -53,13 +54,15 @@ def main(before, systems, kimg, repeats, out):
             for _ in range(repeats):
                 for system in systems.split(','):
                     for name, tree in (('before', old), ('now', ROOT)):
-                        run = seconds(tree, system, kimg, pathlib.Path(folder) / 'runs')
-                        times.setdefault((system, name), []).append(run)
+                        short, long = (seconds(tree, system, length, pathlib.Path(folder) / 'runs')
+                                       for length in lengths)
+                        step = (long - short) / (lengths[1] - lengths[0])
+                        times.setdefault((system, name), []).append((step, short - step * lengths[0]))
         finally:
             subprocess.run(['git', 'worktree', 'remove', '--force', old], cwd=ROOT, check=True, capture_output=True)
-    median = {key: statistics.median(values) for key, values in times.items()}
-    rows = [dict(system=system, code=name, seconds=median[system, name],
-                 ratio=median[system, name] / median[system, 'before']) for system, name in median]
+    median = {key: [statistics.median(values) for values in zip(*pairs)] for key, pairs in times.items()}
+    rows = [dict(system=system, code=name, seconds_per_kimg=step, ratio=step / median[system, 'before'][0],
+                 seconds_to_start=start) for (system, name), (step, start) in median.items()]
     report(f'Training {kimg:g} kimg, {before} against now', rows,
            dict(before=before, kimg=kimg, repeats=repeats, load=load), out)
 
