@@ -15,6 +15,7 @@ from dnnlib import UserError
 from tests.commands import SMALL, invoke, refused
 from tests.kills import check_same, equal, final_state, losses
 from training import saving
+from training.dataset import EMBEDDED
 from training.health import Health
 from training.saving import Saver, host_copy, prune, saved_files
 from training.state import load_state, save_state
@@ -319,3 +320,12 @@ def test_host_copy_shares_what_is_shared():
     assert copy['a'] is copy['b'][0] and copy['b'][1] == (1, 'x') and torch.equal(copy['a'], w)
     w[0, 0] = 9
     assert copy['a'][0, 0] == 0 and copy['a'].is_contiguous()
+
+
+def test_a_state_of_another_system_is_refused_and_other_data_is_said(whole, tmp_path):
+    """STF's network has EDM's tensors, so only the state can tell; a copy of the data under another name is a warning."""
+    refused(train(tmp_path / 'a', f'--resume={whole}', '--precond=stf', kimg=1.2), '--precond=edm, not stf', '--transfer')
+    data = tmp_path / 'other.zip'
+    shutil.copy(EMBEDDED, data)
+    result = trained(tmp_path / 'b', f'--resume={whole}', f'--data={data}', kimg=1.2)
+    assert 'was trained on digits-8x8 and goes on with other' in result.output

@@ -108,6 +108,23 @@ def resume_from(path):
         return expand(state)
 
 
+def check_origin(state, path, system, dataset):
+    """Compare a state with the run that is to go on from it; older states do not say where they are from.
+
+    Args:
+        system, dataset: Names of this run's.
+
+    Raises:
+        UserError: the state is another system's, whose network may have the same tensors.
+    """
+    before = state['settings']
+    if before.get('system', system) != system:
+        raise UserError(f"{path} is of a run with --precond={shown(before['system'])}, not {system}; resume with that, "
+                        'or start from a snapshot of it with --transfer')
+    if before.get('dataset', dataset) != dataset:
+        dist.print0(f"Warning: this run was trained on {shown(before['dataset'])} and goes on with {dataset}.")
+
+
 def restore(state, path, net, ema, optimizer):
     """Bring network, moving average and optimiser to the recorded point.
 

@@ -20,7 +20,7 @@ from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
 from training.health import Health
-from training.progress import Progress, restore, resume_from, run_state, seed_rank
+from training.progress import Progress, check_origin, restore, resume_from, run_state, seed_rank
 from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.status import Status
@@ -90,11 +90,12 @@ def training_loop(
     augment_pipe = AugmentPipe(**augment_kwargs) if augment_kwargs else None
     optimizer = make_optimizer(net, **optimizer_kwargs)
     if state is not None:
+        check_origin(state, resume, system.name, dataset.name)
         ema_rampup_ratio = state['settings']['ema_rampup_ratio']
     elif transfer is not None:
         transfer_weights(transfer, net)
         ema_rampup_ratio = None
-    settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio)
+    settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
         restore(state, resume, net, ema, optimizer)
