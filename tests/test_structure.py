@@ -16,6 +16,7 @@ from warm.systems import SYSTEMS
 
 LAYERS = ['dnnlib', 'torch_utils', 'training', 'warm', 'scripts']  # each may import those before it
 SCRIPTS = ['train', 'generate', 'fid', 'dataset_tool']
+MODULE_COMMANDS = {'classifier': 'training.classifier', 'study': 'warm.study'}  # run by python -m
 MODULES = [*(p for layer in LAYERS[:-1] for p in sorted((ROOT / layer).glob('*.py'))),
            *(ROOT / f'{name}.py' for name in SCRIPTS)]
 
@@ -67,21 +68,22 @@ def test_top_level_holds_only_what_it_should():
 
 
 def commands():
-    """{name: click command}: the scripts and their subcommands."""
+    """{name: click command}: the scripts, their subcommands, and modules that are commands."""
     found = {}
     for name in SCRIPTS:
         command = importlib.import_module(name).main
         found[name] = command
         if isinstance(command, click.Group):
             found.update({f'{name}-{sub}': c for sub, c in command.commands.items()})
-    return found
+    return {**found, **{name: importlib.import_module(module).main for name, module in MODULE_COMMANDS.items()}}
 
 
 @pytest.mark.parametrize('name', commands())
 def test_help_texts_in_docs(name):
     """docs/NAME-help.txt is what --help prints. UPDATE_DOCS=1 pytest tests/test_structure.py rewrites them."""
     path = ROOT / 'docs' / f'{name}-help.txt'
-    shown = CliRunner().invoke(commands()[name], ['--help'], terminal_width=120, prog_name=f'python {name}.py').output
+    program = f'python -m {MODULE_COMMANDS[name]}' if name in MODULE_COMMANDS else f'python {name}.py'
+    shown = CliRunner().invoke(commands()[name], ['--help'], terminal_width=120, prog_name=program).output
     if os.environ.get('UPDATE_DOCS') == '1':
         path.write_text(shown)
     # Versions of click break lines differently.

@@ -63,7 +63,11 @@ ON_DIGITS = {
     'ihdm': ('--ihdm-blur-max=6', '--ihdm-levels=60'),  # 24 pixels on 32, scaled to 8; larger steps for a short training
 }
 FROM_DATA = 'starts from blurred training images, so part of the score is theirs'
-NOTES = {'ihdm': FROM_DATA, 'cold': f'{FROM_DATA}; restoration, not generation'}
+NOTES = {
+    've': 'has not converged: D = x + σF has to cancel noise of σ = 100 with an F that is not scaled for it',
+    'ihdm': f'{FROM_DATA}; blur scaled to 8 pixels, and fewer levels for so short a training',
+    'cold': f'{FROM_DATA}; restoration, not generation',
+}
 VARIANTS = (
     Member('EDM-ES', 'edm', sample=(('epsilon_scale', '1.0006'),), paper='Ning et al. 2023',
            note="EDM's network, predicted noise divided by 1.0006"),

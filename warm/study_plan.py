@@ -220,15 +220,16 @@ SCALES = {scale.name: scale for scale in (
         note='A network of 1.5 M parameters, seen so few images that it has hardly begun to learn: this tries the '
              'scripts and decides nothing.',
         prepare=('python dataset_tool.py --source=datasets/cifar10-32x32.zip --resolution=16x16 '
-                 '--transform=center-crop --dest=datasets/cifar10-16x16.zip',
+                 '--dest=datasets/cifar10-16x16.zip',
                  'python dataset_tool.py --source=datasets/cifar10-test-32x32.zip --resolution=16x16 '
-                 '--transform=center-crop --dest=datasets/cifar10-test-16x16.zip',
+                 '--dest=datasets/cifar10-test-16x16.zip',
                  'python -m training.classifier --data=datasets/cifar10-16x16.zip '
-                 '--test=datasets/cifar10-test-16x16.zip --dest=detectors/cifar.ts --width=16 --epochs=8'),
-        data='datasets/cifar10-16x16.zip', detector='detectors/cifar.ts', metrics=('fid', 'is'),
+                 '--test=datasets/cifar10-test-16x16.zip --dest=detectors/cifar16.ts --width=24 --epochs=10 --batch=128 '
+                 '--cutout=0'),
+        data='datasets/cifar10-16x16.zip', detector='detectors/cifar16.ts', metrics=('fid', 'is'),
         train=('--cbase=32', '--cres=1,2', '--batch=128', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01',
                '--dropout=0', '--augment=0', '--xflip=1', '--grid=0'),
-        main=(32, 64, 128), side=64, transfer=(16, 32), main_seeds=(0,), side_seeds=(0,), num=1000, batch=250),
+        main=(16, 32), side=32, transfer=(8, 16), main_seeds=(0,), side_seeds=(0,), num=500, batch=250),
     Scale(
         name='digits', title='The embedded digits, 8×8, on a CPU',
         note='Images so small and simple that they say whether the scripts work and which effects are large; what '
