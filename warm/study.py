@@ -218,7 +218,7 @@ def measure(study, run, score):
     study.speed = facts['seconds'] / scale.num / drawn.facts['nfe']
     record = dict(study=scale.name, run=run.name, seed=run.seed, point=score.kimg, options=score.options,
                   flags=run.flags, parent=run.parent, **training_facts(study.folder(run.name), drawn),
-                  **source.record, **facts, hardware=hardware())
+                  **source.record, **{**facts, 'ref': pathlib.Path(facts['ref']).name}, hardware=hardware())
     provenance.log_scores(study.results, values, study.scorer.detector, record)
     shown = ', '.join(f'{label(name, study.scorer.detector)} {value:.4g}' for name, value in values.items())
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
