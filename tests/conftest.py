@@ -11,6 +11,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -40,3 +41,14 @@ def golden():
         return types.SimpleNamespace(meta=meta, **{k: v for k, v in arrays.items() if k.isidentifier()},
                                      arrays=arrays)
     return load
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    """A cache folder of one module's own, and one thread, as in the processes it starts: it decides the last digit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('DNNLIB_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
+        yield pathlib.Path(os.environ['DNNLIB_CACHE_DIR'])
+    torch.set_num_threads(threads)

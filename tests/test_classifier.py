@@ -18,18 +18,9 @@ from training import classifier, classifier_net
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.detectors import load_detector
 
+pytestmark = pytest.mark.usefixtures('cache')
+
 SMALL = {'width': 4, 'epochs': 5, 'batch': 32, 'lr': 0.1, 'flip': 0, 'cutout': 0, 'device': 'cpu'}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def cache(tmp_path_factory):
-    """A cache folder of these tests' own; and one thread, which is quicker here."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('DNNLIB_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
-        yield
-    torch.set_num_threads(threads)
 
 
 def write_zip(path, indices, relabel=lambda labels: labels, keep_labels=True):

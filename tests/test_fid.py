@@ -4,7 +4,6 @@ import http.server
 import json
 import math
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -31,6 +30,8 @@ from training.metric_resume import Unfinished
 from training.snapshot import save_snapshot
 from warm.precond import WarmPrecond
 
+pytestmark = pytest.mark.usefixtures('cache')
+
 
 def write_images(folder, n, seed=0, size=16, channels=3):
     """n random smooth PNGs; the seed shifts their colours."""
@@ -40,17 +41,6 @@ def write_images(folder, n, seed=0, size=16, channels=3):
         x = rng.integers(0, 256 - 20 * seed, [4, 4, channels], dtype=np.uint8).repeat(size // 4, 0).repeat(size // 4, 1)
         PIL.Image.fromarray(x[:, :, 0] if channels == 1 else x).save(folder / f'{i:06d}.png')
     return folder
-
-
-@pytest.fixture(scope='module', autouse=True)
-def cache(tmp_path_factory):
-    """A cache folder of these tests' own; and one thread, as in the processes they start: it decides the last digit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('DNNLIB_CACHE_DIR', str(tmp_path_factory.mktemp('cache')))
-        yield pathlib.Path(os.environ['DNNLIB_CACHE_DIR'])
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='module')

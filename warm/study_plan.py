@@ -212,7 +212,7 @@ SCALES = {scale.name: scale for scale in (
         data='datasets/cifar10-32x32.zip', detector='detectors/cifar.ts', metrics=('fid', 'is'),
         train=(*CIFAR10_REF, '--precision=bf16', '--compile', '--channels-last=1', '--data-device=cuda',
                '--compact-state'),
-        draw=(('precision', 'bf16'), ('compile', True)),
+        draw=(('precision', 'bf16'),),
         main=(1000, 2000, 4000, 8000), side=2000, transfer=(100, 200, 400, 1000, 2000), main_seeds=(0, 1),
         side_seeds=(0,), num=10_000, batch=2000),
     Scale(
