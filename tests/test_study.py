@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.commands import ROOT, invoke
+from training.dataset import EMBEDDED
 from warm import study, study_page, study_plan
 from warm.study_data import Scores, compare, shown
 from warm.study_plan import CHOICES, PAPER_BNRS, QUESTIONS, SCALES, choice_name, plan, run_name
@@ -127,12 +128,28 @@ def test_a_run_is_one_workers_at_a_time(tiny, tmp_path):
 
 
 @pytest.mark.parametrize('options, words', [
-    (['--scale=cifar10'], 'datasets/cifar10-32x32.zip is missing; make it with'),
+    (['--scale=cifar10'], 'datasets/cifar10-32x32.zip is missing; make it with --prepare'),
     (['--scale=digits', '--questions=7'], "no question '7'")])
 def test_bad_input(tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     result = CLI.invoke(study.main, options)
     assert result.exit_code == 1 and words in result.output and list(tmp_path.iterdir()) == []
+
+
+def test_preparing_makes_what_is_missing(tiny, tmp_path, monkeypatch):
+    """The commands run once; one that fails is named."""
+    dest = tmp_path / 'digits.zip'
+    command = f'python dataset_tool.py --source={EMBEDDED} --dest={dest} --max-images=200'
+    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, prepare=(command,), data=str(dest), main=(1,)))
+    options = ('--questions=1', '--only=edm-cond', '--prepare')
+    first = carry_out(tmp_path, *options)
+    assert first.exit_code == 0 and command in first.output, first.output
+    assert records(tmp_path)[0]['dataset'] == 'digits'
+    assert command not in carry_out(tmp_path, *options).output
+    dest.unlink()
+    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, prepare=(f'{command} --no-such-option',)))
+    failed = carry_out(tmp_path, *options)
+    assert failed.exit_code == 1 and 'failed with exit code 2' in failed.output
 
 
 def test_a_failed_training_is_said(tiny, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
     python -m warm.study --scale=digits                    everything, in order of worth
     python -m warm.study --scale=cifar10 --minutes=9       what fits into 9 minutes; the same command goes on
+    python -m warm.study --scale=cifar10 --prepare         make the data and the detector first, if they are missing
     python -m warm.study --scale=digits -n                 what is done and what is left
 
 Each run has a folder in --outdir, each score a line in SCALE.jsonl in --results, from which `python -m warm.study_page`
@@ -270,11 +271,13 @@ def overview(study, runs):
               help="As for fid.py, such as inception; its scores go to SCALE--DETECTOR.jsonl  [default: the scale's]")
 @click.option('--questions', metavar='LIST', default=','.join(QUESTIONS), help='Which questions; 1 answers 3 too')
 @click.option('--only', metavar='TEXT', default='', help='Only runs whose name contains this', show_default=False)
+@click.option('--prepare', 'prepares', is_flag=True,
+              help="Make the scale's data and detector first where they are missing")
 @click.option('--minutes', type=click.FloatRange(min=0), default=0, help='Stop after so long; 0: when all is done')
 @click.option('--gpus', type=click.IntRange(min=1), default=1, help='GPUs of this machine to train on')
 @click.option('--tidy', 'tidies', is_flag=True, help='Delete networks and states that are not needed any more')
 @click.option('-n', '--dry-run', is_flag=True, help='Print what is done and exit')
-def main(scale_name, outdir, results, detector, questions, only, minutes, gpus, tidies, dry_run):
+def main(scale_name, outdir, results, detector, questions, only, prepares, minutes, gpus, tidies, dry_run):
     """Train and score what the results page needs; the same command goes on where it stopped."""
     scale, file = SCALES[scale_name], scale_name
     if detector not in (None, scale.detector):
@@ -283,6 +286,8 @@ def main(scale_name, outdir, results, detector, questions, only, minutes, gpus, 
                   launcher(gpus))
     runs = [run for run in plan(scale, chosen(questions)) if only in run.name]
     if not dry_run:
+        if prepares:
+            prepare(scale)
         check_prepared(scale)
         make_dirs(study.outdir)
         make_dirs(results)
@@ -319,12 +324,30 @@ def launcher(gpus):
     return (sys.executable, *(torchrun if gpus > 1 else ()))
 
 
+def prepare(scale):
+    """Run those of the scale's commands whose --dest is missing.
+
+    Raises:
+        UserError: one of them failed.
+    """
+    for command in scale.prepare:
+        _, script, *words = shlex.split(command)
+        dest = next(word.removeprefix('--dest=') for word in words if word.startswith('--dest='))
+        if os.path.exists(dest):
+            continue
+        print(f'\n$ {command}', flush=True)
+        path = [script] if script == '-m' else [str(ROOT / script)]
+        done = subprocess.run([sys.executable, *path, *words], env={**os.environ, 'PYTHONPATH': str(ROOT)})
+        if done.returncode:
+            raise UserError(f'`{command}` failed with exit code {done.returncode}; see the message above')
+
+
 def check_prepared(scale):
     """Raise UserError unless the data and the detector of a scale are there."""
     for path in (scale.data, scale.detector if '/' in scale.detector else None):
         if path and not os.path.exists(path):
             commands = '\n'.join(f'  {command}' for command in scale.prepare)
-            raise UserError(f'{path} is missing; make it with\n{commands}')
+            raise UserError(f'{path} is missing; make it with --prepare, or by hand:\n{commands}')
 
 
 if __name__ == '__main__':
