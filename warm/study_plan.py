@@ -224,8 +224,8 @@ SCALES = {scale.name: scale for scale in (
                  'python dataset_tool.py --source=datasets/cifar10-test-32x32.zip --resolution=16x16 '
                  '--dest=datasets/cifar10-test-16x16.zip',
                  'python -m training.classifier --data=datasets/cifar10-16x16.zip '
-                 '--test=datasets/cifar10-test-16x16.zip --dest=detectors/cifar16.ts --width=24 --epochs=10 --batch=128 '
-                 '--cutout=0'),
+                 '--test=datasets/cifar10-test-16x16.zip --dest=detectors/cifar16.ts --width=24 --epochs=10 '
+                 '--batch=128 --cutout=0'),
         data='datasets/cifar10-16x16.zip', detector='detectors/cifar16.ts', metrics=('fid', 'is'),
         train=('--cbase=32', '--cres=1,2', '--batch=128', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01',
                '--dropout=0', '--augment=0', '--xflip=1', '--grid=0'),
