@@ -29,7 +29,7 @@ from training.classifier_net import MIN_RESOLUTION, Classifier, script_bytes
 from training.dataset import ImageFolderDataset
 from training.image_archive import open_archive, read_labels
 from training.metric_images import image_batches
-from training.provenance import code_version
+from training.provenance import code_version, hardware
 from training.status import check_appendable
 
 DEVICES = ('auto', 'cpu', 'cuda')
@@ -329,11 +329,6 @@ def main(data, test, dest, device, seed, width, batch, lr, cutout, **options):
 def command_line(options):
     """The command with all its options, as typed."""
     return 'python -m training.classifier ' + shlex.join(f'--{name}={value}' for name, value in options.items())
-
-
-def hardware(device):
-    """Name of the GPU, or 'cpu' and its architecture."""
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'cpu ({platform.machine()})'
 
 
 if __name__ == '__main__':

@@ -91,6 +91,11 @@ def processor():
         return platform.processor() or platform.machine()
 
 
+def hardware(device):
+    """Name of the GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else processor()
+
+
 def log_scores(path, values, detector, facts):
     """Append a line for each score to a metrics.jsonl.
 

@@ -219,7 +219,8 @@ def measure(study, run, score):
     study.speed = facts['seconds'] / scale.num / drawn.facts['nfe']
     record = dict(study=scale.name, run=run.name, seed=run.seed, point=score.kimg, options=score.options,
                   flags=run.flags, parent=run.parent, **training_facts(study.folder(run.name), drawn),
-                  **source.record, **{**facts, 'ref': pathlib.Path(facts['ref']).name}, hardware=hardware())
+                  **source.record, **{**facts, 'ref': pathlib.Path(facts['ref']).name},
+                  hardware=f'{provenance.hardware(dist.device())}, {torch.get_num_threads()} thread(s)')
     provenance.log_scores(study.results, values, study.scorer.detector, record)
     shown = ', '.join(f'{label(name, study.scorer.detector)} {value:.4g}' for name, value in values.items())
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
@@ -232,13 +233,6 @@ def training_facts(folder, drawn):
     seconds = min(ticks, key=lambda tick: abs(tick[0] - drawn.snapshot.kimg), default=(0, None))[1]
     return dict(parameters=sum(p.numel() for p in drawn.net.parameters()),
                 train_seconds=seconds and round(seconds, 1))
-
-
-def hardware():
-    """What a run is trained and drawn on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f'{provenance.processor()}, {torch.get_num_threads()} thread(s)'
 
 
 # ---- All runs.

@@ -22,13 +22,12 @@ from warm.study_plan import (CHOICES, EVALUATIONS, OTHER_BNRS, PAPER_BNRS, SCALE
 
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
+NOTHING = 'Not measured at this scale.'
 TITLES = {WARM: 'Warm, BNR 0.5', EDM: 'EDM'}
 
 
 def table(heads, rows):
-    """Markdown, the first column to the left; '' without rows that say anything."""
-    if all(cell in (NONE, '') for row in rows for cell in row[1:]):
-        return 'Not measured at this scale.'
+    """Markdown, the first column to the left."""
     return rows_of(heads, ['---'] + ['---:'] * (len(heads) - 1), rows)
 
 
@@ -52,6 +51,8 @@ def question_1(scores, figures):
         for kimg in scores.scale.main:
             edm, warm = (scores.values(name, kimg, cond) for name in (EDM, WARM))
             times = [scores.seconds(name, kimg, cond) for name in (EDM, WARM)]
+            if not edm and not warm:
+                continue
             rows.append([f"{'class-conditional' if cond else 'unconditional'}, {mimg(kimg)}", shown(edm), shown(warm),
                          *against(warm, edm), *(NONE if t is None else f'{t:.0f} s' for t in times)])
     curves = [dict(x=[k for k in scores.scale.main if scores.values(name, k, cond)],
@@ -65,12 +66,15 @@ def question_1(scores, figures):
 def question_2(scores, figures):
     """Table 3."""
     kimg, paper = scores.scale.side, dict(zip(PAPER_BNRS, (row.fid for row in TABLE_3)))
-    reference, rows = scores.values(EDM, kimg), []
+    reference, rows, asked = scores.values(EDM, kimg), [], False
     for bnr in PAPER_BNRS:
         own = scores.values({0: EDM, 0.5: WARM}.get(bnr, f'warm-bnr{bnr:g}'), kimg)
         one = scores.values('warm-all', kimg, bnr=f'{bnr:g}')
+        asked = asked or bool(one) or (bool(own) and bnr not in (0, 0.5))  # those two are question 1's
         rows.append(['0 (EDM)' if bnr == 0 else f'{bnr:g}', f'{paper[bnr]:.2f}', shown(own),
                      *(against(own, reference) if bnr else [NONE, NONE]), shown(one)])
+    if not asked:
+        return NOTHING
     curves = [dict(x=[i for i, row in enumerate(rows) if row[column] != NONE],
                    y=[float(row[column].split()[0]) for row in rows if row[column] != NONE], label=label)
               for column, label in ((2, 'a network each'), (5, 'one network for all'))]
@@ -80,7 +84,7 @@ def question_2(scores, figures):
 
 
 def question_3(scores, figures):
-    """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35."""
+    """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35; networks of seed 0 alone."""
     main, kimg = scores.scale.main[-1], scores.scale.side
     kinds = [('EDM', EDM, main, {}), ('Warm, BNR 0.5', WARM, main, {}),
              *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in OTHER_BNRS)]
@@ -88,7 +92,7 @@ def question_3(scores, figures):
     rows, curves = [], []
     for title, what, at, fixed in kinds:
         for solver, counts in SOLVERS.items():
-            cells = [scores.solved(what, at, solver, steps, **fixed) for steps in counts]
+            cells = [of_seed_0(scores.solved(what, at, solver, steps, **fixed)) for steps in counts]
             if any(cells):
                 rows.append([f'{title}, {solver}, {mimg(at)}', *map(shown, cells)])
             nfes = [2 * n - 1 for n in STEPS] if solver == 'heun' else EVALUATIONS
@@ -98,10 +102,10 @@ def question_3(scores, figures):
     figures('nfe', curves, 'NFE', f'{scores.label} ↓', log=True)
     answers = []
     for title, what, at, fixed in kinds[:2]:
-        few, many = scores.solved(what, at, 'dpmpp2m', 18, **fixed), scores.solved(what, at, 'heun', 18, **fixed)
+        few, many = (of_seed_0(scores.solved(what, at, solver, 18, **fixed)) for solver in ('dpmpp2m', 'heun'))
         if few and many:
             answers.append(f'{title}: 2M with 18 evaluations {shown(few)}, Heun with 35 {shown(many)}.')
-    return '\n\n'.join([table(['NFE of Heun / others', *heads], rows), *answers])
+    return '\n\n'.join([table(['seed 0, NFE of Heun / others', *heads], rows), *answers])
 
 
 def question_4(scores, figures):
@@ -112,11 +116,14 @@ def question_4(scores, figures):
         values = scores.values(what, kimg)
         rows.append([row.title, f'{row.fid:.2f}', shown(values),
                      *(against(values, ours) if what != WARM else ['', ''])])
+    if not any(scores.values(what, kimg) for what in ('warm-clean', 'warm-blurred', 'warm-clean-blurred',
+                                                      'warm-blurring')):
+        return NOTHING
     first = table([f'Parametrisation, {mimg(kimg)}', "paper's FID", scores.label, 'minus (d)', 'is'], rows)
     paper = {row.nfe: row.fid for row in TABLE_4}
-    rows = [[str(2 * n - 1), f'{paper[2 * n - 1]:.2f}', shown(scores.solved('warm-blurring', kimg, 'heun', n)),
-             shown(scores.solved(WARM, kimg, 'heun', n))] for n in SCHEDULE_STEPS]
-    second = table([f'NFE, {mimg(kimg)}', "paper's FID, blurring schedule", 'blurring schedule', 'constant BNR 0.5'],
+    rows = [[str(2 * n - 1), f'{paper[2 * n - 1]:.2f}', shown(of_seed_0(scores.solved('warm-blurring', kimg, 'heun', n))),
+             shown(of_seed_0(scores.solved(WARM, kimg, 'heun', n)))] for n in SCHEDULE_STEPS]
+    second = table([f'NFE, {mimg(kimg)}, seed 0', "paper's FID, blurring schedule", 'blurring schedule', 'constant BNR 0.5'],
                    rows)
     return f'{first}\n\n{second}'
 
@@ -129,6 +136,8 @@ def question_5(scores, figures):
         for value in alternatives:
             values = scores.values(choice_name(flag, value), kimg)
             rows.append([f'`{flag}={value}` for {chosen}', shown(ours), shown(values), *against(values, ours)])
+    if all(row[2] == NONE for row in rows):
+        return NOTHING
     return table([f'Alternative, {mimg(kimg)}', 'as chosen', 'alternative', 'difference', 'alternative is'], rows)
 
 
@@ -139,6 +148,8 @@ def question_6(scores, figures):
     for kimg in scores.scale.transfer:
         values = scores.values('transfer', kimg)
         rows.append([mimg(kimg), shown(values), *against(values, parent)])
+    if all(row[1] == NONE for row in rows):
+        return NOTHING
     return f'Parent: EDM after {mimg(parent_kimg)}, {shown(parent)}.\n\n' + table(
         ['images after the transfer', 'Warm', 'minus parent', 'is'], rows)
 
@@ -151,6 +162,11 @@ QUESTIONS = {
     '5. Our own choices': question_5,
     '6. From EDM to Warm by transfer': question_6,
 }
+
+
+def of_seed_0(values):
+    """Those of seed 0, of {seed: value}: what only that seed has is compared with its own."""
+    return {seed: value for seed, value in values.items() if seed == 0}
 
 
 def mean(values):
@@ -174,8 +190,8 @@ def setup(scores):
     return '\n'.join([
         f'**{scale.note}**', '',
         f'- Scores: {scores.label} of {scale.num:,} images against all training images{no_fid}; NFE 35 with Heun’s '
-        'solver unless said otherwise. a ± s: mean and standard deviation over the seeds of training. Differences are',
-        '  taken seed by seed, and decided by two standard errors and one sign in all seeds.',
+        'solver unless said otherwise. a ± s: mean and standard deviation over the seeds of training. Differences are '
+        'taken seed by seed, and decided by two standard errors and one sign in all seeds.',
         f"- Trained with `train.py {' '.join(scale.train)}`: {parameters[0]:.2f} to {parameters[-1]:.2f} M parameters, "
         f'{len(seconds)} runs, {sum(seconds.values()) / 3600:.1f} hours of training in all.',
         f"- {facts['hardware']}; PyTorch {facts['torch']}; commit {facts['commit']}.",
