@@ -193,7 +193,7 @@ def test_page_from_numbers(tmp_path):
     assert next(row for row in rows if row[0] == 'unconditional, 80 kimg')[1:] == [
         '1.01 ± 0.01', '0.51 ± 0.01', '-0.5 ± 0 (-50%)', 'better', '10 s', '10 s']
     assert next(row for row in rows if row[0] == 'unconditional, 40 kimg')[4] == 'worse'
-    assert 'By hand.' in text and '2M with 18 evaluations 0.25, Heun with 35 0.51' in text
+    assert 'By hand.' in text and '2M with 18 evaluations 0.25, Heun with 35 0.5.' in text
     assert 'Nothing is measured yet' in text and (tmp_path / 'results-digits-main.png').exists()
 
 
