@@ -138,6 +138,7 @@ def lines(figure, plot, title, axis=None):
     if plot.get('log'):
         nfes = sorted({x for curve in plot['curves'] for x in curve['x']})
         axis.set_xscale('log')
+        nfes = [x for before, x in zip([0, *nfes], nfes) if x > 1.1 * before]  # 18 and 19 would cover each other
         axis.set_xticks(nfes, [str(x) for x in nfes])
         axis.minorticks_off()
     if 'ticks' in plot:
