@@ -132,6 +132,7 @@ def question_1(scale):
                     scores += over_evaluations(scale.main[-1])
                     if name == 'warm':  # Table 4's other half: constant BNR over NFE
                         scores += at(scale.side, *({'num_steps': n} for n in SCHEDULE_STEPS if n != 18))
+                scores = tuple(dict.fromkeys(scores))  # where `side` is the end of `main`, some are asked for twice
                 yield Run(run_name(name, cond, seed), seed, (*flags, f'--cond={cond:d}'), scores)
 
 
