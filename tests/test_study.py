@@ -9,12 +9,12 @@ from click.testing import CliRunner
 
 from tests.commands import ROOT, invoke
 from training.dataset import EMBEDDED
-from warm import study, study_page, study_plan
+from warm import study, study_page, study_pieces, study_plan
 from warm.study_data import Scores, compare, shown
 from warm.study_plan import CHOICES, PAPER_BNRS, QUESTIONS, SCALES, choice_name, plan, run_name
 
 CLI = CliRunner()
-TINY = dict(main=(1, 2), side=1, transfer=(1,), main_seeds=(0,), side_seeds=(0,), num=16, batch=16,
+TINY = dict(main=(4, 8), side=4, transfer=(4,), main_seeds=(0,), side_seeds=(0,), num=16, batch=16,
             train=('--cbase=8', '--cres=1,1', '--batch=64', '--workers=0', '--grid=0'))
 
 
@@ -120,7 +120,7 @@ def test_transfer_waits_for_its_parent_and_tidy_keeps_it(tiny, tmp_path):
 def test_a_run_is_one_workers_at_a_time(tiny, tmp_path):
     folder = tmp_path / 'runs' / 'digits' / 'edm-cond-s0'
     folder.mkdir(parents=True)
-    with study.claimed(folder / 'lock') as mine:
+    with study_pieces.claimed(folder / 'lock') as mine:
         assert mine
         result = carry_out(tmp_path, '--questions=1', '--only=edm-cond')
         assert result.exit_code == 0 and not records(tmp_path)
@@ -140,7 +140,7 @@ def test_preparing_makes_what_is_missing(tiny, tmp_path, monkeypatch):
     """The commands run once; one that fails is named."""
     dest = tmp_path / 'digits.zip'
     command = f'python dataset_tool.py --source={EMBEDDED} --dest={dest} --max-images=200'
-    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, prepare=(command,), data=str(dest), main=(1,)))
+    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, prepare=(command,), data=str(dest), main=(4,)))
     options = ('--questions=1', '--only=edm-cond', '--prepare')
     first = carry_out(tmp_path, *options)
     assert first.exit_code == 0 and command in first.output, first.output

@@ -13,7 +13,6 @@ small enough to be moved.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import os
 import pathlib
@@ -39,32 +38,15 @@ from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detect
 from training.state import parse_kimg
 from warm.report_data import read_lines
 from warm.sources import open_network
+from warm.study_pieces import Clock, OutOfTime, claimed
 from warm.study_plan import QUESTIONS, SCALES, plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAVE_SEC = 20  # of the piece's time left for a stopped training to save its state
 STOP_SEC = 120  # after which a training that does not stop is killed
+POLL_SEC = 0.2
+KEPT = 'networks'  # folder of a run's networks that are to be scored
 NEAR = 0.03  # a snapshot counts for a number of images if it is this near, relatively
-
-
-class OutOfTime(Exception):
-    """The piece's time is spent."""
-
-
-class Clock:
-    """Time left of a piece of `minutes`; 0: no limit."""
-
-    def __init__(self, minutes=0):
-        self.end = time.monotonic() + 60 * minutes if minutes else float('inf')
-
-    def left(self):
-        """Seconds left."""
-        return self.end - time.monotonic()
-
-    def need(self, seconds):
-        """Raise OutOfTime unless that many seconds are left."""
-        if self.left() < seconds:
-            raise OutOfTime
 
 
 @dataclasses.dataclass
@@ -102,9 +84,7 @@ class Study:
 
     def snapshot(self, run_name, kimg):
         """The run's network after that many images, None if it is not there."""
-        near = [path for path in saved_files(self.folder(run_name), 'network-snapshot')
-                if abs(parse_kimg(path) - kimg) <= max(NEAR * kimg, 1)]
-        return min(near, key=lambda path: abs(parse_kimg(path) - kimg), default=None)
+        return first_after(self.folder(run_name) / KEPT, kimg)
 
     @functools.cached_property
     def scorer(self):
@@ -119,21 +99,26 @@ class Study:
         return load_scorer(list(self.scale.metrics), detector, reference)
 
 
+def first_after(folder, kimg):
+    """The folder's first network after that many images, if it is near; else None."""
+    late = [path for path in saved_files(folder, 'network-snapshot')
+            if 0 <= parse_kimg(path) - int(kimg) <= max(NEAR * kimg, 1)]
+    return min(late, key=parse_kimg, default=None)
+
+
+def keep_networks(study, run):
+    """Put the networks to be scored aside: a stop within the same thousand images would write over them."""
+    folder = study.folder(run.name)
+    for kimg in {score.kimg for score in run.scores}:
+        path = first_after(folder, kimg)
+        if path is not None and study.snapshot(run.name, kimg) is None:
+            make_dirs(folder / KEPT)
+            path.replace(folder / KEPT / path.name)
+
+
 def key_of(line):
     """What a line of the results is a score of, comparable with the plan."""
     return line.get('run'), line.get('point'), tuple((name, value) for name, value in line.get('options', ()))
-
-
-@contextlib.contextmanager
-def claimed(path, wait=False):
-    """Hold a lock file for a while; yields whether it could be had (a worker that dies lets go of it)."""
-    with open(path, 'a') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 # ---- One run.
@@ -179,7 +164,7 @@ def train(study, run):
     print(f'\n$ {shlex.join(command)}', flush=True)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        code = wait_for(process, study.clock.left() - SAVE_SEC)
+        code = wait_for(process, study.clock.left() - SAVE_SEC, lambda: keep_networks(study, run))
     finally:
         for old in saved_files(study.folder(run.name), 'training-state')[1:]:
             old.unlink()
@@ -188,22 +173,30 @@ def train(study, run):
                         f"{study.folder(run.name) / 'log.txt'}")
 
 
-def wait_for(process, seconds):
+def wait_for(process, seconds, meanwhile):
     """Exit code of a training, which is asked to stop after `seconds`, or when this process is.
+
+    Args:
+        meanwhile: Called again and again, and once it has ended.
 
     Raises:
         OutOfTime: it was asked; what it had done is in its last state.
     """
+    end = time.monotonic() + seconds
     try:
-        return process.wait(None if seconds == float('inf') else max(seconds, 0))
-    except subprocess.TimeoutExpired:
-        raise OutOfTime from None
+        while process.poll() is None:
+            if time.monotonic() > end:
+                raise OutOfTime
+            time.sleep(POLL_SEC)
+            meanwhile()
+        return process.returncode
     finally:
         if process.poll() is None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SEC)
             process.kill()
+        meanwhile()
 
 
 def measure(study, run, score):
@@ -242,8 +235,9 @@ def tidy(study, runs):
     parents = {run.parent for run in plan(study.scale) if study.missing(run)}
     for run in runs:
         if not study.missing(run):
-            networks = [] if run.name in parents else saved_files(study.folder(run.name), 'network-snapshot')
-            for path in (*networks, *saved_files(study.folder(run.name), 'training-state')):
+            folder = study.folder(run.name)
+            kept = [] if run.name in parents else saved_files(folder / KEPT, 'network-snapshot')
+            for path in (*kept, *saved_files(folder, 'network-snapshot'), *saved_files(folder, 'training-state')):
                 path.unlink()
 
 
