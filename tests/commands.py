@@ -1,8 +1,11 @@
-"""Running the project's commands as a user does."""
+"""Running the project's commands as a user does, on a full disk too."""
 
+import contextlib
 import importlib
 import os
 import pathlib
+import resource
+import signal
 import subprocess
 import sys
 
@@ -41,3 +44,16 @@ def _run(command, ok, env=None, timeout=240):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
     assert not ok or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@contextlib.contextmanager
+def full_disk(n):
+    """Within it, a write beyond n bytes of a file fails as on a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        signal.signal(signal.SIGXFSZ, handler)

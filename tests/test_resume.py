@@ -1,9 +1,7 @@
 """Continuing a run: where --resume and --auto-resume start, what they leave in the records, what is kept on disk."""
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import stat
 import time
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.commands import SMALL, invoke, refused
+from tests.commands import SMALL, full_disk, invoke, refused
 from tests.kills import check_same, equal, final_state, losses
 from training import saving
 from training.dataset import EMBEDDED
@@ -248,17 +246,6 @@ def test_keep(tmp_path):
     assert [p.name for p in saved_files(tmp_path, 'training-state')] == ['training-state-000002.pt',
                                                                         'training-state-000001.pt']
     assert len(saved_files(tmp_path, 'network-snapshot')) == 2
-
-
-@contextlib.contextmanager
-def full_disk(n):
-    """Within it, a write beyond n bytes of a file fails as on a full disk."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_the_last_state(cut):

@@ -1,12 +1,10 @@
 """training.snapshot: snapshots give back the network bit for bit, run nothing, and say what is wrong with them."""
 
 import collections
-import contextlib
 import json
 import pickle
 import random
 import resource
-import signal
 import struct
 import time
 import types
@@ -16,6 +14,7 @@ import safetensors.torch
 import torch
 
 from dnnlib import UserError
+from tests.commands import full_disk
 from training import networks
 from training.snapshot import (EDM_SYSTEMS, HEADER_KEY, SNAPSHOT_FORMAT, Snapshot, build_network,
                                copy_matching_tensors, read_snapshot, save_snapshot)
@@ -341,19 +340,6 @@ def test_what_json_cannot_hold_is_a_mistake_of_the_program(tmp_path):
     with pytest.raises(TypeError):
         save_snapshot(tmp_path / 'x.safetensors', Tiny(), 'tiny', dataset={'labels': {1, 2}})
     assert not list(tmp_path.iterdir())
-
-
-@contextlib.contextmanager
-def full_disk(n):
-    """Within it, a write beyond n bytes of a file fails as on a full disk."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_leaves_the_former_snapshot(good, tmp_path):

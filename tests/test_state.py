@@ -1,12 +1,9 @@
 """training.state: training states are data, whole or refused."""
 
 import collections
-import contextlib
 import io
 import pickle
 import random
-import resource
-import signal
 import struct
 import time
 import zipfile
@@ -16,6 +13,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from tests.commands import full_disk
 from training.state import STATE_FORMAT, load_state, parse_kimg, save_state
 
 STATE = {
@@ -270,19 +268,6 @@ def mutate(data, rng):
 
 
 # ------------------------------------------------------------------------------------- writing
-
-@contextlib.contextmanager
-def full_disk(n):
-    """Within it, a write beyond n bytes of a file fails as on a full disk."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (n, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-        signal.signal(signal.SIGXFSZ, handler)
-
 
 def test_a_full_disk_leaves_the_former_state(good, tmp_path):
     path = tmp_path / 'training-state-000001.pt'
