@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from tests.commands import ROOT, invoke
@@ -115,6 +116,32 @@ def test_transfer_waits_for_its_parent_and_tidy_keeps_it(tiny, tmp_path):
     large = [p for p in runs.rglob('*') if p.suffix in ('.safetensors', '.pt')]
     assert large == []
     assert (runs / 'edm-uncond-s0' / 'stats.jsonl').exists()
+
+
+def test_two_ranks_train(tiny, tmp_path):
+    """--gpus starts torchrun; the run's options tell its two ranks."""
+    result = carry_out(tmp_path, '--questions=1', '--only=edm-cond', '--gpus=2')
+    assert result.exit_code == 0 and len(records(tmp_path)) == 2, result.output
+    assert 'Number of processes:     2' in (tmp_path / 'runs' / 'digits' / 'edm-cond-s0' / 'log.txt').read_text()
+
+
+class Corners(torch.nn.Module):
+    """A detector of its own kind: the corner's colours."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
+        return img[:, :, :2, 0].flatten(1).float() / 255
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_another_detector_has_a_file_and_a_section_of_its_own(tiny, tmp_path):
+    detector = tmp_path / 'corners.pt'
+    torch.jit.script(Corners()).save(str(detector))
+    result = carry_out(tmp_path, '--questions=1', '--only=edm-cond', f'--detector={detector}')
+    assert result.exit_code == 0 and not records(tmp_path), result.output
+    lines = (tmp_path / 'results' / 'digits--corners.jsonl').read_text().splitlines()
+    assert {json.loads(x)['metric'] for x in lines} == {'FD-corners'}
+    text = study_page.page(tmp_path / 'results', '', study_page.Figures(tmp_path))
+    assert f'## {tiny.title}, FD-corners' in text
 
 
 def test_a_run_is_one_workers_at_a_time(tiny, tmp_path):
