@@ -10,6 +10,7 @@ from training.provenance import LOG_NAME, read_facts
 
 PAPER_IMAGES, PAPER_ROUNDS, PAPER_KIMG = 50_000, 3, 200_000  # Sec. 3.1; the length of training is EDM's
 BETTER = {name: metric.best for metric in METRICS.values() for name in metric.scores if not name.endswith(STD)}
+DISTANCES = ('FID', 'FD')  # how a distance's label begins: Inception's, any other detector's
 # What makes two scores rounds of one measurement; everything else may differ between rounds.
 SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'bnr', 'path', 'trained_on',
         'targets', 'sampler', 'class_idx', 'detector', 'detector_sha256', 'ref_sha256', 'num_images')
@@ -64,7 +65,7 @@ class Measurement:
 
     def value(self, kind):
         """(label, value) of the distance ('FID') or of 'IS', with whatever detector; None without."""
-        names = ('FID', 'FD') if kind == 'FID' else (kind,)
+        names = DISTANCES if kind == 'FID' else (kind,)
         for label, value in self.values.items():
             if label.split('-')[0] in names:
                 return label, value

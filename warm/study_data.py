@@ -4,10 +4,8 @@ import dataclasses
 import math
 import statistics
 
-from warm.report_data import read_lines
+from warm.report_data import DISTANCES, read_lines
 from warm.study_plan import drawn, run_name
-
-DISTANCES = ('FID', 'FD')
 
 
 @dataclasses.dataclass
