@@ -142,16 +142,16 @@ def question_5(scores, figures):
 
 
 def question_6(scores, figures):
-    """EDM → Warm transfer."""
+    """EDM → Warm transfer, beside EDM that goes on from the same weights by the same command."""
     parent_kimg = scores.scale.main[-1]
     parent, rows = scores.values(EDM, parent_kimg), []
     for kimg in scores.scale.transfer:
-        values = scores.values('transfer', kimg)
-        rows.append([mimg(kimg), shown(values), *against(values, parent)])
+        warm, edm = scores.values('transfer', kimg), scores.values('transfer-edm', kimg)
+        rows.append([mimg(kimg), shown(warm), shown(edm), *against(warm, parent), *against(warm, edm)])
     if all(row[1] == NONE for row in rows):
         return NOTHING
     return f'Parent: EDM after {mimg(parent_kimg)}, {shown(parent)}.\n\n' + table(
-        ['images after the transfer', 'Warm', 'minus parent', 'is'], rows)
+        ['images after the transfer', 'to Warm', 'to EDM', 'Warm minus parent', 'is', 'Warm minus EDM', 'is'], rows)
 
 
 QUESTIONS = {

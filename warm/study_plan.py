@@ -185,10 +185,11 @@ def question_5(scale):
 
 
 def question_6(scale):
-    """Warm from the weights of EDM's longest run: when does it beat its parent?"""
+    """Warm from the weights of EDM's longest run: when does it beat its parent, and EDM that goes on in the same way?"""
     for seed in scale.side_seeds:
-        yield Run(run_name('transfer', seed=seed), seed, METHODS['warm'], tuple(Score(k) for k in scale.transfer),
-                  parent=run_name('edm', seed=seed))
+        for what, method in (('transfer', 'warm'), ('transfer-edm', 'edm')):
+            yield Run(run_name(what, seed=seed), seed, METHODS[method], tuple(Score(k) for k in scale.transfer),
+                      parent=run_name('edm', seed=seed))
 
 
 QUESTIONS = {'1': question_1, '2': question_2, '4': question_4, '5': question_5, '6': question_6}
@@ -218,8 +219,8 @@ SCALES = {scale.name: scale for scale in (
         side_seeds=(0,), num=10_000, batch=2000),
     Scale(
         name='cifar10-16', title='CIFAR-10 at 16×16, on a CPU',
-        note='A network of 1.5 M parameters, seen so few images that it has hardly begun to learn: this tries the '
-             'scripts and decides nothing.',
+        note='A network of 1.5 M parameters that has seen every photograph fewer than three times: far from its best, so '
+             'this says how the methods begin, not how they end.',
         prepare=('python dataset_tool.py --source=datasets/cifar10-32x32.zip --resolution=16x16 '
                  '--dest=datasets/cifar10-16x16.zip',
                  'python dataset_tool.py --source=datasets/cifar10-test-32x32.zip --resolution=16x16 '
@@ -228,9 +229,9 @@ SCALES = {scale.name: scale for scale in (
                  '--test=datasets/cifar10-test-16x16.zip --dest=detectors/cifar16.ts --width=24 --epochs=10 '
                  '--batch=128 --cutout=0'),
         data='datasets/cifar10-16x16.zip', detector='detectors/cifar16.ts', metrics=('fid', 'is'),
-        train=('--cbase=32', '--cres=1,2', '--batch=128', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01',
+        train=('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01',
                '--dropout=0', '--augment=0', '--xflip=1', '--grid=0'),
-        main=(16, 32), side=32, transfer=(8, 16), main_seeds=(0,), side_seeds=(0,), num=500, batch=250),
+        main=(32, 64, 128), side=64, transfer=(8, 16, 32), main_seeds=(0, 1), side_seeds=(0,), num=1000, batch=250),
     Scale(
         name='digits', title='The embedded digits, 8×8, on a CPU',
         note='Images so small and simple that they say whether the scripts work and which effects are large; what '
@@ -238,6 +239,6 @@ SCALES = {scale.name: scale for scale in (
         prepare=(), data=None, detector='pixels', metrics=('fid',),
         train=('--cbase=32', '--cres=1,2', '--batch=64', '--lr=2e-3', '--lr-rampup=0.005', '--ema=0.005',
                '--dropout=0', '--augment=0', '--workers=0', '--grid=0'),
-        main=(20, 40, 80), side=40, transfer=(5, 10, 20, 40), main_seeds=(0, 1, 2), side_seeds=(0, 1), num=1000,
-        batch=250),
+        main=(20, 40, 80), side=40, transfer=(5, 10, 20, 40), main_seeds=(0, 1, 2), side_seeds=(0, 1, 2),
+        num=1000, batch=250),
 )}
