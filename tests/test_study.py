@@ -218,10 +218,38 @@ def test_page_from_numbers(tmp_path):
     text = study_page.page(tmp_path, 'By hand.', study_page.Figures(tmp_path))
     rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in text.splitlines() if row.startswith('|')]
     assert next(row for row in rows if row[0] == 'unconditional, 80 kimg')[1:] == [
-        '1.01 ± 0.01', '0.51 ± 0.01', '-0.5 ± 0 (-50%)', 'better', '10 s', '10 s']
+        '1.01 ± 0.01', '0.51 ± 0.01', '-0.5 ± 0 (-50%)', 'better']
     assert next(row for row in rows if row[0] == 'unconditional, 40 kimg')[4] == 'worse'
     assert 'By hand.' in text and '2M with 18 evaluations 0.25, Heun with 35 0.5.' in text
     assert 'Nothing is measured yet' in text and (tmp_path / 'results-digits-main.png').exists()
+
+
+def test_page_with_inception_scores_and_times(tmp_path):
+    """Where they were measured, and where the machine was quiet: columns, and a figure against time."""
+    scale = SCALES['cifar10-16']
+    rows = [dict(line(run_name(name), kimg, value + k, options=()), metric=metric, num_images=scale.num,
+                 train_seconds=float(kimg))
+            for k, kimg in enumerate(scale.main) for name, metric, value in (
+                ('edm', 'FD-cifar16', 3), ('warm', 'FD-cifar16', 2), ('edm', 'IS-cifar16', 5), ('warm', 'IS-cifar16', 6))]
+    (tmp_path / 'cifar10-16.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in rows))
+    text = study_page.page(tmp_path, '', study_page.Figures(tmp_path))
+    assert '|  | EDM | Warm | difference | Warm is | EDM, IS-cifar16 | Warm, IS-cifar16 | EDM\'s training |' in text
+    assert (f'| unconditional, {scale.main[0]:g} kimg | 3 | 2 | -1 (-33%) | undecided (one seed) | 5 | 6 '
+            f'| {scale.main[0]:g} s | {scale.main[0]:g} s |') in text
+    assert (tmp_path / 'results-cifar10-16-time.png').exists()
+
+
+@pytest.mark.parametrize('measured', [False, True])
+def test_hours_at_full_size(tmp_path, measured):
+    """From measured images/s, or said to be expected."""
+    row = dict(preset='ffhq', system='edm', parameters=60e6, gflop_an_image=250.0,
+               images_per_second=1000.0 if measured else None, hours=200e6 / 8000 / 3600 if measured else None)
+    (tmp_path / 'cost.json').write_text(json.dumps(dict(rows=[row], environment=dict(gpu='a GPU' if measured else None))))
+    text = study_page.page(tmp_path, '', study_page.Figures(tmp_path))
+    cells = '1000 | 6.9' if measured else '– | 4.9 (expected)'
+    assert f'| `train.py --preset=ffhq --precond=edm` | 60.0 M | 250 | {cells} |' in text
+    assert '| `train.py --preset=ffhq` | – | – | – | – |' in text
+    assert ('measured there on one a GPU' in text) == measured == ('have not been measured' not in text)
 
 
 def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):

@@ -29,20 +29,19 @@ class Scores:
                 lines[line['run'], line['point'], str(line['options']), line['metric'].split('-')[0]] = line
         return cls(scale, list(lines.values()))
 
-    @property
-    def label(self):
-        """'FD-cifar' or the like."""
-        return next((line['metric'] for line in self.lines if line['metric'].split('-')[0] in DISTANCES), 'FID')
+    def label(self, kinds=DISTANCES):
+        """'FD-cifar' or the like: how the scores of these kinds are called; None without any."""
+        return next((line['metric'] for line in self.lines if line['metric'].split('-')[0] in kinds), None)
 
-    def lookup(self, what, kimg, seed=0, cond=False, **options):
-        """The line of the distance of a run drawn in some way, or None."""
+    def lookup(self, what, kimg, seed=0, cond=False, kinds=DISTANCES, **options):
+        """The line of a run's score, drawn in some way, or None."""
         wanted = [list(pair) for pair in sorted(options.items())]
         return next((line for line in self.lines if line['run'] == run_name(what, cond, seed) and line['point'] == kimg
-                     and line['options'] == wanted and line['metric'].split('-')[0] in DISTANCES), None)
+                     and line['options'] == wanted and line['metric'].split('-')[0] in kinds), None)
 
-    def values(self, what, kimg, cond=False, **options):
-        """{seed: distance} over the seeds of training."""
-        found = {seed: self.lookup(what, kimg, seed, cond, **options) for seed in self.scale.main_seeds}
+    def values(self, what, kimg, cond=False, kinds=DISTANCES, **options):
+        """{seed: score} over the seeds of training."""
+        found = {seed: self.lookup(what, kimg, seed, cond, kinds, **options) for seed in self.scale.main_seeds}
         return {seed: line['value'] for seed, line in found.items() if line}
 
     def solved(self, what, kimg, solver, steps, **fixed):
@@ -50,7 +49,9 @@ class Scores:
         return self.values(what, kimg, **drawn(solver, steps, **fixed))
 
     def seconds(self, what, kimg, cond=False):
-        """Mean seconds of training up to a number of images, over the seeds; None without."""
+        """Mean seconds of training up to a number of images, over the seeds; None without, or if they don't compare."""
+        if not self.scale.timed:
+            return None
         found = [self.lookup(what, kimg, seed, cond) for seed in self.scale.main_seeds]
         known = [line['train_seconds'] for line in found if line and line.get('train_seconds')]
         return statistics.mean(known) if known else None

@@ -6,6 +6,7 @@ What the numbers mean is written by hand, in results/notes.md, and stands at the
 """
 
 import functools
+import json
 import os
 import pathlib
 
@@ -14,6 +15,7 @@ import click
 from dnnlib.files import atomic_write
 from warm.figures import draw
 from warm.presets import PRESETS
+from warm.report_data import PAPER_KIMG
 from warm.report_plots import lines as draw_lines
 from warm.report_tables import TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study_data import Scores, compare, shown
@@ -23,6 +25,8 @@ from warm.study_plan import (CHOICES, EVALUATIONS, OTHER_BNRS, PAPER_BNRS, SCALE
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
 NOTHING = 'Not measured at this scale.'
+GPUS = 8
+EXPECTED_TFLOPS = 355  # of a GPU, until images/s are measured
 TITLES = {WARM: 'Warm, BNR 0.5', EDM: 'EDM'}
 
 
@@ -46,21 +50,36 @@ def mimg(kimg):
 
 def question_1(scores, figures):
     """Warm against EDM over images seen and time."""
-    rows = []
+    inception = scores.label(('IS',))
+    rows, curves = [], {'main': [], 'time': []}
     for cond in (False, True):
         for kimg in scores.scale.main:
             edm, warm = (scores.values(name, kimg, cond) for name in (EDM, WARM))
-            times = [scores.seconds(name, kimg, cond) for name in (EDM, WARM)]
-            if not edm and not warm:
-                continue
-            rows.append([f"{'class-conditional' if cond else 'unconditional'}, {mimg(kimg)}", shown(edm), shown(warm),
-                         *against(warm, edm), *(NONE if t is None else f'{t:.0f} s' for t in times)])
-    curves = [dict(x=[k for k in scores.scale.main if scores.values(name, k, cond)],
-                   y=[mean(scores.values(name, k, cond)) for k in scores.scale.main if scores.values(name, k, cond)],
-                   label=f"{TITLES[name]}, {'conditional' if cond else 'unconditional'}")
-              for cond in (False, True) for name in (EDM, WARM)]
-    figures('main', curves, 'thousands of images seen', f'{scores.label} ↓')
-    return table(['', 'EDM', 'Warm', 'difference', 'Warm is', "EDM's training", "Warm's training"], rows)
+            if edm or warm:
+                rows.append([
+                    f"{'class-conditional' if cond else 'unconditional'}, {mimg(kimg)}", shown(edm), shown(warm),
+                    *against(warm, edm),
+                    *(shown(scores.values(name, kimg, cond, ('IS',))) for name in (EDM, WARM) if inception),
+                    *(seconds(scores.seconds(name, kimg, cond)) for name in (EDM, WARM) if scores.scale.timed)])
+        for name in (EDM, WARM):
+            known = {kimg: values for kimg in scores.scale.main if (values := scores.values(name, kimg, cond))}
+            times = [scores.seconds(name, kimg, cond) for kimg in known]
+            curve = dict(y=[mean(values) for values in known.values()],
+                         label=f"{TITLES[name]}, {'conditional' if cond else 'unconditional'}")
+            curves['main'].append(dict(curve, x=list(known)))
+            if all(times):
+                curves['time'].append(dict(curve, x=times))
+    figures('main', curves['main'], 'thousands of images seen', f'{scores.label()} ↓')
+    figures('time', curves['time'], 'seconds of training', f'{scores.label()} ↓')
+    heads = ['', 'EDM', 'Warm', 'difference', 'Warm is']
+    heads += [f'EDM, {inception}', f'Warm, {inception}'] if inception else []
+    heads += ["EDM's training", "Warm's training"] if scores.scale.timed else []
+    return table(heads, rows)
+
+
+def seconds(number):
+    """'12 s'."""
+    return NONE if number is None else f'{number:.0f} s'
 
 
 def question_2(scores, figures):
@@ -78,7 +97,7 @@ def question_2(scores, figures):
     curves = [dict(x=[i for i, row in enumerate(rows) if row[column] != NONE],
                    y=[float(row[column].split()[0]) for row in rows if row[column] != NONE], label=label)
               for column, label in ((2, 'a network each'), (5, 'one network for all'))]
-    figures('bnr', curves, 'Blur-to-Noise Ratio', f'{scores.label} ↓',
+    figures('bnr', curves, 'Blur-to-Noise Ratio', f'{scores.label()} ↓',
             ticks=[f'{bnr:g}' for bnr in PAPER_BNRS])
     return table(['BNR', "paper's FID", 'a network each', 'minus EDM', 'is', 'one network for all'], rows)
 
@@ -99,7 +118,7 @@ def question_3(scores, figures):
             if what != 'warm-all':
                 curves.append(dict(x=[n for n, cell in zip(nfes, cells) if cell], y=[mean(c) for c in cells if c],
                                    label=f'{title}, {solver}'))
-    figures('nfe', curves, 'NFE', f'{scores.label} ↓', log=True)
+    figures('nfe', curves, 'NFE', f'{scores.label()} ↓', log=True)
     answers = []
     for title, what, at, fixed in kinds[:2]:
         few, many = (of_seed_0(scores.solved(what, at, solver, 18, **fixed)) for solver in ('dpmpp2m', 'heun'))
@@ -119,12 +138,12 @@ def question_4(scores, figures):
     if not any(scores.values(what, kimg) for what in ('warm-clean', 'warm-blurred', 'warm-clean-blurred',
                                                       'warm-blurring')):
         return NOTHING
-    first = table([f'Parametrisation, {mimg(kimg)}', "paper's FID", scores.label, 'minus (d)', 'is'], rows)
+    first = table([f'Parametrisation, {mimg(kimg)}', "paper's FID", scores.label(), 'minus (d)', 'is'], rows)
     paper = {row.nfe: row.fid for row in TABLE_4}
-    rows = [[str(2 * n - 1), f'{paper[2 * n - 1]:.2f}', shown(of_seed_0(scores.solved('warm-blurring', kimg, 'heun', n))),
-             shown(of_seed_0(scores.solved(WARM, kimg, 'heun', n)))] for n in SCHEDULE_STEPS]
-    second = table([f'NFE, {mimg(kimg)}, seed 0', "paper's FID, blurring schedule", 'blurring schedule', 'constant BNR 0.5'],
-                   rows)
+    rows = [[str(2 * n - 1), f'{paper[2 * n - 1]:.2f}', *(shown(of_seed_0(scores.solved(what, kimg, 'heun', n)))
+                                                          for what in ('warm-blurring', WARM))] for n in SCHEDULE_STEPS]
+    second = table([f'NFE, {mimg(kimg)}, seed 0', "paper's FID, blurring schedule", 'blurring schedule',
+                    'constant BNR 0.5'], rows)
     return f'{first}\n\n{second}'
 
 
@@ -186,10 +205,10 @@ def setup(scores):
     for line in sorted(lines, key=lambda line: line['point']):  # the last of a run is the longest
         seconds[line['run']] = line.get('train_seconds') or 0
     commands = (*scale.prepare, f'python -m warm.study --scale={scale.name}', 'python -m warm.study_page')
-    no_fid = '' if scores.label == 'FID' else ', which is no FID and compares with nothing outside its table'
+    no_fid = '' if scores.label() == 'FID' else ', which is no FID and compares with nothing outside its table'
     return '\n'.join([
         f'**{scale.note}**', '',
-        f'- Scores: {scores.label} of {scale.num:,} images against all training images{no_fid}; NFE 35 with Heun’s '
+        f'- Scores: {scores.label()} of {scale.num:,} images against all training images{no_fid}; NFE 35 with Heun’s '
         'solver unless said otherwise. a ± s: mean and standard deviation over the seeds of training. Differences are '
         'taken seed by seed, and decided by two standard errors and one sign in all seeds.',
         f"- Trained with `train.py {' '.join(scale.train)}`: {parameters[0]:.2f} to {parameters[-1]:.2f} M parameters, "
@@ -216,12 +235,13 @@ def page(results, notes, figures):
                        f'`python -m warm.study --scale={scale.name}`.']
         for path in files:
             blocks += section(Scores.read(scale, path), path.stem, figures)
-    return '\n\n'.join([*blocks, recipe()]) + '\n'
+    cost = pathlib.Path(results) / 'cost.json'
+    return '\n\n'.join([*blocks, recipe(json.loads(cost.read_text()) if cost.is_file() else None)]) + '\n'
 
 
 def section(scores, name, figures):
     """Blocks of one file of scores, `name` without ending."""
-    blocks = [f'## {scores.scale.title}, {scores.label}', setup(scores)]
+    blocks = [f'## {scores.scale.title}, {scores.label()}', setup(scores)]
     for title, question in QUESTIONS.items():
         before = len(figures.drawn)
         blocks += [f'### {title}', question(scores, functools.partial(figures, name))]
@@ -229,15 +249,40 @@ def section(scores, name, figures):
     return blocks
 
 
-def recipe():
-    """How anyone with 8 GPUs repeats the paper's own experiments."""
-    rows = [[f'`{name}`', f'`torchrun --standalone --nproc_per_node=8 train.py --preset={name}`',
-             f'`… --preset={name} --precond=edm`'] for name in PRESETS if name != 'digits']
+def recipe(cost):
+    """How anyone with 8 GPUs repeats the paper's own experiments, and how long it takes.
+
+    Args:
+        cost: What tests/benchmarks/bench_presets.py wrote, None without.
+    """
+    rows = []
+    for name in PRESETS:
+        if name == 'digits':
+            continue
+        for precond, twin in (('warm', ''), ('edm', ' --precond=edm')):
+            known = [row for row in (cost or {}).get('rows', ()) if (row['preset'], row['system']) == (name, precond)]
+            rows.append([f'`train.py --preset={name}{twin}`', *(cost_cells(known[0]) if known else [NONE] * 4)])
+    machine = (cost or {}).get('environment', {}).get('gpu')
+    speed = (f'Images/s were measured there on one {machine}; the hours leave out what GPUs lose to each other.'
+             if machine else
+             '**Images/s have not been measured for want of a GPU**: the hours are what our target would make them, '
+             f'{EXPECTED_TFLOPS:g} TFLOP/s a GPU, 45 % of what an H200 reaches in bf16 matrix products.')
     return '\n\n'.join([
         '## At full size',
-        'The paper trains on 200 Mimg with 8 GPUs. The hours are 200,000,000 / (images a second of all GPUs) / 3600; '
-        '`python tests/benchmarks/bench_train.py` measures the images a second of one.',
-        rows_of(['preset', 'Warm', 'its EDM twin'], ['---'] * 3, rows)])
+        f'The paper trains on {PAPER_KIMG / 1000:g} Mimg with {GPUS} GPUs: '
+        f'`torchrun --standalone --nproc_per_node={GPUS} train.py …`, with the options of the table and `--precision=bf16 --compile --channels-last=1 --auto-resume`. '
+        'GFLOP are those of a training step per image, counted by '
+        f'`python tests/benchmarks/bench_presets.py --out=results/cost.json`. {speed}',
+        table(['', 'parameters', 'GFLOP an image', 'images/s of one GPU', f'hours on {GPUS}'], rows)])
+
+
+def cost_cells(known):
+    """Parameters, GFLOP an image, images/s and hours of one row of the cost, as text."""
+    rate, hours = known['images_per_second'], known['hours']
+    if hours is None:
+        hours = 1000 * PAPER_KIMG * known['gflop_an_image'] / (1000 * EXPECTED_TFLOPS * GPUS) / 3600
+    return [f"{known['parameters'] / 1e6:.1f} M", f"{known['gflop_an_image']:.0f}",
+            NONE if rate is None else f'{rate:.0f}', f"{hours:.1f}{'' if rate else ' (expected)'}"]
 
 
 class Figures:

@@ -28,6 +28,7 @@ class Scale:
         metrics: As for fid.py.
         train: Flags of train.py that all runs share.
         draw: Options with which all networks are drawn from besides a score's own.
+        timed: Whether each training had its processor to itself, so that their seconds compare.
         main: Thousands of images seen at which the main comparison is scored.
         side: The same for all other questions; one of `main`.
         transfer: Thousands of images after which a transferred network is scored.
@@ -52,6 +53,7 @@ class Scale:
     num: int
     batch: int
     draw: tuple = ()
+    timed: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,5 +242,5 @@ SCALES = {scale.name: scale for scale in (
         train=('--cbase=32', '--cres=1,2', '--batch=64', '--lr=2e-3', '--lr-rampup=0.005', '--ema=0.005',
                '--dropout=0', '--augment=0', '--workers=0', '--grid=0'),
         main=(20, 40, 80), side=40, transfer=(5, 10, 20, 40), main_seeds=(0, 1, 2), side_seeds=(0, 1, 2),
-        num=1000, batch=250),
+        num=1000, batch=250, timed=False),
 )}

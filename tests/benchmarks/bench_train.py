@@ -81,7 +81,8 @@ class Trainer:
         self.reference, self.batch, self.device = options is None, batch, torch.device(device)
         self.pipe = AugmentPipe(p=0.12, **TRAIN_AUGMENT)
         torch.manual_seed(0)
-        self.net = SYSTEMS[system].network_class(img_channels=3, augment_dim=self.pipe.label_dim, **network_kwargs)
+        network_kwargs = {'augment_dim': self.pipe.label_dim, **network_kwargs}
+        self.net = SYSTEMS[system].network_class(img_channels=3, **network_kwargs)
         self.net.to(device).train()
         accelerate(self.net, **(options or {}))
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
@@ -159,10 +160,11 @@ def matrix_peak(precision, device, repeats=10):
 
 def step_flops(network_kwargs, system='edm'):
     """Floating-point operations of a training step per image: the network's products, forward and backward."""
-    net = SYSTEMS[system].network_class(img_channels=3, **network_kwargs)
     size = network_kwargs['img_resolution']
-    with FlopCounterMode(display=False) as counter:
-        SYSTEMS[system].loss(net)(net, torch.zeros([1, 3, size, size])).sum().backward()
+    with torch.device('meta'):  # shapes are enough to count
+        net = SYSTEMS[system].network_class(img_channels=3, **network_kwargs)
+        with FlopCounterMode(display=False) as counter:
+            SYSTEMS[system].loss(net)(net, torch.zeros([1, 3, size, size])).sum().backward()
     return counter.get_total_flops()
 
 

@@ -1,0 +1,89 @@
+"""What the paper's experiments cost at full size: arithmetic of a training step, and on a GPU images/s and hours.
+
+    python tests/benchmarks/bench_presets.py --out=results/cost.json
+
+Each preset and its EDM twin, with the options that train.py says it would use (`train.py --preset=NAME -n`). The
+arithmetic is counted, not measured, and needs no GPU. Images/s are those of one GPU with an eighth of the batch, in
+bf16, compiled; hours are 200 Mimg on eight such GPUs, without what they lose to each other. `python -m warm.study_page`
+shows the file. With --tiny a small network is measured in the place of each, to try the script on a CPU.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import click
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from tests.benchmarks.bench_train import Trainer, step_flops, write_zip  # noqa: E402
+from tests.benchmarks.report import ROOT, alternate, report  # noqa: E402
+from training.augment import AugmentPipe  # noqa: E402
+from warm.presets import PRESETS  # noqa: E402
+from warm.report_data import PAPER_KIMG  # noqa: E402
+from warm.systems import SYSTEMS  # noqa: E402
+
+GPUS = 8
+FAST = dict(precision='bf16', compile=True, channels_last=True)
+
+
+def options_of(preset, precond):
+    """What `train.py --preset=… --precond=… -n` prints."""
+    command = [sys.executable, str(ROOT / 'train.py'), f'--preset={preset}', f'--precond={precond}', '-n']
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return json.loads(out.split('Training options:\n', 1)[1].split('\n\n', 1)[0])
+
+
+def network_of(config):
+    """The arguments of its network; the resolution is in the data set's name."""
+    return dict(config['network_kwargs'], label_dim=10 if config['dataset_kwargs']['use_labels'] else 0,
+                img_resolution=int(re.search(r'-(\d+)x\d+', config['dataset_kwargs']['path'])[1]),
+                augment_dim=AugmentPipe(**config['augment_kwargs']).label_dim)
+
+
+def images_per_second(config, network_kwargs, batch, repeats, device, options):
+    """Of whole training steps, on made-up images."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = f'{folder}/data.zip'
+        write_zip(data, 4 * batch, network_kwargs['img_resolution'])
+        trainer = Trainer(config['system'], options, network_kwargs, data, batch, device)
+        seconds = alternate({'step': trainer.step}, repeats, device)['step']
+        trainer.batches.close()
+    return batch / seconds
+
+
+@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.option('--only', metavar='TEXT', default='', help='Only presets whose name contains this', show_default=False)
+@click.option('--repeats', metavar='INT', type=int, default=10, help='Of each step')
+@click.option('--tiny', is_flag=True, help='Measure small networks, on the CPU too')
+@click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
+def main(only, repeats, tiny, out):
+    """Count and measure."""
+    device, rows = 'cuda' if torch.cuda.is_available() else 'cpu', []
+    for preset in [name for name in PRESETS if name != 'digits' and only in name]:
+        for precond in ('warm', 'edm'):
+            config = options_of(preset, precond)
+            network_kwargs = network_of(config)
+            with torch.device('meta'):
+                net = SYSTEMS[precond].network_class(img_channels=3, **network_kwargs)
+            flops = step_flops(network_kwargs, precond)
+            row = dict(preset=preset, system=precond, parameters=sum(p.numel() for p in net.parameters()),
+                       gflop_an_image=flops / 1e9, images_per_second=None, hours=None)
+            batch = config['batch_size'] // GPUS
+            if tiny:
+                small = {**network_kwargs, 'model_channels': 8, 'num_blocks': 1}
+                row['images_per_second'] = images_per_second(config, small, 2, 1, device, dict(precision='bf16'))
+            elif device == 'cuda':
+                row['images_per_second'] = images_per_second(config, network_kwargs, batch, repeats, device, FAST)
+            if row['images_per_second']:
+                row['hours'] = 1000 * PAPER_KIMG / (GPUS * row['images_per_second']) / 3600
+            rows.append(row)
+            torch.cuda.empty_cache()
+    report('Cost of training at full size', rows, dict(gpus=GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device)
+
+
+if __name__ == '__main__':
+    main()
