@@ -33,8 +33,8 @@ LIFE_SEC = 200  # longer than any life of the run takes on a busy machine
 
 def start(folder, ranks, *options, restarts=0):
     """The run in `folder` as a process, in a session of its own; what it prints goes to FOLDER.txt."""
-    launcher = [sys.executable] if ranks == 1 else [*TORCHRUN, f'--nproc_per_node={ranks}', f'--max-restarts={restarts}',
-                                                    '--monitor-interval=0.1', '--']
+    torchrun = [*TORCHRUN, f'--nproc_per_node={ranks}', f'--max-restarts={restarts}', '--monitor-interval=0.1', '--']
+    launcher = [sys.executable] if ranks == 1 else torchrun
     with open(f'{folder}.txt', 'ab') as out:
         return subprocess.Popen([*launcher, str(ROOT / 'train.py'), *RUN, f'--outdir={folder}', *options], env=ENV,
                                 stdout=out, stderr=subprocess.STDOUT, start_new_session=True)

@@ -21,7 +21,8 @@ from training.snapshot import save_snapshot
 from warm.precond import WarmPrecond
 from warm.systems import SYSTEMS
 
-TINY = dict(img_resolution=8, img_channels=3, model_type='SongUNet', model_channels=8, channel_mult=[1, 1], num_blocks=1)
+TINY = dict(img_resolution=8, img_channels=3, model_type='SongUNet', model_channels=8, channel_mult=[1, 1],
+            num_blocks=1)
 
 
 @pytest.fixture(scope='module')
@@ -179,8 +180,8 @@ def test_paths_of_one_network(tmp_path, networks):
 @pytest.mark.parametrize('ending', ['png', 'gif'])
 def test_trajectory(tmp_path, networks, ending):
     path = tmp_path / f'watched.{ending}'
-    out = invoke('generate.py', f'--network={networks["cond"]}', f'--outdir={tmp_path / "o"}', '--steps=3', '--seeds=0-1',
-                 f'--trajectory={path}')
+    out = invoke('generate.py', f'--network={networks["cond"]}', f'--outdir={tmp_path / "o"}', '--steps=3',
+                 '--seeds=0-1', f'--trajectory={path}')
     assert out.exit_code == 0, out.output
     with PIL.Image.open(path) as picture:
         assert getattr(picture, 'n_frames', 1) == (4 if ending == 'gif' else 1)  # three noise levels and the images

@@ -89,9 +89,10 @@ def test_the_slurm_file(tmp_path):
 
     def submit(*options):
         with open(tmp_path / 'out.txt', 'ab') as out:
-            return subprocess.Popen(['bash', 'docs/slurm.sbatch', *SMALL, '--batch=16', '--grid=0', '--tick=0.032', '--snap=0',
-                                     '--dump=0', f'--outdir={tmp_path / "runs"}', '--seed=1', *options], cwd=ROOT, env=env,
-                                    stdout=out, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                ['bash', 'docs/slurm.sbatch', *SMALL, '--batch=16', '--grid=0', '--tick=0.032', '--snap=0', '--dump=0',
+                 f'--outdir={tmp_path / "runs"}', '--seed=1', *options],
+                cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
 
     def said():
         return (tmp_path / 'out.txt').read_text()

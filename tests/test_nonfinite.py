@@ -17,8 +17,8 @@ from training.saving import saved_files
 from training.snapshot import read_snapshot
 from training.state import load_state
 
-RUN = [*SMALL, '--grid=0', '--augment=0', '--dropout=0', '--tick=0.032', '--snap=1', '--dump=1', '--seed=3', '--nosubdir',
-       '--lr-rampup=0']
+RUN = [*SMALL, '--grid=0', '--augment=0', '--dropout=0', '--tick=0.032', '--snap=1', '--dump=1', '--seed=3',
+       '--nosubdir', '--lr-rampup=0']
 
 
 def train(folder, *options, steps=10):
@@ -26,7 +26,8 @@ def train(folder, *options, steps=10):
 
 
 def counts(folder):
-    return [json.loads(line)['Progress/nonfinite']['mean'] for line in (folder / 'stats.jsonl').read_text().splitlines()]
+    lines = (folder / 'stats.jsonl').read_text().splitlines()
+    return [json.loads(line)['Progress/nonfinite']['mean'] for line in lines]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from training.health import Health
 from training.saving import Saver, host_copy, prune, saved_files
 from training.state import load_state, save_state
 
-# 64 images a step, two steps a tick: ticks end at 0.064, 0.192, …, 1.088 kimg, states at 000000 (overwritten) and 000001.
+# 64 images a step, two steps a tick: ticks end at 0.064, 0.192, …, 1.088 kimg, states at 000000 (overwritten), 000001.
 RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0', '--tick=0.128', '--snap=1', '--dump=1']
 
 
@@ -151,7 +151,8 @@ def test_without_any_good_state(whole, cut):
 @pytest.mark.parametrize('value, sentence', [('/nowhere/training-state-000001.pt', '/nowhere'), ('latest', 'latest'),
                                              ('{tmp}', 'no training-state-*.pt')])
 def test_nothing_to_resume(value, sentence, tmp_path):
-    refused(invoke('train.py', *RUN, f'--outdir={tmp_path / "runs"}', f'--resume={value.format(tmp=tmp_path)}'), sentence)
+    resume = f'--resume={value.format(tmp=tmp_path)}'
+    refused(invoke('train.py', *RUN, f'--outdir={tmp_path / "runs"}', resume), sentence)
     assert not (tmp_path / 'runs').exists()
 
 
@@ -230,7 +231,8 @@ def fake_files(folder, kimgs):
 def test_prune_keeps_the_newest(tmp_path):
     fake_files(tmp_path, [1, 2, 3, 4, 9])
     prune(tmp_path, 2, 4500)  # 9 is of a run that was continued from further back
-    assert [p.name for p in saved_files(tmp_path, 'training-state')] == [f'training-state-{k:06d}.pt' for k in (9, 4, 3)]
+    names = [p.name for p in saved_files(tmp_path, 'training-state')]
+    assert names == [f'training-state-{k:06d}.pt' for k in (9, 4, 3)]
 
 
 def test_prune_never_deletes_the_only_good_one(tmp_path, capsys):
@@ -310,8 +312,9 @@ def test_host_copy_shares_what_is_shared():
 
 
 def test_a_state_of_another_system_is_refused_and_other_data_is_said(whole, tmp_path):
-    """STF's network has EDM's tensors, so only the state can tell; a copy of the data under another name is a warning."""
-    refused(train(tmp_path / 'a', f'--resume={whole}', '--precond=stf', kimg=1.2), '--precond=edm, not stf', '--transfer')
+    """STF's network has EDM's tensors, so only the state can tell; data under another name is a warning."""
+    stf = train(tmp_path / 'a', f'--resume={whole}', '--precond=stf', kimg=1.2)
+    refused(stf, '--precond=edm, not stf', '--transfer')
     data = tmp_path / 'other.zip'
     shutil.copy(EMBEDDED, data)
     result = trained(tmp_path / 'b', f'--resume={whole}', f'--data={data}', kimg=1.2)

@@ -133,8 +133,8 @@ os._exit(0)
 def two_ranks(folder, port, *options, on_rank1=()):
     """Two ranks without torchrun, started as Slurm's srun starts them; endless for the purpose."""
     env = {**kills.ENV, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'}
-    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--batch=16', '--grid=0', f'--outdir={folder}', '--nosubdir',
-               '--tick=0.064', '--dump=4', '--snap=0', *options]
+    command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--batch=16', '--grid=0', f'--outdir={folder}',
+               '--nosubdir', '--tick=0.064', '--dump=4', '--snap=0', *options]
     ranks = []
     for rank in range(2):
         with open(folder / f'rank{rank}.txt', 'wb') as out:

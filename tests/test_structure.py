@@ -53,6 +53,15 @@ def test_public_names_have_docstrings(path):
             assert ast.get_docstring(node) or is_click(node), f'{node.name} has no docstring'
 
 
+def test_lines_fit():
+    """120 columns, tests and benchmarks too."""
+    paths = [path for pattern in ('*.py', *(f'{layer}/*.py' for layer in LAYERS[:-1]), 'tests/**/*.py')
+             for path in ROOT.glob(pattern)]
+    long = [f'{path.relative_to(ROOT)}:{number}' for path in paths
+            for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1) if len(line) > 120]
+    assert len(paths) > 100 and not long, long
+
+
 def is_click(node):
     return any('click' in ast.dump(d) or 'option' in ast.dump(d) for d in node.decorator_list)
 
@@ -62,8 +71,8 @@ def test_top_level_holds_only_what_it_should():
     if tracked.returncode:
         pytest.skip('not a git checkout')
     top = {name.split('/')[0] for name in tracked.stdout.split()}
-    assert top <= {*(f'{name}.py' for name in SCRIPTS), *LAYERS[:-1], 'tests', 'environment.yml', 'README.md', 'LICENSE',
-                   'pyproject.toml', 'requirements.txt', 'requirements-test.txt', 'Makefile', 'docs', '.ci',
+    assert top <= {*(f'{name}.py' for name in SCRIPTS), *LAYERS[:-1], 'tests', 'environment.yml', 'README.md',
+                   'LICENSE', 'pyproject.toml', 'requirements.txt', 'requirements-test.txt', 'Makefile', 'docs', '.ci',
                    '.gitignore', 'results'}
 
 

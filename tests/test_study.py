@@ -227,10 +227,9 @@ def test_page_from_numbers(tmp_path):
 def test_page_with_inception_scores_and_times(tmp_path):
     """Where they were measured, and where the machine was quiet: columns, and a figure against time."""
     scale = SCALES['cifar10-16']
-    rows = [dict(line(run_name(name), kimg, value + k, options=()), metric=metric, num_images=scale.num,
-                 train_seconds=float(kimg))
-            for k, kimg in enumerate(scale.main) for name, metric, value in (
-                ('edm', 'FD-cifar16', 3), ('warm', 'FD-cifar16', 2), ('edm', 'IS-cifar16', 5), ('warm', 'IS-cifar16', 6))]
+    found = {('edm', 'FD-cifar16'): 3, ('warm', 'FD-cifar16'): 2, ('edm', 'IS-cifar16'): 5, ('warm', 'IS-cifar16'): 6}
+    rows = [dict(line(run_name(name), kimg, value + k), metric=metric, num_images=scale.num, train_seconds=float(kimg))
+            for k, kimg in enumerate(scale.main) for (name, metric), value in found.items()]
     (tmp_path / 'cifar10-16.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in rows))
     text = study_page.page(tmp_path, '', study_page.Figures(tmp_path))
     assert '|  | EDM | Warm | difference | Warm is | EDM, IS-cifar16 | Warm, IS-cifar16 | EDM\'s training |' in text
@@ -244,7 +243,8 @@ def test_hours_at_full_size(tmp_path, measured):
     """From measured images/s, or said to be expected."""
     row = dict(preset='ffhq', system='edm', parameters=60e6, gflop_an_image=250.0,
                images_per_second=1000.0 if measured else None, hours=200e6 / 8000 / 3600 if measured else None)
-    (tmp_path / 'cost.json').write_text(json.dumps(dict(rows=[row], environment=dict(gpu='a GPU' if measured else None))))
+    cost = dict(rows=[row], environment=dict(gpu='a GPU' if measured else None))
+    (tmp_path / 'cost.json').write_text(json.dumps(cost))
     text = study_page.page(tmp_path, '', study_page.Figures(tmp_path))
     cells = '1000 | 6.9' if measured else '– | 4.9 (expected)'
     assert f'| `train.py --preset=ffhq --precond=edm` | 60.0 M | 250 | {cells} |' in text

@@ -116,7 +116,8 @@ def test_accumulation_and_ranks_take_the_same_images(monkeypatch):
     # From a start that does not divide over the ranks, too, they take each image once and leave none out.
     both = torch.cat([images(rank, 3, start=7) for rank in range(3)]).flatten(1)
     expected = torch.cat([images(0, 1, start=7 + i) for i in (0, 12, 24)]).flatten(1)
-    assert torch.equal(torch.unique(both, dim=0), torch.unique(expected, dim=0)) and len(torch.unique(both, dim=0)) == 36
+    found = torch.unique(both, dim=0)
+    assert torch.equal(found, torch.unique(expected, dim=0)) and len(found) == 36
 
 
 def test_accumulation_keeps_the_scale_of_the_gradient(tmp_path):

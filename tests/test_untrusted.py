@@ -1,4 +1,4 @@
-"""Files from anywhere are data: hostile and damaged ones end with a sentence, soon, in little memory, and run nothing."""
+"""Files from anywhere are data: hostile and damaged ones end in a sentence, soon, in little memory, and run nothing."""
 
 import gzip
 import io
@@ -126,8 +126,9 @@ def test_labels_that_unpack_to_far_more_than_the_images_need(tmp_path):
     assert 'dataset.json' in refusal(ImageFolderDataset, path, use_labels=True)
 
 
-@pytest.mark.parametrize('text', ['[' * 10 ** 6, '{"labels":' * 10 ** 5, '{"labels": ' + '[' * 10 ** 5 + ']' * 10 ** 5 + '}',
-                                  '{"labels": [["a.png", 1e999]]}', '{"labels": [["a.png", 99999999999]]}',
+@pytest.mark.parametrize('text', ['[' * 10 ** 6, '{"labels":' * 10 ** 5,
+                                  '{"labels": ' + '[' * 10 ** 5 + ']' * 10 ** 5 + '}', '{"labels": [["a.png", 1e999]]}',
+                                  '{"labels": [["a.png", 99999999999]]}',
                                   '{"labels": [["a.png", ' + '9' * 5000 + ']]}', '{"labels": [["a.png", NaN]]}'])
 def test_wild_json(text, tmp_path):
     path = data_set(tmp_path / 'set.zip', {'a.png': png(4, 4, bytes(20)), 'dataset.json': text})
@@ -183,8 +184,8 @@ def test_a_tarball_that_unpacks_without_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('program', [
-    b'\x80\x02}q\x00r\xff\xff\xff\x7f.', b'\x80\x02})' + b'\x85' * 900_000 + b'Ns.', b'\x80\x02' + b']' * 900_000 + b'.',
-    b'\x80\x04cos\nsystem\n\x8c\x04true\x85R.'])
+    b'\x80\x02}q\x00r\xff\xff\xff\x7f.', b'\x80\x02})' + b'\x85' * 900_000 + b'Ns.', 
+    b'\x80\x02' + b']' * 900_000 + b'.', b'\x80\x04cos\nsystem\n\x8c\x04true\x85R.'])
 def test_a_pickle_made_to_crash(program, tmp_path):
     path = tmp_path / 'cifar-10-python.tar.gz'
     with tarfile.open(path, 'w:gz') as tar:
@@ -204,11 +205,13 @@ def test_an_idx_file_that_asks_for_all_memory(tmp_path):
 # ------------------------------------------------------------------------------------- whatever a user may type or have
 
 WORD = st.one_of(st.integers(-5, 600).map(str), st.floats().map(str),
-                 st.text(string.printable.replace('\x00', ''), max_size=8), st.sampled_from(['1,2', 'latest', '0.1-2', 'warm']))
-FLAGS = st.sampled_from(['--batch', '--batch-gpu', '--cbase', '--cres', '--lr', '--ema', '--dropout', '--augment', '--xflip',
-                         '--fp16', '--ls', '--cond', '--arch', '--precond', '--bnr', '--duration', '--tick', '--snap',
-                         '--dump', '--grid', '--seed', '--keep', '--max-nonfinite', '--timeout', '--workers', '--desc',
-                         '--data', '--transfer', '--resume', '--preset', '--eval', '--eval-metrics', '--lr-rampup'])
+                 st.text(string.printable.replace('\x00', ''), max_size=8),
+                 st.sampled_from(['1,2', 'latest', '0.1-2', 'warm']))
+FLAGS = st.sampled_from(['--batch', '--batch-gpu', '--cbase', '--cres', '--lr', '--ema', '--dropout', '--augment',
+                         '--xflip', '--fp16', '--ls', '--cond', '--arch', '--precond', '--bnr', '--duration', '--tick',
+                         '--snap', '--dump', '--grid', '--seed', '--keep', '--max-nonfinite', '--timeout', '--workers',
+                         '--desc', '--data', '--transfer', '--resume', '--preset', '--eval', '--eval-metrics',
+                         '--lr-rampup'])
 
 
 @HYPOTHESIS
@@ -222,7 +225,8 @@ def test_any_options_of_train(options):
 
 
 NAMES = st.text(string.ascii_letters + './\\é ', min_size=1, max_size=6).filter(lambda n: not n.endswith('/'))
-LABELS = st.one_of(st.none(), st.integers(-2, 200), st.lists(st.floats(), max_size=3), st.text(max_size=3), st.booleans())
+LABELS = st.one_of(st.none(), st.integers(-2, 200), st.lists(st.floats(), max_size=3), st.text(max_size=3),
+                   st.booleans())
 
 
 @HYPOTHESIS

@@ -159,7 +159,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return onehot
 
     def file_stamps(self):
-        """(name, …) of every image file in order, with numbers that change with its content (`stamp` of the archive)."""
+        """(name, …) of every image file in order, with numbers that change with its content (the archive's `stamp`)."""
         names = (self._names[i] for i in self._raw_idx)
         return [(name, *self._archive.stamp(name)) for name in names]
 

@@ -234,7 +234,7 @@ def transfer_weights(path, net):
     dist.print0(f'Transferring from {path}...')
     copied = net.transfer(read_snapshot(path).state_dict)
     if not copied:
-        raise UserError(f'no tensor of {path} fits this network; use the --arch, --cbase and --cres it was trained with')
+        raise UserError(f'no tensor of {path} fits this network; use the --arch, --cbase and --cres of its training')
     dist.print0(f'Transferred {len(copied)} of {len(net.state_dict())} tensors.')
 
 

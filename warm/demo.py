@@ -34,8 +34,8 @@ STEPS_SHOWN = 9
 
 @click.command(context_settings=dict(show_default=True))
 @click.option('--outdir', metavar='DIR', default='demo', help='Where to save everything')
-@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True), default=PRESETS['digits'].train['duration'],
-              help='Length of each training, in millions of images')
+@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True),
+              default=PRESETS['digits'].train['duration'], help='Length of each training, in millions of images')
 @click.option('--num', metavar='INT', type=click.IntRange(min=20), default=1797, help='Images to generate and score')
 def main(outdir, duration, num):
     """Train a Warm model (BNR 0.5) and an EDM baseline on the embedded digits and compare them."""

@@ -60,7 +60,7 @@ class Member:
 # What the digits need instead of a system's defaults, which are for CIFAR-10.
 ON_DIGITS = {
     've': ('--arch=ncsnpp',),  # its own network
-    'ihdm': ('--ihdm-blur-max=6', '--ihdm-levels=60'),  # 24 pixels on 32, scaled to 8; larger steps for a short training
+    'ihdm': ('--ihdm-blur-max=6', '--ihdm-levels=60'),  # 24 pixels on 32, scaled to 8; large steps for a short training
 }
 FROM_DATA = 'starts from blurred training images, so part of the score is theirs'
 NOTES = {

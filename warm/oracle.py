@@ -203,7 +203,7 @@ def page(table, floors, data, command, rms, note=''):
         'For such data the best possible network is known in closed form, and so is the exact solution of the',
         'probability-flow ODE along any path (`warm/oracle.py`). The numbers are the root mean square difference of a',
         'pixel between the samples of a solver and that solution, expected over all latents; images are in [−1, 1] and',
-        f'have a root mean square of {rms:.2g}. The noise levels are EDM\'s, {SIGMA_MAX} to {SIGMA_MIN}; the last step,',
+        f"have a root mean square of {rms:.2g}. The noise levels are EDM's, {SIGMA_MAX} to {SIGMA_MIN}; the last step,",
         f'from there to 0, costs {max(floors.values()):.1e} by itself (the dotted line).',
         '',
         '![Error against evaluations for each path and solver](solvers.png)',

@@ -67,7 +67,7 @@ def transition(x, D, R, here, there, sigma=0, z=None):
 
 
 def add_churn(x, here, there, z, S_noise=1):
-    """Raise the state from `here` to a noisier `there`: x̂ = V (M̂/M) Vᵀ x + V √(β̂² − (M̂/M)² β²) Vᵀ (S_noise z) (ours).
+    """Raise the state from `here` to a noisier `there`: x̂ = V (M̂/M) Vᵀ x + V √(β̂² − (M̂/M)² β²) Vᵀ S_noise z (ours).
 
     Blur rises with the noise, so that the marginal stays exactly that of the path (for S_noise = 1); at BNR 0
     it is EDM's churn.

@@ -270,7 +270,8 @@ def recipe(cost):
     return '\n\n'.join([
         '## At full size',
         f'The paper trains on {PAPER_KIMG / 1000:g} Mimg with {GPUS} GPUs: '
-        f'`torchrun --standalone --nproc_per_node={GPUS} train.py …`, with the options of the table and `--precision=bf16 --compile --channels-last=1 --auto-resume`. '
+        f'`torchrun --standalone --nproc_per_node={GPUS} train.py …`, with the '
+        'options of the table and `--precision=bf16 --compile --channels-last=1 --auto-resume`. '
         'GFLOP are those of a training step per image, counted by '
         f'`python tests/benchmarks/bench_presets.py --out=results/cost.json`. {speed}',
         table(['', 'parameters', 'GFLOP an image', 'images/s of one GPU', f'hours on {GPUS}'], rows)])

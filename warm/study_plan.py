@@ -187,7 +187,7 @@ def question_5(scale):
 
 
 def question_6(scale):
-    """Warm from the weights of EDM's longest run: when does it beat its parent, and EDM that goes on in the same way?"""
+    """Warm from the weights of EDM's longest run: when does it beat its parent, and EDM that goes on likewise?"""
     for seed in scale.side_seeds:
         for what, method in (('transfer', 'warm'), ('transfer-edm', 'edm')):
             yield Run(run_name(what, seed=seed), seed, METHODS[method], tuple(Score(k) for k in scale.transfer),
@@ -221,8 +221,8 @@ SCALES = {scale.name: scale for scale in (
         side_seeds=(0,), num=10_000, batch=2000),
     Scale(
         name='cifar10-16', title='CIFAR-10 at 16×16, on a CPU',
-        note='A network of 1.5 M parameters that has seen every photograph fewer than three times: far from its best, so '
-             'this says how the methods begin, not how they end.',
+        note='A network of 1.5 M parameters that has seen every photograph fewer than three times: far from its best, '
+             'so this says how the methods begin, not how they end.',
         prepare=('python dataset_tool.py --source=datasets/cifar10-32x32.zip --resolution=16x16 '
                  '--dest=datasets/cifar10-16x16.zip',
                  'python dataset_tool.py --source=datasets/cifar10-test-32x32.zip --resolution=16x16 '

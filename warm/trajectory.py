@@ -61,7 +61,8 @@ class Watch:
     def _keep(self, x, sigma, alpha, D, R):
         beta = float(torch.as_tensor(sigma).flatten()[0])
         # A level reached by arithmetic may differ from the grid's in its last digits.
-        self._frames[f'{beta:.9g}'] = Frame(beta, float(alpha), *(t.detach().to('cpu', torch.float32) for t in (x, D, R)))
+        images = (t.detach().to('cpu', torch.float32) for t in (x, D, R))
+        self._frames[f'{beta:.9g}'] = Frame(beta, float(alpha), *images)
 
     @property
     def frames(self):

@@ -31,8 +31,8 @@ SHARED_FLAGS = ('--grid=0', '--snap=0', '--dump=5')
 def train(folder, data, kimg, tick, seed, precision, flags):
     """Losses of the run's ticks: [(kimg, mean loss)]."""
     command = [sys.executable, str(ROOT / 'train.py'), f'--outdir={folder}', '--nosubdir', '--auto-resume',
-               *([f'--data={data}'] if data else []), f'--duration={kimg / 1000:g}', f'--tick={tick:g}', f'--seed={seed}',
-               f'--precision={precision}', *SHARED_FLAGS, *flags]
+               *([f'--data={data}'] if data else []), f'--duration={kimg / 1000:g}', f'--tick={tick:g}',
+               f'--seed={seed}', f'--precision={precision}', *SHARED_FLAGS, *flags]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return [(line['Progress/kimg']['mean'], line['Loss/loss']['mean']) for line in read_lines(folder / 'stats.jsonl')]
 

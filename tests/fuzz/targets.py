@@ -125,7 +125,7 @@ class State:
         net = torch.nn.Linear(3, 2)
         optimizer = torch.optim.Adam(net.parameters())
         self.path = folder / 'training-state-000001.pt'
-        save_state(self.path, {'net': net.state_dict(), 'optimizer': optimizer.state_dict(), 'a': [1, 'x', (None, 2.5)]})
+        save_state(self.path, dict(net=net.state_dict(), optimizer=optimizer.state_dict(), a=[1, 'x', (None, 2.5)]))
         self.whole = self.path.read_bytes()
 
     def damage(self, rng):
@@ -139,7 +139,8 @@ class State:
 
 
 WILD = [None, True, -1, 2 ** 62, 2 ** 127, 1e308, float('nan'), '', 'x' * 1000, '[' * 1000, [], {}, (), [None],
-        {'x': 1}, torch.zeros(0), torch.zeros(()), torch.full([3], float('inf')), torch.arange(5), torch.zeros(2, 3, 4).bool()]
+        {'x': 1}, torch.zeros(0), torch.zeros(()), torch.full([3], float('inf')), torch.arange(5),
+        torch.zeros(2, 3, 4).bool()]
 
 
 def damaged_tree(tree, rng):
@@ -271,8 +272,8 @@ class Npz:
     def damage(self, rng):
         if rng.random() < 0.4:
             return mutate(self.whole, rng)
-        wanted = rng.choice(['mu', 'sigma', 'num', 'detector'])
-        return rebuilt_zip(self.whole, lambda name, data: mutate(data[:200], rng) + data[200:] if name == wanted + '.npy'
+        wanted = rng.choice(['mu.npy', 'sigma.npy', 'num.npy', 'detector.npy'])
+        return rebuilt_zip(self.whole, lambda name, data: mutate(data[:200], rng) + data[200:] if name == wanted
                            else data)
 
     def read(self, data):
