@@ -188,6 +188,7 @@ def _batches(ds, context):
 
 
 @pytest.mark.filterwarnings('ignore:This process:DeprecationWarning')  # Python 3.12 on forking with threads
+@pytest.mark.filterwarnings('ignore:This DataLoader will create:UserWarning')  # on a machine with one core
 def test_pickles_and_forks(place):
     write(place, small_set(12, labels=list(range(12))))
     ds = ImageFolderDataset(place, use_labels=True, cache=True)
