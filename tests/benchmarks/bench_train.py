@@ -9,7 +9,6 @@ the row's own precision. On a CPU, times are processor time of one thread, worke
 """
 
 import contextlib
-import copy
 import pathlib
 import sys
 import tempfile
@@ -82,17 +81,22 @@ class Trainer:
         self.pipe = AugmentPipe(p=0.12, **TRAIN_AUGMENT)
         torch.manual_seed(0)
         network_kwargs = {'augment_dim': self.pipe.label_dim, **network_kwargs}
-        self.net = SYSTEMS[system].network_class(img_channels=3, **network_kwargs)
-        self.net.to(device).train()
+        with torch.device(device):
+            self.net, self.ema = (SYSTEMS[system].network_class(img_channels=3, **network_kwargs) for _ in range(2))
+        self.net.train()
+        self.ema.requires_grad_(False)
         accelerate(self.net, **(options or {}))
-        self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.loss = SYSTEMS[system].loss(self.net)
         adam = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
         self.optimizer = (torch.optim.Adam(self.net.parameters(), **adam) if self.reference
                           else tl.make_optimizer(self.net, **adam))
-        dataset = ImageFolderDataset(data) if self.reference else tl.open_dataset(path=data)
-        self.batches = Batches(dataset, batch, 0, 0, dict(num_workers=1, prefetch_factor=2), self.device)
+        self.batches = self.open_batches(data)
         self.parts = {}
+
+    def open_batches(self, data):
+        """What the steps' images come from."""
+        dataset = ImageFolderDataset(data) if self.reference else tl.open_dataset(path=data)
+        return Batches(dataset, self.batch, 0, 0, dict(num_workers=1, prefetch_factor=2), self.device)
 
     @contextlib.contextmanager
     def part(self, name):
