@@ -21,8 +21,8 @@ from warm.systems import SYSTEMS
 TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
 FEW = {'blurring': {'num_steps': 3}, 'lee': {'num_steps': 3}, 'cold': {'num_steps': 3}, 'ihdm': {}}
-DEFAULT_NFE = {'vp': 35, 've': 35, 'edm': 35, 'warm': 35, 'stf': 35, 'pfgmpp': 35, 'soft': 200, 'blurring': 1000,
-               'lee': 1000, 'ihdm': 200, 'cold': 50}
+EDM_NFE = 35  # of EDM's sampler, and so of a system that takes it
+DEFAULT_NFE = {'soft': 200, 'blurring': 1000, 'lee': 1000, 'ihdm': 200, 'cold': 50}  # where it is not EDM's
 pytestmark = pytest.mark.filterwarnings('ignore:.*pin_memory.*')
 
 
@@ -52,6 +52,15 @@ def test_systems_say_who_they_are():
     for name, system in SYSTEMS.items():
         assert system.name == name and system.title and system.paper
         assert issubclass(system.network_class, Precond)
+
+
+@pytest.mark.parametrize('name, constant', [('edm', dict(sigma_data=1.0)), ('stf', dict(sigma_data=1.0)),
+                                            ('warm', dict(sigma_data=1.0)), ('pfgmpp', dict(sigma_data=1.0)),
+                                            ('ve', dict(sigma_max=50)), ('vp', dict(beta_min=0.2))])
+def test_network_and_loss_share_their_constants(name, constant):
+    net = SYSTEMS[name].network_class(img_resolution=8, img_channels=1, **TINY, **constant)
+    loss = SYSTEMS[name].loss(net)
+    assert {key: getattr(loss, key) for key in constant} == constant
 
 
 @pytest.mark.parametrize('name', TRAINABLE)
@@ -86,7 +95,7 @@ def test_default_number_of_evaluations(name):
     net.model.forward = count
     options = {'data': EMBEDDED} if SYSTEMS[name].starts_from_data else {}
     generate_batch(net, [0], SYSTEMS[name].make_sampler(net, options))
-    assert calls[0] == DEFAULT_NFE[name]
+    assert calls[0] == DEFAULT_NFE.get(name, EDM_NFE)
 
 
 @pytest.mark.parametrize('name', TRAINABLE)

@@ -121,8 +121,16 @@ def edm_samplers(net, **options):
     return functools.partial(ablation_sampler if ablated else edm_sampler, **options)
 
 
+def loss_for(loss_class):
+    """loss(net) of a dataclass: what network and loss both have, such as sigma_data, is the network's value."""
+    def loss(net):
+        shared = [field.name for field in dataclasses.fields(loss_class) if hasattr(net, field.name)]
+        return loss_class(**{name: getattr(net, name) for name in shared})
+    return loss
+
+
 def _edm_system(name, title, paper, network_class, loss_class, trainable=True):
-    return System(name=name, title=title, paper=paper, network_class=network_class, loss=lambda net: loss_class(),
+    return System(name=name, title=title, paper=paper, network_class=network_class, loss=loss_for(loss_class),
                   sampler=edm_samplers, sample_options=COMMON_SAMPLE_OPTIONS + ABLATION_OPTIONS, trainable=trainable,
                   describe=lambda net, options: {'bnr': 0.0})
 

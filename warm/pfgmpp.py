@@ -23,7 +23,7 @@ from dnnlib import UserError
 from training.loss import P_MEAN, P_STD, SIGMA_DATA, augment, edm_loss_weight, sample_edm_sigma
 from training.precond import Precond, edm_scalings
 from training.samplers import edm_sampler
-from training.system import GRID_OPTIONS, Option, System
+from training.system import GRID_OPTIONS, Option, System, loss_for
 from warm.bands import grid_options
 
 AUG_DIM = 2048  # the paper's best on CIFAR-10
@@ -107,7 +107,7 @@ PFGMPP = System(
     title='PFGM++',
     paper='Xu et al. 2023, PFGM++',
     network_class=PFGMPPPrecond,
-    loss=lambda net: PFGMPPLoss(net.aug_dim, net.sigma_data),
+    loss=loss_for(PFGMPPLoss),
     sampler=pfgmpp_samplers,
     sample_options=GRID_OPTIONS,
     train_options=(

@@ -19,7 +19,7 @@ import torch
 
 from training.loss import P_MEAN, P_STD, SIGMA_DATA, augment, edm_loss_weight, sample_edm_sigma
 from training.networks import EDMPrecond
-from training.system import COMMON_SAMPLE_OPTIONS, System, edm_samplers
+from training.system import COMMON_SAMPLE_OPTIONS, System, edm_samplers, loss_for
 
 
 def posterior_mean(x, sigma, images, labels=None):
@@ -65,7 +65,7 @@ STF = System(
     title='STF',
     paper='Xu et al. 2023, stable target fields',
     network_class=EDMPrecond,
-    loss=lambda net: STFLoss(sigma_data=net.sigma_data),
+    loss=loss_for(STFLoss),
     sampler=edm_samplers,
     sample_options=COMMON_SAMPLE_OPTIONS,
 )
