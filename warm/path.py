@@ -2,7 +2,10 @@
 
 A path gives α for each β. What a network was trained on is a *family* of paths: a single one, a list of
 constant BNRs, or a range of them; training draws from it per image, sampling takes any path inside it.
-To add a schedule: one class here and one line in PATHS.
+
+To add a schedule: one class here and one line in PATHS. The class is a frozen dataclass (paths are compared) of at most
+one number, which --bnr-schedule=NAME:NUMBER gives, and has what `BlurringSchedule` has: `alpha`, `bnr_bounds`,
+`is_hot` and a text.
 """
 
 import dataclasses
@@ -74,7 +77,7 @@ class BlurringSchedule:
 PATHS = {'constant': ConstantBNR, 'blurring': BlurringSchedule}
 
 
-# Families: what a network was trained on. `draw_bnr` is None where training draws nothing per image.
+# Families: what a network was trained on. `draw_alpha` is training's draw, `contains` what sampling may follow.
 
 @dataclasses.dataclass(frozen=True)
 class OnePath:

@@ -116,6 +116,6 @@ SYSTEMS = {system.name: system for system in (
     IHDM,
     COLD,
     SOFT,
-    with_epsilon_scaling(STF),
+    with_epsilon_scaling(with_multistep(STF)),
     with_epsilon_scaling(PFGMPP, with_heavy_tails),
 )}
