@@ -7,12 +7,12 @@ import torch
 
 from training.samplers import ablation_sampler, edm_sigma_steps
 from warm.bands import (Bands, ancestral_noise_step, ancestral_step, clean_from_noise, diffuse, implicit_step,
-                        noise_from_clean, posterior, spread_levels, transition)
+                        noise_from_clean, posterior, spread_levels, transition_moments)
 from warm.blur import blur_and_rest, dct2, frequencies, idct2
 from warm.blurring import BlurringProcess
 from warm.lee import LeeChain
 from warm.samplers import Level
-from warm.samplers import transition as warm_transition
+from warm.samplers import transition
 
 N = 8
 
@@ -51,7 +51,7 @@ def test_conversions_invert_the_marginal(name):
 @pytest.mark.parametrize('name', PAIRS)
 def test_transition_leads_from_marginal_to_marginal(name):
     later, earlier = PAIRS[name]
-    ratio, added = transition(earlier, later)
+    ratio, added = transition_moments(earlier, later)
     torch.testing.assert_close(ratio * earlier.signal, later.signal * torch.ones_like(ratio))
     torch.testing.assert_close(ratio ** 2 * earlier.noise ** 2 + added, (later.noise ** 2) * torch.ones_like(ratio))
 
@@ -60,7 +60,7 @@ def test_transition_leads_from_marginal_to_marginal(name):
 def test_posterior_is_bayes_rule(name):
     """Against the conditional of the joint Gaussian of (z_s, z_t) given x₀, worked out from its covariance."""
     later, earlier = PAIRS[name]
-    ratio, added = transition(earlier, later)
+    ratio, added = transition_moments(earlier, later)
     weight_x, weight_0, variance = posterior(later, earlier)
     gain = earlier.noise ** 2 * ratio / later.noise ** 2  # Cov(z_s, z_t)/Var(z_t)
     torch.testing.assert_close(weight_x, gain * torch.ones_like(weight_x))
@@ -108,7 +108,7 @@ def test_warms_steps(alpha, alpha_next, sigma):
     """Euler's (σ = 0) and Eq. 4's, with D and R of one estimate x̂₀ without a mean in R."""
     D, R = blur_and_rest(x0, alpha)
     here, there = Level(alpha, 2.0, alpha == alpha_next == 0), Level(alpha_next, 0.5)
-    expected = warm_transition(x, D, R, here, there, sigma, z)
+    expected = transition(x, D, R, here, there, sigma, z)
     step = implicit_step(x, x0, warm_bands(alpha, 2.0), warm_bands(alpha_next, 0.5), sigma, z)
     torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-9)
 

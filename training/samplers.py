@@ -219,9 +219,17 @@ def _chosen(what, name, table):
     return table[name]
 
 
-def _check_grid(num_steps, rho):
+def check_steps(num_steps, at_most=None):
+    """Refuse a number of sampling steps that is not a whole number from 1 up to `at_most` (UserError)."""
     if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise UserError(f'the number of sampling steps is {num_steps}; give a whole number of at least 1')
+    if at_most is not None and num_steps > at_most:
+        raise UserError(f'{num_steps} sampling steps are more than the {at_most} that this network was trained for; '
+                        f'give --steps={at_most} or fewer')
+
+
+def _check_grid(num_steps, rho):
+    check_steps(num_steps)
     if not (math.isfinite(rho) and rho > 0):
         raise UserError(f'rho is {rho}; give a positive number')
 

@@ -9,11 +9,9 @@ a is kept as its logarithm: at strong blur it underflows, and only ratios of it 
 """
 
 import dataclasses
-import numbers
 
 import torch
 
-from dnnlib import UserError
 from training.samplers import edm_sigma_steps
 from training.system import GRID_OPTIONS
 from warm.blur import dct2, idct2
@@ -61,7 +59,7 @@ def noise_from_clean(x, x0, at):
     return idct2((dct2(x) - at.signal * dct2(x0)) / at.noise)
 
 
-def transition(earlier, later):
+def transition_moments(earlier, later):
     """q(z_later|z_earlier): (a_{t|s}, σ²_{t|s}) per band, the factor of the state and the variance added (Eq. 15)."""
     ratio = (later.log_signal - earlier.log_signal).exp()
     return ratio, (later.noise.square() - (ratio * earlier.noise).square()).clamp(min=0)
@@ -81,7 +79,7 @@ def posterior(here, there, delta=0):
     Returns:
         (w_x, w_0, σ²), float64.
     """
-    ratio, added = transition(there, here)
+    ratio, added = transition_moments(there, here)
     known = there.noise.square().clamp(min=delta)
     share = known / (added / ratio.square()).clamp(min=delta)
     variance = known / (1 + share)
@@ -108,7 +106,7 @@ def ancestral_noise_step(x, eps, here, there, z=None, delta=0):
         delta: As in `posterior`.
     """
     weight_x, weight_0, variance = posterior(here, there, delta)
-    ratio, _ = transition(there, here)
+    ratio, _ = transition_moments(there, here)
     u = dct2(x)
     u = weight_x * u + weight_0 / ratio * (u - here.noise * dct2(eps))
     return idct2(u if z is None else u + variance.sqrt() * dct2(z))
@@ -135,15 +133,6 @@ def implicit_step(x, x0, here, there, sigma=0, z=None):
 def predict(net, x, level, class_labels=None):
     """The network's prediction in float64; the number `level` is filled in on the device, without a copy."""
     return net(x, x.new_full([], level), class_labels).to(torch.float64)
-
-
-def check_steps(num_steps, at_most=None):
-    """Refuse a number of sampling steps that is not a whole number from 1 up to `at_most` (UserError)."""
-    if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
-        raise UserError(f'the number of sampling steps is {num_steps}; give a whole number of at least 1')
-    if at_most is not None and num_steps > at_most:
-        raise UserError(f'{num_steps} sampling steps are more than the {at_most} that this network was trained for; '
-                        f'give --steps={at_most} or fewer')
 
 
 def grid_options(net, given):

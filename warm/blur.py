@@ -59,6 +59,12 @@ def _half_square(alpha):
     return (alpha if alpha.ndim == 0 else alpha.reshape(-1, 1, 1, 1)).square() / 2
 
 
+def log_blur_mask(alpha, n):
+    """ln M_α = −λ α²/2, of any blur; arguments and shape as of `blur_mask`."""
+    tau = _half_square(alpha)
+    return -frequencies(n, tau.device) * tau
+
+
 def blur_mask(alpha, n):
     """M_α = exp(−λ α²/2).
 
@@ -69,14 +75,12 @@ def blur_mask(alpha, n):
     Returns:
         float64 in (0, 1]: [n, n], or [B, 1, n, n] for one blur per image.
     """
-    tau = _half_square(alpha)
-    return torch.exp(-frequencies(n, tau.device) * tau)
+    return log_blur_mask(alpha, n).exp()
 
 
 def rest_mask(alpha, n):
     """1 − M_α, shaped as `blur_mask`; through expm1, so that a blur near 0 keeps its relative precision."""
-    tau = _half_square(alpha)
-    return -torch.expm1(-frequencies(n, tau.device) * tau)
+    return -torch.expm1(log_blur_mask(alpha, n))
 
 
 def log_mask_ratio(alpha, alpha_next, n):

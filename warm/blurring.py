@@ -27,9 +27,10 @@ import torch
 from dnnlib import UserError
 from training.loss import augment
 from training.precond import Precond
+from training.samplers import check_steps
 from training.system import Option, System
-from warm.bands import Bands, ancestral_noise_step, check_steps, diffuse, predict
-from warm.blur import frequencies
+from warm.bands import Bands, ancestral_noise_step, diffuse, predict
+from warm.blur import blur_mask
 
 LOGSNR_MAX = 10
 DELTA = 1e-8
@@ -67,8 +68,8 @@ class BlurringProcess:
         """`Bands` of N×N images at time t, a float64 tensor ([] or [B, 1, 1, 1]) in 0…1 on their device."""
         low = math.atan(math.exp(-LOGSNR_MAX / 2))
         angle = low + (math.pi / 2 - 2 * low) * t  # logSNR = −2 ln tan(angle), hence a = cos and s = sin of it
-        tau = (self.sigma_blur_max * BLUR_SCHEDULES[self.blur_schedule](t)).square() / 2
-        d = (1 - self.d_min) * torch.exp(-frequencies(n, t.device) * tau) + self.d_min
+        alpha = self.sigma_blur_max * BLUR_SCHEDULES[self.blur_schedule](t)
+        d = (1 - self.d_min) * blur_mask(alpha, n) + self.d_min
         return Bands(angle.cos().log() + d.log(), angle.sin())
 
 

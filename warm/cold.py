@@ -29,9 +29,10 @@ import torch
 from dnnlib import UserError
 from training.loss import augment
 from training.precond import Precond
+from training.samplers import check_steps
 from training.system import Option, System
-from warm.bands import Bands, check_steps, diffuse, predict, spread_levels
-from warm.blur import dct2, filter_bands, frequencies, idct2
+from warm.bands import Bands, diffuse, predict, spread_levels
+from warm.blur import dct2, filter_bands, idct2, log_blur_mask
 from warm.starts import DATA, TrainingImages
 
 KERNEL_REACH = 5  # an 11×11 kernel
@@ -55,7 +56,7 @@ def strong_log_gains(num_steps, n):
     ends = math.log(0.5), math.log(1.25 * n)
     alphas = torch.linspace(*ends, num_steps, dtype=torch.float64, device='cpu').exp()
     alphas = torch.cat([alphas.new_zeros([1]), alphas])
-    return -frequencies(n) * alphas[:, None, None].square() / 2
+    return log_blur_mask(alphas, n).squeeze(1)
 
 
 BLURS = {'paper': kernel_log_gains, 'strong': strong_log_gains}

@@ -28,7 +28,7 @@ from training.loss import augment
 from training.precond import Precond
 from training.system import Option, System
 from warm.bands import Bands, diffuse, predict
-from warm.blur import blur, frequencies
+from warm.blur import blur, log_blur_mask
 from warm.starts import DATA, TrainingImages
 
 DELTA = 0.0125
@@ -70,7 +70,7 @@ class HeatLevels:
     def at(self, k, n):
         """`Bands` of N×N images at levels k ([] or [B, 1, 1, 1])."""
         alpha = self.alpha(k)
-        return Bands(-frequencies(n, k.device) * alpha.square() / 2, torch.full_like(alpha, self.noise))
+        return Bands(log_blur_mask(alpha, n), torch.full_like(alpha, self.noise))
 
 
 class IHDMPrecond(Precond):

@@ -26,8 +26,9 @@ import torch
 from dnnlib import UserError
 from training.loss import augment
 from training.precond import Precond
+from training.samplers import check_steps
 from training.system import Option, System
-from warm.bands import Bands, ancestral_noise_step, check_steps, diffuse, predict, spread_levels, transition
+from warm.bands import Bands, ancestral_noise_step, diffuse, predict, spread_levels, transition_moments
 from warm.blur import dct2, frequencies, idct2
 
 # f(i)/f(N) at level i of N (appendix B), i = 1 … N.
@@ -114,7 +115,7 @@ def lee_loss(net, images, labels=None, augment_pipe=None):
 
 def eq12_step(x, eps, here, there, z=None):
     """x′ = x + H(x) − U B (I−Ā)^−½ Uᵀ ε̂ + U B^½ Uᵀ z, H(x) = x − U a_{i|i′} Uᵀ x (Eq. 12)."""
-    ratio, B = transition(there, here)
+    ratio, B = transition_moments(there, here)
     u = (2 - ratio) * dct2(x) - B / here.noise * dct2(eps)
     return idct2(u if z is None else u + B.sqrt() * dct2(z))
 

@@ -228,3 +228,10 @@ def check_options(num_steps, S_churn, S_noise, solver, eta):
 
 SAMPLER_DEFAULTS = {name: p.default for name, p in inspect.signature(warm_sampler).parameters.items()
                     if p.default is not inspect.Parameter.empty}
+
+
+def with_defaults(options):
+    """All options of `warm_sampler`, defaults filled in, after checking that they go together (UserError)."""
+    full = {**SAMPLER_DEFAULTS, **options}
+    check_options(full['num_steps'], full['S_churn'], full['S_noise'], full['solver'], full['eta'])
+    return full

@@ -25,7 +25,7 @@ from training.precond import SIGMA_DATA, Precond, edm_scalings
 from training.samplers import edm_sigma_steps
 from training.system import GRID_OPTIONS, Option, System
 from warm.bands import Bands, diffuse, grid_options, predict
-from warm.blur import blur, dct2, frequencies, idct2, mask_difference
+from warm.blur import blur, blur_mask, dct2, idct2, log_blur_mask, mask_difference
 from warm.path import PAPER_BNR, ConstantBNR
 
 NUM_STEPS = 200
@@ -56,7 +56,7 @@ class SoftPrecond(Precond):
 
 def soft_bands(path, sigma, n):
     """`Bands` of N×N images at noise level σ, a float64 tensor ([] or [B, 1, 1, 1])."""
-    return Bands(-frequencies(n, sigma.device) * path.alpha(sigma).square() / 2, sigma)
+    return Bands(log_blur_mask(path.alpha(sigma), n), sigma)
 
 
 @dataclasses.dataclass
@@ -80,8 +80,7 @@ def momentum_step(x, x0, alpha, sigma, alpha_next, sigma_next, z=None):
     """The step above from (α, σ) to (α′, σ′ < σ), blurs as 0-d tensors; without noise where z is None."""
     n, gone = x.shape[-1], 1 - (sigma_next / sigma) ** 2
     u, clean = dct2(x), dct2(x0)
-    C = torch.exp(-frequencies(n, x.device) * alpha.square() / 2)
-    u = u + mask_difference(alpha, alpha_next, n) * clean + gone * (C * clean - u)
+    u = u + mask_difference(alpha, alpha_next, n) * clean + gone * (blur_mask(alpha, n) * clean - u)
     return idct2(u if z is None else u + math.sqrt(sigma ** 2 - sigma_next ** 2) * dct2(z))
 
 

@@ -18,7 +18,7 @@ from warm.loss import WarmLoss
 from warm.path import PATHS, parse_path
 from warm.pfgmpp import PFGMPP, with_heavy_tails
 from warm.precond import WarmPrecond
-from warm.samplers import SAMPLER_DEFAULTS, check_options, warm_sampler
+from warm.samplers import warm_sampler, with_defaults
 from warm.soft import SOFT
 from warm.stf import STF
 from warm.targets import TARGETS
@@ -33,8 +33,7 @@ def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
     Raises:
         UserError: a path that the network was not trained for; options that do not go together.
     """
-    full = {**SAMPLER_DEFAULTS, **options}
-    check_options(*(full[name] for name in ('num_steps', 'S_churn', 'S_noise', 'solver', 'eta')))
+    full = with_defaults(options)
     edm_sigma_steps(*(full[name] for name in ('num_steps', 'sigma_min', 'sigma_max', 'rho')), net, 'cpu')
     path = None
     if bnr is not None or bnr_schedule is not None:
@@ -53,8 +52,7 @@ def with_multistep(system):
         for name in options:
             if name not in (*COMMON_SAMPLE_OPTIONS, 'solver'):
                 raise UserError(f'--solver=dpmpp2m has no {flag_of(name)}; leave it out or choose euler or heun')
-        full = {**SAMPLER_DEFAULTS, **options}
-        check_options(*(full[name] for name in ('num_steps', 'S_churn', 'S_noise', 'solver', 'eta')))
+        with_defaults(options)
         return functools.partial(warm_sampler, **options)
     return dataclasses.replace(system, sampler=sampler)
 
