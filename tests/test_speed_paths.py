@@ -23,6 +23,7 @@ from training import training_loop as tl
 from training.acceleration import accelerate
 from training.augment import TRAIN_AUGMENT, AugmentPipe
 from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
+from training.layers import GroupNorm
 from training.loss import EDMLoss
 from training.networks import EDMPrecond
 from training.progress import load_optimizer
@@ -52,6 +53,42 @@ def test_channels_last_is_as_exact(model_type, device):
     assert other[0][0].is_contiguous() and all(p.is_contiguous() for p in net.parameters())
     features = net.model.enc['8x8_conv'](x.contiguous(memory_format=torch.channels_last))
     assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+class NormLayouts(TorchDispatchMode):
+    """Notes whether the features given to PyTorch's group norm were contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == 'native_group_norm':
+            self.found.append(args[0].is_contiguous())
+        elif func.overloadpacket.__name__ == 'native_group_norm_backward':
+            self.found.append(args[0].is_contiguous() and args[1].is_contiguous())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('model_type', NETWORKS)
+def test_norms_of_short_types_with_channels_last(model_type, device):
+    """PyTorch's kernel, which on CUDA refuses other layouts, gets contiguous features; the network's stay as they are."""
+    net = accelerate(make_net(model_type, device=device), precision='bf16', channels_last=True)
+    layouts = []
+    for module in net.modules():
+        if isinstance(module, GroupNorm):
+            module.register_forward_hook(lambda m, inputs, out: layouts.append((layout(inputs[0]), layout(out))))
+    with NormLayouts() as norms:
+        outputs, grads = outputs_and_gradients(net, torch.randn([4, 3, 8, 8], device=device),
+                                               torch.randn([4], device=device))
+    assert len(norms.found) == 2 * len(layouts) and all(norms.found)
+    assert all(before == after for before, after in layouts) and torch.channels_last in dict(layouts)
+    assert all(t.isfinite().all() for t in (*outputs, *grads))
+
+
+def layout(x):
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
 @pytest.mark.parametrize('device', DEVICES)
