@@ -86,7 +86,7 @@ class ShortTypeNorm(torch.autograd.Function):
     """Group norm, and perhaps SiLU, of float16 or bfloat16 features, computed in float32 and rounded once.
 
     What is kept for the backward pass is the input in its short type; the float32 values are made anew. The result and
-    the gradient are laid out as the input; in between all is contiguous, since on CUDA the kernels refuse anything else.
+    the gradient are laid out as the input; in between all is contiguous, as the kernels for CUDA demand.
     """
 
     @staticmethod
