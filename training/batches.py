@@ -94,7 +94,8 @@ def gathered_batches(dataset, sampler, batch, device):
         tensors = [torch.from_numpy(array) for array in dataset.batch(indices)]
         if not cuda:
             return tensors, None
-        with torch.cuda.stream(stream):
+        # A thread starts on GPU 0, where leaving the stream's context would open a context of this process's too.
+        with torch.cuda.device(device), torch.cuda.stream(stream):
             tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
             event = torch.cuda.Event()
             event.record()

@@ -85,28 +85,36 @@ SHORT_TYPES = (torch.float16, torch.bfloat16)
 class ShortTypeNorm(torch.autograd.Function):
     """Group norm, and perhaps SiLU, of float16 or bfloat16 features, computed in float32 and rounded once.
 
-    What is kept for the backward pass is the input in its short type; the float32 values are made anew.
+    What is kept for the backward pass is the input in its short type; the float32 values are made anew. The result and
+    the gradient are laid out as the input; in between all is contiguous, as the kernels for CUDA demand.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, num_groups, eps, silu):
-        y, mean, rstd = torch.native_group_norm(x.to(torch.float32), weight, bias, *_sizes(x), num_groups, eps)
+        wide = x.to(torch.float32, memory_format=torch.contiguous_format)
+        y, mean, rstd = torch.native_group_norm(wide, weight, bias, *_sizes(x), num_groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.num_groups, ctx.silu = num_groups, silu
-        return (F.silu(y) if silu else y).to(x.dtype)
+        return (F.silu(y) if silu else y).to(x.dtype, memory_format=_layout(x))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        wide, grad = x.to(torch.float32), grad.to(torch.float32)
+        wide, grad = (t.to(torch.float32, memory_format=torch.contiguous_format) for t in (x, grad))
         if ctx.silu:
             y = (wide.unflatten(1, (ctx.num_groups, -1)) - mean[:, :, None, None, None]) * rstd[:, :, None, None, None]
             y = torch.addcmul(bias[:, None, None], y.flatten(1, 2), weight[:, None, None])
             gate = y.sigmoid()
             grad = grad * (gate * (1 + y * (1 - gate)))
         grads = torch.ops.aten.native_group_norm_backward(
-            grad.contiguous(), wide.contiguous(), mean, rstd, weight, *_sizes(x), ctx.num_groups, [True, True, True])
-        return grads[0].to(x.dtype), grads[1], grads[2], None, None, None
+            grad, wide, mean, rstd, weight, *_sizes(x), ctx.num_groups, [True, True, True])
+        return grads[0].to(x.dtype, memory_format=_layout(x)), grads[1], grads[2], None, None, None
+
+
+def _layout(x):
+    """The memory format of features [B, C, H, W]."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last and not x.is_contiguous() else torch.contiguous_format
 
 
 def _sizes(x):

@@ -15,12 +15,12 @@ import math
 import torch
 
 
-def _constant(function):
+def constant(function):
     """Cache a function's tensors; made outside inference mode, since autograd may need them later."""
     return functools.lru_cache(maxsize=32)(torch.inference_mode(False)(function))
 
 
-@_constant
+@constant
 def dct_matrix(n, device=torch.device('cpu')):
     """Orthonormal DCT-II matrix [n, n], float64: row k holds √(2/n)·cos(πk(i+½)/n), row 0 is √(1/n)."""
     k, i = (torch.arange(n, dtype=torch.float64) for _ in range(2))
@@ -29,7 +29,7 @@ def dct_matrix(n, device=torch.device('cpu')):
     return matrix.to(device)
 
 
-@_constant
+@constant
 def frequencies(n, device=torch.device('cpu')):
     """λ[k,l] = (πk/n)² + (πl/n)² [n, n], float64, per squared pixel: the eigenvalues of −Laplace."""
     f = (torch.arange(n, dtype=torch.float64) * (math.pi / n)).square()
@@ -124,7 +124,7 @@ def prior_spectrum(n, sigma_data=0.5):
     return s * (sigma_data ** 2 / s.mean())
 
 
-@_constant
+@constant
 def _prior_on(n, sigma_data, device):
     return prior_spectrum(n, sigma_data).to(device)
 

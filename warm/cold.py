@@ -32,7 +32,7 @@ from training.precond import Precond
 from training.samplers import check_steps
 from training.system import Option, System
 from warm.bands import Bands, diffuse, predict, spread_levels
-from warm.blur import dct2, filter_bands, idct2, log_blur_mask
+from warm.blur import constant, dct2, filter_bands, idct2, log_blur_mask
 from warm.starts import DATA, TrainingImages
 
 KERNEL_REACH = 5  # an 11×11 kernel
@@ -62,10 +62,10 @@ def strong_log_gains(num_steps, n):
 BLURS = {'paper': kernel_log_gains, 'strong': strong_log_gains}
 
 
-@functools.lru_cache(maxsize=8)
-def log_gains(name, num_steps, n):
-    """The table of BLURS[name]."""
-    return BLURS[name](num_steps, n)
+@constant
+def log_gains(name, num_steps, n, device=torch.device('cpu')):
+    """The table of BLURS[name] on a device."""
+    return BLURS[name](num_steps, n).to(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ColdProcess:
 
     def at(self, s, n):
         """`Bands` of N×N images at steps s, an integer tensor ([] or [B, 1, 1, 1]) on their device."""
-        table = log_gains(self.blur, self.num_steps, n).to(s.device)
+        table = log_gains(self.blur, self.num_steps, n, s.device)
         log_signal = table.index_select(0, s.flatten()).reshape(*s.shape[:2], n, n)
         return Bands(log_signal, torch.zeros(s.shape, dtype=torch.float64, device=s.device))
 

@@ -28,7 +28,7 @@ from training.loss import augment
 from training.precond import Precond
 from training.system import Option, System
 from warm.bands import Bands, diffuse, predict
-from warm.blur import blur, log_blur_mask
+from warm.blur import blur, constant, log_blur_mask
 from warm.starts import DATA, TrainingImages
 
 DELTA = 0.0125
@@ -65,12 +65,18 @@ class HeatLevels:
 
     def alpha(self, k):
         """Blur at levels k, an integer tensor; its shape and device."""
-        return self.alphas.to(k.device).take(k)
+        return _alphas_on(self, k.device).take(k)
 
     def at(self, k, n):
         """`Bands` of N×N images at levels k ([] or [B, 1, 1, 1])."""
         alpha = self.alpha(k)
         return Bands(log_blur_mask(alpha, n), torch.full_like(alpha, self.noise))
+
+
+@constant
+def _alphas_on(levels, device):
+    """The table of blurs on a device: copied once, since each copy would be waited for."""
+    return levels.alphas.to(device)
 
 
 class IHDMPrecond(Precond):

@@ -29,7 +29,7 @@ from training.precond import Precond
 from training.samplers import check_steps
 from training.system import Option, System
 from warm.bands import Bands, ancestral_noise_step, diffuse, predict, spread_levels, transition_moments
-from warm.blur import dct2, frequencies, idct2
+from warm.blur import constant, dct2, frequencies, idct2
 
 # f(i)/f(N) at level i of N (appendix B), i = 1 … N.
 F_TYPES = {
@@ -77,10 +77,16 @@ class LeeChain:
 
     def at(self, i, n):
         """`Bands` of N×N images at level i, an integer tensor ([] or [B, 1, 1, 1]) in 0…N on their device."""
-        log_alpha, f = (table.to(i.device).take(i) for table in self.sums)
+        log_alpha, f = (table.take(i) for table in _sums_on(self, i.device))
         log_power = log_alpha - frequencies(n, i.device) * self.sigma ** 2 * f
         # √Ā as exp of half the log: Ā itself underflows.
         return Bands(log_power / 2, (-torch.expm1(log_power)).sqrt())
+
+
+@constant
+def _sums_on(chain, device):
+    """The chain's tables on a device: copied once, since each copy would be waited for."""
+    return tuple(table.to(device) for table in chain.sums)
 
 
 class LeePrecond(Precond):

@@ -82,7 +82,9 @@ class PFGMPPLoss:
         y, augment_labels = augment(images, augment_pipe)
         n = torch.randn_like(y)
         freedom = torch.full([len(y), 1, 1, 1], float(self.aug_dim), dtype=torch.float64, device=y.device)
-        chi_square = torch.distributions.Chi2(freedom, validate_args=False).sample()
+        # Not as Chi2, which would copy its rate ½ to the device and wait for that.
+        gamma = torch.distributions.Gamma(freedom / 2, torch.full_like(freedom, 0.5), validate_args=False)
+        chi_square = gamma.sample()
         noise = (sigma * heavy_tailed(n, chi_square, self.aug_dim)).to(y.dtype)
         D_yn = net(y + noise, sigma, labels, augment_labels=augment_labels)
         return edm_loss_weight(sigma, self.sigma_data) * (D_yn - y) ** 2

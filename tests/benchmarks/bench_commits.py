@@ -31,7 +31,7 @@ def seconds(tree, system, kimg, folder):
     start = spent()
     done = subprocess.run([sys.executable, 'train.py', f'--outdir={folder}', f'--precond={system}', *OPTIONS,
                            f'--duration={kimg / 1000:g}'], cwd=tree, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
     if done.returncode:
         raise click.ClickException(f'the training in {tree} failed:\n{done.stdout}{done.stderr}')
     return spent() - start

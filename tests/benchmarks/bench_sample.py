@@ -7,6 +7,7 @@ without TF32, `floor` the network's arithmetic at the measured peak of a matrix 
 times are processor time, so that what writers in the background take is seen in full.
 """
 
+import json
 import pathlib
 import sys
 import tempfile
@@ -96,6 +97,8 @@ def main(arch, cbase, size, batches, steps, repeats, compile, out):
             precision = name.split(', ')[1]
             rows.append(dict(batch=batch, way=name, images_per_second=len(seeds) / s, ratio=seconds['edm, fp32'] / s,
                              floor=flops * len(seeds) / peaks[precision] / s))
+            if cuda:
+                print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next batch does not suffice
     report(f'Sampling, {arch}, {steps} steps (NFE {2 * steps - 1})', rows,
            dict(network=network_kwargs, steps=steps, flops=flops, repeats=repeats,
                 matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)

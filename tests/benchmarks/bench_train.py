@@ -9,6 +9,7 @@ the row's own precision. On a CPU, times are processor time of one thread, worke
 """
 
 import contextlib
+import json
 import pathlib
 import sys
 import tempfile
@@ -216,6 +217,7 @@ def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
                 trainer = Trainer(system, options, network_kwargs, data, batch, device)
                 seconds[name] = alternate({name: trainer.step}, repeats, device)[name]
                 rows.append(row(name, trainer, options, seconds, flops, peaks))
+                print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next one does not suffice
                 trainer.batches.close()
                 del trainer
                 torch.cuda.empty_cache()

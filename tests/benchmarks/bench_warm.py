@@ -59,7 +59,9 @@ def training_step(name, net, images):
     def step():
         net.train()
         optimizer.zero_grad(set_to_none=True)
-        loss(net, images).mean().backward()
+        total = loss(net, images).mean()
+        with net.products():
+            total.backward()
         optimizer.step()
     return step
 
