@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-gpu bench clean
 
 demo: $(VENV)/.installed  ## Train Warm and EDM on the embedded digits, generate, score, draw demo/demo.png
 	$(PY) -m warm.demo --outdir=demo
 
+# Without GPUs: the same everywhere, and no two ranks of a test meet on one GPU.
 test: $(VENV)/.installed-test  ## The whole test suite
-	$(PY) -m pytest -q
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q
+
+test-gpu: $(VENV)/.installed-test  ## What needs a GPU
+	$(PY) -m pytest -q tests/test_precision.py tests/test_speed_paths.py -k 'cuda or gpu'
 
 bench: $(VENV)/.installed-test  ## The benchmarks, one after the other
 	for b in tests/benchmarks/bench_*.py; do $(PY) $$b || exit 1; done

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -152,6 +154,23 @@ def test_a_run_is_one_workers_at_a_time(tiny, tmp_path):
         result = carry_out(tmp_path, '--questions=1', '--only=edm-cond')
         assert result.exit_code == 0 and not records(tmp_path)
     assert carry_out(tmp_path, '--questions=1', '--only=edm-cond').exit_code == 0 and records(tmp_path)
+
+
+def test_a_training_keeps_the_lock_of_a_killed_worker(tmp_path):
+    with study_pieces.claimed(tmp_path / 'lock') as lock:
+        child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE, pass_fds=[lock.fileno()])
+    with child:
+        with study_pieces.claimed(tmp_path / 'lock') as lock:
+            assert lock is None
+        child.communicate(b'\n')
+    with study_pieces.claimed(tmp_path / 'lock') as lock:
+        assert lock is not None
+
+
+def test_no_piece_starts_a_training_that_it_cannot_use(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, start_sec=600))
+    result = carry_out(tmp_path, '--questions=1', '--only=edm-cond', '--minutes=5')
+    assert result.exit_code == 0 and 'Time is up' in result.output and 'train.py' not in result.output
 
 
 @pytest.mark.parametrize('options, words', [

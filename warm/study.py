@@ -132,10 +132,10 @@ def work_on(study, run):
     if not study.missing(run) or not parent_ready(study, run):
         return False
     make_dirs(study.folder(run.name))
-    with claimed(study.folder(run.name) / 'lock') as mine:
-        if not mine or not study.missing(run):
+    with claimed(study.folder(run.name) / 'lock') as lock:
+        if lock is None or not study.missing(run):
             return False
-        train(study, run)
+        train(study, run, lock)
         for score in study.missing(run):
             measure(study, run, score)
     return True
@@ -155,14 +155,17 @@ def train_command(study, run):
             '--dump=1', '--auto-resume', *([f'--transfer={parent}'] if parent else [])]
 
 
-def train(study, run):
-    """Bring the run to its end, unless all networks that are still to be scored are there."""
+def train(study, run, lock):
+    """Bring the run to its end, unless all networks that are still to be scored are there.
+
+    The training has the run's `lock` too: if this process is killed, no other worker trains beside it.
+    """
     if all(study.snapshot(run.name, score.kimg) for score in study.missing(run)):
         return
-    study.clock.need(2 * SAVE_SEC)
+    study.clock.need(study.scale.start_sec + 2 * SAVE_SEC)
     command = train_command(study, run)
     print(f'\n$ {shlex.join(command)}', flush=True)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()])
     try:
         code = wait_for(process, study.clock.left() - SAVE_SEC, lambda: keep_networks(study, run))
     finally:

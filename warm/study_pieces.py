@@ -27,11 +27,15 @@ class Clock:
 
 @contextlib.contextmanager
 def claimed(path, wait=False):
-    """Hold a lock file for a while; yields whether it could be had (a worker that dies lets go of it)."""
+    """Hold a lock file for a while; yields it, None if another holds it.
+
+    The lock goes when the last process dies that has the open file: a child that is given it (`pass_fds`) keeps it for
+    a parent that is killed.
+    """
     with open(path, 'a') as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            yield False
+            yield None
             return
-        yield True
+        yield file

@@ -28,6 +28,7 @@ class Scale:
         metrics: As for fid.py.
         train: Flags of train.py that all runs share.
         draw: Options with which all networks are drawn from besides a score's own.
+        start_sec: Seconds until a training's first step, compilation included: no piece starts one with less left.
         timed: Whether each training had its processor to itself, so that their seconds compare.
         main: Thousands of images seen at which the main comparison is scored.
         side: The same for all other questions; one of `main`.
@@ -53,6 +54,7 @@ class Scale:
     num: int
     batch: int
     draw: tuple = ()
+    start_sec: float = 0
     timed: bool = True
 
 
@@ -218,7 +220,7 @@ SCALES = {scale.name: scale for scale in (
                '--compact-state'),
         draw=(('precision', 'bf16'),),
         main=(1000, 2000, 4000, 8000), side=2000, transfer=(100, 200, 400, 1000, 2000), main_seeds=(0, 1),
-        side_seeds=(0,), num=10_000, batch=2000),
+        side_seeds=(0,), num=10_000, batch=2000, start_sec=120),
     Scale(
         name='cifar10-16', title='CIFAR-10 at 16×16, on a CPU',
         note='A network of 1.5 M parameters that has seen every photograph fewer than three times: far from its best, '

@@ -36,7 +36,8 @@ def seconds_per_kimg(ranks, options, folder):
     launcher = [] if ranks == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', '--']
     outdir = pathlib.Path(folder) / f'{ranks}-{len(list(pathlib.Path(folder).iterdir()))}'
     subprocess.run([sys.executable, *launcher, str(script), str(ROOT / 'train.py'), *options, f'--outdir={outdir}'],
-                   check=True, stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+                   check=True, stdout=subprocess.DEVNULL,
+                   env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
     stats, = outdir.glob('*/stats.jsonl')
     lines = [json.loads(line) for line in stats.read_text().splitlines()][1:]
     return min(line['Timing/sec_per_kimg']['mean'] for line in lines)  # the least disturbed tick

@@ -1,9 +1,9 @@
 """All that needs a GPU, in one command of at most ten minutes: the CUDA tests and every benchmark, into one JSON file.
 
-    python tests/benchmarks/gpu_all.py --out=gpu.json [--seconds=570] [--tiny]
+    python tests/benchmarks/gpu_all.py --out=gpu.json [--seconds=570] [--only=fid,data] [--tiny]
 
-What no longer fits into the time is left out and named in the file. With --tiny everything runs at a small size, on
-the CPU too, to try the script itself.
+What no longer fits into the time is left out and named in the file; a second call with --only makes up for it. With
+--tiny everything runs at a small size, on the CPU too, to try the script itself.
 """
 
 import json
@@ -33,6 +33,7 @@ RUNS = {
     'train-64-a-gpu': ('bench_train.py', ['--batch=64', '--only=bf16'], None, 90),
     'sample-compiled': ('bench_sample.py', ['--compile', '--batch=64'], None, 150),
     'fid': ('bench_fid.py', ['--images=2048'], ['--images=8', '--dims=32', '--repeats=1'], 90),
+    'presets': ('bench_presets.py', ['--repeats=5'], ['--only=ffhq', '--tiny'], 400),
 }
 
 
@@ -53,7 +54,8 @@ def run_one(command, limit):
 @click.option('--seconds', type=float, default=570, show_default=True, help='Time for everything')
 @click.option('--tiny', is_flag=True, help='Small sizes, on the CPU too')
 @click.option('--tests/--no-tests', default=True, help='Run the tests as well')
-def main(out, seconds, tiny, tests):
+@click.option('--only', metavar='LIST', default=','.join(RUNS), show_default=True, help='Which benchmarks')
+def main(out, seconds, tiny, tests, only):
     """Measure everything."""
     import torch
     end, device = time.monotonic() + seconds, 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -68,7 +70,8 @@ def main(out, seconds, tiny, tests):
         words = 'near_float32' if tiny else 'cuda or gpu'
         record('tests', run_one(['-m', 'pytest', '-q', *CUDA_TESTS, '-k', words], min(120, end - time.monotonic())))
     with tempfile.TemporaryDirectory() as folder:
-        for name, (script, options, tiny_options, limit) in RUNS.items():
+        for name in only.split(','):
+            script, options, tiny_options, limit = RUNS[name]
             options = tiny_options if tiny else options
             left = end - time.monotonic()
             if options is None or left < 20:
