@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError
-from tests.commands import SMALL, invoke, refused, run_command
+from tests.commands import ROOT, SMALL, invoke, refused, run_command
 from tests.test_precision import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
 from training import acceleration, decoded, generation
 from training import batches as b
@@ -458,3 +460,26 @@ def test_a_failed_write_ends_the_drawing(tmp_path, monkeypatch):
 def test_default_batch():
     net = make_net()
     assert generation.default_batch(net) == generation.BATCH == 64
+
+
+# ---- Benchmarks that count.
+
+SMALL_NETWORK = dict(img_resolution=8, model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1)
+COUNT = f'''
+import contextlib, json, sys
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tests.benchmarks.bench_memory import WAYS, peak_of
+with FakeTensorMode() if sys.argv[1] == 'fake' else contextlib.nullcontext():
+    print(json.dumps({{name: peak_of(*way, {SMALL_NETWORK}, 4) for name, way in WAYS.items()}}))
+'''
+
+
+def test_memory_is_counted_as_real_tensors_would_have_it():
+    """bench_memory.py's tensors without values live as long as real ones; between steps 16 bytes a parameter remain."""
+    fake, real = (json.loads(subprocess.run([sys.executable, '-c', COUNT, kind], cwd=ROOT, capture_output=True,
+                                            text=True, check=True).stdout) for kind in ('fake', 'real'))
+    net = SYSTEMS['edm'].network_class(img_channels=3, augment_dim=9, **SMALL_NETWORK)
+    weights = sum(p.numel() for p in net.parameters())
+    for way, (between, peak) in real.items():
+        assert fake[way] == [pytest.approx(between, rel=0.01), pytest.approx(peak, rel=0.01)], way
+        assert 16 * weights < between < 1.1 * 16 * weights < peak, way
