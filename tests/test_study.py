@@ -251,7 +251,7 @@ def test_page_with_inception_scores_and_times(tmp_path):
             for k, kimg in enumerate(scale.main) for (name, metric), value in found.items()]
     (tmp_path / 'cifar10-16.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in rows))
     text = study_page.page(tmp_path, '', study_page.Figures(tmp_path))
-    assert '|  | EDM | Warm | difference | Warm is | EDM, IS-cifar16 | Warm, IS-cifar16 | EDM\'s training |' in text
+    assert '|  | EDM | Warm | difference | verdict | EDM, IS-cifar16 | Warm, IS-cifar16 | EDM\'s training |' in text
     assert (f'| unconditional, {scale.main[0]:g} kimg | 3 | 2 | -1 (-33%) | undecided (one seed) | 5 | 6 '
             f'| {scale.main[0]:g} s | {scale.main[0]:g} s |') in text
     assert (tmp_path / 'results-cifar10-16-time.png').exists()

@@ -71,7 +71,7 @@ def question_1(scores, figures):
                 curves['time'].append(dict(curve, x=times))
     figures('main', curves['main'], 'thousands of images seen', f'{scores.label()} ↓')
     figures('time', curves['time'], 'seconds of training', f'{scores.label()} ↓')
-    heads = ['', 'EDM', 'Warm', 'difference', 'Warm is']
+    heads = ['', 'EDM', 'Warm', 'difference', 'verdict']
     heads += [f'EDM, {inception}', f'Warm, {inception}'] if inception else []
     heads += ["EDM's training", "Warm's training"] if scores.scale.timed else []
     return table(heads, rows)
@@ -99,7 +99,7 @@ def question_2(scores, figures):
               for column, label in ((2, 'a network each'), (5, 'one network for all'))]
     figures('bnr', curves, 'Blur-to-Noise Ratio', f'{scores.label()} ↓',
             ticks=[f'{bnr:g}' for bnr in PAPER_BNRS])
-    return table(['BNR', "paper's FID", 'a network each', 'minus EDM', 'is', 'one network for all'], rows)
+    return table(['BNR', "paper's FID", 'a network each', 'minus EDM', 'verdict', 'one network for all'], rows)
 
 
 def question_3(scores, figures):
@@ -138,7 +138,7 @@ def question_4(scores, figures):
     if not any(scores.values(what, kimg) for what in ('warm-clean', 'warm-blurred', 'warm-clean-blurred',
                                                       'warm-blurring')):
         return NOTHING
-    first = table([f'Parametrisation, {mimg(kimg)}', "paper's FID", scores.label(), 'minus (d)', 'is'], rows)
+    first = table([f'Parametrisation, {mimg(kimg)}', "paper's FID", scores.label(), 'minus (d)', 'verdict'], rows)
     paper = {row.nfe: row.fid for row in TABLE_4}
     rows = [[str(2 * n - 1), f'{paper[2 * n - 1]:.2f}', *(shown(of_seed_0(scores.solved(what, kimg, 'heun', n)))
                                                           for what in ('warm-blurring', WARM))] for n in SCHEDULE_STEPS]
@@ -157,7 +157,7 @@ def question_5(scores, figures):
             rows.append([f'`{flag}={value}` for {chosen}', shown(ours), shown(values), *against(values, ours)])
     if all(row[2] == NONE for row in rows):
         return NOTHING
-    return table([f'Alternative, {mimg(kimg)}', 'as chosen', 'alternative', 'difference', 'alternative is'], rows)
+    return table([f'Alternative, {mimg(kimg)}', 'as chosen', 'alternative', 'difference', 'verdict'], rows)
 
 
 def question_6(scores, figures):
@@ -170,7 +170,7 @@ def question_6(scores, figures):
     if all(row[1] == NONE for row in rows):
         return NOTHING
     return f'Parent: EDM after {mimg(parent_kimg)}, {shown(parent)}.\n\n' + table(
-        ['images after the transfer', 'to Warm', 'to EDM', 'Warm minus parent', 'is', 'Warm minus EDM', 'is'], rows)
+        ['images after the transfer', 'to Warm', 'to EDM', 'Warm minus parent', 'verdict', 'Warm minus EDM', 'verdict'], rows)
 
 
 QUESTIONS = {
