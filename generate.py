@@ -60,7 +60,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     if trajectory is not None and not source.system.predicts_images:
         raise UserError(f'--trajectory shows estimates of the image, which a {source.system.title} network does not '
                         'make; leave it out')
-    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, source.facts, overwrite))
+    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, source.facts, source.difference, overwrite))
     if len(missing) < len(seeds):
         dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images are there already and kept.')
     dist.print0(f'Generating {len(missing)} images to {outdir}...')
