@@ -91,5 +91,26 @@ def test_networks_without_a_file(tmp_path):
 def test_data_is_no_option_of_other_systems(root):
     net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
     assert net.snapshot.system == net.system == 'edm' and not net.snapshot.state_dict
-    with pytest.raises(UserError, match='--data is not an option'):
+    with pytest.raises(UserError, match='^data is not an option'):
         warm.sample(net, [1], data=EMBEDDED)
+
+
+@pytest.mark.parametrize('seeds, options, said', [
+    ([], {}, 'there are no seeds'), ('0-3', {}, 'the seeds 0-3 are no integers'), (3, {}, 'no integers'),
+    ([0.5], {}, 'no integers'), ([1], {'batch': 0}, 'batch is 0'),
+    ([1], {'batch': 2.5}, 'batch is 2.5'),
+    ([1], {'steps': 2}, '^steps is not an option .* it takes num_steps, sigma_min'),
+    ([1], {'class_idx': 99}, '^class_idx=99 is out of range'),
+])
+def test_bad_input(root, seeds, options, said):
+    """The sentences name keywords, not flags."""
+    net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
+    with pytest.raises(UserError, match=said) as e:
+        warm.sample(net, seeds, **options)
+    assert '--' not in str(e.value)
+
+
+def test_seeds_of_any_kind(root):
+    net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
+    images = [warm.sample(net, seeds, num_steps=1) for seeds in ([0, 1], range(2), np.arange(2), torch.arange(2))]
+    assert all(torch.equal(x, images[0]) for x in images)

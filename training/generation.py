@@ -20,15 +20,15 @@ from training.samplers import StackedRandomGenerator
 from torch_utils import distributed
 
 
-def check_class(net, class_idx):
-    """Refuse a class index that the network does not have (UserError)."""
+def check_class(net, class_idx, name='--class'):
+    """Refuse a class index that the network does not have (UserError); `name` is what the user calls it."""
     if class_idx is None:
         return
     if not net.label_dim:
-        raise UserError(f'--class={class_idx} needs a class-conditional network, but this one is unconditional; '
-                        'leave --class out')
+        raise UserError(f'{name}={class_idx} needs a class-conditional network, but this one is unconditional; '
+                        f'leave {name} out')
     if not 0 <= class_idx < net.label_dim:
-        raise UserError(f'--class={class_idx} is out of range: this network has the classes 0 to {net.label_dim - 1}')
+        raise UserError(f'{name}={class_idx} is out of range: this network has the classes 0 to {net.label_dim - 1}')
 
 
 @torch.no_grad()
@@ -214,8 +214,8 @@ def _check_layout(outdir, present, seeds, subdirs):
     for seed in seeds:
         if _name(seed, not subdirs) in present:
             remedy = 'leave --subdirs out' if subdirs else 'add --subdirs'
-            raise UserError(f'{outdir} holds the image of seed {seed} as {_name(seed, not subdirs)} already, and a second '
-                            f'one would count it twice; {remedy}, or choose another --outdir')
+            raise UserError(f'{outdir} holds the image of seed {seed} as {_name(seed, not subdirs)} already, and a '
+                            f'second one would count it twice; {remedy}, or choose another --outdir')
 
 
 def _check_all_replaced(outdir, present, wanted, reason, overwrite):
@@ -228,10 +228,12 @@ def _check_all_replaced(outdir, present, wanted, reason, overwrite):
         remedy = ', or replace them with --overwrite'
     elif all(seed.isdecimal() for seed in seeds):
         text = format_int_list(sorted(map(int, seeds)))
-        remedy = f', or replace all of them: --overwrite with --seeds that include {text[:100]}{"…" * (len(text) > 100)}'
+        text = text if len(text) <= 100 else f'{text[:100]}…'
+        remedy = f', or replace all of them: --overwrite with --seeds that include {text}'
     else:
         remedy = f', one without such images as {left[0]}'
-    raise UserError(f'{outdir} holds {len(present)} images that were made with {reason}; choose another --outdir{remedy}')
+    raise UserError(f'{outdir} holds {len(present)} images that were made with {reason}; '
+                    f'choose another --outdir{remedy}')
 
 
 def _delete(outdir, names):
