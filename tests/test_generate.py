@@ -14,8 +14,11 @@ import torch
 
 from dnnlib import UserError
 from tests.commands import ROOT, invoke, refused, run_command, torchrun
+from tests.test_family_systems import TRAINABLE, few_steps, short_network
 from training import generation as gen
+from training.dataset import EMBEDDED
 from training.networks import EDMPrecond
+from training.provenance import trace
 from training.samplers import StackedRandomGenerator
 from training.snapshot import save_snapshot
 from warm.precond import WarmPrecond
@@ -156,6 +159,10 @@ def test_disjoint_seeds_of_other_settings_are_not_mixed(tmp_path, networks, subd
         refused(invoke(*base, '--seeds=10,2000', *other), 'other options', '--overwrite with --seeds that include 0,1')
         refused(invoke(*base, '--seeds=1,2000', *other, '--overwrite'), 'another --outdir', '--seeds that include 0')
         assert state_of(tmp_path) == state
+    if subdirs:
+        done = torchrun(*base, '--seeds=10,2000', '--steps=3', ok=False)
+        assert done.returncode and 'other options' in done.stderr and 'UserError' not in done.stderr
+        assert state_of(tmp_path) == state
     assert invoke(*base, '--seeds=10,2000', '--steps=2').exit_code == 0  # the same settings may be continued
     assert state.items() <= state_of(tmp_path).items() and len(images_in(tmp_path)) == 4
     assert invoke(*base, '--seeds=1', '--steps=2', '--overwrite').exit_code == 0
@@ -223,6 +230,26 @@ def test_what_makes_no_difference_is_no_other_option(tmp_path, networks):
     assert state.items() <= state_of(tmp_path / 'o').items()
     for options in (['--steps=17'], ['--S_churn=1'], ['--solver=euler'], ['--sigma_max=79'], ['--S_churn=1']):
         refused(invoke(*base, f'--network={renamed}', '--seeds=0', *options), 'other options (the defaults, now --')
+
+
+@pytest.mark.parametrize('name', TRAINABLE)
+def test_traces_tell_samplers_apart(name):
+    """Of every system: the same for the defaults spelled out, another for any option that changes the sampler."""
+    net, system = short_network(name), SYSTEMS[name]
+    given = {**few_steps(name), **({'data': EMBEDDED} if system.starts_from_data else {})}
+    given.update({'num_steps': 3} if 'num_steps' in given else {})  # of two steps, rho decides nothing
+    own = {option.name: option.default for option in system.own_sample_options if option.default is not None}
+    others = [{'num_steps': 1}, {'sigma_max': 79}, {'rho': 6}, {'S_churn': 1}, {'solver': 'euler'}, {'disc': 'vp'},
+              {'epsilon_scale': '1.0006'}, {'reverse_step': 'ancestral'}, {'ihdm_delta': 0.02},
+              {'eta': 1, 'solver': 'euler'}]
+    known = (*system.sample_options, *(option.name for option in system.own_sample_options))
+
+    def traced(options):
+        return trace(net, system.make_sampler(net, {**given, **options}))
+    plain = traced({})
+    assert traced(own) == plain == traced({}) and isinstance(net.model, torch.nn.Module) and net.model.num_blocks
+    changed = [plain, *(traced(options) for options in others if set(options) <= set(known))]
+    assert len(set(changed)) == len(changed) > 1
 
 
 def test_records_of_any_content(tmp_path, networks):

@@ -1,5 +1,7 @@
 """The library on systems that start from training images: where it takes them from (the rest: test_warm_commands)."""
 
+import shutil
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 import warm
 from dnnlib import UserError
-from tests.commands import invoke
+from tests.commands import invoke, refused
 from training.dataset import EMBEDDED
 from training.snapshot import save_snapshot
 from training.training_loop import facts
@@ -114,3 +116,18 @@ def test_seeds_of_any_kind(root):
     net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
     images = [warm.sample(net, seeds, num_steps=1) for seeds in ([0, 1], range(2), np.arange(2), torch.arange(2))]
     assert all(torch.equal(x, images[0]) for x in images)
+
+
+def test_the_same_data_set_elsewhere_continues_a_folder(tmp_path):
+    """generate.py compares what the sampler starts from, not where it lies."""
+    network = snapshot_of('cold', tmp_path / 'network.safetensors', dict(digits(), name='photographs', num_images=3))
+    for name, shift in (('here', 0), ('there', 0), ('others', 1)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            PIL.Image.fromarray(np.full([8, 8], 80 * i + shift, np.uint8)).save(tmp_path / name / f'{i}.png')
+    base = ['generate.py', f'--network={network}', f'--outdir={tmp_path / "out"}']
+    assert invoke(*base, '--seeds=0-1', f'--data={tmp_path / "here"}').exit_code == 0
+    assert invoke(*base, '--seeds=2', f'--data={tmp_path / "there"}').exit_code == 0
+    refused(invoke(*base, '--seeds=3', f'--data={tmp_path / "others"}'), 'other options')
+    shutil.rmtree(tmp_path / 'here')
+    refused(invoke(*base, '--seeds=3', f'--data={tmp_path / "there"}'), 'other options')

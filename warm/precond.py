@@ -93,7 +93,8 @@ class WarmPrecond(Precond):
             alpha = self.family.default.alpha(sigma)
         given = torch.as_tensor(alpha)
         if given.device.type == 'cpu' and not (given.isfinite() & (given >= 0)).all():
-            raise UserError(f'Got the blur {str(given.flatten().tolist())[:100]}: give numbers of pixels ≥ 0.')
+            raise UserError(f'Got the blur {str(given.flatten().tolist())[:100]} in pixels: give numbers ≥ 0, '
+                            'and noise levels > 0.')
         alpha = given.to(x.device).reshape(-1, 1, 1, 1)
         if len(alpha) not in (1, len(x)):
             raise UserError(f'Got {len(alpha)} blur levels for {len(x)} images: give one in all, or one an image.')
