@@ -155,6 +155,7 @@ def save_png(path, image):
 
 
 RECORD = 'generation.json'
+SEED_NAME = re.compile(r'(?:\d{6,}/)?(\d{6,18})\.png')  # of `image_path`, in its folder
 
 
 def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=False):
@@ -206,7 +207,7 @@ def _name(seed, subdirs):
 def _images_in(outdir, only_seeds):
     """Names of the images that fid.py would count in a folder; of those that a seed names, if so asked."""
     names = find_images(open_archive(outdir))
-    return {name for name in names if not only_seeds or re.fullmatch(r'(\d{6,}/)?\d{6,}\.png', name)}
+    return {name for name in names if not only_seeds or SEED_NAME.fullmatch(name)}
 
 
 def _check_layout(outdir, present, seeds, subdirs):
@@ -223,11 +224,10 @@ def _check_all_replaced(outdir, present, wanted, reason, overwrite):
     left = sorted(present - wanted.keys())
     if overwrite and not left:
         return
-    seeds = [pathlib.PurePosixPath(name).stem for name in left]
     if not left:
         remedy = ', or replace them with --overwrite'
-    elif all(seed.isdecimal() for seed in seeds):
-        text = format_int_list(sorted(map(int, seeds)))
+    elif all(SEED_NAME.fullmatch(name) for name in left):
+        text = format_int_list(sorted(int(SEED_NAME.fullmatch(name)[1]) for name in left))
         text = text if len(text) <= 100 else f'{text[:100]}…'
         remedy = f', or replace all of them: --overwrite with --seeds that include {text}'
     else:
