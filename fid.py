@@ -7,7 +7,7 @@ import click
 
 from dnnlib import UserError
 from dnnlib.download import is_url
-from dnnlib.text import parse_int_list
+from dnnlib.text import parse_seeds
 from torch_utils import distributed
 from training import metrics as m
 from training.detectors import DETECTORS
@@ -176,7 +176,7 @@ def main():
 @click.option('--seed', help='Chooses the random subsets', metavar='INT', type=click.IntRange(min=0), default=0,
               show_default=True)
 @click.option('--seeds', help=f'Random seeds of the images of --network  [default: 0-{NUM - 1}]', metavar='LIST',
-              type=parse_int_list)
+              type=parse_seeds)
 @click.option('--rounds', help='Score as many consecutive ranges of seeds and print the best  [default: 1]',
               metavar='INT', type=click.IntRange(min=1))
 @click.option('--log', help=f'File to append the scores to  [default: {LOG_NAME} beside the images or the snapshot]',

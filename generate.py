@@ -6,7 +6,8 @@ import PIL.Image
 import tqdm
 
 from dnnlib import UserError
-from dnnlib.text import parse_int_list
+from dnnlib.files import check_writable
+from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
 from training.generation import (BATCH, GPU_BATCH, default_batch, generate_images, image_path, remaining_seeds,
                                  save_grid, write_images)
@@ -22,7 +23,7 @@ MAX_WATCHED = 4  # images whose reverse process is shown
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--network', 'network_path', metavar='FILE|URL', required=True, help='Snapshot to draw from')
 @click.option('--outdir', metavar='DIR', required=True, help='Where to save the images')
-@click.option('--seeds', metavar='LIST', type=parse_int_list, default='0-63', help='Random seeds, such as 1,2,5-10')
+@click.option('--seeds', metavar='LIST', type=parse_seeds, default='0-63', help='Random seeds, such as 1,2,5-10')
 @click.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds')
 @class_flag
 @click.option('--batch', 'max_batch', metavar='INT', type=click.IntRange(min=1), default=None,
@@ -60,7 +61,10 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     if trajectory is not None and not source.system.predicts_images:
         raise UserError(f'--trajectory shows estimates of the image, which a {source.system.title} network does not '
                         'make; leave it out')
-    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, source.facts, overwrite))
+    for path in (grid, trajectory):
+        if path is not None:
+            dist.on_rank0(lambda: check_writable(path))
+    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, source.facts, source.difference, overwrite))
     if len(missing) < len(seeds):
         dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images are there already and kept.')
     dist.print0(f'Generating {len(missing)} images to {outdir}...')

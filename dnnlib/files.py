@@ -78,6 +78,20 @@ def make_dirs(path):
         raise UserError(f'could not create the folder {path}: {e.strerror or e}; choose another one') from e
 
 
+def check_writable(path, kind='a file'):
+    """Raise UserError where `atomic_write` could not put a file, before the slow part of the work; makes its folder."""
+    if os.path.isdir(path):
+        raise UserError(f'{path} is a folder; give the name of {kind} to write')
+    folder = os.path.dirname(os.path.abspath(path))
+    make_dirs(folder)
+    try:
+        with tempfile.TemporaryFile(prefix='.tmp-', dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(f'no file can be written in {folder}: {e.strerror or e}; choose another folder for '
+                        f'{os.path.basename(path)}') from e
+
+
 def file_sha256(path):
     """Hexadecimal SHA-256 of a file.
 

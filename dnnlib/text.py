@@ -5,21 +5,49 @@ import re
 from dnnlib.errors import UserError
 
 
+MAX_INTS = 10_000_000  # in a list; far more than anyone draws, and all of them still fit into memory
+
+
 def parse_int_list(text):
     """'1,2,5-10' → [1, 2, 5, 6, 7, 8, 9, 10]; a list of ints is returned as it is.
 
     Raises:
-        UserError: a part that is neither an integer nor an increasing range.
+        UserError: a part that is neither an integer of at most 18 digits nor an increasing range; too many
+            numbers (MAX_INTS).
     """
     if isinstance(text, (list, tuple)):
         return list(text)
-    values = []
-    for part in str(text).split(','):
-        m = re.fullmatch(r'\s*(\d+)(?:-(\d+))?\s*', part)
+    text = str(text)
+    values, shown = [], text if len(text) <= 100 else f'{text[:100]}…'
+    for part in text.split(','):
+        m = re.fullmatch(r'\s*(\d{1,18})(?:-(\d{1,18}))?\s*', part)
         if not m or (m[2] and int(m[2]) < int(m[1])):
-            raise UserError(f"'{text}' is not a list of integers such as 1,2,5-10: '{part}' cannot be read")
-        values.extend(range(int(m[1]), int(m[2] or m[1]) + 1))
+            raise UserError(f"'{shown}' is not a list of integers such as 1,2,5-10: '{part[:100]}' cannot be read")
+        span = range(int(m[1]), int(m[2] or m[1]) + 1)
+        if len(values) + len(span) > MAX_INTS:
+            raise UserError(f"'{shown}' names more than {MAX_INTS:,} numbers; give a shorter list, such as 0-49999")
+        values.extend(span)
     return values
+
+
+def parse_seeds(text):
+    """`parse_int_list`, each number once.
+
+    Raises:
+        UserError: also for a number that occurs twice.
+    """
+    seeds = parse_int_list(text)
+    check_once(seeds)
+    return seeds
+
+
+def check_once(seeds):
+    """Raise UserError for a seed that occurs twice: its image would be drawn twice, written once, and count twice."""
+    if len(set(seeds)) < len(seeds):
+        seen = set()
+        twice = next(seed for seed in seeds if seed in seen or seen.add(seed))
+        raise UserError(f'the seed {twice} occurs twice in --seeds, which would count the same image twice; '
+                        'give each once')
 
 
 def format_int_list(values):

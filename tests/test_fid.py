@@ -428,6 +428,7 @@ def test_options_that_make_no_sense(folders, reference, tmp_path):
     fails('calc', "'is' needs class probabilities", metrics='is', **images)
     fails('calc', 'there is no file nowhere.npz', ref='nowhere.npz', **images)
     fails('ref', 'is a folder', data=folders[0], dest=tmp_path)
+    fails('ref', 'no file can be written in /proc.*choose another folder for e.npz', data=tmp_path, dest='/proc/e.npz')
     fails('ref', 'no folder or zip', data=tmp_path / 'none', dest=tmp_path / 'x.npz')
 
 
@@ -436,7 +437,7 @@ NETWORK_ERRORS = {
     'number of images': (dict(num=20), '--num goes with --images, not with --network'),
     'too few': (dict(seeds='0-8', metrics='is,fid'), "'is' needs at least 10 images"),
     'one image': (dict(seeds='7'), 'at least 2 images'),
-    'a seed twice': (dict(seeds='1,2,3,2'), 'a seed occurs twice'),
+    'a seed twice': (dict(seeds='1,2,3,2'), 'the seed 2 occurs twice'),
     'class': (dict(**{'class': 4}), 'classes 0 to 3'),
     'option of another system': (dict(disc='vp'), '--disc is not an option of the Warm sampler'),
     'missing': (dict(network='nowhere.safetensors'), 'there is no file nowhere.safetensors'),

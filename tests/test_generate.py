@@ -14,8 +14,11 @@ import torch
 
 from dnnlib import UserError
 from tests.commands import ROOT, invoke, refused, run_command, torchrun
+from tests.test_family_systems import TRAINABLE, few_steps, short_network
 from training import generation as gen
+from training.dataset import EMBEDDED
 from training.networks import EDMPrecond
+from training.provenance import trace
 from training.samplers import StackedRandomGenerator
 from training.snapshot import save_snapshot
 from warm.precond import WarmPrecond
@@ -127,16 +130,139 @@ def test_an_interrupted_dump_continues(tmp_path, networks):
                        images_in(tmp_path / 'whole'))
 
 
+def state_of(folder):
+    """{name: content} of all files, to tell that nothing has changed."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
 def test_images_of_other_settings_are_not_mixed(tmp_path, networks):
     base = ['generate.py', f'--outdir={tmp_path}', '--seeds=0-1']
     assert invoke(*base, f'--network={networks["warm"]}', '--steps=2').exit_code == 0
-    first = images_in(tmp_path)
-    refused(invoke(*base, f'--network={networks["warm"]}', '--steps=3'), 'other options', '--overwrite')
+    first, state = images_in(tmp_path), state_of(tmp_path)
+    refused(invoke(*base, f'--network={networks["warm"]}', '--steps=3'), 'other options', '--steps=2, now --steps=3',
+            '--overwrite')
     refused(invoke(*base, f'--network={networks["list"]}', '--steps=2'), 'another network')
-    assert_same_images(first, images_in(tmp_path))
+    assert state_of(tmp_path) == state
     assert invoke(*base, f'--network={networks["warm"]}', '--steps=3', '--overwrite').exit_code == 0
     assert any((images_in(tmp_path)[name] != first[name]).any() for name in first)
     assert json.loads((tmp_path / gen.RECORD).read_text())['sampler'] == {'num_steps': 3}
+
+
+@pytest.mark.parametrize('subdirs', [False, True])
+def test_disjoint_seeds_of_other_settings_are_not_mixed(tmp_path, networks, subdirs):
+    """The record speaks for all images of the folder, so those of other seeds have to be alike too."""
+    layout = ['--subdirs'] * subdirs
+    base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["cond"]}', *layout]
+    assert invoke(*base, '--seeds=0-1', '--steps=2').exit_code == 0
+    state = state_of(tmp_path)
+    for other in (['--steps=3'], ['--steps=2', '--class=3'], ['--steps=2', '--precision=bf16']):
+        refused(invoke(*base, '--seeds=10,2000', *other), 'other options', '--overwrite with --seeds that include 0,1')
+        refused(invoke(*base, '--seeds=1,2000', *other, '--overwrite'), 'another --outdir', '--seeds that include 0')
+        assert state_of(tmp_path) == state
+    if subdirs:
+        done = torchrun(*base, '--seeds=10,2000', '--steps=3', ok=False)
+        assert done.returncode and 'other options' in done.stderr and 'UserError' not in done.stderr
+        assert state_of(tmp_path) == state
+    assert invoke(*base, '--seeds=10,2000', '--steps=2').exit_code == 0  # the same settings may be continued
+    assert state.items() <= state_of(tmp_path).items() and len(images_in(tmp_path)) == 4
+    assert invoke(*base, '--seeds=1', '--steps=2', '--overwrite').exit_code == 0
+    assert state.items() <= state_of(tmp_path).items() and len(images_in(tmp_path)) == 4
+    assert invoke(*base, '--seeds=0-1,10,2000-2001', '--steps=3', '--overwrite').exit_code == 0
+    assert json.loads((tmp_path / gen.RECORD).read_text())['nfe'] == 5 and len(images_in(tmp_path)) == 5
+
+
+def test_an_interrupted_replacement_does_not_mix(tmp_path, networks, monkeypatch):
+    """--overwrite with other options, ended after the record is written: no old image passes for a new one."""
+    base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0-3']
+    assert invoke(*base, '--steps=2').exit_code == 0
+
+    def fail(*args, **kwargs):
+        raise UserError('the power has gone')
+    with monkeypatch.context() as patch:
+        patch.setattr('generate.write_images', fail)
+        refused(invoke(*base, '--steps=3', '--overwrite'), 'the power has gone')
+    assert json.loads((tmp_path / gen.RECORD).read_text())['nfe'] == 5 and not images_in(tmp_path)
+    assert invoke(*base, '--steps=3').exit_code == 0 and len(images_in(tmp_path)) == 4
+
+
+def test_images_without_a_record(tmp_path, networks):
+    """A folder of other images, or one whose record is gone: nobody knows how its images were made."""
+    base = ['generate.py', f'--network={networks["warm"]}', '--steps=2', '--seeds=0-1']
+    photos = tmp_path / 'photos'
+    (photos / 'deep').mkdir(parents=True)
+    PIL.Image.new('RGB', [8, 8]).save(photos / 'deep' / 'cat.jpg')
+    state = state_of(photos)
+    for overwrite in ([], ['--overwrite']):
+        refused(invoke(*base, f'--outdir={photos}', *overwrite), 'no readable generation.json', 'deep/cat.jpg')
+    assert state_of(photos) == state
+    out = tmp_path / 'out'
+    for damage in (lambda record: record.unlink(), lambda record: record.write_text('{"nfe": '),
+                   lambda record: record.write_text('[]')):
+        assert invoke(*base, f'--outdir={out}', '--overwrite').exit_code == 0
+        damage(out / gen.RECORD)
+        refused(invoke(*base, f'--outdir={out}'), 'no readable generation.json', 'replace them with --overwrite')
+    assert invoke(*base, f'--outdir={out}', '--overwrite').exit_code == 0
+    assert json.loads((out / gen.RECORD).read_text())['nfe'] == 3
+
+
+def test_one_layout_for_a_seed(tmp_path, networks):
+    """With --subdirs and without it an image has two names: fid.py would count it twice."""
+    base = ['generate.py', f'--network={networks["warm"]}', '--steps=1', f'--outdir={tmp_path}', '--seeds=0-2']
+    assert invoke(*base, '--subdirs').exit_code == 0
+    state = state_of(tmp_path)
+    refused(invoke(*base), '000000/000000.png', 'add --subdirs')
+    refused(invoke(*base, '--overwrite'), 'add --subdirs')
+    assert state_of(tmp_path) == state
+
+
+def test_what_makes_no_difference_is_no_other_option(tmp_path, networks):
+    """Defaults spelled out, options without effect, and the same file under another name continue a folder."""
+    renamed = tmp_path / 'renamed.safetensors'
+    renamed.write_bytes(networks['warm'].read_bytes())
+    base = ['generate.py', f'--outdir={tmp_path / "o"}']
+    assert invoke(*base, f'--network={networks["warm"]}', '--seeds=0').exit_code == 0
+    state = state_of(tmp_path / 'o')
+    same = [['--steps=18'], ['--bnr=0.5'], ['--bnr-schedule=constant'], ['--solver=heun'], ['--S_churn=0', '--S_min=1'],
+            ['--sigma_max=80', '--rho=7', '--eta=0'], ['--precision=fp32']]
+    for i, options in enumerate(same, 1):
+        out = invoke(*base, f'--network={renamed}', f'--seeds=0-{i}', *options)
+        assert out.exit_code == 0 and f'{i} of {i + 1} images are there already' in out.output, out.output
+    assert state.items() <= state_of(tmp_path / 'o').items()
+    for options in (['--steps=17'], ['--S_churn=1'], ['--solver=euler'], ['--sigma_max=79'], ['--S_churn=1']):
+        refused(invoke(*base, f'--network={renamed}', '--seeds=0', *options), 'other options (the defaults, now --')
+
+
+@pytest.mark.parametrize('name', TRAINABLE)
+def test_traces_tell_samplers_apart(name):
+    """Of every system: the same for the defaults spelled out, another for any option that changes the sampler."""
+    net, system = short_network(name), SYSTEMS[name]
+    given = {**few_steps(name), **({'data': EMBEDDED} if system.starts_from_data else {})}
+    given.update({'num_steps': 3} if 'num_steps' in given else {})  # of two steps, rho decides nothing
+    own = {option.name: option.default for option in system.own_sample_options if option.default is not None}
+    others = [{'num_steps': 1}, {'sigma_max': 79}, {'rho': 6}, {'S_churn': 1}, {'solver': 'euler'}, {'disc': 'vp'},
+              {'epsilon_scale': '1.0006'}, {'reverse_step': 'ancestral'}, {'ihdm_delta': 0.02},
+              {'eta': 1, 'solver': 'euler'}]
+    known = (*system.sample_options, *(option.name for option in system.own_sample_options))
+
+    def traced(options):
+        return trace(net, system.make_sampler(net, {**given, **options}))
+    plain = traced({})
+    assert traced(own) == plain == traced({}) and isinstance(net.model, torch.nn.Module) and net.model.num_blocks
+    changed = [plain, *(traced(options) for options in others if set(options) <= set(known))]
+    assert len(set(changed)) == len(changed) > 1
+
+
+def test_records_of_any_content(tmp_path, networks):
+    """A record is a file: strange values are another record, and cost nothing."""
+    base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0', '--steps=2']
+    assert invoke(*base).exit_code == 0
+    record = json.loads((tmp_path / gen.RECORD).read_text())
+    for sampler in (None, [], 'x', {'num_steps': 10 ** 15}, {'num_steps': 'x'}, {'num_steps': [1]}, {'path': 1},
+                    {'sigma_max': 1e300}, {'num_steps': 2, 'net': 1}, {'num_steps': -10 ** 400}):
+        (tmp_path / gen.RECORD).write_text(json.dumps(dict(record, sampler=sampler)))
+        refused(invoke(*base), 'other options')
+    (tmp_path / gen.RECORD).write_text('{}')
+    refused(invoke(*base), 'another network')
 
 
 def test_files(tmp_path, networks):
@@ -209,11 +335,23 @@ BAD = {
     'class of an unconditional network': ('edm', ['--class=3'], 'unconditional'),
     'class out of range': ('cond', ['--class=10'], 'classes 0 to 9'),
     'seeds': ('edm', ['--seeds=1,x'], "'1,x'"),
+    'a seed twice': ('edm', ['--seeds=1,5-7,6'], 'the seed 6 occurs twice'),
+    'seeds without end': ('edm', ['--seeds=0-99999999999'], 'more than 10,000,000 numbers'),
+    'seeds without end, in parts': ('edm', ['--seeds=0-9999999,10000000'], 'more than 10,000,000 numbers'),
+    'a seed without end': ('edm', ['--seeds=' + '9' * 5000], 'is not a list of integers'),
+    'grid in a folder that cannot be': ('warm', ['--grid=/proc/none/a.png'], 'could not create the folder /proc/none'),
+    'grid where nobody writes': ('warm', ['--grid=/proc/a.png'], 'choose another folder for a.png'),
+    'grid is a folder': ('warm', ['--grid={root}/docs'], 'docs is a folder'),
+    'trajectory where nobody writes': ('warm', ['--trajectory=/proc/a.gif'], 'choose another folder for a.gif'),
     'ablation of Warm': ('warm', ['--disc=vp'], '--disc is not an option of the Warm sampler'),
     'BNR of EDM': ('edm', ['--bnr=0.5'], '--bnr is not an option of the EDM sampler'),
     'other BNR': ('warm', ['--bnr=0.7'], 'this network knows constant BNR 0.5'),
     'blurring': ('warm', ['--bnr-schedule=blurring'], 'this network knows constant BNR 0.5'),
     'no number': ('warm', ['--bnr=x'], 'Blur-to-Noise'),
+    'a range of BNRs': ('warm', ['--bnr=0.1-2'], "'0.1-2' is not a single Blur-to-Noise Ratio"),
+    'a range with an exponent': ('warm', ['--bnr=1e-2-1'], 'give a number ≥ 0, such as 0.5'),
+    'a list of BNRs': ('warm', ['--bnr=0,0.5'], 'a single Blur-to-Noise Ratio'),
+    'no blur': ('warm', ['--bnr-schedule=blurring:abc'], "'abc' is not the largest blur of a schedule, in pixels"),
     'multistep with churn': ('warm', ['--solver=dpmpp2m', '--S_churn=4'], 'churn'),
     'multistep with one step': ('warm', ['--solver=dpmpp2m', '--steps=1'], 'at least 2 steps'),
     'eta with heun': ('warm', ['--eta=1'], '--solver=euler'),

@@ -1,5 +1,7 @@
 """The library on systems that start from training images: where it takes them from (the rest: test_warm_commands)."""
 
+import shutil
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 import warm
 from dnnlib import UserError
-from tests.commands import invoke
+from tests.commands import invoke, refused
 from training.dataset import EMBEDDED
 from training.snapshot import save_snapshot
 from training.training_loop import facts
@@ -91,5 +93,41 @@ def test_networks_without_a_file(tmp_path):
 def test_data_is_no_option_of_other_systems(root):
     net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
     assert net.snapshot.system == net.system == 'edm' and not net.snapshot.state_dict
-    with pytest.raises(UserError, match='--data is not an option'):
+    with pytest.raises(UserError, match='^data is not an option'):
         warm.sample(net, [1], data=EMBEDDED)
+
+
+@pytest.mark.parametrize('seeds, options, said', [
+    ([], {}, 'there are no seeds'), ('0-3', {}, 'the seeds 0-3 are no integers'), (3, {}, 'no integers'),
+    ([0.5], {}, 'no integers'), ([1], {'batch': 0}, 'batch is 0'),
+    ([1], {'batch': 2.5}, 'batch is 2.5'),
+    ([1], {'steps': 2}, '^steps is not an option .* it takes num_steps, sigma_min'),
+    ([1], {'class_idx': 99}, '^class_idx=99 is out of range'),
+])
+def test_bad_input(root, seeds, options, said):
+    """The sentences name keywords, not flags."""
+    net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
+    with pytest.raises(UserError, match=said) as e:
+        warm.sample(net, seeds, **options)
+    assert '--' not in str(e.value)
+
+
+def test_seeds_of_any_kind(root):
+    net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
+    images = [warm.sample(net, seeds, num_steps=1) for seeds in ([0, 1], range(2), np.arange(2), torch.arange(2))]
+    assert all(torch.equal(x, images[0]) for x in images)
+
+
+def test_the_same_data_set_elsewhere_continues_a_folder(tmp_path):
+    """generate.py compares what the sampler starts from, not where it lies."""
+    network = snapshot_of('cold', tmp_path / 'network.safetensors', dict(digits(), name='photographs', num_images=3))
+    for name, shift in (('here', 0), ('there', 0), ('others', 1)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            PIL.Image.fromarray(np.full([8, 8], 80 * i + shift, np.uint8)).save(tmp_path / name / f'{i}.png')
+    base = ['generate.py', f'--network={network}', f'--outdir={tmp_path / "out"}']
+    assert invoke(*base, '--seeds=0-1', f'--data={tmp_path / "here"}').exit_code == 0
+    assert invoke(*base, '--seeds=2', f'--data={tmp_path / "there"}').exit_code == 0
+    refused(invoke(*base, '--seeds=3', f'--data={tmp_path / "others"}'), 'other options')
+    shutil.rmtree(tmp_path / 'here')
+    refused(invoke(*base, '--seeds=3', f'--data={tmp_path / "there"}'), 'other options')

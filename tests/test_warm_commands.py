@@ -81,7 +81,7 @@ def test_library(tmp_path):
     torch.testing.assert_close(net(noisy, 0.5, alpha=0.25), D + R)
     with pytest.raises(UserError, match='classes 0 to 9'):
         warm.sample(net, [0], class_idx=10)
-    with pytest.raises(UserError, match='--disc is not an option'):
+    with pytest.raises(UserError, match='^discretization is not an option'):
         warm.sample(net, [0], discretization='vp')
     with pytest.raises(UserError, match='no file'):
         warm.load(tmp_path / 'none.safetensors')

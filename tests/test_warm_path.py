@@ -71,6 +71,7 @@ def test_families_from_texts(text, family):
     ('0.1-inf', None, 'range'), ('0.1-warm', None, "'warm'"), (None, 'linear', 'constant, blurring'),
     (None, 'constant:3', '--bnr=3'), ('0.5', 'blurring', 'give one'), ('0.1,0.5', 'blurring', 'give one'),
     (None, 'blurring:0', 'largest blur'), (None, 'blurring:-2', 'largest blur'), (None, 'blurring:x', "'x'"),
+    (None, 'blurring:x', 'largest blur'), ('1e-2-1', None, 'without exponents'),
 ])
 def test_refuses_in_a_sentence(bnr, schedule, said):
     with pytest.raises(UserError) as e:

@@ -335,3 +335,15 @@ def test_transferred_network_learns_the_rest():
 def test_sampling_path_of_the_paper_is_the_default():
     assert WarmPrecond(**SMALL).family.default == ConstantBNR(0.5) == parse_path()
     assert WarmPrecond(**SMALL, bnr_schedule='blurring').family.default == BlurringSchedule(20)
+
+
+@pytest.mark.parametrize('alpha, said', [
+    ([1, 2, 3], 'Got 3 blur levels for 2 images'), (torch.ones([3, 1, 1, 1]), 'Got 3 blur levels'), ([], 'Got 0 blur'),
+    (-1, 'Got the blur .*-1.*≥ 0'), ([1, -0.5], '≥ 0'), (float('nan'), '≥ 0'), (float('inf'), '≥ 0'),
+])
+@pytest.mark.parametrize('call', ['forward', 'denoise_deblur', 'estimates'])
+def test_bad_blur(call, alpha, said):
+    net = WarmPrecond(**SMALL)
+    with pytest.raises(UserError, match=said):
+        getattr(net, call)(torch.zeros(2, net.img_channels, net.img_resolution, net.img_resolution), [1.0, 2.0],
+                           alpha=alpha)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import PIL.Image
@@ -13,19 +14,21 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs
+from dnnlib.text import format_int_list
+from training.image_archive import find_images, open_archive
 from training.samplers import StackedRandomGenerator
 from torch_utils import distributed
 
 
-def check_class(net, class_idx):
-    """Refuse a class index that the network does not have (UserError)."""
+def check_class(net, class_idx, name='--class'):
+    """Refuse a class index that the network does not have (UserError); `name` is what the user calls it."""
     if class_idx is None:
         return
     if not net.label_dim:
-        raise UserError(f'--class={class_idx} needs a class-conditional network, but this one is unconditional; '
-                        'leave --class out')
+        raise UserError(f'{name}={class_idx} needs a class-conditional network, but this one is unconditional; '
+                        f'leave {name} out')
     if not 0 <= class_idx < net.label_dim:
-        raise UserError(f'--class={class_idx} is out of range: this network has the classes 0 to {net.label_dim - 1}')
+        raise UserError(f'{name}={class_idx} is out of range: this network has the classes 0 to {net.label_dim - 1}')
 
 
 @torch.no_grad()
@@ -152,32 +155,94 @@ def save_png(path, image):
 
 
 RECORD = 'generation.json'
+SEED_NAME = re.compile(r'(?:\d{6,}/)?(\d{6,18})\.png')  # of `image_path`, in its folder
 
 
-def remaining_seeds(outdir, seeds, subdirs, settings, overwrite=False):
-    """The seeds whose images OUTDIR still lacks, after checking that those present were made in the same way.
+def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=False):
+    """The seeds whose images OUTDIR still lacks, after checking that all images there were made in the same way.
 
-    `settings` (plain JSON values: everything that decides the images) is kept in OUTDIR/generation.json.
+    `settings` (plain JSON values: everything that decides the images) is kept in OUTDIR/generation.json, and holds for
+    every image of the folder: fid.py copies it beside their score. A record that tells of the same images stays.
+
+    Args:
+        outdir, subdirs: As for `image_path`.
+        seeds: Those asked for, each once.
+        settings: What goes into a new record.
+        difference: difference(record, a dict) → in words, what sets its images apart from those of `settings`, or None.
+        overwrite: Draw all seeds anew. Where the images are of other settings, all of them have to be among the seeds;
+            they are deleted before the new record is written, so that after an interruption no old one passes for new.
 
     Raises:
-        UserError: OUTDIR holds images of other settings.
+        UserError: OUTDIR holds images of other or unknown settings; a seed that it holds under --subdirs or without.
     """
     make_dirs(outdir)
     record = pathlib.Path(outdir) / RECORD
-    missing = [s for s in seeds if overwrite or not image_path(outdir, s, subdirs).is_file()]
-    if len(missing) < len(seeds) and _read_json(record) != settings:
-        raise UserError(f'{outdir} holds images that were made with another network or other options; choose another '
-                        '--outdir, or replace them with --overwrite')
-    with atomic_write(record, 'w') as f:
-        json.dump(settings, f, indent=2)
-    return missing
+    recorded = _read_json(record)
+    present = _images_in(outdir, only_seeds=record.exists())
+    wanted = {_name(s, subdirs): s for s in seeds}
+    _check_layout(outdir, present, seeds, subdirs)
+    reason = difference(recorded) if isinstance(recorded, dict) else f'unknown options (no readable {RECORD})'
+    if present and reason:
+        _check_all_replaced(outdir, present, wanted, reason, overwrite)
+        _delete(outdir, present)
+        present = set()
+    if reason:
+        with atomic_write(record, 'w') as f:
+            json.dump(settings, f, indent=2)
+    return [s for name, s in wanted.items() if overwrite or name not in present]
 
 
 def _read_json(path):
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding='utf-8'))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def _name(seed, subdirs):
+    """`image_path` within its folder."""
+    return image_path('', seed, subdirs).as_posix()
+
+
+def _images_in(outdir, only_seeds):
+    """Names of the images that fid.py would count in a folder; of those that a seed names, if so asked."""
+    names = find_images(open_archive(outdir))
+    return {name for name in names if not only_seeds or SEED_NAME.fullmatch(name)}
+
+
+def _check_layout(outdir, present, seeds, subdirs):
+    """Raise UserError if an image of the seeds is there, but where --subdirs, or its absence, would not put it."""
+    for seed in seeds:
+        if _name(seed, not subdirs) in present:
+            remedy = 'leave --subdirs out' if subdirs else 'add --subdirs'
+            raise UserError(f'{outdir} holds the image of seed {seed} as {_name(seed, not subdirs)} already, and a '
+                            f'second one would count it twice; {remedy}, or choose another --outdir')
+
+
+def _check_all_replaced(outdir, present, wanted, reason, overwrite):
+    """Raise UserError unless --overwrite is given and would replace every image of the folder."""
+    left = sorted(present - wanted.keys())
+    if overwrite and not left:
+        return
+    if not left:
+        remedy = ', or replace them with --overwrite'
+    elif all(SEED_NAME.fullmatch(name) for name in left):
+        text = format_int_list(sorted(int(SEED_NAME.fullmatch(name)[1]) for name in left))
+        text = text if len(text) <= 100 else f'{text[:100]}…'
+        remedy = f', or replace all of them: --overwrite with --seeds that include {text}'
+    else:
+        remedy = f', one without such images as {left[0]}'
+    raise UserError(f'{outdir} holds {len(present)} images that were made with {reason}; '
+                    f'choose another --outdir{remedy}')
+
+
+def _delete(outdir, names):
+    for name in names:
+        path = pathlib.Path(outdir) / name
+        try:
+            path.unlink()
+        except OSError as e:
+            raise UserError(f'could not replace {path}: {e.strerror or e}; choose another --outdir') from e
 
 
 WRITERS = 2  # threads; what they wait for, disk and compression, leaves the sampler's thread alone

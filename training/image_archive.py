@@ -145,18 +145,23 @@ def _too_large(name, path):
 
 
 def image_names(archive):
-    """Sorted names of the images in an archive, hidden files and macOS's `__MACOSX` left out.
+    """`find_images` of an archive that has to have some.
 
     Raises:
         UserError: there are none.
     """
-    def hidden(name):
-        return any(part == '__MACOSX' or (part.startswith('.') and part not in ('.', '..'))
-                   for part in name.split('/'))
-    names = sorted({name for name in archive.names() if is_image_name(name) and not hidden(name)})
+    names = find_images(archive)
     if not names:
         raise UserError(f'there are no images in {archive.path}; give a folder or zip with PNG or JPEG files')
     return names
+
+
+def find_images(archive):
+    """Sorted names of the images in an archive, hidden files and macOS's `__MACOSX` left out."""
+    def hidden(name):
+        return any(part == '__MACOSX' or (part.startswith('.') and part not in ('.', '..'))
+                   for part in name.split('/'))
+    return sorted({name for name in archive.names() if is_image_name(name) and not hidden(name)})
 
 
 def read_labels(archive):

@@ -9,7 +9,6 @@ need besides (see `metric_collectors`). As .npz files they are readable as EDM's
 """
 
 import dataclasses
-import os
 import typing
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.download import is_url, local_path
-from dnnlib.files import atomic_write, make_dirs
+from dnnlib.files import atomic_write, check_writable
 from training import metric_fid, metric_is, metric_kid, metric_pr
 from training.metric_collectors import Features, Moments, SplitProbabilities, rank_share
 from training.npz import read_npz
@@ -217,9 +216,7 @@ def label(name, detector):
 
 def check_destination(path):
     """Raise UserError where `save_statistics` could not write, before the slow part of the work."""
-    if os.path.isdir(path):
-        raise UserError(f'{path} is a folder; give the name of an .npz file to write')
-    make_dirs(os.path.dirname(os.path.abspath(path)))
+    check_writable(path, 'an .npz file')
 
 
 def save_statistics(path, stats):

@@ -1,6 +1,9 @@
 """What a score or an image belongs to: the network, how it was sampled, the version of the program."""
 
+import contextlib
+import hashlib
 import json
+import math
 import pathlib
 import platform
 import subprocess
@@ -13,6 +16,7 @@ from torch_utils import distributed
 from training import metrics as m
 from training.generation import generate_batch
 from training.status import append_line
+from training.system import flag_of
 
 LOG_NAME = 'metrics.jsonl'
 
@@ -29,15 +33,52 @@ class CountedModel(torch.nn.Module):
         return x.new_zeros([len(x), self.out_channels, *x.shape[2:]])
 
 
-def count_evaluations(net, sampler):
-    """NFE: how often the sampler calls the U-Net for an image. The U-Net itself doesn't run."""
+class TracedModel(CountedModel):
+    """Stands in for a U-Net: keeps a digest of all that it is asked, and answers what depends on the image."""
+
+    def __init__(self, model, out_channels):
+        super().__init__(model, out_channels)
+        self.digest = hashlib.sha256()
+
+    def note(self, tensor):
+        """Add a tensor to the digest."""
+        self.digest.update(tensor.to('cpu', torch.float64).numpy().tobytes())
+
+    def forward(self, x, *args, **kwargs):
+        for value in (x, *args, *kwargs.values()):
+            if isinstance(value, torch.Tensor):
+                self.note(value)
+        zeros = super().forward(x)
+        return zeros + x.sin().repeat(1, -(-self.out_channels // x.shape[1]), 1, 1)[:, :self.out_channels]
+
+
+@contextlib.contextmanager
+def stand_in(net, kind):
+    """`net` with its U-Net replaced by a `CountedModel` or `TracedModel`, which is given."""
     model = net.model
-    net.model = CountedModel(model, model.out_channels)
+    net.model = kind(model, model.out_channels)
     try:
-        generate_batch(net, [0], sampler)
-        return net.model.calls
+        yield net.model
     finally:
         net.model = model
+
+
+def count_evaluations(net, sampler):
+    """NFE: how often the sampler calls the U-Net for an image. The U-Net itself doesn't run."""
+    with stand_in(net, CountedModel) as model:
+        generate_batch(net, [0], sampler)
+    return model.calls
+
+
+def trace(net, sampler, seeds=range(4)):
+    """Digest of what the sampler asks of the U-Net and of the images it ends with. The U-Net itself doesn't run.
+
+    Equal for samplers that do the same arithmetic, whichever options they were made of; to be compared within one
+    process only.
+    """
+    with stand_in(net, TracedModel) as model:
+        model.note(generate_batch(net, list(seeds), sampler))
+    return model.digest.hexdigest()
 
 
 def network_facts(snapshot, net, system, options, sampler, class_idx=None):
@@ -67,6 +108,47 @@ def sampling_facts(net, system, options, sampler):
     solver = options.get('solver', 'heun') if 'solver' in system.sample_options else None
     return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=net.precision,
                 **system.describe(net, options), sampler=options)
+
+
+def difference(recorded, facts, net, system):
+    """What sets the images of one record apart from those of another, in words; None if nothing does.
+
+    What counts is the network's content, not its file's name, and what the sampler does, not which of its options were
+    typed: `--steps=18` is no difference where 18 steps are the default.
+
+    Args:
+        recorded: A record as read from a file, perhaps of another version.
+        facts: The `network_facts` of `net`, sampled as one of `system`.
+    """
+    if recorded.get('network_sha256') != facts['network_sha256']:
+        return 'another network'
+    if recorded.get('class_idx') != facts['class_idx']:
+        return 'other options (another --class)'
+    if recorded.get('precision') != facts['precision']:
+        return f"other options (--precision={recorded.get('precision')}, now {facts['precision']})"
+    there, now = recorded.get('sampler'), facts['sampler']
+    if there == now or _draws_alike(net, system, there, now, facts['nfe']):
+        return None
+    return f'other options ({_as_typed(there)}, now {_as_typed(now)})'
+
+
+def _draws_alike(net, system, there, now, nfe):
+    """Whether two sets of sampler options make the same sampler; the first is of a file and may be anything."""
+    steps = there.get('num_steps') if isinstance(there, dict) else math.inf
+    try:
+        if (steps or 0) > nfe:  # no sampler takes more steps than evaluations, and an absurd number takes for ever
+            return False
+        samplers = [system.make_sampler(net, options) for options in (there, now)]
+        return trace(net, samplers[0]) == trace(net, samplers[1])
+    except Exception:  # whatever strange values lead to
+        return False
+
+
+def _as_typed(options):
+    """Sampler options as flags: '--steps=3 --bnr=0.5'."""
+    if not isinstance(options, dict):
+        return 'unknown ones'
+    return ' '.join(f'{flag_of(str(name))}={value}' for name, value in options.items()) or 'the defaults'
 
 
 def code_version():

@@ -12,10 +12,9 @@ import time
 import torch
 import tqdm
 
-from dnnlib import UserError
 from dnnlib.download import local_path
 from dnnlib.files import file_sha256
-from dnnlib.text import format_int_list
+from dnnlib.text import check_once, format_int_list
 from torch_utils import distributed
 from training import metrics as m
 from training.detectors import Detector, load_detector
@@ -75,8 +74,7 @@ class NetworkImages:
 
     def __init__(self, net, sampler, seeds, class_idx=None, facts=None):
         self.seeds = sorted(seeds)
-        if len(set(self.seeds)) < len(self.seeds):
-            raise UserError('a seed occurs twice in --seeds, which would count the same image twice; give each once')
+        check_once(self.seeds)
         self.net, self.sampler, self.class_idx, self.facts = net, sampler, class_idx, facts or {}
         self.total, self.name = len(self.seeds), f'seeds {seeds_text(self.seeds)}'
         self.record = {**self.facts, 'images': None, 'seeds': seeds_text(self.seeds)}

@@ -100,6 +100,18 @@ class System:
         """Whether its samples start from training images, which its sampler's option `data` then names."""
         return any(option.name == 'data' for option in self.own_sample_options)
 
+    def check_options(self, names, shown=None):
+        """Raise UserError for a name that is no option of the sampler.
+
+        `shown` turns a name into what the user calls it: by default the flag.
+        """
+        shown = shown or flag_of
+        known = (*self.sample_options, *(option.name for option in self.own_sample_options))
+        for name in names:
+            if name not in known:
+                raise UserError(f'{shown(name)} is not an option of the {self.title} sampler; it takes '
+                                f"{', '.join(map(shown, known))}")
+
     def make_sampler(self, net, options=None):
         """The sampler as callable(latents, class_labels, randn_like, **extra) with `options` checked and bound.
 
@@ -107,11 +119,7 @@ class System:
             UserError: an option that this system's sampler does not have, or a value that it refuses.
         """
         options = {} if options is None else options
-        known = (*self.sample_options, *(option.name for option in self.own_sample_options))
-        for name in options:
-            if name not in known:
-                raise UserError(f'{flag_of(name)} is not an option of the {self.title} sampler; it takes '
-                                f"{', '.join(map(flag_of, known))}")
+        self.check_options(options)
         return functools.partial(self.sampler(net, **options), net)
 
 

@@ -1,6 +1,8 @@
 """The library in a few lines: load a snapshot, draw images. For D and R of a noisy image see WarmPrecond."""
 
 import dataclasses
+import numbers
+import operator
 
 import torch
 
@@ -38,7 +40,7 @@ def sample(net, seeds, class_idx=None, batch=64, **options):
 
     Args:
         net: From `load`.
-        seeds: Integers, one per image.
+        seeds: Integers, one per image, at least one.
         class_idx: Class of all images; None draws one per seed.
         batch: Images at a time.
         options: Sampler options by name, such as num_steps=18, solver='heun', bnr=0.5. Systems whose samples start
@@ -49,14 +51,30 @@ def sample(net, seeds, class_idx=None, batch=64, **options):
         uint8 [N, C, H, W] on the CPU.
 
     Raises:
-        UserError: an option that the network's sampler does not have; training images that are not at hand.
+        UserError: an option that the network's sampler does not have; training images that are not at hand; no seeds,
+            or no batch.
     """
-    check_class(net, class_idx)
+    seeds = _integers(seeds)
+    if not isinstance(batch, numbers.Integral) or batch < 1:
+        raise UserError(f'batch is {batch}; give a whole number of at least 1')
+    check_class(net, class_idx, 'class_idx')
+    SYSTEMS[net.system].check_options(options, shown=str)
     if SYSTEMS[net.system].starts_from_data and hasattr(net, 'snapshot'):
         options['data'] = _start_data(net.snapshot, options.get('data'))
-    sampler, seeds = SYSTEMS[net.system].make_sampler(net, options), list(seeds)
+    sampler = SYSTEMS[net.system].make_sampler(net, options)
     batches = [generate_batch(net, seeds[i:i + batch], sampler, class_idx) for i in range(0, len(seeds), batch)]
     return torch.cat([to_uint8(images).cpu() for images in batches])
+
+
+def _integers(seeds):
+    """Seeds of any kind of sequence as a list of ints."""
+    try:
+        integers = [operator.index(seed) for seed in seeds]
+    except TypeError as e:
+        raise UserError(f'the seeds {str(seeds)[:100]} are no integers; give one per image, such as range(16)') from e
+    if not integers:
+        raise UserError('there are no seeds, hence no images; give one per image, such as range(16)')
+    return integers
 
 
 def _start_data(snapshot, path):

@@ -178,19 +178,27 @@ def _join(values):
     return ','.join(f'{v:g}' for v in values)
 
 
-def _number(text):
+def _number(text, what):
+    """Text as a number; `what` ends the sentence "'…' is not …" where it is none."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise UserError(f"'{text}' is not a Blur-to-Noise Ratio; give a number ≥ 0 such as 0.5, "
-                        'a list such as 0,0.1,0.5 or a range such as 0.1-2')
+        raise UserError(f"'{text}' is not {what}")
     return value
 
 
-def parse_path(bnr=None, schedule=None):
+ONE_BNR = 'a single Blur-to-Noise Ratio, which one path has; give a number ≥ 0, such as 0.5'
+ANY_BNR = ('a Blur-to-Noise Ratio; give a number ≥ 0 such as 0.5, a list such as 0,0.1,0.5 or, without exponents, a '
+           'range such as 0.1-2')
+LARGEST_BLUR = 'the largest blur of a schedule, in pixels; give a number > 0, such as --bnr-schedule=blurring:20'
+
+
+def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
     """One path from the texts of --bnr (a number) and --bnr-schedule (`constant` or `blurring[:SIGMA_B_MAX]`).
+
+    `expected` says what --bnr should be where it is no number.
 
     Raises:
         UserError: unknown schedule, bad number, or a BNR together with a schedule that has none.
@@ -201,10 +209,10 @@ def parse_path(bnr=None, schedule=None):
     if name == 'constant':
         if argument:
             raise UserError(f"the schedule '{schedule}' takes no argument; give the ratio as --bnr={argument}")
-        return ConstantBNR(PAPER_BNR if bnr is None else _number(bnr))
+        return ConstantBNR(PAPER_BNR if bnr is None else _number(bnr, expected))
     if bnr is not None:
         raise UserError(f'--bnr={bnr} does not go with --bnr-schedule={schedule}, which sets α itself; give one')
-    return PATHS[name](*([_number(argument)] if argument else []))
+    return PATHS[name](*([_number(argument, LARGEST_BLUR)] if argument else []))
 
 
 def parse_family(bnr=None, schedule=None):
@@ -216,7 +224,7 @@ def parse_family(bnr=None, schedule=None):
     text = str(bnr if bnr is not None else '').strip()
     a_range = re.fullmatch(r'([^-,]+?)-([^-,]+)', text) if 'e-' not in text.lower() else None
     if (schedule or 'constant') == 'constant' and ',' in text:
-        return BNRList(tuple(_number(part) for part in text.split(',')))
+        return BNRList(tuple(_number(part, ANY_BNR) for part in text.split(',')))
     if (schedule or 'constant') == 'constant' and a_range:
-        return BNRRange(_number(a_range[1]), _number(a_range[2]))
-    return OnePath(parse_path(bnr, schedule))
+        return BNRRange(_number(a_range[1], ANY_BNR), _number(a_range[2], ANY_BNR))
+    return OnePath(parse_path(bnr, schedule, ANY_BNR))

@@ -1,8 +1,8 @@
 """Warm's preconditioned network: D denoises, R deblurs, x̂₀ = D + R (Sec. 2.2, 3.1)."""
 
-
 import torch
 
+from dnnlib import UserError
 from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings
 from training.unet import require_choice
@@ -73,6 +73,10 @@ class WarmPrecond(Precond):
 
         Returns:
             Tuple of float32 tensors like x, one per branch.
+
+        Raises:
+            UserError: images, noise levels or blur of another number or shape; blur that is negative or not finite
+                (not looked at on a GPU, which would have to be waited for).
         """
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
         alpha = self.as_alpha(alpha, sigma, x)
@@ -84,10 +88,17 @@ class WarmPrecond(Precond):
                                       self.rest_scale)
 
     def as_alpha(self, alpha, sigma, x):
-        """α as [B or 1, 1, 1, 1] on x's device."""
+        """α as [B or 1, 1, 1, 1] on x's device; checked as `estimates` says."""
         if alpha is None:
             alpha = self.family.default.alpha(sigma)
-        return torch.as_tensor(alpha, device=x.device).reshape(-1, 1, 1, 1)
+        given = torch.as_tensor(alpha)
+        if given.device.type == 'cpu' and not (given.isfinite() & (given >= 0)).all():
+            raise UserError(f'Got the blur {str(given.flatten().tolist())[:100]} in pixels: give numbers ≥ 0, '
+                            'and noise levels > 0.')
+        alpha = given.to(x.device).reshape(-1, 1, 1, 1)
+        if len(alpha) not in (1, len(x)):
+            raise UserError(f'Got {len(alpha)} blur levels for {len(x)} images: give one in all, or one an image.')
+        return alpha
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
         """(D, R): the blurred image without noise (Eq. 5) and what the blur took away (Eq. 6), as `estimates`."""

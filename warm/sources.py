@@ -7,7 +7,7 @@ import torch
 from torch_utils import distributed
 from training.acceleration import RUN_OPTIONS, accelerate
 from training.generation import check_class
-from training.provenance import network_facts
+from training.provenance import difference, network_facts
 from training.snapshot import Snapshot, build_network, read_snapshot
 from training.system import System
 from warm.starts import data_for
@@ -31,6 +31,10 @@ class Source:
     options: dict
     sampler: object
     facts: dict
+
+    def difference(self, recorded):
+        """`training.provenance.difference` between a record of images and these."""
+        return difference(recorded, self.facts, self.net, self.system)
 
 
 def open_network(path_or_url, sampler_options, class_idx=None):
