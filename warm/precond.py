@@ -76,7 +76,7 @@ class WarmPrecond(Precond):
 
         Raises:
             UserError: images, noise levels or blur of another number or shape; blur that is negative or not finite
-                (not looked at on a GPU, which would have to be waited for).
+                (the values of a tensor are not looked at).
         """
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
         alpha = self.as_alpha(alpha, sigma, x)
@@ -91,11 +91,11 @@ class WarmPrecond(Precond):
         """α as [B or 1, 1, 1, 1] on x's device; checked as `estimates` says."""
         if alpha is None:
             alpha = self.family.default.alpha(sigma)
-        given = torch.as_tensor(alpha)
-        if given.device.type == 'cpu' and not (given.isfinite() & (given >= 0)).all():
-            raise UserError(f'Got the blur {str(given.flatten().tolist())[:100]} in pixels: give numbers ≥ 0, '
-                            'and noise levels > 0.')
-        alpha = given.to(x.device).reshape(-1, 1, 1, 1)
+        if not isinstance(alpha, torch.Tensor):  # a tensor's values would have to be waited for on a GPU
+            given = torch.as_tensor(alpha, dtype=torch.float64)
+            if not (given.isfinite() & (given >= 0)).all():
+                raise UserError(f'Got the blur {str(given.flatten().tolist())[:100]} in pixels: give numbers ≥ 0.')
+        alpha = torch.as_tensor(alpha, device=x.device).reshape(-1, 1, 1, 1)
         if len(alpha) not in (1, len(x)):
             raise UserError(f'Got {len(alpha)} blur levels for {len(x)} images: give one in all, or one an image.')
         return alpha

@@ -170,7 +170,8 @@ def question_6(scores, figures):
     if all(row[1] == NONE for row in rows):
         return NOTHING
     return f'Parent: EDM after {mimg(parent_kimg)}, {shown(parent)}.\n\n' + table(
-        ['images after the transfer', 'to Warm', 'to EDM', 'Warm minus parent', 'verdict', 'Warm minus EDM', 'verdict'], rows)
+        ['images after the transfer', 'to Warm', 'to EDM', 'Warm minus parent', 'verdict', 'Warm minus EDM', 'verdict'],
+        rows)
 
 
 QUESTIONS = {
