@@ -13,7 +13,7 @@ test: $(VENV)/.installed-test  ## The whole test suite
 	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q
 
 test-gpu: $(VENV)/.installed-test  ## What needs a GPU
-	$(PY) -m pytest -q tests/test_precision.py tests/test_speed_paths.py -k 'cuda or gpu'
+	$(PY) -m pytest -q tests/test_precision.py tests/test_speed_paths.py tests/test_warm_blur.py -k 'cuda or gpu'
 
 bench: $(VENV)/.installed-test  ## The benchmarks, one after the other
 	for b in tests/benchmarks/bench_*.py; do $(PY) $$b || exit 1; done

@@ -20,7 +20,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.report import ROOT, environment  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
-CUDA_TESTS = ['tests/test_precision.py', 'tests/test_speed_paths.py']
+CUDA_TESTS = ['tests/test_precision.py', 'tests/test_speed_paths.py', 'tests/test_warm_blur.py']
 TINY = ['--cbase=16', '--cres=1,1', '--batch=4', '--repeats=1']
 
 # name → (script, options, options of --tiny, seconds it may take), most wanted first
