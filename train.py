@@ -7,15 +7,17 @@ import sys
 import click
 import torch
 
+from dnnlib import UserError
+from dnnlib.flags import NumberRange, Text
 from torch_utils import distributed as dist
 from torch_utils.signals import EXIT_STOPPED
 from training.batches import DATA_DEVICES
 from training.detectors import DETECTORS
 from training.metrics import METRICS
 from training.precond import PRECISIONS
-from training.training_loop import training_loop
+from training.training_loop import open_dataset, training_loop
 from warm import config as cfg
-from warm.flags import compile_flag, given_flags, system_flags
+from warm.flags import compile_flag, given_flags, system_flags, typed_flags
 from warm.presets import preset_option
 from warm.systems import SYSTEMS
 
@@ -33,6 +35,13 @@ def parse_ints(ctx, param, value):
     return numbers
 
 
+def check_desc(ctx, param, value):
+    """A piece of a folder's name, not a path: run folders are only looked for in --outdir itself."""
+    if value is not None and ('/' in value or '\\' in value):
+        raise click.BadParameter(f"'{value}' would make folders within folders; leave out / and \\, - will do")
+    return value
+
+
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
 GRID = 64 if torch.cuda.is_available() else 16
 
@@ -40,13 +49,13 @@ GRID = 64 if torch.cuda.is_available() else 16
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @preset_option('train')
 # Main options.
-@click.option('--outdir', metavar='DIR', default='training-runs', help='Where to save the results')
-@click.option('--data', metavar='ZIP|DIR', default=None, help='Data set  [default: the embedded digits]')
+@click.option('--outdir', metavar='DIR', type=Text(), default='training-runs', help='Where to save the results')
+@click.option('--data', metavar='ZIP|DIR', type=Text(), default=None, help='Data set  [default: the embedded digits]')
 @click.option('--cond', metavar='BOOL', type=bool, default=False, help='Train a class-conditional model')
 @click.option('--arch', type=click.Choice(list(cfg.ARCHITECTURES)), default='ddpmpp', help='Network architecture')
 @click.option('--precond', type=click.Choice(TRAINABLE), default='edm', help='System: preconditioning and loss')
 # Hyperparameters.
-@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True), default=200,
+@click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=200,
               help='Length of training, in millions of images')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=512, help='Batch size over all ranks')
 @click.option('--batch-gpu', metavar='INT', type=click.IntRange(min=1), default=None,
@@ -55,14 +64,14 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='Base number of channels  [default: of the architecture]')
 @click.option('--cres', metavar='LIST', callback=parse_ints, default=None,
               help='Channels per resolution, such as 1,2,2  [default: of the architecture]')
-@click.option('--lr', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=1e-3, help='Learning rate')
-@click.option('--lr-rampup', metavar='MIMG', type=click.FloatRange(min=0), default=10,
+@click.option('--lr', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=1e-3, help='Learning rate')
+@click.option('--lr-rampup', metavar='MIMG', type=NumberRange(min=0), default=10,
               help='Images over which the learning rate rises linearly, in millions')
-@click.option('--ema', metavar='MIMG', type=click.FloatRange(min=0), default=0.5,
+@click.option('--ema', metavar='MIMG', type=NumberRange(min=0), default=0.5,
               help='Half-life of the moving average of the weights, in millions of images')
-@click.option('--dropout', metavar='FLOAT', type=click.FloatRange(min=0, max=1), default=0.13,
+@click.option('--dropout', metavar='FLOAT', type=NumberRange(min=0, max=1), default=0.13,
               help='Dropout probability')
-@click.option('--augment', metavar='FLOAT', type=click.FloatRange(min=0, max=1), default=0.12,
+@click.option('--augment', metavar='FLOAT', type=NumberRange(min=0, max=1), default=0.12,
               help='Augmentation probability')
 @click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add the mirrored images to the data set')
 # Performance.
@@ -75,7 +84,7 @@ GRID = 64 if torch.cuda.is_available() else 16
               help="Keep the channels of a pixel side by side in the network's memory")
 @click.option('--checkpoint-activations', is_flag=True,
               help='Compute the network twice instead of keeping its features: less memory, a third more work')
-@click.option('--ls', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=1, help='Loss scaling')
+@click.option('--ls', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=1, help='Loss scaling')
 @click.option('--bench', metavar='BOOL', type=bool, default=True, help='cuDNN benchmarking')
 @click.option('--cache', metavar='BOOL', type=bool, default=True,
               help='Decode the data set once, into the cache folder, and map it into memory (up to 32 GiB)')
@@ -84,9 +93,10 @@ GRID = 64 if torch.cuda.is_available() else 16
 @click.option('--workers', metavar='INT', type=click.IntRange(min=0), default=1,
               help='Processes that load data, per rank, where it is not decoded in advance; 0: none')
 # Input and output.
-@click.option('--desc', metavar='STR', default=None, help='String to include in the name of the run folder')
+@click.option('--desc', metavar='STR', type=Text(), callback=check_desc, default=None,
+              help='String to include in the name of the run folder')
 @click.option('--nosubdir', is_flag=True, help='Write into --outdir itself')
-@click.option('--tick', metavar='KIMG', type=click.FloatRange(min=0, min_open=True), default=50,
+@click.option('--tick', metavar='KIMG', type=NumberRange(min=0, min_open=True), default=50,
               help='How often to print progress, in thousands of images')
 @click.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50,
               help='How often to save snapshots; 0: only at the end')
@@ -98,17 +108,17 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='How often to score images of the network (the end counts too); 0: never')
 @click.option('--eval-num', metavar='INT', type=click.IntRange(min=2), default=1000,
               help='Images per score; with so few, FID is too high and only compares runs')
-@click.option('--eval-ref', metavar='NPZ|URL', default=None,
+@click.option('--eval-ref', metavar='NPZ|URL', type=Text(), default=None,
               help='Reference statistics of fid.py ref  [default: made of the training data]')
-@click.option('--eval-detector', metavar='NAME|PATH|URL', default=next(iter(DETECTORS)),
+@click.option('--eval-detector', metavar='NAME|PATH|URL', type=Text(), default=next(iter(DETECTORS)),
               help=f'{", ".join(DETECTORS)}, or a TorchScript or .pth file')
-@click.option('--eval-metrics', metavar='LIST', default=next(iter(METRICS)),
+@click.option('--eval-metrics', metavar='LIST', type=Text(), default=next(iter(METRICS)),
               help=f'Comma-separated: {", ".join(METRICS)}')
 @click.option('--tensorboard', is_flag=True, help='Also write event files, if the package tensorboard is installed')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0, max=(1 << 31) - 1), default=None,
               help='Random seed  [default: random, the same on all ranks]')
-@click.option('--transfer', metavar='FILE|URL', default=None, help='Start from the weights of a snapshot')
-@click.option('--resume', metavar='PT|DIR|latest', default=None,
+@click.option('--transfer', metavar='FILE|URL', type=Text(), default=None, help='Start from the weights of a snapshot')
+@click.option('--resume', metavar='PT|DIR|latest', type=Text(), default=None,
               help='Continue in a new run folder from a training state, the newest of a run folder, or of --outdir')
 @click.option('--auto-resume', is_flag=True,
               help='Continue the run of this name in its own folder if there is one; start it otherwise')
@@ -118,7 +128,7 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='How many snapshots and states are kept; 0: all')
 @click.option('--max-nonfinite', metavar='STEPS', type=click.IntRange(min=0), default=100,
               help='Stop after so many steps in a row with NaN or infinite loss or gradients; 0: never')
-@click.option('--timeout', metavar='SEC', type=click.FloatRange(min=0), default=600,
+@click.option('--timeout', metavar='SEC', type=NumberRange(min=0), default=600,
               help='Stop if no step is finished for so long; 0: never')
 @click.option('-n', '--dry-run', is_flag=True, help='Print the training options and exit')
 @system_flags('train_options')
@@ -135,32 +145,38 @@ def main(**options):
     """
     dist.init()
     try:
-        run(options)
+        with dist.lost_ranks_named():
+            run(options)
     finally:
         dist.cleanup()
 
 
 def run(options):
     """Flags → dict → one call."""
+    unused = typed_flags('eval_num', 'eval_ref', 'eval_detector', 'eval_metrics')
+    if unused and not typed_flags('eval_ticks') and not options['eval_ticks']:
+        raise UserError(f'{unused[0]} has no effect without scores; add --eval=TICKS, or leave it out')
     config = cfg.training_config(options, given_flags('train_options', options))
     name = cfg.run_name(config, options['arch'], options['desc'])
     run_dir, start = dist.on_rank0(lambda: cfg.start_point(options, name))
     config['resume'] = start['path']
     if options['seed'] is None:
         config['seed'] = start['settings'].get('seed', config['seed'])
-    if not options['dry_run'] or os.path.exists(config['dataset_kwargs']['path']):  # a preset shows without its data
-        dist.on_rank0(lambda: cfg.check_config(config))
+    data_may_be_missing = options['dry_run'] and not typed_flags('data')  # a preset is shown without its data
+    if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
+        dist.on_rank0(lambda: cfg.check_config(config, start, fetch=not options['dry_run']))
     if options['dry_run']:
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return
+    dist.print0('Loading dataset...')
+    dataset = open_dataset(**config['dataset_kwargs'])  # here, lest an image that is not like the others leave a folder
     records = start if options['auto_resume'] else None
     with cfg.create_run_dir(run_dir, config, records) if dist.get_rank() == 0 else contextlib.nullcontext():
         dist.print0(cfg.summary(config, run_dir))
         for complaint in start['complaints']:
             dist.print0(f'Warning: passing over a damaged state: {complaint}')
-        with dist.lost_ranks_named():
-            done = training_loop(run_dir=run_dir, systems=SYSTEMS, **config)
+        done = training_loop(run_dir=run_dir, systems=SYSTEMS, dataset=dataset, **config)
     if not done:
         sys.exit(EXIT_STOPPED)
 

@@ -4,6 +4,8 @@ import io
 import itertools
 import json
 import pickle
+import re
+import shlex
 import struct
 import zipfile
 import zlib
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from tests.commands import invoke
 from torch_utils import misc
 from torch_utils.misc import InfiniteSampler
 from training import image_codec
@@ -261,6 +264,21 @@ def test_not_square_and_wrong_resolution(place):
     place = write(place.with_name('b' + place.name), small_set(1))
     refused(place, '8x8', '--resolution=16x16', resolution=16)
     assert ImageFolderDataset(place, resolution=8).resolution == 8
+
+
+def test_the_command_that_crops_is_complete(tmp_path):
+    """What the message quotes is run as it is, and its images can be trained on."""
+    folder = tmp_path / 'my photos'
+    for i, (w, h) in enumerate(((40, 25), (30, 50))):
+        folder.mkdir(exist_ok=True)
+        PIL.Image.new('RGB', (w, h)).save(folder / f'{i}.jpg')
+    with pytest.raises(UserError) as e:
+        ImageFolderDataset(folder)
+    program, script, *words = shlex.split(re.search('`(.*)`', str(e.value))[1])
+    assert (program, script) == ('python', 'dataset_tool.py')
+    out = invoke(script, *words)
+    assert out.exit_code == 0, out.output
+    assert ImageFolderDataset(tmp_path / 'my photos-16x16.zip').image_shape == [3, 16, 16]
 
 
 def test_labels_missing(place):

@@ -1,12 +1,15 @@
 """The whole registry: every system trains, is sampled, and refuses what it does not have."""
 
+import dataclasses
 import functools
 import itertools
 import json
 import math
 
+import click
 import pytest
 import torch
+from click.testing import CliRunner
 
 from dnnlib import UserError
 from tests.commands import SMALL, invoke, refused
@@ -14,8 +17,9 @@ from training.dataset import EMBEDDED
 from training.generation import generate_batch
 from training.precond import Precond
 from training.snapshot import build_network, read_snapshot, save_snapshot
-from training.system import GRID_OPTIONS, own_options
+from training.system import GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
+from warm import flags
 from warm.systems import SYSTEMS
 
 TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
@@ -184,10 +188,28 @@ def test_epsilon_scaling_refuses_what_it_would_ignore(option):
 
 
 def test_option_names_are_each_one_flag():
-    """Systems that share an option share the object, or click would have the flag twice."""
+    """Systems that share an option share the object; two different ones of one name are refused."""
     for attribute in ('train_options', 'own_sample_options'):
         names = [option.name for option in own_options(SYSTEMS, attribute)]
         assert len(names) == len(set(names))
+    other = dataclasses.replace(SYSTEMS['edm'], name='other', train_options=(Option('bnr', 1, 'Another', type=int),))
+    with pytest.raises(UserError, match="'warm' and 'other' each have an option --bnr of their own"):
+        own_options({**SYSTEMS, 'other': other}, 'train_options')
+
+
+@pytest.mark.filterwarnings('ignore:The parameter .* is used more than once')  # which newer releases of click say
+@pytest.mark.parametrize('name, own', [('lr', ['--lr']), ('steps', ['--steps', 'num_steps']), ('x', ['--y', 'x'])])
+def test_an_option_does_not_hide_a_flag_of_the_command(name, own, monkeypatch):
+    system = dataclasses.replace(SYSTEMS['edm'], name='other', train_options=(Option(name, None, 'Another'),))
+    monkeypatch.setattr(flags, 'SYSTEMS', {'other': system})
+
+    @click.command()
+    @click.option(*own)
+    @flags.system_flags('train_options')
+    def command(**options):
+        raise AssertionError
+    refused(CliRunner().invoke(command, [], prog_name='train.py'),
+            f"the Option '{name}' of a system collides with {own[0]}, which train.py has already")
 
 
 @pytest.mark.parametrize('flags, sentence', [

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import torch.distributed
 
 from tests import kills
@@ -62,10 +63,10 @@ def test_without_torchrun_there_is_no_group_and_no_port(monkeypatch):
 
 STAND_INS = {
     'srun': '''#!/bin/bash
-# Both tasks on this machine; the highest exit code, as srun's.
-shift
+# Both tasks on this machine; the highest exit code, as srun's, which is 128 + n where a signal n ended a task.
+while [[ $1 == --* ]]; do echo "srun $1"; shift; done
 for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 "$@" & pids[$i]=$!; done
-echo "${pids[0]}" > "$TASK_FILE"
+echo "${pids[@]}" > "$TASK_FILE"
 code=0
 for pid in "${pids[@]}"; do wait "$pid"; c=$?; [ $c -gt $code ] && code=$c; done
 exit $code
@@ -75,35 +76,58 @@ if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "asked to $*"; fi
 '''}
 
 
-def test_the_slurm_file(tmp_path):
-    """SIGUSR1 to a task: the job saves, asks to be queued again, and goes on when it is."""
+@pytest.fixture
+def slurm(tmp_path):
+    """Functions (submit, said): submit(*options of train.py, **environment) starts the job, said() is its output."""
     bin_dir = tmp_path / 'bin'
     bin_dir.mkdir()
-    for name, text in STAND_INS.items():
+    for name, text in {**STAND_INS, 'python': f'#!/bin/bash\nexec {sys.executable} "$@"\n'}.items():
         (bin_dir / name).write_text(text)
         (bin_dir / name).chmod(0o755)
-    (bin_dir / 'python').write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
-    (bin_dir / 'python').chmod(0o755)
     env = {**kills.ENV, 'PATH': f"{bin_dir}:{os.environ['PATH']}", 'SLURM_JOB_ID': str(free_port()),
            'SLURM_JOB_NODELIST': 'a,b', 'TASK_FILE': str(tmp_path / 'task')}
+    jobs = []
 
-    def submit(*options):
+    def submit(*options, **more):
         with open(tmp_path / 'out.txt', 'ab') as out:
-            return subprocess.Popen(
+            jobs.append(subprocess.Popen(
                 ['bash', 'docs/slurm.sbatch', *SMALL, '--batch=16', '--grid=0', '--tick=0.032', '--snap=0', '--dump=0',
                  f'--outdir={tmp_path / "runs"}', '--seed=1', *options],
-                cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
-
-    def said():
-        return (tmp_path / 'out.txt').read_text()
-    job = submit('--duration=1')
-    try:
-        assert kills.until(lambda: 'tick 3 ' in said(), job), said()
-        os.kill(int((tmp_path / 'task').read_text()), signal.SIGUSR1)
-        assert job.wait(60) == EXIT_STOPPED, said()
-    finally:
+                cwd=ROOT, env={**env, **more}, stdout=out, stderr=subprocess.STDOUT))
+        return jobs[-1]
+    yield submit, lambda: (tmp_path / 'out.txt').read_text()
+    for job in jobs:
         kills.kill_all(job)
-    assert f"asked to requeue {env['SLURM_JOB_ID']}" in said()
+
+
+def test_the_slurm_file(slurm, tmp_path):
+    """SIGUSR1 to a task: the job saves, asks to be queued again, however often, and goes on when it is."""
+    submit, said = slurm
+    job = submit('--duration=1', SLURM_RESTART_COUNT='7')
+    assert kills.until(lambda: 'tick 3 ' in said(), job), said()
+    os.kill(int((tmp_path / 'task').read_text().split()[0]), signal.SIGUSR1)
+    assert job.wait(60) == EXIT_STOPPED, said()
+    assert said().count('asked to requeue') == 1
     assert kills.wait(submit('--duration=0.00001')) == 0
     assert 'Resuming from' in said() and said().count('asked to requeue') == 1
     assert len(list((tmp_path / 'runs').iterdir())) == 1
+
+
+@pytest.mark.parametrize('option, code', [('--no-such-option', 2), ('--data=/nowhere/x.zip', 1), ('--batch=15', 1)])
+def test_the_slurm_file_does_not_repeat_mistakes(option, code, slurm):
+    """The codes of click and of UserError. They only come through where srun does not kill the other ranks at once."""
+    submit, said = slurm
+    assert kills.wait(submit(option)) == code and 'Error: ' in said() and 'requeue' not in said(), said()
+    assert 'srun --kill-on-bad-exit=0' in said() and 'srun --wait=120' in said()
+
+
+@pytest.mark.parametrize('restarts, asked', [('0', 1), ('4', 1), ('5', 0)])
+def test_the_slurm_file_repeats_what_may_go_well_the_next_time(restarts, asked, slurm, tmp_path):
+    """Ranks that are killed, as for want of memory: five times in all. (Here at their start, which is quickest.)"""
+    submit, said = slurm
+    job = submit('--duration=1', SLURM_RESTART_COUNT=restarts)
+    assert kills.until(lambda: (tmp_path / 'task').is_file() and (tmp_path / 'task').read_text(), job), said()
+    for pid in (tmp_path / 'task').read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    assert job.wait(60) == 128 + signal.SIGKILL
+    assert said().count('asked to requeue') == asked

@@ -17,6 +17,8 @@ from training.dataset import EMBEDDED
 from training.health import Health
 from training.saving import Saver, host_copy, prune, saved_files
 from training.state import load_state, save_state
+from training.training_loop import training_loop
+from warm.systems import SYSTEMS
 
 # 64 images a step, two steps a tick: ticks end at 0.064, 0.192, …, 1.088 kimg, states at 000000 (overwritten), 000001.
 RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0', '--tick=0.128', '--snap=1', '--dump=1']
@@ -139,10 +141,12 @@ def test_a_damaged_state_is_passed_over(whole, tmp_path):
 
 def test_without_any_good_state(whole, cut):
     damage(cut / 'training-state-000000.pt')
-    refused(train(cut, f'--resume={cut / "training-state-000000.pt"}'), 'damaged')
-    refused(train(cut, f'--resume={cut}'), 'damaged')
+    new = cut.parent / 'new'
+    refused(train(new, f'--resume={cut / "training-state-000000.pt"}'), 'damaged')
+    refused(train(new, f'--resume={cut}'), 'damaged')
     shutil.copy(cut / 'training-state-000000.pt', cut / 'training-state-000001.pt')
-    refused(train(cut, f'--resume={cut}'), 'none of the 2 training states')
+    refused(train(new, f'--resume={cut}'), 'none of the 2 training states')
+    assert not new.exists()
     out = trained(cut, '--auto-resume')
     assert 'passing over' in out.output and 'Resuming' not in out.output
     check_same(cut, whole)
@@ -156,8 +160,39 @@ def test_nothing_to_resume(value, sentence, tmp_path):
     assert not (tmp_path / 'runs').exists()
 
 
-def test_another_network_is_refused(cut):
-    refused(train(cut, '--auto-resume', '--cbase=16'), 'model_channels', 'training_options.json')
+def content(folder):
+    """{name: bytes} of its files."""
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize('option, sentences', [
+    ('--cbase=16', ['model_channels', 'training_options.json']), ('--precond=stf', ['--precond=edm, not stf'])])
+def test_another_network_or_system_is_refused_before_anything_is_written(option, sentences, cut):
+    """What the message points to must still be that run's; the records past the state are there too."""
+    before = content(cut)
+    refused(train(cut, '--auto-resume', option), *sentences)
+    assert content(cut) == before
+    assert json.loads((cut / 'training_options.json').read_text())['network_kwargs']['model_channels'] == 8
+
+
+def test_nosubdir_does_not_train_over_a_run(cut):
+    """A dry run shows the options all the same."""
+    before = content(cut)
+    refused(train(cut), f'{cut} holds a run already', '--outdir', '--auto-resume')
+    refused(train(cut, f'--resume={cut}'), f'{cut} holds a run already')
+    assert train(cut, '--dry-run').exit_code == 0
+    assert content(cut) == before
+
+
+def test_a_run_that_is_done_is_not_another_systems(whole, tmp_path):
+    """Its length is looked at after its origin, by the command and by the loop."""
+    refused(train(tmp_path / 'new', f'--resume={whole}', '--precond=stf', kimg=0.064), '--precond=edm, not stf')
+    refused(train(tmp_path / 'new', f'--resume={whole}', '--cbase=16', kimg=0.064), 'model_channels')
+    assert not (tmp_path / 'new').exists()
+    options = json.loads((whole / 'training_options.json').read_text())
+    options.update(system='stf', resume=str(saved_files(whole, 'training-state')[0]))
+    with pytest.raises(UserError, match='--precond=edm, not stf'):
+        training_loop(run_dir=str(tmp_path), systems=SYSTEMS, **options)
 
 
 def drop(*keys):

@@ -133,8 +133,7 @@ def test_readme_commands_parse():
 def test_presets(name):
     """A preset fills in defaults; an option given beside it wins."""
     preset = PRESETS[name]
-    data = [] if name == 'digits' else [f'--data={preset.train["data"]}']
-    out = invoke('train.py', f'--preset={name}', '-n', '--batch=48', *data)
+    out = invoke('train.py', f'--preset={name}', '-n', '--batch=48')
     assert out.exit_code == 0, out.output
     assert '"batch_size": 48' in out.output and '"system": "warm"' in out.output
     twin = invoke('train.py', f'--preset={name}', '-n', '--precond=edm')
@@ -144,7 +143,16 @@ def test_presets(name):
         assert f'"channel_mult": [\n      {numbers}\n' in out.output
 
 
-def test_dry_run_of_a_preset_needs_no_data_but_a_run_does(tmp_path):
-    refused(invoke('train.py', '--preset=ffhq', f'--outdir={tmp_path / "runs"}', f'--data={tmp_path}/ffhq-64x64.zip'),
-            'ffhq-64x64.zip')
-    assert not (tmp_path / 'runs').exists()
+def test_dry_run_of_a_preset_needs_no_data_but_a_run_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, preset in PRESETS.items():
+        if name != 'digits':
+            refused(invoke('train.py', f'--preset={name}'), preset.train['data'], preset.data)
+    refused(invoke('train.py', f'--data={PRESETS["ffhq"].train["data"]}'), PRESETS['ffhq'].data)
+    refused(invoke('train.py', '--preset=ffhq', f'--data={tmp_path}/ffhq-64x64.zip'), 'ffhq-64x64.zip')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('preset', [[], ['--preset=ffhq']])
+def test_dry_run_looks_at_data_that_the_user_names(preset):
+    refused(invoke('train.py', *preset, '-n', '--data=/nowhere/x.zip'), 'there is no folder or zip /nowhere/x.zip')

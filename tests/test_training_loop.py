@@ -5,7 +5,9 @@ import math
 import pathlib
 import re
 
+import click
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -13,9 +15,10 @@ from dnnlib import UserError
 from torch_utils import training_stats
 from training import training_loop as tl
 from training.dataset import EMBEDDED, load_embedded
-from training.snapshot import build_network, read_snapshot
+from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
 from tests.commands import SMALL, invoke, refused, run_command, torchrun
+from train import main
 from warm.systems import SYSTEMS
 
 
@@ -219,6 +222,8 @@ def test_statistics_over_ranks():
     assert collector.as_dict() == {}
 
 
+NUMBERS = [option.opts[0] for option in main.params if isinstance(option.type, click.types.FloatParamType)]
+TEXTS = ['--outdir', '--data', '--desc', '--transfer', '--resume', '--eval-ref', '--eval-detector', '--eval-metrics']
 BAD = {
     'two ranks, odd batch': (['--batch=15'], 'does not divide over 2 ranks', True),
     'no labels': (['--cond=1', '--data={unlabelled}'], 'has no labels', False),
@@ -232,6 +237,21 @@ BAD = {
     'empty range': (['--precond=warm', '--bnr=2-0.1'], 'is empty', False),
     'duplicates': (['--precond=warm', '--bnr=0.1,0.5,0.1'], 'twice', False),
     'unknown targets': (['--precond=warm', '--targets=nothing'], 'is not one of', False),
+    **{f'{flag}={value}': ([f'{flag}={value}'], sentence, False) for flag, value, sentence in [
+        *((flag, 'nan', "'nan' is not a finite number") for flag in NUMBERS), ('--duration', 'inf', "'inf' is not a"),
+        ('--sigma-blur-max', 'inf', "'inf' is not a finite number"), ('--targets', '', 'is not one of'),
+        *((flag, '', 'it is empty') for flag in TEXTS), ('--data', ' ', 'it is empty'), ('--bnr', '', 'it is empty'),
+        ('--desc', 'a/b', 'folders within folders'), ('--desc', '..\\b', 'folders within folders'),
+        ('--eval-ref', 'x.npz', '--eval-ref has no effect without scores; add --eval=TICKS'),
+        ('--eval-num', '50', '--eval-num has no effect'), ('--eval-metrics', 'fid', '--eval-metrics has no effect'),
+        ('--eval-detector', 'pixels', '--eval-detector has no effect'),
+        ('--transfer', 'README.md', 'is not a network snapshot')]},
+    'no metric': (['--eval=1', '--eval-metrics=foo'], "there is no metric 'foo'", False),
+    'no detector': (['--eval=1', '--eval-detector=nope'], "there is no detector 'nope'", False),
+    'no detector file': (['--eval=1', '--eval-detector=/nowhere/x.pt'], 'there is no file /nowhere/x.pt', False),
+    'no reference': (['--eval=1', '--eval-ref=/nowhere/x.npz'], 'there is no file /nowhere/x.npz', False),
+    'no probabilities': (['--eval=1', '--eval-detector=pixels', '--eval-metrics=is'], 'class probabilities', False),
+    'few images': (['--eval=1', '--eval-metrics=kid', '--eval-num=50'], "'kid' needs at least 1000 images", False),
     'image too small': (['--cres=1,1,1,1,1'], '8', False),
 }
 
@@ -250,3 +270,33 @@ def test_bad_input(tmp_path, name):
     else:
         refused(invoke(*command), sentence)
     assert not (tmp_path / 'runs').exists()
+
+
+def test_numbers_are_all_checked():
+    """Of train.py and of the systems; generate.py's S_max alone may be infinite."""
+    assert {'--lr', '--ema', '--tick', '--duration', '--timeout', '--rest-weight'} <= set(NUMBERS)
+    refused(invoke('generate.py', '--network=x', '--outdir=y', '--S_max=nan'), "'nan' is not a finite number")
+    refused(invoke('generate.py', '--network=x', '--outdir=y', '--S_noise=inf'), "'inf' is not a finite number")
+    refused(invoke('generate.py', '--network=/nowhere/x', '--outdir=y', '--S_max=inf'), '/nowhere/x')
+
+
+def test_what_does_not_fit_leaves_no_folder(tmp_path):
+    """Found before the run folder is made: weights of another network, images of mixed sizes."""
+    runs = [*SMALL, f'--outdir={tmp_path / "runs"}', '--duration=0.0001']
+    torch.manual_seed(0)
+    net = SYSTEMS['edm'].network_class(img_resolution=8, img_channels=3, model_type='DhariwalUNet', model_channels=16,
+                                       channel_mult=[1])
+    snapshot = tmp_path / 'network-snapshot-000001.safetensors'
+    save_snapshot(snapshot, net, 'edm')
+    refused(invoke('train.py', *runs, f'--transfer={snapshot}'), 'no tensor of', '--arch')
+    (tmp_path / 'mixed').mkdir()
+    for name, size in (('a', 8), ('b', 16)):
+        PIL.Image.new('L', (size, size)).save(tmp_path / 'mixed' / f'{name}.png')
+    refused(invoke('train.py', *runs, f'--data={tmp_path / "mixed"}'), 'a.png', '8x8', 'b.png', '16x16')
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_scores_that_are_switched_off_by_hand(tmp_path):
+    """--eval=0 says that the other flags are to have no effect."""
+    assert invoke('train.py', '-n', '--eval=0', '--eval-num=50').exit_code == 0
+    assert invoke('train.py', '-n', '--eval=1', '--eval-num=50').exit_code == 0

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import types
 
 import numpy as np
@@ -227,10 +228,19 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         c, h, w = self._shape
         what = f'{self._what(self._first)} is {w}x{h} pixels'
         if h != w:
-            raise UserError(f'{what}, not square; crop the images with dataset_tool.py --transform=center-crop')
+            size = 1 << (min(w, h).bit_length() - 1)  # a power of two, as the tool makes them, and nothing is enlarged
+            raise UserError(f'{what}, not square; crop the images, to this size or another, with '
+                            f'`{self._conversion(size)} --transform=center-crop`')
         if resolution is not None and h != resolution:
             raise UserError(f'{what} where {resolution}x{resolution} is needed; '
-                            f'convert the images with dataset_tool.py --resolution={resolution}x{resolution}')
+                            f'convert the images with `{self._conversion(resolution)}`')
+
+    def _conversion(self, size):
+        """The command that makes a zip of square images of that size from these."""
+        path = os.path.normpath(self._archive.path)
+        dest = os.path.join(os.path.dirname(path), f'{self.name}-{size}x{size}.zip')
+        return (f'python dataset_tool.py --source={shlex.quote(path)} --dest={shlex.quote(dest)} '
+                f'--resolution={size}x{size}')
 
     def _check_shape(self, name, shape):
         if shape != self._shape:

@@ -108,21 +108,47 @@ def resume_from(path):
         return expand(state)
 
 
-def check_origin(state, path, system, dataset):
-    """Compare a state with the run that is to go on from it; older states do not say where they are from.
+def check_origin(state, path, system):
+    """Refuse the state of a run of another system, whose network may have the same tensors.
 
     Args:
-        system, dataset: Names of this run's.
+        state: Its `settings` count; those of older states do not say where they are from.
+        path: For the message.
+        system: Name of the system that is to go on from it.
 
     Raises:
-        UserError: the state is another system's, whose network may have the same tensors.
+        UserError: it is another's.
     """
-    before = state['settings']
-    if before.get('system', system) != system:
-        raise UserError(f"{path} is of a run with --precond={shown(before['system'])}, not {system}; resume with that, "
+    before = state['settings'].get('system', system)
+    if before != system:
+        raise UserError(f'{path} is of a run with --precond={shown(before)}, not {system}; resume with that, '
                         'or start from a snapshot of it with --transfer')
-    if before.get('dataset', dataset) != dataset:
-        dist.print0(f"Warning: this run was trained on {shown(before['dataset'])} and goes on with {dataset}.")
+
+
+def tell_other_data(state, dataset):
+    """Say so where a run goes on with a data set, here its name, that is not the one it began with."""
+    before = state['settings'].get('dataset', dataset)
+    if before != dataset:
+        dist.print0(f'Warning: this run was trained on {shown(before)} and goes on with {dataset}.')
+
+
+def check_network(state, path, network_kwargs):
+    """Refuse the state of a run with another network.
+
+    Args:
+        state: Its `network_kwargs` count.
+        path: For the message.
+        network_kwargs: Constructor arguments of the network that is to go on from it (Precond.init_kwargs).
+
+    Raises:
+        UserError: they differ.
+    """
+    with _refusing(path):
+        before = state['network_kwargs']
+        changed = sorted(k for k in {**before, **network_kwargs} if before.get(k) != network_kwargs.get(k))
+    if changed:
+        raise UserError(f"{path} was saved by a run whose network differs in {', '.join(changed)}; "
+                        'resume with the options of that run, see its training_options.json')
 
 
 def restore(state, path, net, ema, optimizer):
@@ -131,12 +157,7 @@ def restore(state, path, net, ema, optimizer):
     Raises:
         UserError: the state belongs to another network.
     """
-    with _refusing(path):
-        before, now = state['network_kwargs'], net.init_kwargs
-        changed = sorted(k for k in {**before, **now} if before.get(k) != now.get(k))
-    if changed:
-        raise UserError(f"{path} was saved by a run whose network differs in {', '.join(changed)}; "
-                        'resume with the options of that run, see its training_options.json')
+    check_network(state, path, net.init_kwargs)
     with _refusing(path):
         net.load_state_dict(state['net'])
         ema.load_state_dict(state['ema'])

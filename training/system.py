@@ -23,6 +23,10 @@ ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
 class Option:
     """An option that only some systems have; train.py and generate.py make their flags from these.
 
+    A flag is one thing: the name is none that the command has itself (train.py's `lr`, every sampler's `rho`), and
+    systems that have an option of the same name share one Option object. What does not is refused, the former by
+    warm.flags.SystemFlag, the latter by `own_options`.
+
     Attributes:
         name: Keyword of the network's constructor or of the sampler; the flag is --name with dashes.
         default: Value where the user gives none; None leaves it to the constructor or sampler.
@@ -160,9 +164,17 @@ def flag_of(name):
 
 
 def own_options(systems, attribute):
-    """{option: [names of the systems that have it]} over a registry; `attribute` is the System's list of them."""
-    users = {}
+    """{option: [names of the systems that have it]} over a registry; `attribute` is the System's list of them.
+
+    Raises:
+        UserError: two systems have different options of one name, which would be two flags of one name.
+    """
+    users, by_name = {}, {}
     for system in systems.values():
         for option in getattr(system, attribute):
+            first = by_name.setdefault(option.name, option)
+            if first != option:
+                raise UserError(f"the systems '{users[first][0]}' and '{system.name}' each have an option "
+                                f'{option.flag} of their own; let them share one Option, or rename one')
             users.setdefault(option, []).append(system.name)
     return users

@@ -20,7 +20,8 @@ from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
 from training.health import Health
-from training.progress import Progress, check_origin, restore, resume_from, run_state, seed_rank
+from training.progress import (Progress, check_origin, restore, resume_from, run_state, seed_rank,
+                               tell_other_data)
 from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.status import Status
@@ -57,6 +58,7 @@ def training_loop(
     timeout=600,                # Seconds without a finished step after which a rank counts as hung; 0 = never.
     eval_kwargs=None,           # Arguments of make_evaluator: ticks, num, ref, detector, metrics; None = no scores.
     tensorboard=False,          # Whether to write event files for TensorBoard too.
+    dataset=None,               # What open_dataset(**dataset_kwargs) gave, if it was called before.
     cudnn_benchmark=True,
 ):
     """Train a system and leave snapshots, states, image grids and stats.jsonl in `run_dir`.
@@ -73,9 +75,12 @@ def training_loop(
     batch_rank, batch_gpu, rounds = split_batch(batch_size, batch_gpu)
     system = systems[system]
 
-    dist.print0('Loading dataset...')
-    dataset = open_dataset(**dataset_kwargs)
+    if dataset is None:
+        dataset = open_dataset(**dataset_kwargs)
     state = resume_from(resume) if resume is not None else None
+    if state is not None:  # first of all: that another system's run is done says nothing of this one
+        check_origin(state, resume, system.name)
+        tell_other_data(state, dataset.name)
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_kimg * 1000:
         dist.print0(f'All {total_kimg:g} kimg are done already.')
@@ -90,10 +95,10 @@ def training_loop(
     augment_pipe = AugmentPipe(**augment_kwargs) if augment_kwargs else None
     optimizer = make_optimizer(net, **optimizer_kwargs)
     if state is not None:
-        check_origin(state, resume, system.name, dataset.name)
         ema_rampup_ratio = state['settings']['ema_rampup_ratio']
     elif transfer is not None:
-        transfer_weights(transfer, net)
+        dist.print0(f'Transferring from {transfer}...')
+        dist.print0(f'Transferred {transfer_weights(transfer, net)} of {len(net.state_dict())} tensors.')
         ema_rampup_ratio = None
     settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
@@ -226,16 +231,15 @@ def name_in(run_dir, kind, progress):
 
 
 def transfer_weights(path, net):
-    """Start `net` from the EMA weights of a snapshot (Precond.transfer).
+    """Start `net` from the EMA weights of a snapshot (Precond.transfer); returns how many of its tensors were set.
 
     Raises:
-        UserError: nothing in the snapshot fits the network.
+        UserError: it is no snapshot, or nothing in it fits the network.
     """
-    dist.print0(f'Transferring from {path}...')
     copied = net.transfer(read_snapshot(path).state_dict)
     if not copied:
         raise UserError(f'no tensor of {path} fits this network; use the --arch, --cbase and --cres of its training')
-    dist.print0(f'Transferred {len(copied)} of {len(net.state_dict())} tensors.')
+    return len(copied)
 
 
 def open_dataset(cache=True, **kwargs):

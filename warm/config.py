@@ -15,11 +15,14 @@ from torch_utils import distributed as dist
 from training.augment import TRAIN_AUGMENT
 from training.batches import check_data_device
 from training.dataset import EMBEDDED, ImageFolderDataset
+from training.detectors import DETECTORS, Detector, PixelDetector, load_detector
+from training.metrics import METRICS, check_images, load_reference, parse_metrics
 from training.precond import PRECISIONS
-from training.progress import load_run_state
+from training.progress import check_network, check_origin, load_run_state
 from training.saving import find_states, newest_good, saved_files
 from training.status import check_tensorboard, trim_records
-from training.training_loop import interface_kwargs, split_batch
+from training.training_loop import interface_kwargs, split_batch, transfer_weights
+from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 
 # What --arch stands for: arguments of the U-Net (spec §3). --cbase and --cres replace two of them.
@@ -32,7 +35,7 @@ ARCHITECTURES = {
                    channel_mult=[2, 2, 2]),
     'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
 }
-GET_CIFAR10 = 'python dataset_tool.py --source=cifar10 --dest=datasets/cifar10-32x32.zip'
+OPTIONS_NAME = 'training_options.json'  # in every run folder
 
 
 def training_config(o, system_options):
@@ -54,8 +57,10 @@ def training_config(o, system_options):
     system = SYSTEMS[o['precond']]
     own = system.network_kwargs(system_options)
     if o['data'] is None:
-        dist.print0(f'No --data given: training on the embedded handwritten digits (8×8). For CIFAR-10: {GET_CIFAR10}')
-    dataset_kwargs = dict(path=o['data'] or EMBEDDED, use_labels=o['cond'], xflip=o['xflip'], cache=o['cache'])
+        dist.print0('No --data given: training on the embedded handwritten digits (8×8). '
+                    f"For CIFAR-10: {PRESETS['cifar10'].data}")
+    dataset_kwargs = dict(path=EMBEDDED if o['data'] is None else o['data'], use_labels=o['cond'], xflip=o['xflip'],
+                          cache=o['cache'])
     own.update(measured(system, own, dataset_kwargs))
     network_kwargs = dict(ARCHITECTURES[o['arch']], dropout=o['dropout'], use_fp16=precision == 'fp16', **own)
     if o['cbase'] is not None:
@@ -112,24 +117,64 @@ def measured(system, own, dataset_kwargs):
     wanted = [option for option in system.train_options if option.from_data and own[option.name] is not None]
 
     def measure():
-        dataset = ImageFolderDataset(**dataset_kwargs)
+        dataset = open_data(**dataset_kwargs)
         return {option.name: option.from_data(own[option.name], dataset) for option in wanted}
     return dist.on_rank0(measure) if wanted else {}
 
 
-def check_config(config):
-    """Find mistakes before there is a run folder: open the data, outline the network, look for the files.
+def open_data(path, **kwargs):
+    """The data set; of one that belongs to a preset and is missing, the message says how it is made."""
+    command = next((preset.data for preset in PRESETS.values() if preset.train.get('data') == path), None)
+    if command and not os.path.exists(path):
+        raise UserError(f'there is no data set {path}; make it with `{command}`, or name another with --data')
+    return ImageFolderDataset(path, **kwargs)
+
+
+def check_config(config, start, fetch=True):
+    """Find mistakes before there is a run folder: open the data, outline the network, look into the files.
+
+    Args:
+        config: From `training_config`.
+        start: From `start_point`.
+        fetch: Whether a snapshot to transfer from may be downloaded.
 
     Raises:
         UserError: whatever would stop the run before its first step.
     """
     split_batch(config['batch_size'], config['batch_gpu'])
-    dataset = ImageFolderDataset(**{**config['dataset_kwargs'], 'cache': False})
+    dataset = open_data(**{**config['dataset_kwargs'], 'cache': False})
+    system = SYSTEMS[config['system']]
     with torch.device('meta'):  # names and shapes, without the memory
-        SYSTEMS[config['system']].network_class(**interface_kwargs(dataset, config['augment_kwargs']),
-                                                **config['network_kwargs'])
-    if config['transfer'] is not None and not is_url(config['transfer']):
-        local_path(config['transfer'])
+        net = system.network_class(**interface_kwargs(dataset, config['augment_kwargs']), **config['network_kwargs'])
+    if start['path'] is not None:
+        check_origin(start, start['path'], system.name)
+        check_network(start, start['path'], net.init_kwargs)
+    elif config['transfer'] is not None and (fetch or not is_url(config['transfer'])):
+        transfer_weights(config['transfer'], net)  # which sets nothing: there are only names and shapes
+    if config['eval_kwargs'] is not None:
+        check_evaluation(dataset.num_files, **config['eval_kwargs'])
+
+
+def check_evaluation(num_files, num, ref, detector, metrics, ticks=None):
+    """Look through the --eval flags without fetching anything: detectors from elsewhere are known by name only.
+
+    Args:
+        num_files: Images of the training data, of which the reference is made if there is no `ref`.
+        num, ref, detector, metrics, ticks: As for training.evaluation.make_evaluator.
+
+    Raises:
+        UserError: what that would refuse, as far as it can be told.
+    """
+    names = parse_metrics(metrics)
+    elsewhere = is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector
+    found = Detector(detector, '', 'cpu', has_probs=True) if elsewhere else load_detector(detector)
+    check_images(names, num, found)
+    if ref is None:
+        check_images([name for name in names if METRICS[name].ref_arrays], num_files, found)
+    elif not is_url(ref):
+        local_path(ref)
+        if not elsewhere:
+            load_reference(ref, names, found)
 
 
 def run_name(config, arch, desc=None):
@@ -160,12 +205,17 @@ def start_point(o, name):
     and the newest good state in it; without any, --resume's state.
 
     Returns:
-        The folder; {'path', 'settings', 'tick', 'last_tick', 'complaints'} of a state (training.progress.run_state).
-        'path' None: a new run.
+        The folder; {'path', 'settings', 'network_kwargs', 'tick', 'last_tick', 'complaints'} of a state
+        (training.progress.run_state). 'path' None: a new run.
 
     Raises:
-        UserError: there is no state where --resume says, or none that can be read.
+        UserError: --nosubdir without --auto-resume, and a run is there already; there is no state where --resume says,
+            or none that can be read.
     """
+    if o['nosubdir'] and not o['auto_resume'] and not o['dry_run']:
+        if os.path.exists(os.path.join(o['outdir'], OPTIONS_NAME)):
+            raise UserError(f"{o['outdir']} holds a run already, over which --nosubdir would train; choose another "
+                            '--outdir, or continue that run with --auto-resume')
     run_dir = o['outdir'] if o['nosubdir'] else next_run_dir(o['outdir'], name)
     path, state, complaints = None, None, []
     if o['auto_resume']:
@@ -180,9 +230,10 @@ def start_point(o, name):
             raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read; '
                             'resume from another run')
     if path is None:
-        return run_dir, dict(path=None, settings={}, tick=0, last_tick='{}', complaints=complaints)
-    return run_dir, dict(path=str(path), settings=state['settings'], tick=state['progress']['tick'],
-                         last_tick=state['last_tick'], complaints=complaints)
+        return run_dir, dict(path=None, settings={}, network_kwargs={}, tick=0, last_tick='{}',
+                             complaints=complaints)
+    return run_dir, dict(path=str(path), settings=state['settings'], network_kwargs=state['network_kwargs'],
+                         tick=state['progress']['tick'], last_tick=state['last_tick'], complaints=complaints)
 
 
 def same_run_dir(outdir, name):
@@ -205,7 +256,7 @@ def create_run_dir(run_dir, config, start):
     if start is not None:
         trim_records(run_dir, start['tick'], json.loads(start['last_tick']))
         remove_temporary_files(run_dir)
-    with atomic_write(os.path.join(run_dir, 'training_options.json'), 'w') as f:
+    with atomic_write(os.path.join(run_dir, OPTIONS_NAME), 'w') as f:
         json.dump(config, f, indent=2)
     return Tee(os.path.join(run_dir, 'log.txt'))
 

@@ -64,8 +64,8 @@ def train(outdir, duration):
             continue
         # Only the last one writes to the terminal, the log.txt of each has its own lines.
         last = name == list(RUNS)[-1]
-        running.append(start(['train.py', f'--outdir={outdir / name}', '--nosubdir', *options, *TRAINING,
-                              f'--duration={duration}', f'--tick={max(duration * 50, 0.064):g}'],
+        running.append(start(['train.py', f'--outdir={outdir / name}', '--nosubdir', '--auto-resume', *options,
+                              *TRAINING, f'--duration={duration}', f'--tick={max(duration * 50, 0.064):g}'],
                              stdout=None if last or not threads else subprocess.DEVNULL, threads=threads))
         if threads is None:
             finish([running.pop()])

@@ -102,8 +102,8 @@ def members():
 def train(outdir, member, duration):
     """Train `member` unless a finished run is there."""
     if last_snapshot(outdir, member.run) is None:
-        finish([start(['train.py', f'--outdir={outdir / member.run}', '--nosubdir', f'--precond={member.system}',
-                       *member.train, *TRAINING, f'--duration={duration}'])])
+        finish([start(['train.py', f'--outdir={outdir / member.run}', '--nosubdir', '--auto-resume',
+                       f'--precond={member.system}', *member.train, *TRAINING, f'--duration={duration}'])])
 
 
 class Counter:

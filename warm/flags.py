@@ -2,6 +2,8 @@
 
 import click
 
+from dnnlib import UserError
+from dnnlib.flags import Number, NumberRange, Text
 from training.precond import PRECISIONS
 from training.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from training.system import own_options
@@ -27,19 +29,19 @@ RUN_FLAGS = (
 SAMPLER_FLAGS = (
     click.option('--steps', 'num_steps', metavar='INT', type=click.IntRange(min=1), default=None,
                   help='Number of steps  [default: of the system, 18 for EDM and Warm]'),
-    click.option('--sigma_min', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=None,
+    click.option('--sigma_min', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
                   help='Lowest noise level  [default: 0.002, or of the ablation]'),
-    click.option('--sigma_max', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=None,
+    click.option('--sigma_max', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
                   help='Highest noise level  [default: 80, or of the ablation]'),
-    click.option('--rho', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=None,
+    click.option('--rho', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
                   help='Exponent of the time steps  [default: 7]'),
-    click.option('--S_churn', 'S_churn', metavar='FLOAT', type=click.FloatRange(min=0), default=None,
+    click.option('--S_churn', 'S_churn', metavar='FLOAT', type=NumberRange(min=0), default=None,
                   help='Stochasticity strength  [default: 0]'),
-    click.option('--S_min', 'S_min', metavar='FLOAT', type=click.FloatRange(min=0), default=None,
+    click.option('--S_min', 'S_min', metavar='FLOAT', type=NumberRange(min=0), default=None,
                   help='Lowest noise level with stochasticity  [default: 0]'),
-    click.option('--S_max', 'S_max', metavar='FLOAT', type=click.FloatRange(min=0), default=None,
+    click.option('--S_max', 'S_max', metavar='FLOAT', type=NumberRange(min=0, infinite=True), default=None,
                   help='Highest noise level with stochasticity  [default: inf]'),
-    click.option('--S_noise', 'S_noise', metavar='FLOAT', type=float, default=None,
+    click.option('--S_noise', 'S_noise', metavar='FLOAT', type=Number(), default=None,
                   help='Inflation of the noise  [default: 1]'),
     click.option('--solver', type=click.Choice(list(SOLVERS)), default=None,
                   help='ODE solver; on EDM networks euler and heun select the ablation sampler  [default: heun]'),
@@ -58,16 +60,46 @@ def sampler_flags(command):
     return preset_option('sample')(command)
 
 
+class SystemFlag(click.Option):
+    """A flag made from an Option. One whose name the command has already would hide the command's own.
+
+    Raises:
+        UserError: that, as soon as the command is run: only then all of its flags are known.
+    """
+
+    def add_to_parser(self, parser, ctx):
+        for other in ctx.command.params:
+            if other is not self and (other.name == self.name or set(other.opts) & set(self.opts)):
+                raise UserError(f"the Option '{self.name}' of a system collides with {other.opts[0]}, which "
+                                f'{ctx.command_path} has already; give the Option another name')
+        super().add_to_parser(parser, ctx)
+
+
+TYPES = {float: Number(), str: Text()}  # of an Option → of its flag, where they differ
+
+
 def system_flags(attribute):
     """Decorator that adds a click option for each Option in the systems' lists `attribute` (training.system.System)."""
     def decorate(command):
         for option, names in reversed(own_options(SYSTEMS, attribute).items()):
             default = option.shown or option.default
-            command = click.option(option.flag, option.name, metavar=_metavar(option.type), type=option.type,
-                                   default=None, help=f"{option.help} ({', '.join(names)} only)  [default: {default}]",
-                                   )(command)
+            command = click.option(option.flag, option.name, metavar=_metavar(option.type), cls=SystemFlag,
+                                   type=TYPES.get(option.type, option.type), default=None,
+                                   help=f"{option.help} ({', '.join(names)} only)  [default: {default}]")(command)
         return command
     return decorate
+
+
+def typed_flags(*names):
+    """Those flags, as typed, which the user has given on the command line; presets and defaults do not count.
+
+    Args:
+        names: Python names of flags of the command that is running.
+    """
+    ctx = click.get_current_context()
+    others = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
+    return [param.opts[0] for param in ctx.command.params
+            if param.name in names and ctx.get_parameter_source(param.name) not in others]
 
 
 def given_flags(attribute, values):
