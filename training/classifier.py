@@ -23,6 +23,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write, file_sha256, make_dirs
+from dnnlib.flags import NumberRange
 from dnnlib.text import format_time
 from training.acceleration import check_compiler
 from training.classifier_net import MIN_RESOLUTION, Classifier, script_bytes
@@ -286,7 +287,7 @@ def write_detector(dest, record_path, net, record):
 @click.option('--dest', metavar='TS', required=True, help='TorchScript file to write; a record goes beside it as .json')
 @click.option('--epochs', metavar='INT', type=click.IntRange(min=1), default=30, help='Passes over the images')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=2), default=512, help='Images of a step')
-@click.option('--lr', metavar='FLOAT', type=click.FloatRange(min=0, min_open=True), default=None,
+@click.option('--lr', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
               help=f'Highest learning rate  [default: {LR_PER_IMAGE * 512:g}·batch/512]')
 @click.option('--width', metavar='INT', type=click.IntRange(min=1), default=64,
               help='Channels of the first layer; there are 8 times as many features')

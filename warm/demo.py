@@ -18,6 +18,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import make_dirs
+from dnnlib.flags import NumberRange
 from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch, tile, to_uint8
 from training.snapshot import build_network, read_snapshot
@@ -34,7 +35,7 @@ STEPS_SHOWN = 9
 
 @click.command(context_settings=dict(show_default=True))
 @click.option('--outdir', metavar='DIR', default='demo', help='Where to save everything')
-@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True),
+@click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True),
               default=PRESETS['digits'].train['duration'], help='Length of each training, in millions of images')
 @click.option('--num', metavar='INT', type=click.IntRange(min=20), default=1797, help='Images to generate and score')
 def main(outdir, duration, num):

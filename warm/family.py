@@ -15,6 +15,7 @@ import click
 import torch
 
 from dnnlib.files import atomic_write, make_dirs
+from dnnlib.flags import NumberRange
 from torch_utils import distributed as dist
 from training import metrics
 from training.dataset import load_embedded
@@ -197,7 +198,7 @@ def settings():
 @click.command(context_settings=dict(show_default=True))
 @click.option('--outdir', metavar='DIR', default='family', help='Where the runs are, or are put')
 @click.option('--docs', metavar='DIR', default='docs', help='Where to write family.md and family.png')
-@click.option('--duration', metavar='MIMG', type=click.FloatRange(min=0, min_open=True), default=0.08,
+@click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=0.08,
               help='Length of each training, in millions of images')
 @click.option('--num', metavar='INT', type=click.IntRange(min=COLUMNS, max=1797), default=500,
               help='Images to draw and score of each system')

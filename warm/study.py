@@ -27,6 +27,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import make_dirs
+from dnnlib.flags import NumberRange
 from torch_utils import distributed as dist
 from torch_utils.signals import EXIT_STOPPED
 from training import provenance
@@ -264,7 +265,7 @@ def overview(study, runs):
 @click.option('--only', metavar='TEXT', default='', help='Only runs whose name contains this', show_default=False)
 @click.option('--prepare', 'prepares', is_flag=True,
               help="Make the scale's data and detector first where they are missing")
-@click.option('--minutes', type=click.FloatRange(min=0), default=0, help='Stop after so long; 0: when all is done')
+@click.option('--minutes', type=NumberRange(min=0), default=0, help='Stop after so long; 0: when all is done')
 @click.option('--gpus', type=click.IntRange(min=1), default=1, help='GPUs of this machine to train on')
 @click.option('--tidy', 'tidies', is_flag=True, help='Delete networks and states that are not needed any more')
 @click.option('-n', '--dry-run', is_flag=True, help='Print what is done and exit')
