@@ -249,6 +249,7 @@ def test_page_with_inception_scores_and_times(tmp_path):
     found = {('edm', 'FD-cifar16'): 3, ('warm', 'FD-cifar16'): 2, ('edm', 'IS-cifar16'): 5, ('warm', 'IS-cifar16'): 6}
     rows = [dict(line(run_name(name), kimg, value + k), metric=metric, num_images=scale.num, train_seconds=float(kimg))
             for k, kimg in enumerate(scale.main) for (name, metric), value in found.items()]
+    rows += [dict(row, metric='IS-cifar16_std', value=0.1) for row in rows if row['metric'] == 'IS-cifar16']
     (tmp_path / 'cifar10-16.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in rows))
     text = study_page.page(tmp_path, '', study_page.Figures(tmp_path))
     assert '|  | EDM | Warm | difference | verdict | EDM, IS-cifar16 | Warm, IS-cifar16 | EDM\'s training |' in text

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 
+from training.metrics import STD
 from warm.report_data import DISTANCES, read_lines
 from warm.study_plan import drawn, run_name
 
@@ -22,10 +23,14 @@ class Scores:
 
     @classmethod
     def read(cls, scale, path):
-        """The file's scores that have the scale's number of images; a score that occurs twice counts once, the last."""
+        """The file's scores that have the scale's number of images; one that occurs twice counts once, the last.
+
+        Spreads over an Inception Score's parts are left out.
+        """
         lines = {}
         for line in read_lines(path):
-            if line.get('num_images') == scale.num and isinstance(line.get('value'), (int, float)):
+            counts = line.get('num_images') == scale.num and isinstance(line.get('value'), (int, float))
+            if counts and not line['metric'].endswith(STD):
                 lines[line['run'], line['point'], str(line['options']), line['metric'].split('-')[0]] = line
         return cls(scale, list(lines.values()))
 
