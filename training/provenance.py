@@ -152,16 +152,20 @@ def _as_typed(options):
 
 
 def code_version():
-    """`git describe` of the program's own repository, None where there is none."""
+    """`git describe` of the program's own repository, None where there is none; '-dirty' after uncommitted changes.
+
+    Those of results/ do not count: a study appends to its files there while it runs.
+    """
     root = pathlib.Path(__file__).resolve().parents[1]
     if not (root / '.git').exists():
         return None
     try:
-        done = subprocess.run(['git', 'describe', '--always', '--tags', '--dirty'], cwd=root, capture_output=True,
-                              text=True, timeout=20)
+        name, changes = (
+            subprocess.run(['git', *args], cwd=root, capture_output=True, text=True, timeout=20).stdout.strip()
+            for args in (['describe', '--always', '--tags'], ['status', '--porcelain', '-uno', ':!results']))
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return f"{name}{'-dirty' if changes else ''}" if name else None
 
 
 def processor():

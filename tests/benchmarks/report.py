@@ -5,14 +5,13 @@ import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import time
 
 import numpy as np
 import torch
 
 from dnnlib.files import atomic_write
-from training.provenance import processor
+from training.provenance import code_version, processor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -43,7 +42,7 @@ def environment(device='cpu'):
     """Hardware, versions and commit, as plain values."""
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else None
     return dict(processor=processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
-                python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=_commit())
+                python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=code_version())
 
 
 def report(title, rows, settings, out=None, device='cpu'):
@@ -59,13 +58,3 @@ def report(title, rows, settings, out=None, device='cpu'):
     if out is not None:
         with atomic_write(out, 'w') as f:
             json.dump(content, f, indent=2)
-
-
-def _commit():
-    """The commit, with + for uncommitted changes; None outside a repository."""
-    try:
-        commit, changes = (subprocess.run(['git', *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-                           for args in (['rev-parse', '--short', 'HEAD'], ['status', '--porcelain', '-uno']))
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ('+' if changes.strip() else '')
