@@ -173,6 +173,22 @@ def test_no_piece_starts_a_training_that_it_cannot_use(tiny, tmp_path, monkeypat
     assert result.exit_code == 0 and 'Time is up' in result.output and 'train.py' not in result.output
 
 
+@pytest.mark.skipif(not (ROOT / '.git').exists(), reason='not a git checkout')
+def test_a_study_does_not_make_its_own_code_dirty(tmp_path):
+    """Its results lie in the repository, and its records name the commit."""
+    subprocess.run(['git', 'clone', '-q', str(ROOT), str(tmp_path / 'clone')], check=True)
+
+    def version():
+        code = 'from training.provenance import code_version; print(code_version())'
+        return subprocess.run([sys.executable, '-c', code], cwd=tmp_path / 'clone', capture_output=True, text=True,
+                              check=True).stdout.strip()
+    clean = version()
+    for name, dirt in (('results/digits.jsonl', ''), ('train.py', '-dirty')):
+        with open(tmp_path / 'clone' / name, 'a') as f:
+            f.write('\n')
+        assert version() == clean + dirt
+
+
 @pytest.mark.parametrize('options, words', [
     (['--scale=cifar10'], 'datasets/cifar10-32x32.zip is missing; make it with --prepare'),
     (['--scale=digits', '--questions=7'], "no question '7'")])
