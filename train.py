@@ -95,7 +95,7 @@ GRID = 64 if torch.cuda.is_available() else 16
 # Input and output.
 @click.option('--desc', metavar='STR', type=Text(), callback=check_desc, default=None,
               help='String to include in the name of the run folder')
-@click.option('--nosubdir', is_flag=True, help='Write into --outdir itself')
+@click.option('--nosubdir', is_flag=True, help='Write into --outdir itself; one that holds a run needs --auto-resume')
 @click.option('--tick', metavar='KIMG', type=NumberRange(min=0, min_open=True), default=50,
               help='How often to print progress, in thousands of images')
 @click.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50,
@@ -163,13 +163,15 @@ def run(options):
     if options['seed'] is None:
         config['seed'] = start['settings'].get('seed', config['seed'])
     data_may_be_missing = options['dry_run'] and not typed_flags('data')  # a preset is shown without its data
-    if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
-        dist.on_rank0(lambda: cfg.check_config(config, start, fetch=not options['dry_run']))
+
+    def check():
+        if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
+            cfg.check_config(config, start, fetch=not options['dry_run'])
+    dist.on_rank0(check)
     if options['dry_run']:
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return
-    dist.print0('Loading dataset...')
     dataset = open_dataset(**config['dataset_kwargs'])  # here, lest an image that is not like the others leave a folder
     records = start if options['auto_resume'] else None
     with cfg.create_run_dir(run_dir, config, records) if dist.get_rank() == 0 else contextlib.nullcontext():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.commands import invoke
+from warm.demo import is_trained
 from warm.family import COLUMNS, PAPER_SETTINGS, Counter, Result, draw_sheet, members, page
 from warm.figures import draw
 from warm.systems import SYSTEMS
@@ -53,3 +54,12 @@ def test_counter_counts_evaluations():
     counter = Counter(net)
     SYSTEMS['edm'].make_sampler(net, {'num_steps': 3})(torch.zeros(2, 1, 8, 8))
     assert counter.calls == 5
+
+
+def test_a_stopped_run_is_not_a_finished_one(tmp_path):
+    """A run that was stopped leaves a snapshot too; demo and family go on with it."""
+    (tmp_path / 'warm').mkdir()
+    assert not is_trained(tmp_path, 'warm', 0.08)
+    for kimg, done in ((14, False), (80, True)):
+        (tmp_path / 'warm' / f'network-snapshot-{kimg:06d}.safetensors').touch()
+        assert is_trained(tmp_path, 'warm', 0.08) == done

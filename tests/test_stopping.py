@@ -145,7 +145,7 @@ def two_ranks(folder, port, *options, on_rank1=()):
 
 
 @pytest.mark.parametrize('number, options, code, sentence', [
-    (signal.SIGKILL, [], 1, 'rank 0 lost the connection to another rank'),
+    (signal.SIGKILL, [], 71, 'rank 0 lost the connection to another rank'),
     (signal.SIGSTOP, ['--timeout=4'], EXIT_HUNG, 'rank 0 finished no step for 4 seconds')])
 def test_a_lost_rank_stops_the_other(number, options, code, sentence, tmp_path):
     ranks = two_ranks(tmp_path, free_port(), *options)
@@ -165,7 +165,7 @@ def test_a_lost_rank_stops_the_other(number, options, code, sentence, tmp_path):
 def test_a_rank_that_fails_says_why_and_stops_the_other(tmp_path):
     ranks = two_ranks(tmp_path, free_port(), on_rank1=['--data=/nowhere/set.zip'])
     try:
-        assert [rank.wait(60) for rank in ranks] == [1, 1]
+        assert [rank.wait(60) for rank in ranks] == [71, 1]
     finally:
         for rank in ranks:
             kills.kill_all(rank)

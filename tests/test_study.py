@@ -285,7 +285,7 @@ def test_hours_at_full_size(tmp_path, measured):
     cells = '1000 | 6.9' if measured else '– | 4.9 (expected)'
     assert f'| `train.py --preset=ffhq --precond=edm` | 60.0 M | 250 | {cells} |' in text
     assert '| `train.py --preset=ffhq` | – | – | – | – |' in text
-    assert ('measured there on one a GPU' in text) == measured == ('have not been measured' not in text)
+    assert ('the images/s, on one a GPU' in text) == measured == ('have not been measured' not in text)
 
 
 def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):

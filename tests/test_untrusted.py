@@ -184,7 +184,7 @@ def test_a_tarball_that_unpacks_without_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('program', [
-    b'\x80\x02}q\x00r\xff\xff\xff\x7f.', b'\x80\x02})' + b'\x85' * 900_000 + b'Ns.', 
+    b'\x80\x02}q\x00r\xff\xff\xff\x7f.', b'\x80\x02})' + b'\x85' * 900_000 + b'Ns.',
     b'\x80\x02' + b']' * 900_000 + b'.', b'\x80\x04cos\nsystem\n\x8c\x04true\x85R.'])
 def test_a_pickle_made_to_crash(program, tmp_path):
     path = tmp_path / 'cifar-10-python.tar.gz'

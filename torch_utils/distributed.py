@@ -83,9 +83,15 @@ def device():
     return torch.device('cuda', local_rank()) if torch.cuda.is_available() else torch.device('cpu')
 
 
+class LostRank(UserError):
+    """The connection to another rank is gone. Its exit code tells a job's script from a mistake, which is 1."""
+
+    exit_code = 71
+
+
 @contextlib.contextmanager
 def lost_ranks_named():
-    """Turns the errors by which gloo and NCCL report a rank that has gone into a UserError."""
+    """Turns the errors by which gloo and NCCL report a rank that has gone into a `LostRank`."""
     try:
         yield
     except RuntimeError as e:
@@ -93,7 +99,7 @@ def lost_ranks_named():
         lost = re.search('closed by peer|reset by peer|Broken pipe|NCCL|timed out', reason, re.I)
         if get_world_size() == 1 or not lost:
             raise
-        raise UserError(f'rank {get_rank()} lost the connection to another rank ({reason[-160:]}); see what that rank '
+        raise LostRank(f'rank {get_rank()} lost the connection to another rank ({reason[-160:]}); see what that rank '
                         'has printed, and run the same command with --auto-resume to go on from the last state') from e
 
 

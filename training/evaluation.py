@@ -79,7 +79,7 @@ def make_evaluator(run_dir, system, dataset_path, sample_options=None, ticks=0, 
     dataset = ImageFolderDataset(dataset_path)
     names = m.parse_metrics(metrics)
     detector = open_detector(detector)
-    m.check_images(names, num, detector)
+    m.check_images(names, num, detector, '--eval-')
     if ref is None:
         ref = os.path.join(run_dir, REF_NAME)
         dist.print0(f'Reference statistics of {dataset_path} for --eval...')

@@ -143,22 +143,25 @@ def accumulate(batches, detector, metrics, total, num_features=None):
     return accumulator.statistics()
 
 
-def check_images(metrics, total, detector):
-    """Raise UserError unless `metrics` are defined for that many images and this detector."""
+def check_images(metrics, total, detector, flags='--'):
+    """Raise UserError unless `metrics` are defined for that many images and this detector.
+
+    `flags` is how the flags begin that the message names: train.py's are --eval-metrics and --eval-detector.
+    """
     for name in metrics:
-        _check_enough(name, total, 'images')
+        _check_enough(name, total, 'images', flags)
         if 'splits' in METRICS[name].collectors and not detector.has_probs:
             raise UserError(f"the metric '{name}' needs class probabilities, which the detector "
-                            f"'{detector.name}' does not give; use --detector=inception or leave '{name}' out")
+                            f"'{detector.name}' does not give; use {flags}detector=inception or leave '{name}' out")
     if total < 2:
         raise UserError(f'statistics need at least 2 images and there are {total}; give more')
 
 
-def _check_enough(name, count, what):
+def _check_enough(name, count, what, flags='--'):
     least = METRICS[name].min_images
     if count < least:
         raise UserError(f"the metric '{name}' needs at least {least} {what} and there are {count}; "
-                        f"give more, or leave '{name}' out of --metrics")
+                        f"give more, or leave '{name}' out of {flags}metrics")
 
 
 def _check_features(features, index, detector, num_features):

@@ -244,6 +244,7 @@ def transfer_weights(path, net):
 
 def open_dataset(cache=True, **kwargs):
     """The data set; with `cache` its images decoded in advance, unless it is too large for that. Call on all ranks."""
+    dist.print0('Loading dataset...')
     dataset = ImageFolderDataset(**kwargs)
     images = decoded_images(dataset) if cache else None
     if images is not None:

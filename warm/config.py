@@ -168,9 +168,9 @@ def check_evaluation(num_files, num, ref, detector, metrics, ticks=None):
     names = parse_metrics(metrics)
     elsewhere = is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector
     found = Detector(detector, '', 'cpu', has_probs=True) if elsewhere else load_detector(detector)
-    check_images(names, num, found)
+    check_images(names, num, found, '--eval-')
     if ref is None:
-        check_images([name for name in names if METRICS[name].ref_arrays], num_files, found)
+        check_images([name for name in names if METRICS[name].ref_arrays], num_files, found, '--eval-')
     elif not is_url(ref):
         local_path(ref)
         if not elsewhere:

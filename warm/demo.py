@@ -22,6 +22,7 @@ from dnnlib.flags import NumberRange
 from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch, tile, to_uint8
 from training.snapshot import build_network, read_snapshot
+from training.state import parse_kimg
 from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 from warm.trajectory import ROWS, pick, visible, watch
@@ -54,13 +55,19 @@ def last_snapshot(outdir, name):
     return max((outdir / name).glob('network-snapshot-*.safetensors'), default=None)
 
 
+def is_trained(outdir, name, duration):
+    """Whether a run's newest snapshot is that of its end, after `duration` Mimg: a run that was stopped has one too."""
+    path = last_snapshot(outdir, name)
+    return path is not None and parse_kimg(path) >= int(round(1000 * duration, 3))
+
+
 def train(outdir, duration):
     """Train both, side by side on the CPU, one after the other on a GPU; a finished run is kept."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = None if torch.cuda.is_available() else str(max(cores // len(RUNS), 1))
     running = []
     for name, options in RUNS.items():
-        if last_snapshot(outdir, name) is not None:
+        if is_trained(outdir, name, duration):
             print(f'{name} is trained already; delete {outdir / name} to train it again')
             continue
         # Only the last one writes to the terminal, the log.txt of each has its own lines.

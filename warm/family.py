@@ -22,7 +22,7 @@ from training.dataset import load_embedded
 from training.detectors import load_detector
 from training.generation import generate_images, tile
 from training.snapshot import build_network, read_snapshot
-from warm.demo import finish, last_snapshot, start
+from warm.demo import finish, is_trained, last_snapshot, start
 from warm.figures import draw
 from warm.starts import data_for
 from warm.systems import SYSTEMS
@@ -102,7 +102,7 @@ def members():
 
 def train(outdir, member, duration):
     """Train `member` unless a finished run is there."""
-    if last_snapshot(outdir, member.run) is None:
+    if not is_trained(outdir, member.run, duration):
         finish([start(['train.py', f'--outdir={outdir / member.run}', '--nosubdir', '--auto-resume',
                        f'--precond={member.system}', *member.train, *TRAINING, f'--duration={duration}'])])
 

@@ -8,7 +8,8 @@ from dnnlib import UserError
 from training.metrics import METRICS, STD
 from training.provenance import LOG_NAME, read_facts
 
-PAPER_IMAGES, PAPER_ROUNDS, PAPER_KIMG = 50_000, 3, 200_000  # Sec. 3.1; the length of training is EDM's
+PAPER_IMAGES, PAPER_ROUNDS = 50_000, 3  # Sec. 3.1
+PAPER_KIMG, PAPER_GPUS = 200_000, 8  # the length of training is EDM's
 BETTER = {name: metric.best for metric in METRICS.values() for name in metric.scores if not name.endswith(STD)}
 DISTANCES = ('FID', 'FD')  # how a distance's label begins: Inception's, any other detector's
 # What makes two scores rounds of one measurement; everything else may differ between rounds.

@@ -75,8 +75,8 @@ class Study:
         return self.outdir / run_name
 
     def recorded(self):
-        """{(run, kimg, options)} that have a line in the results."""
-        return {key_of(line) for line in read_lines(self.results)}
+        """{(run, kimg, options)} that have a line in the results, of the scale's number of images."""
+        return {key_of(line) for line in read_lines(self.results) if line.get('num_images') == self.scale.num}
 
     def missing(self, run):
         """Scores of a run that have no line yet."""

@@ -15,7 +15,7 @@ import click
 from dnnlib.files import atomic_write
 from warm.figures import draw
 from warm.presets import PRESETS
-from warm.report_data import PAPER_KIMG
+from warm.report_data import PAPER_GPUS, PAPER_KIMG
 from warm.report_plots import lines as draw_lines
 from warm.report_tables import TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study_data import Scores, compare, shown
@@ -25,7 +25,6 @@ from warm.study_plan import (CHOICES, EVALUATIONS, OTHER_BNRS, PAPER_BNRS, SCALE
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
 NOTHING = 'Not measured at this scale.'
-GPUS = 8
 EXPECTED_TFLOPS = 355  # of a GPU, until images/s are measured
 TITLES = {WARM: 'Warm, BNR 0.5', EDM: 'EDM'}
 
@@ -231,11 +230,13 @@ def page(results, notes, figures):
     for scale in SCALES.values():
         files = [path for path in (pathlib.Path(results) / f'{scale.name}.jsonl',
                                    *sorted(pathlib.Path(results).glob(f'{scale.name}--*.jsonl'))) if path.is_file()]
-        if not files:
+        found = {path.stem: Scores.read(scale, path) for path in files}
+        found = {name: scores for name, scores in found.items() if scores.lines}
+        if not found:
             blocks += [f'## {scale.title}', f'{scale.note} Nothing is measured yet: '
                        f'`python -m warm.study --scale={scale.name}`.']
-        for path in files:
-            blocks += section(Scores.read(scale, path), path.stem, figures)
+        for name, scores in found.items():
+            blocks += section(scores, name, figures)
     cost = pathlib.Path(results) / 'cost.json'
     return '\n\n'.join([*blocks, recipe(json.loads(cost.read_text()) if cost.is_file() else None)]) + '\n'
 
@@ -264,25 +265,25 @@ def recipe(cost):
             known = [row for row in (cost or {}).get('rows', ()) if (row['preset'], row['system']) == (name, precond)]
             rows.append([f'`train.py --preset={name}{twin}`', *(cost_cells(known[0]) if known else [NONE] * 4)])
     machine = (cost or {}).get('environment', {}).get('gpu')
-    speed = (f'Images/s were measured there on one {machine}; the hours leave out what GPUs lose to each other.'
+    speed = (f'It also measured the images/s, on one {machine}; the hours leave out what GPUs lose to each other.'
              if machine else
              '**Images/s have not been measured for want of a GPU**: the hours are what our target would make them, '
              f'{EXPECTED_TFLOPS:g} TFLOP/s a GPU, 45 % of what an H200 reaches in bf16 matrix products.')
     return '\n\n'.join([
         '## At full size',
-        f'The paper trains on {PAPER_KIMG / 1000:g} Mimg with {GPUS} GPUs: '
-        f'`torchrun --standalone --nproc_per_node={GPUS} train.py …`, with the '
+        f'The paper trains on {PAPER_KIMG / 1000:g} Mimg with {PAPER_GPUS} GPUs: '
+        f'`torchrun --standalone --nproc_per_node={PAPER_GPUS} train.py …`, with the '
         'options of the table and `--precision=bf16 --compile --channels-last=1 --auto-resume`. '
         'GFLOP are those of a training step per image, counted by '
         f'`python tests/benchmarks/bench_presets.py --out=results/cost.json`. {speed}',
-        table(['', 'parameters', 'GFLOP an image', 'images/s of one GPU', f'hours on {GPUS}'], rows)])
+        table(['', 'parameters', 'GFLOP an image', 'images/s of one GPU', f'hours on {PAPER_GPUS}'], rows)])
 
 
 def cost_cells(known):
     """Parameters, GFLOP an image, images/s and hours of one row of the cost, as text."""
     rate, hours = known['images_per_second'], known['hours']
     if hours is None:
-        hours = 1000 * PAPER_KIMG * known['gflop_an_image'] / (1000 * EXPECTED_TFLOPS * GPUS) / 3600
+        hours = 1000 * PAPER_KIMG * known['gflop_an_image'] / (1000 * EXPECTED_TFLOPS * PAPER_GPUS) / 3600
     return [f"{known['parameters'] / 1e6:.1f} M", f"{known['gflop_an_image']:.0f}",
             NONE if rate is None else f'{rate:.0f}', f"{hours:.1f}{'' if rate else ' (expected)'}"]
 

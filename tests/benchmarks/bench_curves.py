@@ -12,6 +12,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 
 import click
 import torch
@@ -49,10 +50,10 @@ def compare(curve, reference):
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--data', metavar='ZIP|DIR', default=None, help='Data set  [default: the embedded digits]')
-@click.option('--kimg', type=float, default=64, help='Length of each run, in thousands of images')
+@click.option('--kimg', type=float, default=8, help='Length of each run, in thousands of images')
 @click.option('--tick', metavar='KIMG', type=float, default=None, help='Length of a tick  [default: a 32nd of the run]')
 @click.option('--precisions', metavar='LIST', default=None, help='Which  [default: all that this machine has]')
-@click.option('--outdir', metavar='DIR', required=True, help='Folder of the runs')
+@click.option('--outdir', metavar='DIR', default=None, help='Folder of the runs  [default: a temporary one]')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here, with the curves')
 @click.argument('flags', nargs=-1)
 def main(data, kimg, tick, precisions, outdir, out, flags):
@@ -61,10 +62,10 @@ def main(data, kimg, tick, precisions, outdir, out, flags):
     names = precisions.split(',') if precisions else [
         name for name, p in PRECISIONS.items() if name != REFERENCE and (cuda or not (p.cuda_only or p.tf32))]
     flags = (*(CIFAR10_REF if cuda else CPU_FLAGS), *flags)
-    curves = {}
+    curves, temporary = {}, tempfile.TemporaryDirectory()
     for name, precision, seed in ((REFERENCE, REFERENCE, 0), *((name, name, 0) for name in names),
                                   (YARDSTICK, REFERENCE, 1)):
-        folder = pathlib.Path(outdir) / f'{precision}-s{seed}'
+        folder = pathlib.Path(outdir or temporary.name) / f'{precision}-s{seed}'
         curves[name] = train(folder, data, kimg, tick or kimg / 32, seed, precision, flags)
     rows = [dict(precision=name, **compare(curve, curves[REFERENCE])) for name, curve in curves.items()]
     report(f'Losses against {REFERENCE}, {kimg:g} kimg', rows, dict(flags=flags, data=data and pathlib.Path(data).name),

@@ -23,10 +23,9 @@ from tests.benchmarks.bench_train import Trainer, step_flops, write_zip  # noqa:
 from tests.benchmarks.report import ROOT, alternate, report  # noqa: E402
 from training.augment import AugmentPipe  # noqa: E402
 from warm.presets import PRESETS  # noqa: E402
-from warm.report_data import PAPER_KIMG  # noqa: E402
+from warm.report_data import PAPER_GPUS, PAPER_KIMG  # noqa: E402
 from warm.systems import SYSTEMS  # noqa: E402
 
-GPUS = 8
 FAST = dict(precision='bf16', compile=True, channels_last=True)
 
 
@@ -72,17 +71,18 @@ def main(only, repeats, tiny, out):
             flops = step_flops(network_kwargs, precond)
             row = dict(preset=preset, system=precond, parameters=sum(p.numel() for p in net.parameters()),
                        gflop_an_image=flops / 1e9, images_per_second=None, hours=None)
-            batch = config['batch_size'] // GPUS
+            batch = config['batch_size'] // PAPER_GPUS
             if tiny:
                 small = {**network_kwargs, 'model_channels': 8, 'num_blocks': 1}
                 row['images_per_second'] = images_per_second(config, small, 2, 1, device, dict(precision='bf16'))
             elif device == 'cuda':
                 row['images_per_second'] = images_per_second(config, network_kwargs, batch, repeats, device, FAST)
             if row['images_per_second']:
-                row['hours'] = 1000 * PAPER_KIMG / (GPUS * row['images_per_second']) / 3600
+                row['hours'] = 1000 * PAPER_KIMG / (PAPER_GPUS * row['images_per_second']) / 3600
             rows.append(row)
+            print(json.dumps(row), flush=True)  # kept even if the time does not suffice for the next
             torch.cuda.empty_cache()
-    report('Cost of training at full size', rows, dict(gpus=GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device)
+    report('Cost of training at full size', rows, dict(gpus=PAPER_GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device)
 
 
 if __name__ == '__main__':

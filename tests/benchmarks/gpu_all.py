@@ -58,6 +58,9 @@ def run_one(command, limit):
 def main(out, seconds, tiny, tests, only):
     """Measure everything."""
     import torch
+    unknown = [name for name in only.split(',') if name not in RUNS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(RUNS)}", param_hint='--only')
     end, device = time.monotonic() + seconds, 'cuda' if torch.cuda.is_available() else 'cpu'
     results = dict(environment=environment(device), tiny=tiny, runs={})
 
