@@ -121,19 +121,9 @@ def training_loop(
     with (StopRequest() as stop, Watchdog(timeout, f'rank {dist.get_rank()}') as watchdog,
           Saver(run_dir, keep, compact if compact_state else None) as saver, contextlib.closing(batches)):
         while True:
-            # One step: gradients over the accumulation rounds, synchronised on the last.
             watchdog.beat()
             optimizer.zero_grad(set_to_none=True)
-            finite = []
-            for i in range(rounds):
-                with ddp.no_sync() if ddp is not net and i < rounds - 1 else contextlib.nullcontext():
-                    images, labels = next(batches)
-                    loss = loss_fn(ddp, images, labels, augment_pipe)
-                    training_stats.report('Loss/loss', loss)
-                    total = loss.sum()
-                    finite.append(total.detach().isfinite())
-                    with net.products():
-                        total.mul(loss_scaling / batch_rank).backward()
+            finite = accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, loss_scaling / batch_rank)
             for group in optimizer.param_groups:
                 group['lr'] = optimizer_kwargs['lr'] * min(progress.nimg / max(lr_rampup_kimg * 1000, 1e-8), 1)
             finite.append(clean_gradients(net, loss_scaling))
@@ -240,6 +230,32 @@ def transfer_weights(path, net):
     if not copied:
         raise UserError(f'no tensor of {path} fits this network; use the --arch, --cbase and --cres of its training')
     return len(copied)
+
+
+def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale):
+    """Add the gradients of scale · Σ loss over `rounds` batches; the ranks' are averaged in the last round.
+
+    Args:
+        ddp: The network, perhaps wrapped (torch_utils.distributed.data_parallel).
+        loss_fn: As of training.system.System.loss.
+        batches: Iterator of (images, labels).
+        augment_pipe: As for the loss.
+        scale: Loss scaling over the images of a rank.
+
+    Returns:
+        Whether each round's loss was finite: 0-d bool tensors, which stay on the device.
+    """
+    net, finite = getattr(ddp, 'module', ddp), []
+    for i in range(rounds):
+        with ddp.no_sync() if ddp is not net and i < rounds - 1 else contextlib.nullcontext():
+            images, labels = next(batches)
+            loss = loss_fn(ddp, images, labels, augment_pipe)
+            training_stats.report('Loss/loss', loss)
+            total = loss.sum()
+            finite.append(total.detach().isfinite())
+            with net.products():
+                total.mul(scale).backward()
+    return finite
 
 
 def open_dataset(cache=True, **kwargs):
