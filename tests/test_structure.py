@@ -62,6 +62,20 @@ def test_lines_fit():
     assert len(paths) > 100 and not long, long
 
 
+BENCHMARKS = sorted(path.stem for path in (ROOT / 'tests' / 'benchmarks').glob('bench_*.py'))
+
+
+@pytest.mark.parametrize('name', BENCHMARKS)
+def test_benchmarks_start_without_options(name):
+    """As `make bench` starts them; and as gpu_all.py does, at full size and tiny."""
+    command = importlib.import_module(f'tests.benchmarks.{name}').main
+    runs = importlib.import_module('tests.benchmarks.gpu_all').RUNS.values()
+    lines = [[]] + [list(options) for script, *ways, _ in runs if script == f'{name}.py'
+                    for options in ways if options is not None]
+    for line in lines:
+        command.make_context(name, [*line, '--out=report.json'])
+
+
 def is_click(node):
     return any('click' in ast.dump(d) or 'option' in ast.dump(d) for d in node.decorator_list)
 
