@@ -200,7 +200,8 @@ def setup(scores):
     scale, lines = scores.scale, scores.lines
     facts = {name: ', '.join(dict.fromkeys(str(line.get(name)) for line in lines))
              for name in ('hardware', 'torch', 'commit')}
-    parameters = sorted({line['parameters'] / 1e6 for line in lines if line.get('parameters')})
+    counts = sorted(line['parameters'] / 1e6 for line in lines if line.get('parameters'))
+    parameters = dict.fromkeys(f'{count:.2f}' for count in (counts[0], counts[-1]))
     seconds = {}
     for line in sorted(lines, key=lambda line: line['point']):  # the last of a run is the longest
         seconds[line['run']] = line.get('train_seconds') or 0
@@ -211,7 +212,7 @@ def setup(scores):
         f'- Scores: {scores.label()} of {scale.num:,} images against all training images{no_fid}; NFE 35 with Heun’s '
         'solver unless said otherwise. a ± s: mean and standard deviation over the seeds of training. Differences are '
         'taken seed by seed, and decided by two standard errors and one sign in all seeds.',
-        f"- Trained with `train.py {' '.join(scale.train)}`: {parameters[0]:.2f} to {parameters[-1]:.2f} M parameters, "
+        f"- Trained with `train.py {' '.join(scale.train)}`: {' to '.join(parameters)} M parameters, "
         f'{len(seconds)} runs, {sum(seconds.values()) / 3600:.1f} hours of training in all.',
         f"- {facts['hardware']}; PyTorch {facts['torch']}; commit {facts['commit']}.",
         '- To repeat it: ' + '; '.join(f'`{command}`' for command in commands) + '.',

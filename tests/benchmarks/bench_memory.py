@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_memory.py [--batch=64] [--preset=ffhq] [--out=FILE.json]
 
-The step runs on tensors that have a device, a shape and a life, but no values (PyTorch's FakeTensorMode), and all that
-are alive at once are added up: weights, gradients, Adam's moments, the moving average, features. What a GPU needs
-besides is not counted: PyTorch's own context, the allocator's gaps, workspaces of convolutions and of matrix products;
-nor what torch.compile saves by fusing operations. The reference way is that of bench_train.py; a row's `of_reference`
-is its peak over the reference's.
+The step runs on tensors that have a shape and a life, but no values (PyTorch's FakeTensorMode), and all that are alive
+at once are added up: weights, gradients, Adam's moments, the moving average, features. The operations are the CPU's,
+whose fused attention keeps no weights of its softmax either. What a GPU needs besides is not counted: PyTorch's
+context, the allocator's gaps, workspaces of convolutions and of matrix products; nor what torch.compile saves by fusing
+operations. The reference way is that of bench_train.py; a row's `of_reference` is its peak over the reference's.
 """
 
 import itertools

@@ -72,12 +72,12 @@ def main(only, repeats, tiny, out):
             row = dict(preset=preset, system=precond, parameters=sum(p.numel() for p in net.parameters()),
                        gflop_an_image=flops / 1e9, images_per_second=None, hours=None)
             batch = config['batch_size'] // PAPER_GPUS
-            if tiny:
+            if tiny:  # hours would be of another network
                 small = {**network_kwargs, 'model_channels': 8, 'num_blocks': 1}
                 row['images_per_second'] = images_per_second(config, small, 2, 1, device, dict(precision='bf16'))
             elif device == 'cuda':
                 row['images_per_second'] = images_per_second(config, network_kwargs, batch, repeats, device, FAST)
-            if row['images_per_second']:
+            if row['images_per_second'] and not tiny:
                 row['hours'] = 1000 * PAPER_KIMG / (PAPER_GPUS * row['images_per_second']) / 3600
             rows.append(row)
             print(json.dumps(row), flush=True)  # kept even if the time does not suffice for the next
