@@ -223,7 +223,7 @@ SCALES = {scale.name: scale for scale in (
         side_seeds=(0,), num=10_000, batch=2000, start_sec=120),
     Scale(
         name='cifar10-16', title='CIFAR-10 at 16×16, on a CPU',
-        note='A network of 1.5 M parameters that has seen every photograph fewer than three times: far from its best, '
+        note='A network of 1.5 M parameters that has seen every photograph five times: far from its best, '
              'so this says how the methods begin, not how they end.',
         prepare=('python dataset_tool.py --source=datasets/cifar10-32x32.zip --resolution=16x16 '
                  '--dest=datasets/cifar10-16x16.zip',
@@ -235,7 +235,8 @@ SCALES = {scale.name: scale for scale in (
         data='datasets/cifar10-16x16.zip', detector='detectors/cifar16.ts', metrics=('fid', 'is'),
         train=('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01',
                '--dropout=0', '--augment=0', '--xflip=1', '--grid=0'),
-        main=(32, 64, 128), side=64, transfer=(8, 16, 32), main_seeds=(0, 1), side_seeds=(0,), num=1000, batch=250),
+        main=(32, 64, 128, 256), side=64, transfer=(8, 16, 32), main_seeds=(0, 1), side_seeds=(0,), num=1000,
+        batch=250),
     Scale(
         name='digits', title='The embedded digits, 8×8, on a CPU',
         note='Images so small and simple that they say whether the scripts work and which effects are large; what '
