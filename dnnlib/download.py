@@ -1,13 +1,13 @@
-"""Files from the network: https, cached, atomic, checked."""
+"""Files from the network: https, cached, atomic, checked.
+
+`requests` is imported by the download itself: its 40 ms would be a sixth of the start of dataset_tool.py.
+"""
 
 import hashlib
 import os
 import pathlib
 import re
 import urllib.parse
-
-import requests
-import urllib3
 
 from dnnlib.errors import UserError
 from dnnlib.files import atomic_write, make_dirs
@@ -61,6 +61,7 @@ def fetch(url, sha256=None, md5=None, max_bytes=8 << 30, timeout=30):
     Raises:
         UserError: refused scheme, failed or cut-off transfer, wrong digest, an HTML page in place of a file.
     """
+    import requests
     _check_scheme(url)
     digests = {name: digest.lower() for name, digest in {'sha256': sha256, 'md5': md5}.items() if digest}
     path = cached_path(url)
@@ -127,6 +128,7 @@ def _announced(response):
 
 def _chunks(url, response, remedy):
     """The body piece by piece. A broken connection is an OSError too: told apart here from those of the disk."""
+    import urllib3
     try:
         yield from response.raw.stream(CHUNK, decode_content=False)
     except (urllib3.exceptions.HTTPError, OSError) as e:

@@ -45,6 +45,13 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_downloads_load_the_network_library(path):
+    statements = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = imported(ast.Module(statements, type_ignores=[]))
+    assert not {'requests', 'urllib3'} & {name.split('.')[0] for name in names}
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_public_names_have_docstrings(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), 'no module docstring'
