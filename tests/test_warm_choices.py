@@ -71,7 +71,7 @@ def test_default_loss_to_the_bit(targets):
     torch.manual_seed(7)
     loss = WarmLoss()(net, images)
     alpha = net.alpha
-    aims = net.targets.targets(images, blur(images, alpha), rest(images, alpha))
+    aims = net.parametrisation.targets(images, blur(images, alpha), rest(images, alpha))
     terms = [edm_loss_weight(net.sigma) * (torch.zeros_like(t) - t) ** 2 for t in aims]
     assert torch.equal(loss, sum(terms[1:], start=terms[0]))
 
@@ -160,7 +160,7 @@ def test_network_is_told_in_the_chosen_way():
     x, sigma, _ = batch()
     net = warm_net(blur_embedding='linear')
     F = outputs_of(net, x, sigma, 0.5 * sigma)
-    assert net.map_blur.told is BLUR_EMBEDDINGS['linear']
+    assert net.map_blur.feature is BLUR_EMBEDDINGS['linear']
     c_skip, c_out, _, _ = edm_scalings(sigma.reshape(-1, 1, 1, 1))
     torch.testing.assert_close(net.denoise_deblur(x, sigma)[0], c_skip * x + c_out * F[0])
     assert not torch.equal(net(x, sigma), warm_net()(x, sigma))

@@ -7,7 +7,7 @@ from torch_utils import training_stats
 from training.loss import EDMLoss, edm_loss_weight
 from warm.blur import blur, rest
 from warm.loss import WarmLoss
-from warm.path import BlurringSchedule, ConstantBNR, parse_family
+from warm.path import parse_family
 from warm.targets import TARGETS, Hot
 
 FAMILIES = ['0', '0.5', '0,0.5,2', '0.1-2', 'blurring']
@@ -26,7 +26,7 @@ class Spy:
 
     def __init__(self, family, targets='residual'):
         self.family = family_of(family)
-        self.targets = Hot if self.family.is_hot else TARGETS[targets]
+        self.parametrisation = Hot if self.family.is_hot else TARGETS[targets]
 
     def __call__(self, x, sigma, labels, alpha, return_estimates, augment_labels=None):
         assert return_estimates
@@ -34,7 +34,7 @@ class Spy:
         return self.estimates(x)
 
     def estimates(self, x):
-        return tuple(torch.zeros_like(x) for _ in self.targets.names)
+        return tuple(torch.zeros_like(x) for _ in self.parametrisation.names)
 
 
 def pipe(x):
@@ -97,7 +97,7 @@ def test_reported_terms_add_up(family, targets):
     loss = WarmLoss()(net, images_of())
     collector.update()
     reported = collector.as_dict()
-    assert list(reported) == sorted(f'Loss/{name}' for name in net.targets.names)
+    assert list(reported) == sorted(f'Loss/{name}' for name in net.parametrisation.names)
     assert sum(term['mean'] for term in reported.values()) == pytest.approx(loss.mean().item(), rel=1e-5)
     assert all(term['num'] == loss.numel() for term in reported.values())
 
@@ -121,7 +121,7 @@ class Knowing(Spy):
         y = self.image.expand(x.shape)
         if self.family.is_hot:
             return (y,)
-        return self.targets.targets(y, blur(y, self.alpha), rest(y, self.alpha))
+        return self.parametrisation.targets(y, blur(y, self.alpha), rest(y, self.alpha))
 
 
 @pytest.mark.parametrize('targets', TARGETS)
@@ -153,18 +153,6 @@ def test_images_without_blur_in_a_list():
     hot = (net.alpha == 0).flatten()
     assert hot.any() and not hot.all()
     assert torch.equal(blur(images, net.alpha)[hot], images[hot]) and not rest(images, net.alpha)[hot].any()
-
-
-@pytest.mark.parametrize('path', [ConstantBNR(2), BlurringSchedule(5), parse_family('0.1-2')])
-def test_a_path_of_its_own(path):
-    """What the network was made for does not matter then."""
-    net = Spy('0.5')
-    torch.manual_seed(3)
-    WarmLoss(path=path)(net, images_of())
-    torch.manual_seed(3)
-    sigma = (torch.randn([6, 1, 1, 1]) * 1.2 - 1.2).exp()
-    expected = path.draw_alpha(sigma) if hasattr(path, 'draw_alpha') else path.alpha(sigma)
-    torch.testing.assert_close(net.alpha, expected)
 
 
 def test_constants():

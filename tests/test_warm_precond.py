@@ -84,7 +84,7 @@ def test_bnr_0_reports_no_rest():
     x, sigma, _ = batch()
     net = warm_net(bnr='0')
     D, R = net.denoise_deblur(x, sigma)
-    assert net.targets is Hot and not R.any() and torch.equal(D, net(x, sigma))
+    assert net.parametrisation is Hot and not R.any() and torch.equal(D, net(x, sigma))
 
 
 # -- images without blur in a network that knows blur
@@ -251,7 +251,7 @@ def test_arguments_go_through_json(kwargs, targets):
     twin = WarmPrecond(**json.loads(json.dumps(net.init_kwargs))).eval()
     twin.load_state_dict(net.state_dict())
     x, sigma, labels = batch(label_dim=3)
-    assert twin.family == net.family and twin.targets is net.targets and twin.init_kwargs == net.init_kwargs
+    assert twin.family == net.family and twin.parametrisation is net.parametrisation and twin.init_kwargs == net.init_kwargs
     assert torch.equal(twin(x, sigma, labels), net(x, sigma, labels))
 
 
@@ -316,6 +316,18 @@ def test_transfer_from_warm_copies_all():
     net.transfer(source.state_dict())
     x, sigma, _ = batch()
     assert torch.equal(net(x, sigma), source(x, sigma))
+
+
+def test_transfer_from_a_narrower_network_copies_what_matches():
+    """A tensor of twice the length is no second branch; the output's alone is."""
+    source = seeded(EDMPrecond).state_dict()
+    net = seeded(WarmPrecond, model_channels=16)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    copied = net.transfer(source)
+    for name, tensor in net.state_dict().items():
+        same = name in source and source[name].shape == tensor.shape
+        assert (name in copied) == (same or name == 'model.dec.8x8_aux_conv.bias')
+        assert name in copied or name.startswith('map_blur') or torch.equal(tensor, before[name]), name
 
 
 def test_transferred_network_learns_the_rest():

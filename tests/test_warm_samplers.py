@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from dnnlib import UserError
+from training.samplers import edm_sigma_steps
 from warm.oracle import GaussianOracle
 from warm.path import BlurringSchedule, ConstantBNR
-from warm.samplers import Level, transition, warm_sampler
+from warm.precond import WarmPrecond
+from warm.samplers import SOLVERS, Level, transition, warm_sampler
 
 PATHS = {'bnr0': ConstantBNR(0), 'bnr0.1': ConstantBNR(0.1), 'bnr0.5': ConstantBNR(0.5), 'bnr1': ConstantBNR(1),
          'bnr2': ConstantBNR(2), 'blurring20': BlurringSchedule(20)}
@@ -53,3 +56,25 @@ def test_recorded_transition(golden):
     here, there = Level(m['alpha'], m['beta']), Level(m['alpha_next'], m['beta_next'])
     torch.testing.assert_close(transition(x, D, R, here, there, m['sigma'], z), torch.tensor(r.x_next),
                                rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('solver', SOLVERS)
+@pytest.mark.parametrize('path', ['bnr0', 'bnr0.5'])
+def test_levels_that_are_rounded_to_one(record, path, solver):
+    """A grid may be finer than the network's levels: a step between equal ones changes nothing."""
+    class Coarse(GaussianOracle):
+        def round_sigma(self, sigma):
+            return torch.where(sigma > 0, (2 * sigma.log2()).round().div(2).exp2(), 0)
+
+    net, latents = Coarse(torch.tensor(record.spectrum)), torch.tensor(record.latents)
+    many = warm_sampler(net, latents, num_steps=100, path=PATHS[path], solver=solver)
+    assert torch.isfinite(many).all()
+    levels = Coarse.round_sigma(net, edm_sigma_steps(100, 0.002, 80, 7, net, 'cpu'))
+    assert len(levels.unique()) < 50
+
+
+def test_network_without_blur_refuses_a_path_with_blur():
+    net = WarmPrecond(img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1], bnr='0')
+    assert warm_sampler(net, torch.randn([1, 1, 8, 8]), num_steps=2).shape == (1, 1, 8, 8)
+    with pytest.raises(UserError, match='only denoises'):
+        warm_sampler(net, torch.randn([1, 1, 8, 8]), num_steps=2, path=PATHS['bnr2'])

@@ -224,11 +224,12 @@ def transfer_weights(path, net):
     """Start `net` from the EMA weights of a snapshot (Precond.transfer); returns how many of its tensors were set.
 
     Raises:
-        UserError: it is no snapshot, or nothing in it fits the network.
+        UserError: it is no snapshot, or most of the network would keep its random weights.
     """
-    copied = net.transfer(read_snapshot(path).state_dict)
-    if not copied:
-        raise UserError(f'no tensor of {path} fits this network; use the --arch, --cbase and --cres of its training')
+    copied, total = net.transfer(read_snapshot(path).state_dict), len(net.state_dict())
+    if len(copied) < total / 2:
+        raise UserError(f'only {len(copied)} of the {total} tensors of this network find their like in {path}; use the '
+                        '--arch, --cbase and --cres of its training')
     return len(copied)
 
 

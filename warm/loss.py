@@ -9,7 +9,6 @@ from training.loss import P_MEAN, P_STD, augment, edm_loss_weight, sample_edm_si
 from training.precond import SIGMA_DATA
 from warm.blur import blur_and_rest
 from warm.choices import DEFAULTS, REST
-from warm.path import OnePath
 
 
 @dataclasses.dataclass
@@ -25,37 +24,29 @@ class WarmLoss:
     Args:
         P_mean, P_std: EDM's distribution of ln β.
         sigma_data: Standard deviation of the data.
-        path: Path or family of paths (warm.path); None takes the network's own.
         rest_weight: Factor of the rest's term, where a branch estimates the rest (warm.choices).
     """
 
     P_mean: float = P_MEAN
     P_std: float = P_STD
     sigma_data: float = SIGMA_DATA
-    path: object = None
     rest_weight: float = DEFAULTS['rest_weight']
 
     def __call__(self, net, images, labels=None, augment_pipe=None):
         """Loss of each element, float32 like `images` [B, C, N, N] in [−1, 1]; `net` may be wrapped in DDP."""
         bare = getattr(net, 'module', net)
-        family = self.family(bare)
         sigma = sample_edm_sigma(images.shape[0], images.device, self.P_mean, self.P_std)
-        alpha = family.draw_alpha(sigma)
+        alpha = bare.family.draw_alpha(sigma)
         y, augment_labels = augment(images, augment_pipe)
         noise = torch.randn_like(y) * sigma
-        blurred, rest = (y, None) if family.is_hot else blur_and_rest(y, alpha)
+        blurred, rest = (y, None) if bare.family.is_hot else blur_and_rest(y, alpha)
         estimates = net(blurred + noise, sigma, labels, alpha=alpha, return_estimates=True,
                         augment_labels=augment_labels)
         weight = edm_loss_weight(sigma, self.sigma_data)
         terms = [weight * (estimate - target) ** 2
-                 for estimate, target in zip(estimates, bare.targets.targets(y, blurred, rest))]
-        for name, term in zip(bare.targets.names, terms):
+                 for estimate, target in zip(estimates, bare.parametrisation.targets(y, blurred, rest))]
+        names = bare.parametrisation.names
+        for name, term in zip(names, terms):
             training_stats.report(f'Loss/{name}', term)
-        terms = [self.rest_weight * term if name == REST else term for name, term in zip(bare.targets.names, terms)]
+        terms = [self.rest_weight * term if name == REST else term for name, term in zip(names, terms)]
         return sum(terms[1:], start=terms[0])
-
-    def family(self, net):
-        """The paths to train on."""
-        if self.path is None:
-            return net.family
-        return self.path if hasattr(self.path, 'draw_alpha') else OnePath(self.path)

@@ -33,7 +33,7 @@ class WarmPrecond(Precond):
 
     Attributes:
         family: The paths that the network is trained on (warm.path).
-        targets: The class of warm.targets in use.
+        parametrisation: The class of warm.targets in use.
         choices: Those of the last three arguments that are not the defaults; only they stand in `init_kwargs`.
 
     Raises:
@@ -46,24 +46,24 @@ class WarmPrecond(Precond):
                  blur_embedding=DEFAULTS['blur_embedding'], model_type='SongUNet', **model_kwargs):
         require_choice('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
-        chosen = Hot if family.is_hot else TARGETS[targets]
+        parametrisation = Hot if family.is_hot else TARGETS[targets]
         choices = checked_choices(dict(rest_weight=rest_weight, rest_scale=rest_scale, blur_embedding=blur_embedding),
-                                  family, targets, chosen.names)
+                                  family, targets, parametrisation.names)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
                          dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, bnr=bnr,
                               bnr_schedule=bnr_schedule, targets=targets, **choices),
-                         sigma_min, sigma_max, out_channels=img_channels * len(chosen.names))
-        self.family, self.targets, self.choices = family, chosen, choices
+                         sigma_min, sigma_max, out_channels=img_channels * len(parametrisation.names))
+        self.family, self.parametrisation, self.choices = family, parametrisation, choices
         self.rest_weight, self.rest_scale, self.blur_embedding = rest_weight, rest_scale, blur_embedding
-        told = BLUR_EMBEDDINGS[blur_embedding]
-        self.map_blur = None if family.is_hot or told is None else BlurEmbedding(self.model.noise_channels, told)
+        feature = BLUR_EMBEDDINGS[blur_embedding]
+        self.map_blur = None if family.is_hot or feature is None else BlurEmbedding(self.model.noise_channels, feature)
 
     def scalings(self, sigma):
         """EDM's coefficients at σ = β."""
         return edm_scalings(sigma, self.sigma_data)
 
     def estimates(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
-        """What the branches estimate (the loss compares it with `targets.targets`).
+        """What the branches estimate (the loss compares it with `parametrisation.targets`).
 
         Args:
             x: Blurred and noisy images [B, C, N, N], x = V M_α Vᵀ x₀ + β ε.
@@ -84,8 +84,8 @@ class WarmPrecond(Precond):
         if self.map_blur is not None:
             model_kwargs['extra_embedding'] = self.map_blur(alpha.flatten().to(torch.float32))
         F = self.run_model(c_in * x, c_noise, class_labels, force_fp32, **model_kwargs)
-        return self.targets.estimates(F.split(self.img_channels, dim=1), c_skip * x, c_out, alpha, self.sigma_data,
-                                      self.rest_scale)
+        return self.parametrisation.estimates(F.split(self.img_channels, dim=1), c_skip * x, c_out, alpha,
+                                              self.sigma_data, self.rest_scale)
 
     def as_alpha(self, alpha, sigma, x):
         """α as [B or 1, 1, 1, 1] on x's device; checked as `estimates` says."""
@@ -105,7 +105,7 @@ class WarmPrecond(Precond):
         sigma = self.as_sigma(sigma, x)
         alpha = self.as_alpha(alpha, sigma, x)
         estimates = self.estimates(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
-        return self.targets.parts(estimates, alpha)
+        return self.parametrisation.parts(estimates, alpha)
 
     def forward(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, return_estimates=False,
                 **model_kwargs):
@@ -132,7 +132,7 @@ class WarmPrecond(Precond):
                 first = source.get(name)
                 if name in copied or first is None or first.shape[1:] != tensor.shape[1:]:
                     continue
-                if len(tensor) == len(self.targets.names) * len(first):
+                if len(first) == self.img_channels and len(tensor) == self.model.out_channels:  # the output's
                     tensor.zero_()[:len(first)].copy_(first)
                     copied.append(name)
             if self.map_blur is not None and 'map_blur.linear.weight' not in source:
@@ -141,13 +141,13 @@ class WarmPrecond(Precond):
 
 
 class BlurEmbedding(torch.nn.Module):
-    """Embedding [B, channels] of blur levels α [B] in pixels, through told(α); zero at α = 0 (ours)."""
+    """Embedding [B, channels] of blur levels α [B] in pixels, through feature(α); zero at α = 0 (ours)."""
 
-    def __init__(self, channels, told=log_blur):
+    def __init__(self, channels, feature=log_blur):
         super().__init__()
-        self.told = told
+        self.feature = feature
         self.features = PositionalEmbedding(channels, endpoint=True, sin_first=True)
         self.linear = Linear(channels, channels, Init('xavier_uniform'), bias=False)
 
     def forward(self, alpha):
-        return torch.where(alpha[:, None] > 0, self.linear(self.features(self.told(alpha))), 0)
+        return torch.where(alpha[:, None] > 0, self.linear(self.features(self.feature(alpha))), 0)

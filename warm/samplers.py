@@ -90,7 +90,7 @@ def heun_step(denoise, x, D, R, here, there, memory):
     (M′−M)/(1−M)·R and (M′−M)/(1−M′)·R′.
     """
     x_next = transition(x, D, R, here, there)
-    if memory.is_last:
+    if there.beta == 0:
         return x_next
     D_next, R_next = denoise(x_next, there)
     slope, slope_next = (x - D) / here.beta, (x_next - D_next) / there.beta
@@ -108,8 +108,10 @@ def dpmpp2m_step(denoise, x, D, R, here, there, memory):
     The first step has no history (X = x̂₀); the last returns x̂₀.
     """
     clean = D if here.hot else D + R
-    if memory.is_last:
+    if there.beta == 0:
         return clean
+    if there.beta == here.beta:  # two levels that the network rounds to one: h would be 0 in the next step's slope
+        return x
     n = x.shape[-1]
     h = torch.as_tensor(math.log(here.beta / there.beta), dtype=x.dtype)
     if not here.hot:
@@ -131,7 +133,7 @@ class Memory:
     """What a multistep solver carries from step to step."""
 
     def __init__(self):
-        self.is_last, self.clean, self.h = False, None, None
+        self.clean, self.h = None, None
 
 
 def sampling_path(net, path=None):
@@ -148,14 +150,18 @@ def make_denoiser(net, class_labels=None):
     Raises:
         UserError: a network that cannot deblur is asked for a level with blur.
     """
+    family = getattr(net, 'family', None)
+    has_parts = hasattr(net, 'denoise_deblur')
+    knows_blur = has_parts and not (family is not None and family.is_hot)
+
     def denoise(x, level):
+        if not (level.hot or knows_blur):
+            raise UserError('this network only denoises (its BNR is 0) and cannot be sampled with blur; use --bnr=0')
         beta = x.new_full([], level.beta)
-        if hasattr(net, 'denoise_deblur'):
+        if has_parts:
             D, R = net.denoise_deblur(x, beta, class_labels, alpha=level.alpha)
             R = R.to(torch.float64)
             return D.to(torch.float64), R - R.mean(dim=(2, 3), keepdim=True)
-        if not level.hot:
-            raise UserError('this network only denoises (its BNR is 0) and cannot be sampled with blur; use --bnr=0')
         return net(x, beta, class_labels).to(torch.float64), torch.zeros_like(x)
     return denoise
 
@@ -174,7 +180,8 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         S_churn, S_min, S_max, S_noise: EDM's churn, along the path (`add_churn`).
         solver: A name in SOLVERS.
         path: α for each β (warm.path); by default the network's own.
-        eta: 0 deterministic … 1 ancestral: σ_t = η·β′·√(1 − β′²/β²) in Eq. 4; for solver euler.
+        eta: σ_t = η·β′·√(1 − β′²/β²) in Eq. 4, from 0, deterministic, to 1, which at BNR 0 is DDPM's noise. With blur
+            it is the same in all bands, the most that every band's posterior admits. For solver euler.
 
     Returns:
         float64 images [B, C, N, N], nominally in [−1, 1].
@@ -194,12 +201,11 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
 
     x = latents.to(torch.float64) * betas[0]
     for i, (beta, beta_next) in enumerate(zip(betas[:-1], betas[1:])):
-        memory.is_last = i == num_steps - 1
         here, there, z = level(beta), level(beta_next), randn_like(x)
         if raised[i] > beta:
             x, here = add_churn(x, here, level(raised[i]), z, S_noise), level(raised[i])
         D, R = denoise(x, here)
-        if eta > 0 and not memory.is_last:
+        if eta > 0 and beta_next > 0:
             sigma = eta * there.beta * math.sqrt(1 - (there.beta / here.beta) ** 2)
             x = transition(x, D, R, here, there, sigma, z)
         else:
@@ -218,7 +224,7 @@ def check_options(num_steps, S_churn, S_noise, solver, eta):
     if solver == 'dpmpp2m' and num_steps < 2:
         raise UserError('dpmpp2m needs at least 2 steps; raise --steps')
     if not 0 <= eta <= 1:
-        raise UserError(f'eta is {eta}, but it must lie between 0 (deterministic) and 1 (ancestral)')
+        raise UserError(f'eta is {eta}, but it must lie between 0 and 1')
     if eta > 0 and solver != 'euler':
         raise UserError(f'--eta makes the steps of Eq. 4 stochastic, which are first order; '
                         f'use it with --solver=euler, not {solver}')
