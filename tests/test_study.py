@@ -14,7 +14,7 @@ from tests.commands import ROOT, invoke
 from training.dataset import EMBEDDED
 from warm import study, study_page, study_pieces, study_plan
 from warm.study_data import Scores, compare, shown
-from warm.study_plan import CHOICES, PAPER_BNRS, QUESTIONS, SCALES, choice_name, plan, run_name
+from warm.study_plan import CHOICES, PAPER_BNRS, QUESTIONS, REAL, REAL_DRAWS, SCALES, choice_name, plan, run_name
 
 CLI = CliRunner()
 TINY = dict(main=(4, 8), side=4, transfer=(4,), main_seeds=(0,), side_seeds=(0,), num=16, batch=16,
@@ -35,6 +35,10 @@ def carry_out(folder, *options):
 
 
 def records(folder):
+    return [line for line in lines_of(folder) if line['run'] != REAL]
+
+
+def lines_of(folder):
     path = folder / 'results' / 'digits.jsonl'
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -103,6 +107,9 @@ def test_a_study_in_pieces(tiny, tmp_path, monkeypatch):
     assert carry_out(pieces, *options).exit_code == 0 and len(records(pieces)) == done  # nothing is done twice
     record = records(pieces)[0]
     assert record['run'] == 'edm-cond-s0' and record['metric'] == 'FD-pixels' and record['num_images'] == 16
+    real = [r for r in lines_of(pieces) if r['run'] == REAL]
+    assert [r['seed'] for r in real] == list(range(REAL_DRAWS)) and len({r['value'] for r in real}) == REAL_DRAWS
+    assert all(r['num_images'] == 16 and not pathlib.Path(r['images']).is_absolute() for r in real)
     assert record['train_seconds'] > 0 and record['parameters'] > 1000 and record['hardware'] and record['nfe'] == 35
 
 
@@ -229,15 +236,17 @@ def line(run, point, value, seed=0, options=()):
 
 
 def test_differences_are_decided_by_seeds():
-    """Two standard errors and one sign; one seed decides nothing."""
+    """By Student's paired t-test; one seed decides nothing."""
     better = compare({0: 1.0, 1: 1.1, 2: 1.05}, {0: 2.0, 1: 2.0, 2: 2.1})
     assert better.verdict == 'better' and better.mean == pytest.approx(-0.98333, abs=1e-4)
     assert str(better).startswith('-0.983 ± 0.076 (-48%)')
     assert compare({0: 1.0, 1: 2.0}, {0: 1.5, 1: 1.5}).verdict == 'undecided'
     assert compare({0: 3.0, 1: 3.1, 2: 3.0}, {0: 2.0, 1: 2.0, 2: 2.1}).verdict == 'worse'
+    # Two standard errors, which two seeds exceed by chance three times in ten.
+    assert compare({0: 1.0, 1: 1.1}, {0: 2.0, 1: 2.5}).verdict == 'undecided'
     assert compare({0: 1.0}, {0: 2.0}).verdict == 'undecided (one seed)'
     assert compare({1: 1.0}, {0: 2.0}) is None
-    assert shown({0: 1.0, 1: 3.0}) == '2 ± 1.4' and shown({}) == '–'
+    assert shown({0: 1.0, 1: 3.0}) == '2 ± 1.4 (2)' and shown({}) == '–'
 
 
 def test_page_from_numbers(tmp_path):
@@ -253,7 +262,7 @@ def test_page_from_numbers(tmp_path):
     text = study_page.page(tmp_path, 'By hand.', study_page.Figures(tmp_path))
     rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in text.splitlines() if row.startswith('|')]
     assert next(row for row in rows if row[0] == 'unconditional, 80 kimg')[1:] == [
-        '1.01 ± 0.01', '0.51 ± 0.01', '-0.5 ± 0 (-50%)', 'better']
+        '1.01 ± 0.01 (3)', '0.51 ± 0.01 (3)', '-0.5 ± 0 (-50%)', 'better']
     assert next(row for row in rows if row[0] == 'unconditional, 40 kimg')[4] == 'worse'
     assert 'By hand.' in text and '2M with 18 evaluations 0.25, Heun with 35 0.5.' in text
     assert 'Nothing is measured yet' in text and (tmp_path / 'results-digits-main.png').exists()
@@ -282,9 +291,9 @@ def test_hours_at_full_size(tmp_path, measured):
     cost = dict(rows=[row], environment=dict(gpu='a GPU' if measured else None))
     (tmp_path / 'cost.json').write_text(json.dumps(cost))
     text = study_page.page(tmp_path, '', study_page.Figures(tmp_path))
-    cells = '1000 | 6.9' if measured else '– | 4.9 (expected)'
+    cells = '1000 | 6.9 | 4.9' if measured else '– | – | 4.9'
     assert f'| `train.py --preset=ffhq --precond=edm` | 60.0 M | 250 | {cells} |' in text
-    assert '| `train.py --preset=ffhq` | – | – | – | – |' in text
+    assert '| `train.py --preset=ffhq` | – | – | – | – | – |' in text
     assert ('the images/s, on one a GPU' in text) == measured == ('have not been measured' not in text)
 
 

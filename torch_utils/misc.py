@@ -7,7 +7,7 @@ CHUNK = 1 << 14  # positions whose random numbers are drawn at once; small enoug
 
 
 class InfiniteSampler(torch.utils.data.Sampler):
-    """Endless, slowly reshuffled order of a dataset, dealt out to ranks in turn (spec: EDM, section 2).
+    """Endless, slowly reshuffled order of a dataset, dealt out to ranks in turn: EDM's.
 
     The order starts shuffled with ``RandomState(seed)``. At position i = idx mod n the rank whose turn it
     is gets ``order[i]``; then ``order[i]`` changes places with ``order[(i − randint(window)) mod n]``.

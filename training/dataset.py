@@ -1,4 +1,4 @@
-"""Images and labels for training: uint8 pixels in [C, H, W], one-hot float32 labels (spec: EDM, section 2)."""
+"""Images and labels for training: uint8 pixels in [C, H, W], one-hot float32 labels, as EDM reads them."""
 
 import os
 import pathlib
@@ -266,7 +266,7 @@ def _name(archive):
 
 
 def _subset(size, max_size, random_seed):
-    """Sorted indices of the images kept (spec: EDM, section 2)."""
+    """Sorted indices of the images kept, those that EDM keeps."""
     if max_size is not None and max_size < 1:
         raise UserError(f'a dataset of {max_size} images cannot be used; give a size of at least 1')
     raw_idx = np.arange(size, dtype=np.int64)

@@ -333,7 +333,7 @@ OPCODES = {  # the names in pickletools.opcodes; text opcodes of protocol 0 are 
 # EDM's snapshot
 
 def load_edm_pickle(source):
-    """Read an EDM network snapshot (spec: Snapshot files).
+    """Read a network snapshot that EDM wrote, network-snapshot-KIMG.pkl.
 
     Args:
         source: Path of the file, or its bytes.

@@ -1,4 +1,4 @@
-"""The training loop: EDM's recipe for any system (spec §7)."""
+"""The training loop: EDM's recipe for any system (Karras et al. 2022, Table 7)."""
 
 import contextlib
 import copy

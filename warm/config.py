@@ -25,7 +25,7 @@ from training.training_loop import interface_kwargs, split_batch, transfer_weigh
 from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 
-# What --arch stands for: arguments of the U-Net (spec §3). --cbase and --cres replace two of them.
+# What --arch stands for: arguments of the U-Net, EDM's. --cbase and --cres replace two of them.
 ARCHITECTURES = {
     'ddpmpp': dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard',
                    decoder_type='standard', channel_mult_noise=1, resample_filter=[1, 1], model_channels=128,
@@ -178,7 +178,7 @@ def check_evaluation(num_files, num, ref, detector, metrics, ticks=None):
 
 
 def run_name(config, arch, desc=None):
-    """DATASET-COND-ARCH-PRECOND-gpusG-batchB-DTYPE[-DESC] (spec §1)."""
+    """DATASET-COND-ARCH-PRECOND-gpusG-batchB-DTYPE[-DESC], as EDM names its run folders."""
     parts = [
         pathlib.Path(config['dataset_kwargs']['path']).stem,
         'cond' if config['dataset_kwargs']['use_labels'] else 'uncond',

@@ -1,6 +1,6 @@
 """The exact network for Gaussian data, and what it shows: every solver's error against its evaluations.
 
-For data with covariance diag(S) in the DCT basis (spec §4), E[x₀|x] = V [M S/(M² S + β²)] Vᵀ x. With that, the
+For data with covariance diag(S) in the DCT basis, E[x₀|x] = V [M S/(M² S + β²)] Vᵀ x. With that, the
 probability-flow ODE of warm.samplers reads, in each band,
 
     dx/dβ = ½ x·d ln(M²S + β²)/dβ,    so    x ∝ √(M²S + β²)

@@ -40,7 +40,7 @@ from training.state import parse_kimg
 from warm.report_data import read_lines
 from warm.sources import open_network
 from warm.study_pieces import Clock, OutOfTime, claimed
-from warm.study_plan import QUESTIONS, SCALES, plan
+from warm.study_plan import QUESTIONS, REAL, REAL_DRAWS, SCALES, plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SAVE_SEC = 20  # of the piece's time left for a stopped training to save its state
@@ -87,17 +87,23 @@ class Study:
         """The run's network after that many images, None if it is not there."""
         return first_after(self.folder(run_name) / KEPT, kimg)
 
+    def images(self, num=None, seed=0):
+        """The training images, or `num` of them chosen by `seed`."""
+        data = self.scale.data or EMBEDDED
+        return ImageFiles(open_images(data, num, seed), pathlib.Path(data).name)
+
     @functools.cached_property
     def scorer(self):
-        """Detector and reference statistics of the training data, made once."""
+        """Detector and reference statistics of the training data, made once; with them, what the data itself scores."""
         detector = open_detector(self.scale.detector)
         reference = self.outdir / f'reference{detector.suffix}.npz'
         with claimed(self.outdir / 'reference.lock', wait=True):
             if not reference.is_file():
-                data = self.scale.data or EMBEDDED
-                write_reference(reference, ImageFiles(open_images(data), data), detector, self.scale.metrics,
-                                self.scale.batch, progress=False)
-        return load_scorer(list(self.scale.metrics), detector, reference)
+                write_reference(reference, self.images(), detector, self.scale.metrics, self.scale.batch,
+                                progress=False)
+            scorer = load_scorer(list(self.scale.metrics), detector, reference)
+            score_real_images(self, scorer)
+        return scorer
 
 
 def first_after(folder, kimg):
@@ -223,6 +229,20 @@ def measure(study, run, score):
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
 
 
+def score_real_images(study, scorer):
+    """Record, for several draws, what images of the training set score, as many as are drawn of a network.
+
+    It is about the best that a network can reach, and its spread is what the choice of images does alone.
+    """
+    done = {line['seed'] for line in read_lines(study.results) if line.get('run') == REAL}
+    for seed in set(range(REAL_DRAWS)) - done:
+        source = study.images(study.scale.num, seed)
+        values, facts = scorer(source, study.scale.batch, progress=False)
+        record = dict(study=study.scale.name, run=REAL, point=0, options=(), seed=seed, **source.record,
+                      **{**facts, 'ref': pathlib.Path(facts['ref']).name})
+        provenance.log_scores(study.results, values, scorer.detector, record)
+
+
 def training_facts(folder, drawn):
     """Parameters of the network, and the seconds of training up to it."""
     ticks = [(line['Progress/kimg']['mean'], line['Timing/total_sec']['mean'])
@@ -267,7 +287,8 @@ def overview(study, runs):
               help="Make the scale's data and detector first where they are missing")
 @click.option('--minutes', type=NumberRange(min=0), default=0, help='Stop after so long; 0: when all is done')
 @click.option('--gpus', type=click.IntRange(min=1), default=1, help='GPUs of this machine to train on')
-@click.option('--tidy', 'tidies', is_flag=True, help='Delete networks and states that are not needed any more')
+@click.option('--tidy', 'tidies', is_flag=True,
+              help='Delete networks and states that are scored, with this detector, and that no run starts from')
 @click.option('-n', '--dry-run', is_flag=True, help='Print what is done and exit')
 def main(scale_name, outdir, results, detector, questions, only, prepares, minutes, gpus, tidies, dry_run):
     """Train and score what the results page needs; the same command goes on where it stopped."""

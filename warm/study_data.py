@@ -4,9 +4,13 @@ import dataclasses
 import math
 import statistics
 
+import scipy.special
+
 from training.metrics import STD
 from warm.report_data import DISTANCES, read_lines
-from warm.study_plan import drawn, run_name
+from warm.study_plan import REAL, drawn, run_name
+
+LEVEL = 0.05  # of the test that decides a difference
 
 
 @dataclasses.dataclass
@@ -16,10 +20,12 @@ class Scores:
     Attributes:
         scale: The Scale.
         lines: The results, of one detector and number of images.
+        real: Distances of as many images of the training set itself, of several draws.
     """
 
     scale: object
     lines: list
+    real: tuple = ()
 
     @classmethod
     def read(cls, scale, path):
@@ -31,8 +37,11 @@ class Scores:
         for line in read_lines(path):
             counts = line.get('num_images') == scale.num and isinstance(line.get('value'), (int, float))
             if counts and not line['metric'].endswith(STD):
-                lines[line['run'], line['point'], str(line['options']), line['metric'].split('-')[0]] = line
-        return cls(scale, list(lines.values()))
+                kind = line['metric'].split('-')[0]
+                lines[line['run'], line['seed'], line['point'], str(line['options']), kind] = line
+        real = tuple(line['value'] for line in lines.values()
+                     if line['run'] == REAL and line['metric'].split('-')[0] in DISTANCES)
+        return cls(scale, [line for line in lines.values() if line['run'] != REAL], real)
 
     def label(self, kinds=DISTANCES):
         """'FD-cifar' or the like: how the scores of these kinds are called; None without any."""
@@ -48,6 +57,12 @@ class Scores:
         """{seed: score} over the seeds of training."""
         found = {seed: self.lookup(what, kimg, seed, cond, kinds, **options) for seed in self.scale.main_seeds}
         return {seed: line['value'] for seed, line in found.items() if line}
+
+    def longest(self, options):
+        """The largest number of images in `main` at which seed 0 was drawn with these options; else its last."""
+        found = [line['point'] for line in self.lines if line['seed'] == 0 and line['point'] in self.scale.main
+                 and line['options'] == [list(pair) for pair in sorted(options.items())]]
+        return max(found, default=self.scale.main[-1])
 
     def solved(self, what, kimg, solver, steps, **fixed):
         """`values` with a solver and its number of steps."""
@@ -86,10 +101,11 @@ class Difference:
 
     @property
     def verdict(self):
-        """'better', 'worse' or 'undecided': decided by at least 2 seeds of one sign, and 2 standard errors."""
-        if self.spread is None:
+        """'better', 'worse' or 'undecided', by Student's paired t-test at LEVEL, two-sided."""
+        n = len(self.pairs)
+        if n == 1:
             return 'undecided (one seed)'
-        if abs(self.mean) <= 2 * self.spread / math.sqrt(len(self.pairs)) or len({d > 0 for d in self.pairs}) > 1:
+        if abs(self.mean) <= scipy.special.stdtrit(n - 1, 1 - LEVEL / 2) * self.spread / math.sqrt(n):
             return 'undecided'
         return 'better' if self.mean < 0 else 'worse'
 
@@ -107,10 +123,16 @@ def compare(values, reference):
 
 
 def shown(values):
-    """'0.65 ± 0.02' of {seed: distance}; '–' of none."""
+    """'0.65 ± 0.02 (3)' of {seed: distance}: mean, standard deviation, number of seeds; '–' of none."""
     if not values:
         return '–'
-    spread = f' ± {statistics.stdev(values.values()):.2g}' if len(values) > 1 else ''
-    return f'{statistics.mean(values.values()):.3g}{spread}'
+    return mean_and_spread(values.values()) + (f' ({len(values)})' if len(values) > 1 else '')
+
+
+def mean_and_spread(numbers):
+    """'0.65 ± 0.02'; '0.65' of one."""
+    numbers = list(numbers)
+    spread = f' ± {statistics.stdev(numbers):.2g}' if len(numbers) > 1 else ''
+    return f'{statistics.mean(numbers):.3g}{spread}'
 
 

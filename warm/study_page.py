@@ -18,9 +18,9 @@ from warm.presets import PRESETS
 from warm.report_data import PAPER_GPUS, PAPER_KIMG
 from warm.report_plots import lines as draw_lines
 from warm.report_tables import TABLE_3, TABLE_4, TABLE_5, rows_of
-from warm.study_data import Scores, compare, shown
+from warm.study_data import Scores, compare, mean_and_spread, shown
 from warm.study_plan import (CHOICES, EVALUATIONS, OTHER_BNRS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS, STEPS,
-                             choice_name)
+                             choice_name, drawn)
 
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
@@ -32,6 +32,11 @@ TITLES = {WARM: 'Warm, BNR 0.5', EDM: 'EDM'}
 def table(heads, rows):
     """Markdown, the first column to the left."""
     return rows_of(heads, ['---'] + ['---:'] * (len(heads) - 1), rows)
+
+
+def shared(values, others):
+    """Those of the seeds that the others have too, so that a row compares like with like."""
+    return {seed: value for seed, value in values.items() if seed in others}
 
 
 def against(values, reference):
@@ -84,18 +89,16 @@ def seconds(number):
 def question_2(scores, figures):
     """Table 3."""
     kimg, paper = scores.scale.side, dict(zip(PAPER_BNRS, (row.fid for row in TABLE_3)))
-    reference, rows, asked = scores.values(EDM, kimg), [], False
-    for bnr in PAPER_BNRS:
-        own = scores.values({0: EDM, 0.5: WARM}.get(bnr, f'warm-bnr{bnr:g}'), kimg)
-        one = scores.values('warm-all', kimg, bnr=f'{bnr:g}')
-        asked = asked or bool(one) or (bool(own) and bnr not in (0, 0.5))  # those two are question 1's
-        rows.append(['0 (EDM)' if bnr == 0 else f'{bnr:g}', f'{paper[bnr]:.2f}', shown(own),
-                     *(against(own, reference) if bnr else [NONE, NONE]), shown(one)])
-    if not asked:
-        return NOTHING
-    curves = [dict(x=[i for i, row in enumerate(rows) if row[column] != NONE],
-                   y=[float(row[column].split()[0]) for row in rows if row[column] != NONE], label=label)
-              for column, label in ((2, 'a network each'), (5, 'one network for all'))]
+    reference = scores.values(EDM, kimg)
+    separate = {bnr: scores.values({0: EDM, 0.5: WARM}.get(bnr, f'warm-bnr{bnr:g}'), kimg) for bnr in PAPER_BNRS}
+    joint = {bnr: scores.values('warm-all', kimg, bnr=f'{bnr:g}') for bnr in PAPER_BNRS}
+    if not any(joint.values()) and not any(separate[bnr] for bnr in PAPER_BNRS if bnr not in (0, 0.5)):
+        return NOTHING  # those two are question 1's
+    rows = [['0 (EDM)' if bnr == 0 else f'{bnr:g}', f'{paper[bnr]:.2f}', shown(separate[bnr]),
+             *(against(separate[bnr], reference) if bnr else [NONE, NONE]), shown(joint[bnr])] for bnr in PAPER_BNRS]
+    curves = [dict(x=[i for i, bnr in enumerate(PAPER_BNRS) if values[bnr]],
+                   y=[mean(values[bnr]) for bnr in PAPER_BNRS if values[bnr]], label=label)
+              for values, label in ((separate, 'a network each'), (joint, 'one network for all'))]
     figures('bnr', curves, 'Blur-to-Noise Ratio', f'{scores.label()} ↓',
             ticks=[f'{bnr:g}' for bnr in PAPER_BNRS])
     return table(['BNR', "paper's FID", 'a network each', 'minus EDM', 'verdict', 'one network for all'], rows)
@@ -103,7 +106,7 @@ def question_2(scores, figures):
 
 def question_3(scores, figures):
     """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35; networks of seed 0 alone."""
-    main, kimg = scores.scale.main[-1], scores.scale.side
+    main, kimg = scores.longest(drawn('heun', STEPS[0])), scores.scale.side
     kinds = [('EDM', EDM, main, {}), ('Warm, BNR 0.5', WARM, main, {}),
              *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in OTHER_BNRS)]
     heads = [f'{2 * n - 1} / {e}' if 2 * n - 1 != e else str(e) for n, e in zip(STEPS, EVALUATIONS)]
@@ -117,6 +120,8 @@ def question_3(scores, figures):
             if what != 'warm-all':
                 curves.append(dict(x=[n for n, cell in zip(nfes, cells) if cell], y=[mean(c) for c in cells if c],
                                    label=f'{title}, {solver}'))
+    if not rows:
+        return NOTHING
     figures('nfe', curves, 'NFE', f'{scores.label()} ↓', log=True)
     answers = []
     for title, what, at, fixed in kinds[:2]:
@@ -153,7 +158,8 @@ def question_5(scores, figures):
     for flag, (chosen, alternatives) in CHOICES.items():
         for value in alternatives:
             values = scores.values(choice_name(flag, value), kimg)
-            rows.append([f'`{flag}={value}` for {chosen}', shown(ours), shown(values), *against(values, ours)])
+            rows.append([f'`{flag}={value}` for {chosen}', shown(shared(ours, values)), shown(values),
+                         *against(values, ours)])
     if all(row[2] == NONE for row in rows):
         return NOTHING
     return table([f'Alternative, {mimg(kimg)}', 'as chosen', 'alternative', 'difference', 'verdict'], rows)
@@ -205,15 +211,20 @@ def setup(scores):
     seconds = {}
     for line in sorted(lines, key=lambda line: line['point']):  # the last of a run is the longest
         seconds[line['run']] = line.get('train_seconds') or 0
+    hours = f', {sum(seconds.values()) / 3600:.1f} hours of training in all' if scale.timed else ''
     commands = (*scale.prepare, f'python -m warm.study --scale={scale.name}', 'python -m warm.study_page')
     no_fid = '' if scores.label() == 'FID' else ', which is no FID and compares with nothing outside its table'
     return '\n'.join([
         f'**{scale.note}**', '',
         f'- Scores: {scores.label()} of {scale.num:,} images against all training images{no_fid}; NFE 35 with Heun’s '
-        'solver unless said otherwise. a ± s: mean and standard deviation over the seeds of training. Differences are '
-        'taken seed by seed, and decided by two standard errors and one sign in all seeds.',
+        'solver unless said otherwise, of the same latents for all. a ± s (n): mean and standard deviation over n '
+        'seeds of training; without them, one seed. Differences are taken seed by seed and decided by Student’s paired '
+        't-test at 5 %; with some thirty on a page, one or two are decided by chance.',
+        *([f'- {scale.num:,} images of the training set itself score {mean_and_spread(scores.real)}, in '
+           f'{len(scores.real)} draws: no network can do much better, and differences as small as that spread may come '
+           'from the images drawn.'] if scores.real else []),
         f"- Trained with `train.py {' '.join(scale.train)}`: {' to '.join(parameters)} M parameters, "
-        f'{len(seconds)} runs, {sum(seconds.values()) / 3600:.1f} hours of training in all.',
+        f'{len(seconds)} runs{hours}.',
         f"- {facts['hardware']}; PyTorch {facts['torch']}; commit {facts['commit']}.",
         '- To repeat it: ' + '; '.join(f'`{command}`' for command in commands) + '.',
     ])
@@ -263,30 +274,33 @@ def recipe(cost):
         if name == 'digits':
             continue
         for precond, twin in (('warm', ''), ('edm', ' --precond=edm')):
-            known = [row for row in (cost or {}).get('rows', ()) if (row['preset'], row['system']) == (name, precond)]
-            rows.append([f'`train.py --preset={name}{twin}`', *(cost_cells(known[0]) if known else [NONE] * 4)])
+            costs = [row for row in (cost or {}).get('rows', ()) if (row['preset'], row['system']) == (name, precond)]
+            rows.append([f'`train.py --preset={name}{twin}`', *(cost_cells(costs[0]) if costs else [NONE] * 5)])
     machine = (cost or {}).get('environment', {}).get('gpu')
     speed = (f'It also measured the images/s, on one {machine}; the hours leave out what GPUs lose to each other.'
-             if machine else
-             '**Images/s have not been measured for want of a GPU**: the hours are what our target would make them, '
-             f'{EXPECTED_TFLOPS:g} TFLOP/s a GPU, 45 % of what an H200 reaches in bf16 matrix products.')
+             if machine else '**Images/s have not been measured, as no GPU was available.**')
     return '\n\n'.join([
         '## At full size',
         f'The paper trains on {PAPER_KIMG / 1000:g} Mimg with {PAPER_GPUS} GPUs: '
         f'`torchrun --standalone --nproc_per_node={PAPER_GPUS} train.py …`, with the '
         'options of the table and `--precision=bf16 --compile --channels-last=1 --auto-resume`. '
         'GFLOP are those of a training step per image, counted by '
-        f'`python tests/benchmarks/bench_presets.py --out=results/cost.json`. {speed}',
-        table(['', 'parameters', 'GFLOP an image', 'images/s of one GPU', f'hours on {PAPER_GPUS}'], rows)])
+        f'`python tests/benchmarks/bench_presets.py --out=results/cost.json`. {speed} The last column is what our '
+        f'target would make of them: {EXPECTED_TFLOPS:g} TFLOP/s a GPU, 45 % of what an H200 reaches in bf16 products.',
+        table(['', 'parameters', 'GFLOP an image', 'images/s of one GPU', f'hours on {PAPER_GPUS}', 'hours, target'],
+              rows)])
 
 
-def cost_cells(known):
-    """Parameters, GFLOP an image, images/s and hours of one row of the cost, as text."""
-    rate, hours = known['images_per_second'], known['hours']
-    if hours is None:
-        hours = 1000 * PAPER_KIMG * known['gflop_an_image'] / (1000 * EXPECTED_TFLOPS * PAPER_GPUS) / 3600
-    return [f"{known['parameters'] / 1e6:.1f} M", f"{known['gflop_an_image']:.0f}",
-            NONE if rate is None else f'{rate:.0f}', f"{hours:.1f}{'' if rate else ' (expected)'}"]
+def cost_cells(row):
+    """Parameters, GFLOP an image, images/s and hours, measured and as the target has them, of one row of the cost.
+
+    A rate without hours is not of the whole network (bench_presets.py --tiny) and left out.
+    """
+    measured = row['hours'] is not None
+    expected = 1000 * PAPER_KIMG * row['gflop_an_image'] / (1000 * EXPECTED_TFLOPS * PAPER_GPUS) / 3600
+    return [f"{row['parameters'] / 1e6:.1f} M", f"{row['gflop_an_image']:.0f}",
+            f"{row['images_per_second']:.0f}" if measured else NONE, f"{row['hours']:.1f}" if measured else NONE,
+            f'{expected:.1f}']
 
 
 class Figures:

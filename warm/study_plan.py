@@ -12,6 +12,8 @@ STEPS = (5, 10, 18, 40)  # Heun's steps n for NFE 2n − 1 = 9, 19, 35, 79 (Fig.
 EVALUATIONS = (9, 18, 35, 79)  # steps of the solvers that evaluate the network once a step
 OTHER_BNRS = ('1', '2')  # in Fig. 5, by one network for all
 SCHEDULE_STEPS = (18, 40, 80)  # NFE 35, 79, 159 of Table 4
+REAL = 'real-images'  # stands for a run's name where images of the training set are scored
+REAL_DRAWS = 5
 ONE_NETWORK = ','.join(map(str, PAPER_BNRS))
 
 
@@ -219,12 +221,12 @@ SCALES = {scale.name: scale for scale in (
         train=(*CIFAR10_REF, '--precision=bf16', '--compile', '--channels-last=1', '--data-device=cuda',
                '--compact-state'),
         draw=(('precision', 'bf16'),),
-        main=(1000, 2000, 4000, 8000), side=2000, transfer=(100, 200, 400, 1000, 2000), main_seeds=(0, 1),
+        main=(1024, 2048, 4096, 8192), side=2048, transfer=(128, 256, 512, 1024, 2048), main_seeds=(0, 1),
         side_seeds=(0,), num=10_000, batch=2000, start_sec=120),
     Scale(
         name='cifar10-16', title='CIFAR-10 at 16×16, on a CPU',
-        note='A network of 1.5 M parameters that has seen every photograph five times: far from its best, '
-             'so this says how the methods begin, not how they end.',
+        note='A network of 1.5 M parameters that has seen every photograph five times at most: far from its '
+             'best, so this says how the methods begin, not how they end.',
         prepare=('python dataset_tool.py --source=datasets/cifar10-32x32.zip --resolution=16x16 '
                  '--dest=datasets/cifar10-16x16.zip',
                  'python dataset_tool.py --source=datasets/cifar10-test-32x32.zip --resolution=16x16 '

@@ -13,7 +13,7 @@ from warm.blur import blur_and_rest, blur_mask, filter_bands
 from warm.blur import rest as rest_of
 from warm.choices import REST, REST_SCALES
 
-MIN_MASK = 1e-3  # (b) divides by M: below this the band is taken as lost (spec: x₀ = V max(M, 10⁻³)⁻¹ Vᵀ D)
+MIN_MASK = 1e-3  # (b) divides by M: below this the band is taken as lost (ours: x₀ = V max(M, 10⁻³)⁻¹ Vᵀ D)
 
 
 class Residual:
