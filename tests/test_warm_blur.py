@@ -7,6 +7,7 @@ import scipy.fft
 import scipy.ndimage
 import torch
 
+from dnnlib import UserError
 from warm.blur import (blur, blur_and_rest, blur_mask, dct2, dct_matrix, filter_bands, frequencies, idct2,
                        log_mask_ratio, mask_difference, prior_spectrum, residual_scale, rest, rest_mask)
 
@@ -221,3 +222,8 @@ def test_scale_of_the_rest_is_that_of_images_with_the_prior_spectrum():
 def test_scale_of_the_rest_per_image():
     scale = residual_scale(torch.tensor([0.0, 0.5]).reshape(-1, 1, 1, 1), N)
     assert scale.shape == (2, 1, 1, 1) and scale[0] == 0 and scale[1].item() == residual_scale(0.5, N).item()
+
+
+def test_images_that_are_not_square_are_refused():
+    with pytest.raises(UserError, match='16×8 pixels.*crop'):
+        blur(torch.zeros([1, 3, 8, 16]), 0.5)

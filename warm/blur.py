@@ -14,6 +14,8 @@ import math
 
 import torch
 
+from dnnlib import UserError
+
 
 def constant(function):
     """Cache a function's tensors; made outside inference mode, since autograd may need them later."""
@@ -37,7 +39,14 @@ def frequencies(n, device=torch.device('cpu')):
 
 
 def dct2(x):
-    """Vᵀx: orthonormal DCT-II over the last two dimensions of x [..., N, N]; returns float64 bands."""
+    """Vᵀx: orthonormal DCT-II over the last two dimensions of x [..., N, N]; returns float64 bands.
+
+    Raises:
+        UserError: images that are not square.
+    """
+    if x.shape[-1] != x.shape[-2]:
+        raise UserError(f'Got images of {x.shape[-1]}×{x.shape[-2]} pixels: blur is defined for square ones here; crop '
+                        'them first.')
     matrix = dct_matrix(x.shape[-1], x.device)
     return matrix @ x.to(torch.float64) @ matrix.T
 

@@ -64,7 +64,7 @@ class SystemFlag(click.Option):
     """A flag made from an Option. One whose name the command has already would hide the command's own.
 
     Raises:
-        UserError: that, as soon as the command is run: only then all of its flags are known.
+        UserError: so it is; when the command runs, as its flags are complete only then.
     """
 
     def add_to_parser(self, parser, ctx):

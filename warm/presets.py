@@ -55,7 +55,7 @@ PRESETS = {
         'the embedded digits 8×8, minutes on a laptop', '',
         dict(precond='warm', cond=True, cbase=32, cres='1,2', batch=64, duration=0.08, lr=2e-3, lr_rampup=0.005,
              ema=0.005, dropout=0.0, augment=0.0, tick=4, snap=0, dump=0, workers=0),
-        dict(num_steps=18), 'Not in the paper: a network of 0.9 M parameters, a quick ramp and a short average.'),
+        dict(num_steps=18), 'Not in the paper: a network of 1.5 M parameters, a quick ramp and a short average.'),
 }
 
 
@@ -66,4 +66,4 @@ def preset_option(part):
             ctx.default_map = {**(ctx.default_map or {}), **getattr(PRESETS[value], part)}
         return value
     return click.option('--preset', type=click.Choice(list(PRESETS)), default=None, is_eager=True, callback=choose,
-                        expose_value=False, help="One of the paper's experiments; options given beside it win")
+                        expose_value=False, help="A paper's experiment, or the digits; options given beside it win")
