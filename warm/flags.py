@@ -8,7 +8,7 @@ from training.precond import PRECISIONS
 from training.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from training.system import own_options
 from warm.presets import preset_option
-from warm.samplers import SOLVERS
+from warm.samplers import SAMPLER_DEFAULTS, SOLVERS
 from warm.systems import SYSTEMS
 
 
@@ -28,21 +28,21 @@ RUN_FLAGS = (
 # Of every sampler; None leaves the value to the sampler.
 SAMPLER_FLAGS = (
     click.option('--steps', 'num_steps', metavar='INT', type=click.IntRange(min=1), default=None,
-                  help='Number of steps  [default: of the system, 18 for EDM and Warm]'),
+                  help=f"Number of steps  [default: of the system, {SAMPLER_DEFAULTS['num_steps']} for EDM and Warm]"),
     click.option('--sigma_min', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
-                  help='Lowest noise level  [default: 0.002, or of the ablation]'),
+                  help=f"Lowest noise level  [default: {SAMPLER_DEFAULTS['sigma_min']:g}, or of the ablation]"),
     click.option('--sigma_max', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
-                  help='Highest noise level  [default: 80, or of the ablation]'),
+                  help=f"Highest noise level  [default: {SAMPLER_DEFAULTS['sigma_max']:g}, or of the ablation]"),
     click.option('--rho', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
-                  help='Exponent of the time steps  [default: 7]'),
+                  help=f"Exponent of the time steps  [default: {SAMPLER_DEFAULTS['rho']:g}]"),
     click.option('--S_churn', 'S_churn', metavar='FLOAT', type=NumberRange(min=0), default=None,
-                  help='Stochasticity strength  [default: 0]'),
+                  help=f"Stochasticity strength  [default: {SAMPLER_DEFAULTS['S_churn']:g}]"),
     click.option('--S_min', 'S_min', metavar='FLOAT', type=NumberRange(min=0), default=None,
-                  help='Lowest noise level with stochasticity  [default: 0]'),
+                  help=f"Lowest noise level with stochasticity  [default: {SAMPLER_DEFAULTS['S_min']:g}]"),
     click.option('--S_max', 'S_max', metavar='FLOAT', type=NumberRange(min=0, infinite=True), default=None,
-                  help='Highest noise level with stochasticity  [default: inf]'),
+                  help=f"Highest noise level with stochasticity  [default: {SAMPLER_DEFAULTS['S_max']:g}]"),
     click.option('--S_noise', 'S_noise', metavar='FLOAT', type=Number(), default=None,
-                  help='Inflation of the noise  [default: 1]'),
+                  help=f"Inflation of the noise  [default: {SAMPLER_DEFAULTS['S_noise']:g}]"),
     click.option('--solver', type=click.Choice(list(SOLVERS)), default=None,
                   help='ODE solver; on EDM networks euler and heun select the ablation sampler  [default: heun]'),
     click.option('--disc', 'discretization', type=click.Choice(list(DISCRETIZATIONS)), default=None,
