@@ -23,6 +23,7 @@ import sys
 import time
 
 import click
+import numpy as np
 import torch
 
 from dnnlib import UserError
@@ -87,10 +88,9 @@ class Study:
         """The run's network after that many images, None if it is not there."""
         return first_after(self.folder(run_name) / KEPT, kimg)
 
-    def images(self, num=None, seed=0):
-        """The training images, or `num` of them chosen by `seed`."""
-        data = self.scale.data or EMBEDDED
-        return ImageFiles(open_images(data, num, seed), pathlib.Path(data).name)
+    def images(self):
+        """Dataset of the training images."""
+        return open_images(self.scale.data or EMBEDDED)
 
     @functools.cached_property
     def scorer(self):
@@ -99,11 +99,23 @@ class Study:
         reference = self.outdir / f'reference{detector.suffix}.npz'
         with claimed(self.outdir / 'reference.lock', wait=True):
             if not reference.is_file():
-                write_reference(reference, self.images(), detector, self.scale.metrics, self.scale.batch,
+                write_reference(reference, ImageFiles(self.images()), detector, self.scale.metrics, self.scale.batch,
                                 progress=False)
             scorer = load_scorer(list(self.scale.metrics), detector, reference)
             score_real_images(self, scorer)
         return scorer
+
+
+class DrawnImages(ImageFiles):
+    """`num` images of a dataset, drawn at random as a perfect model of it would: some may come twice."""
+
+    def __init__(self, dataset, num, seed):
+        super().__init__(dataset, dataset.name)
+        self.total, self.drawn = num, np.random.RandomState(seed).randint(len(dataset), size=num)
+
+    def batches(self, indices, batch):
+        """Yield the images at these of the `num` places in batches, uint8 [≤ batch, C, H, W]."""
+        return super().batches(self.drawn[list(indices)], batch)
 
 
 def first_after(folder, kimg):
@@ -230,13 +242,13 @@ def measure(study, run, score):
 
 
 def score_real_images(study, scorer):
-    """Record, for several draws, what images of the training set score, as many as are drawn of a network.
+    """Record what images of the training set score, as many as are drawn of a network, in several draws.
 
-    It is about the best that a network can reach, and its spread is what the choice of images does alone.
+    A network can hardly do better, and their spread is what chance does in drawing the images alone.
     """
     done = {line['seed'] for line in read_lines(study.results) if line.get('run') == REAL}
     for seed in set(range(REAL_DRAWS)) - done:
-        source = study.images(study.scale.num, seed)
+        source = DrawnImages(study.images(), study.scale.num, seed)
         values, facts = scorer(source, study.scale.batch, progress=False)
         record = dict(study=study.scale.name, run=REAL, point=0, options=(), seed=seed, **source.record,
                       **{**facts, 'ref': pathlib.Path(facts['ref']).name})

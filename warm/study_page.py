@@ -220,9 +220,9 @@ def setup(scores):
         'solver unless said otherwise, of the same latents for all. a ± s (n): mean and standard deviation over n '
         'seeds of training; without them, one seed. Differences are taken seed by seed and decided by Student’s paired '
         't-test at 5 %; with some thirty on a page, one or two are decided by chance.',
-        *([f'- {scale.num:,} images of the training set itself score {mean_and_spread(scores.real)}, in '
-           f'{len(scores.real)} draws: no network can do much better, and differences as small as that spread may come '
-           'from the images drawn.'] if scores.real else []),
+        *([f'- {scale.num:,} images drawn of the training set itself score {mean_and_spread(scores.real)} '
+           f'({len(scores.real)} draws): a network can hardly do better, and that spread is what chance does in drawing '
+           'the images alone.'] if scores.real else []),
         f"- Trained with `train.py {' '.join(scale.train)}`: {' to '.join(parameters)} M parameters, "
         f'{len(seconds)} runs{hours}.',
         f"- {facts['hardware']}; PyTorch {facts['torch']}; commit {facts['commit']}.",
