@@ -70,7 +70,8 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     dist.print0(f'Generating {len(missing)} images to {outdir}...')
     with tqdm.tqdm(total=len(missing), unit='img', disable=None if dist.get_rank() == 0 else True) as bar:
         batches = generate_images(net, seeds, sampler, max_batch or default_batch(net), class_idx, set(missing))
-        write_images(outdir, batches, subdirs, progress=lambda n: bar.update(n * dist.get_world_size()))
+        ranks = dist.get_world_size()
+        write_images(outdir, batches, subdirs, progress=lambda n: bar.update(min(n * ranks, bar.total - bar.n)))
     dist.barrier()
     if grid is not None and dist.get_rank() == 0:
         save_grid(grid, read_images(outdir, seeds[:MAX_GRID], subdirs))

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import secrets
 import sys
 import tempfile
+import traceback
 
 from dnnlib.errors import UserError
 
@@ -24,12 +26,11 @@ def atomic_write(path, mode='wb'):
     folder = os.path.dirname(os.path.abspath(path))
     tmp = None
     try:
-        fd, tmp = tempfile.mkstemp(prefix='.tmp-', suffix=os.path.basename(path)[-32:], dir=folder)
-        with os.fdopen(fd, mode, encoding=None if 'b' in mode else 'utf-8') as f:
+        tmp = os.path.join(folder, f'.tmp-{secrets.token_hex(8)}{os.path.basename(path)[-32:]}')
+        with open(tmp, mode.replace('w', 'x'), encoding=None if 'b' in mode else 'utf-8') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path)
         tmp = None
         _sync_folder(folder)
@@ -40,13 +41,6 @@ def atomic_write(path, mode='wb'):
         if tmp is not None:
             with contextlib.suppress(OSError):
                 os.unlink(tmp)
-
-
-def _umask():
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder):
@@ -123,7 +117,12 @@ class Tee:
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, error, trace):
+        with contextlib.suppress(OSError):  # what ends the program is printed later, by click or the interpreter
+            if isinstance(error, UserError):
+                self._file.write(f'Error: {error.message}\n')
+            elif error is not None:
+                traceback.print_exception(error, file=self._file)
         self.close()
 
 

@@ -18,13 +18,9 @@ def report(name, value):
 
     All ranks must report the same names within a tick.
     """
-    x = value.detach() if isinstance(value, torch.Tensor) else torch.as_tensor(value, dtype=torch.float64)
-    if x.is_floating_point():
-        total, squares = x.sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)
-    else:
-        x = x.to(torch.float64)
-        total, squares = x.sum(), x.square().sum()
-    moments = torch.stack([torch.full_like(total, x.numel()), total, squares])
+    x = torch.as_tensor(value, dtype=torch.float64).detach()
+    total = x.sum()
+    moments = torch.stack([torch.full_like(total, x.numel()), total, x.square().sum()])
     if name in _moments:
         _moments[name] += moments.to(_moments[name].device)
     else:
@@ -72,4 +68,4 @@ class Collector:
 def _summary(num, total, squares):
     mean = total / num if num else float('nan')
     variance = squares / num - mean ** 2 if num else float('nan')
-    return {'num': int(num), 'mean': mean, 'std': math.sqrt(variance) if variance > 0 else variance * 0}
+    return {'num': int(num), 'mean': mean, 'std': math.nan if math.isnan(variance) else math.sqrt(max(variance, 0))}

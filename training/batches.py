@@ -112,7 +112,7 @@ def gathered_batches(dataset, sampler, batch, device):
 
 
 def resident_batches(dataset, sampler, batch, device):
-    """Generator of (uint8 images, labels) gathered on the GPU, where the whole set lies."""
+    """Generator of (uint8 images, labels) gathered on the GPU, where the whole set lies from this call on."""
     images = _to_gpu(dataset, device)
 
     def places(indices):
@@ -120,10 +120,13 @@ def resident_batches(dataset, sampler, batch, device):
         tensors = map(torch.from_numpy, (raw_idx, flipped, dataset.labels_of_files(raw_idx)))
         return [tensor.pin_memory() if device.type == 'cuda' else tensor for tensor in tensors]
 
-    for tensors in map(places, _chunks(sampler, batch)):
-        raw_idx, flipped, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        chosen = images.index_select(0, raw_idx)
-        yield torch.where(flipped[:, None, None, None], chosen.flip(3), chosen), labels
+    def gather():
+        for tensors in map(places, _chunks(sampler, batch)):
+            raw_idx, flipped, labels = (tensor.to(device, non_blocking=True) for tensor in tensors)
+            chosen = images.index_select(0, raw_idx)
+            yield torch.where(flipped[:, None, None, None], chosen.flip(3), chosen), labels
+
+    return gather()
 
 
 def check_data_device(data_device):

@@ -61,10 +61,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._check_resolution(resolution)
         if isinstance(self._archive, ZipArchive):
             self._check_png_headers()
-        self._use_cache = bool(cache)
-        self._cache = self._cached = self._decoded = None
-        if cache:
-            self._allocate_cache()
+        self._cache = {} if cache else None  # number at the path → pixels
+        self._decoded = None
 
     @property
     def image_shape(self):
@@ -118,46 +116,46 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def use_decoded(self, images):
         """Take pixels from `images` from now on: uint8 [num_files, C, H, W], all at the path in their order."""
-        self._decoded, self._use_cache, self._cache, self._cached = images, False, None, None
+        self._decoded, self._cache = images, None
 
     def batch(self, indices):
         """The items `indices`: images uint8 [B, C, H, W] and labels float32 [B, label_dim], both the caller's own."""
-        if self._decoded is None:
-            images, labels = zip(*(self[i] for i in indices))
-            return np.stack(images), np.stack(labels)
         raw_idx, flipped = self.locate(indices)
-        images = np.asarray(self._decoded[raw_idx])  # a copy, in memory
+        if self._decoded is not None:
+            images = np.asarray(self._decoded[raw_idx])  # a copy, in memory
+        else:
+            images = np.stack([self._load(i) for i in raw_idx])
         images[flipped] = images[flipped][..., ::-1]
         return images, self.labels_of_files(raw_idx)
 
     def locate(self, indices):
-        """(number at the path, whether mirrored) of each of the items `indices`, as arrays [B]."""
+        """(number at the path, whether mirrored) of each of the items `indices`, as arrays [B].
+
+        Mirrored copies follow the originals; negative indices count from the end.
+        """
         indices = np.asarray(indices, np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+        if len(indices) and not -len(self) <= indices.min() <= indices.max() < len(self):
             raise IndexError(f'indices {indices.min()} to {indices.max()} in a dataset of {len(self)} items')
-        return self._raw_idx[indices % len(self._raw_idx)], indices >= len(self._raw_idx)
+        flipped, k = np.divmod(indices % len(self), len(self._raw_idx))
+        return self._raw_idx[k], flipped.astype(bool)
 
     def labels_of_files(self, raw_idx):
         """Labels, float32 [B, label_dim], of the images with those numbers at the path."""
         labels = self._labels[raw_idx]
-        return np.eye(self.label_dim, dtype=np.float32)[labels] if self.has_onehot_labels else labels
+        if not self.has_onehot_labels:
+            return labels
+        return (labels[:, None] == np.arange(self.label_dim)).astype(np.float32)
 
     def __len__(self):
         return len(self._raw_idx) * (2 if self._xflip else 1)
 
     def __getitem__(self, idx):
-        k, flipped = self._locate(idx)
-        image = self._load(k)
-        return (image[:, :, ::-1] if flipped else image).copy(), self.get_label(idx)
+        images, labels = self.batch([idx])
+        return images[0], labels[0]
 
     def get_label(self, idx):
         """Label of item `idx`: float32 vector [label_dim]."""
-        label = self._labels[self._raw_idx[self._locate(idx)[0]]]
-        if not self.has_onehot_labels:
-            return label.copy()
-        onehot = np.zeros(self.label_dim, np.float32)
-        onehot[label] = 1
-        return onehot
+        return self.labels_of_files(self.locate([idx])[0])[0]
 
     def file_stamps(self):
         """(name, …) of every image file in order, with numbers that change with its content (the archive's `stamp`)."""
@@ -170,46 +168,24 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def get_details(self, idx):
         """`raw_idx` (index among all images of the path), `xflip` and `raw_label` of item `idx`."""
-        k, flipped = self._locate(idx)
-        raw_idx = int(self._raw_idx[k])
-        return types.SimpleNamespace(raw_idx=raw_idx, xflip=flipped, raw_label=self._labels[raw_idx].copy())
+        raw_idx, flipped = (int(a[0]) for a in self.locate([idx]))
+        return types.SimpleNamespace(raw_idx=raw_idx, xflip=bool(flipped), raw_label=self._labels[raw_idx].copy())
 
     def __getstate__(self):
-        return {**self.__dict__, '_cache': None, '_cached': None, '_decoded': None}
+        return {**self.__dict__, '_cache': None if self._cache is None else {}, '_decoded': None}
 
-    def _locate(self, idx):
-        """(position in the subset, whether mirrored) of item `idx`; mirrored copies follow the originals."""
-        if not -len(self) <= idx < len(self):
-            raise IndexError(f'index {idx} in a dataset of {len(self)} items')
-        flipped, k = divmod(int(idx) % len(self), len(self._raw_idx))
-        return k, bool(flipped)
-
-    def _load(self, k):
-        """Pixels of the k-th image of the subset, from the cache where there is one."""
-        if self._decoded is not None:
-            return self._decoded[self._raw_idx[k]]
-        if not self._use_cache:
-            return self._decode(self._names[self._raw_idx[k]])
-        if self._cache is None:  # a copy in another process starts with an empty cache
-            self._allocate_cache()
-        if not self._cached[k]:
-            self._cache[k] = self._decode(self._names[self._raw_idx[k]])
-            self._cached[k] = True
-        return self._cache[k]
+    def _load(self, raw_idx):
+        """Pixels of the image number `raw_idx` at the path, from the cache where there is one."""
+        if self._cache is None:
+            return self.decode_file(raw_idx)
+        if raw_idx not in self._cache:
+            self._cache[raw_idx] = self.decode_file(raw_idx)
+        return self._cache[raw_idx]
 
     def _decode(self, name):
         image = decode(self._archive.read(name), self._what(name))
         self._check_shape(name, list(image.shape))
         return image
-
-    def _allocate_cache(self):
-        """One array for all images; the system hands out its memory as images are written to it."""
-        try:
-            self._cache = np.empty([len(self._raw_idx), *self._shape], np.uint8)
-        except MemoryError as e:
-            raise UserError(f'the {len(self._raw_idx)} images of {self._archive.path} do not fit into memory; '
-                            'turn the cache off with --cache=0') from e
-        self._cached = np.zeros(len(self._raw_idx), bool)
 
     def _what(self, name):
         return f'{name} in {self._archive.path}'

@@ -103,5 +103,6 @@ def _remove_former(path):
     """Delete what was made of the same path with other content. Maps in use stay valid."""
     stem = path.name.rsplit('-', 1)[0]
     for former in path.parent.glob(f'{glob.escape(stem)}-*.npy'):
-        with contextlib.suppress(OSError):
-            former.unlink()
+        if former != path:  # which another rank may just have made
+            with contextlib.suppress(OSError):
+                former.unlink()

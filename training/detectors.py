@@ -16,6 +16,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import cached_path, fetch, is_url, local_path
 from dnnlib.files import file_sha256
+from torch_utils.precision import float32_products
 from training.inception import NUM_FEATURES, InceptionV3
 
 SCRIPT_URL = ('https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/'
@@ -75,13 +76,10 @@ class Detector:
 
 @contextlib.contextmanager
 def full_float32(device):
-    """No TF32 and no autocast, so that a score doesn't depend on who asks for it or on which machine."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type == 'cuda':
-            with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-                yield
-        else:
-            yield
+    """No TF32, no autocast, deterministic convolutions: a score must not depend on who asks for it."""
+    with (torch.autocast(device.type, enabled=False), float32_products(tf32=False),
+          torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)):
+        yield
 
 
 class PixelDetector(Detector):

@@ -52,7 +52,7 @@ def generate_batch(net, seeds, sampler, class_idx=None, **extra):
         index = rnd.randint(net.label_dim, size=[len(seeds)], device=device)
         if class_idx is not None:
             index = torch.full_like(index, class_idx)
-        class_labels = torch.eye(net.label_dim, device=device)[index]
+        class_labels = torch.nn.functional.one_hot(index, net.label_dim).to(torch.float32)
     return sampler(latents, class_labels, rnd.randn_like, **extra)
 
 

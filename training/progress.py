@@ -204,6 +204,8 @@ def seed_rank(seed, state=None, path=None):
         UserError: the state of the file `path` holds no random state of this version of PyTorch.
     """
     ranks, rank = dist.get_world_size(), dist.get_rank()
+    nimg = state['progress']['nimg'] if state is not None else 0
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank, nimg]).generate_state(1)[0]))
     if state is not None and len(state['ranks']) == ranks:
         own = state['ranks'][rank]
         training_stats.restore(own['statistics'])
@@ -213,9 +215,6 @@ def seed_rank(seed, state=None, path=None):
                 torch.cuda.set_rng_state(own['random']['cuda'])
         return
     training_stats.restore({})
-    nimg = 0
     if state is not None:
-        nimg = state['progress']['nimg']
         dist.print0(f"The run was saved by {len(state['ranks'])} ranks and goes on with {ranks}: "
                     'the data continues in order, the noise differs.')
-    torch.manual_seed(int(np.random.SeedSequence([seed, rank, nimg]).generate_state(1)[0]))

@@ -73,6 +73,7 @@ def training_loop(
     device = dist.device()
     torch.backends.cudnn.benchmark = cudnn_benchmark
     batch_rank, batch_gpu, rounds = split_batch(batch_size, batch_gpu)
+    total_nimg = round(total_kimg * 1000)
     system = systems[system]
 
     if dataset is None:
@@ -82,7 +83,7 @@ def training_loop(
         check_origin(state, resume, system.name)
         tell_other_data(state, dataset.name)
     progress = Progress(**state['progress']) if state else Progress()
-    if progress.nimg >= total_kimg * 1000:
+    if progress.nimg >= total_nimg:
         dist.print0(f'All {total_kimg:g} kimg are done already.')
         return True
 
@@ -116,7 +117,7 @@ def training_loop(
         save_grid(os.path.join(run_dir, 'reals.png'), some_reals(dataset, grid_images))
 
     dist.print0(f'Training for {total_kimg:g} kimg...')
-    status = Status(run_dir, progress.nimg, total_kimg * 1000, progress.seconds, device, tensorboard)
+    status = Status(run_dir, progress.nimg, total_nimg, progress.seconds, device, tensorboard)
     health = Health(max_nonfinite, progress.nonfinite)
     with (StopRequest() as stop, Watchdog(timeout, f'rank {dist.get_rank()}') as watchdog,
           Saver(run_dir, keep, compact if compact_state else None) as saver, contextlib.closing(batches)):
@@ -134,7 +135,7 @@ def training_loop(
             health.end_step(progress.nimg // batch_size, finite, stop.name is not None)
 
             # Once per tick, and when asked to stop; the first tick ends after one batch.
-            done = progress.nimg >= total_kimg * 1000
+            done = progress.nimg >= total_nimg
             tick_ends = done or progress.tick == 0 or progress.nimg >= progress.tick_nimg + kimg_per_tick * 1000
             if not tick_ends and not health.stopping:
                 continue
@@ -148,7 +149,8 @@ def training_loop(
                 status.end_tick(tick, progress.nimg)
                 progress.tick, progress.tick_nimg, health.count = tick + 1, progress.nimg, 0
             dump = done or health.stopping or (tick != 0 and is_due(tick, state_dump_ticks))
-            if (dump or is_due(tick, snapshot_ticks)) and worth_saving(health, progress):
+            leaving = done or health.stopping
+            if (dump or is_due(tick, snapshot_ticks)) and worth_saving(health, progress, ema, leaving):
                 progress.seconds, progress.nonfinite = status.elapsed(), health.count
                 weights = ema.state_dict()
                 snapshot = dict(tensors=weights, network_kwargs=ema.init_kwargs, system=system.name,
@@ -164,6 +166,7 @@ def training_loop(
             if tick_ends:
                 if not health.stopping:  # time may be short
                     status.add(evaluate(ema, tick, progress.nimg, done))
+                dist.barrier()  # rank 0 may still be saving or scoring: no watchdog may count that as a hang
                 status.start_tick(progress.nimg)
             if done or health.stopping:
                 break
@@ -208,11 +211,23 @@ def facts(dataset):
                 num_channels=dataset.num_channels, label_dim=dataset.label_dim)
 
 
-def worth_saving(health, progress):
-    """Whether the last step was sound: otherwise what was saved before must stay the newest."""
-    if health.streak:
+def worth_saving(health, progress, ema, leaving):
+    """Whether the last step was sound: otherwise what was saved before must stay the newest.
+
+    A run that ends has no later step to wait for. Its bad gradients were replaced, so finite weights are good ones.
+
+    Raises:
+        UserError: the run ends and its weights are not finite.
+    """
+    if not health.streak:
+        return True
+    if not leaving:
         dist.print0(f'Nothing is saved at {progress.nimg / 1000:g} kimg: the loss or its gradients are not finite.')
-    return not health.streak
+        return False
+    if not torch.stack([p.isfinite().all() for p in ema.parameters()]).all():
+        raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; the states '
+                        'saved before are good: resume from the last with a lower --lr')
+    return True
 
 
 def name_in(run_dir, kind, progress):

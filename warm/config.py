@@ -221,6 +221,9 @@ def start_point(o, name):
     if o['auto_resume']:
         run_dir = run_dir if o['nosubdir'] else same_run_dir(o['outdir'], name) or run_dir
         path, state, complaints = newest_good(saved_files(run_dir, 'training-state'))
+        if path is None and complaints and not o['resume']:  # starting over would write over what is there
+            raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are lost, '
+                            'delete them to start over there, or start elsewhere with another --outdir or --desc')
     if path is None and o['resume']:
         states = find_states(o['resume'], o['outdir'])
         if len(states) == 1:
@@ -253,7 +256,12 @@ def create_run_dir(run_dir, config, start):
             None otherwise.
     """
     make_dirs(run_dir)
-    if start is not None:
+    if start is None:
+        try:
+            open(os.path.join(run_dir, OPTIONS_NAME), 'x').close()  # claims the folder: of two runs one gets it
+        except FileExistsError as e:
+            raise UserError(f'another run has begun in {run_dir} meanwhile; run the command again') from e
+    else:
         trim_records(run_dir, start['tick'], json.loads(start['last_tick']))
         remove_temporary_files(run_dir)
     with atomic_write(os.path.join(run_dir, OPTIONS_NAME), 'w') as f:
