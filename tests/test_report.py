@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from warm import report
-from warm.report_data import measurements, read_run
+from warm.report_data import measurements_of, read_run
 from warm.report_tables import TABLE_1, TABLE_3, TABLE_4, TABLE_5, tables
 
 PAPER = dict(metric='FID', detector='inception-2015-12-05', detector_sha256='a', ref='r.npz', ref_sha256='b',
@@ -44,7 +44,7 @@ def found_row(text, title, ours=True):
 
 
 def report_of(tmp_path, lines):
-    return tables(measurements([read_run(make_run(tmp_path / 'run', lines))]))
+    return tables(measurements_of([read_run(make_run(tmp_path / 'run', lines))]))
 
 
 def test_the_paper_repeated_differs_in_nothing(tmp_path):

@@ -41,9 +41,9 @@ class Run:
         if system is None or not number.isdecimal():
             return self.name
         kwargs = self.options.get('network_kwargs', {})
-        what = f" {kwargs['bnr_schedule']}" if kwargs.get('bnr_schedule') else \
+        path = f" {kwargs['bnr_schedule']}" if kwargs.get('bnr_schedule') else \
             f" BNR {kwargs['bnr']}" if kwargs.get('bnr') else ''
-        return f'{number} {system}{what}'
+        return f'{number} {system}{path}'
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ def read_lines(path):
     return records
 
 
-def measurements(runs):
+def measurements_of(runs):
     """The scores of all runs as `Measurement`s, in the order of the files."""
     groups = {}
     for run in runs:
@@ -141,24 +141,24 @@ def best_match(candidates, **preferred):
 
 def differences(m, nfe=None, dataset=None):
     """In words, how a measurement differs from the paper's: data, NFE, images, rounds, training, detector, solver."""
-    f, found = m.facts, []
+    f, words = m.facts, []
     if dataset is not None:
-        found.append(f'data {f["dataset"]} instead of {dataset}')
+        words.append(f'data {f["dataset"]} instead of {dataset}')
     if nfe is not None and f['nfe'] != nfe:
-        found.append(f'NFE {f["nfe"]} instead of {nfe}')
+        words.append(f'NFE {f["nfe"]} instead of {nfe}')
     if f['num_images'] != PAPER_IMAGES:
-        found.append(f'{f["num_images"]:,} images')
+        words.append(f'{f["num_images"]:,} images')
     if m.rounds != PAPER_ROUNDS:
-        found.append(f'{m.rounds} round{"s" if m.rounds > 1 else ""}')
+        words.append(f'{m.rounds} round{"s" if m.rounds > 1 else ""}')
     if f['kimg'] is not None and f['kimg'] < PAPER_KIMG * 0.999:
-        found.append(f'trained on {f["kimg"] / 1000:.3g} of {PAPER_KIMG // 1000} Mimg')
+        words.append(f'trained on {f["kimg"] / 1000:.3g} of {PAPER_KIMG // 1000} Mimg')
     label = (m.value('FID') or ('FID',))[0]
     if label != 'FID':
-        found.append(f'{label} instead of FID')
+        words.append(f'{label} instead of FID')
     if f['solver'] not in (None, 'heun'):
-        found.append(f'solver {f["solver"]}')
+        words.append(f'solver {f["solver"]}')
     if f['trained_on'] not in (None, f['path']):
-        found.append(f'network for {f["trained_on"]}')
+        words.append(f'network for {f["trained_on"]}')
     if f['class_idx'] is not None:
-        found.append(f'class {f["class_idx"]} alone')
-    return '; '.join(found)
+        words.append(f'class {f["class_idx"]} alone')
+    return '; '.join(words)

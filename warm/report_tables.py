@@ -96,10 +96,10 @@ def is_dataset(facts, name, conditional):
     return str(facts['dataset']).lower().startswith(name) and bool(facts['label_dim']) == conditional
 
 
-def others(found):
+def others(measurements):
     """{(name, whether conditional): measurements} of data sets other than the paper's, in order."""
     groups = {}
-    for m in found:
+    for m in measurements:
         if not any(is_dataset(m.facts, name, conditional) for name, conditional, _ in TABLE_1.values()):
             groups.setdefault((m.facts['dataset'], bool(m.facts['label_dim'])), []).append(m)
     return groups
@@ -111,14 +111,14 @@ def title_of(dataset):
     return f"{name or 'unknown data'}, {'class-conditional' if conditional else 'unconditional'}"
 
 
-def tables(found):
+def tables(measurements):
     """All four tables of `Measurement`s, as Markdown."""
-    blocks = ['## Table 1. Methods on CIFAR-10 and FFHQ', table_1(found)]
-    unconditional = [m for m in found if is_dataset(m.facts, 'cifar10', False)]
-    sets = {None: unconditional, **others(found)}
+    blocks = ['## Table 1. Methods on CIFAR-10 and FFHQ', table_1(measurements)]
+    unconditional = [m for m in measurements if is_dataset(m.facts, 'cifar10', False)]
+    sets = {None: unconditional, **others(measurements)}
     for title, (head, rows) in HEADS.items():
-        for dataset, own in sets.items():
-            answered = extended(head, rows, own)
+        for dataset, group in sets.items():
+            answered = extended(head, rows, group)
             if dataset is None or any(answer for _, answer in answered):
                 blocks.append(f'## {title}' + (f' – {title_of(dataset)}' if dataset else ''))
                 blocks.append(markdown(head, [line(row, answer, 'CIFAR-10' if dataset else None)
@@ -126,39 +126,39 @@ def tables(found):
     return '\n\n'.join(blocks)
 
 
-def answer(row, found):
+def answer(row, measurements):
     """The measurement that answers a row, or None."""
-    return best_match([m for m in found if row.matches(m.facts)], nfe=row.nfe, solver='heun')
+    return best_match([m for m in measurements if row.matches(m.facts)], nfe=row.nfe, solver='heun')
 
 
-def extended(head, rows, found):
+def extended(head, rows, measurements):
     """(row, answer) of all rows of the paper, then of BNRs and step counts that only we have."""
-    pairs = [(row, answer(row, found)) for row in rows]
+    pairs = [(row, answer(row, measurements)) for row in rows]
     extra = []
     if head == 'BNR':
-        known = {bnr for bnr in (m.facts['bnr'] for m in found) if bnr is not None}
-        extra = [Row(f'{bnr:g}', None, None, None, of_bnr(bnr)) for bnr in sorted(known)
+        bnrs = {m.facts['bnr'] for m in measurements if m.facts['bnr'] is not None}
+        extra = [Row(f'{bnr:g}', None, None, None, of_bnr(bnr)) for bnr in sorted(bnrs)
                  if not any(row.matches(dict(_facts(), bnr=bnr)) for row in rows)]
     if head == 'BNR schedule':
-        counts = {m.facts['nfe'] for m in found if str(m.facts['path']).startswith('blurring')}
+        counts = {m.facts['nfe'] for m in measurements if str(m.facts['path']).startswith('blurring')}
         extra = [Row('Blurring Diffusion', None, None, None, of_blurring_schedule(nfe))
                  for nfe in sorted(counts - {row.nfe for row in rows})]
-    return pairs + [(row, answer(row, found)) for row in extra]
+    return pairs + [(row, answer(row, measurements)) for row in extra]
 
 
 def _facts():
     return dict(system='warm', targets='residual', sampler={})
 
 
-def table_1(found):
+def table_1(measurements):
     """Methods against each other; data sets that the paper doesn't have come last, without its numbers."""
     lines = []
     for section, (name, conditional, rows) in TABLE_1.items():
-        own = [m for m in found if is_dataset(m.facts, name, conditional)]
-        lines += [[f'**{section}**']] + [line(row, answer(row, own)) for row in rows]
-    for dataset, own in others(found).items():
+        group = [m for m in measurements if is_dataset(m.facts, name, conditional)]
+        lines += [[f'**{section}**']] + [line(row, answer(row, group)) for row in rows]
+    for dataset, group in others(measurements).items():
         lines.append([f'**{title_of(dataset)}** (not in the paper)'])
-        answers = [(row, answer(row, own)) for row in TABLE_1['Unconditional CIFAR-10'][2]]
+        answers = [(row, answer(row, group)) for row in TABLE_1['Unconditional CIFAR-10'][2]]
         lines += [line(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
                   for row, m in answers if m is not None]
     return markdown('Method', lines)
@@ -199,12 +199,12 @@ def rows_of(heads, alignment, lines):
                      for cells in full)
 
 
-def all_scores(found):
+def all_scores(measurements):
     """Every measurement with what it takes to repeat it."""
     heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Images', 'Rounds', 'Seeds', 'Scores', 'Detector',
              'Device', 'Seconds', 'Commit']
     lines = []
-    for m in found:
+    for m in measurements:
         f = m.facts
         scores = ', '.join(f'{label} {value:.5g}' for label, value in m.values.items())
         lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), f['path'] or f['system'] or NONE,
