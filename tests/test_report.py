@@ -6,8 +6,9 @@ import pytest
 from click.testing import CliRunner
 
 from warm import report
-from warm.report_data import measurements_of, read_run
-from warm.report_tables import TABLE_1, TABLE_3, TABLE_4, TABLE_5, tables
+from warm.report_data import best_match, measurements_of, read_run, sampler_flags
+from warm.report_tables import TABLE_1, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
+from warm.systems import SYSTEMS
 
 PAPER = dict(metric='FID', detector='inception-2015-12-05', detector_sha256='a', ref='r.npz', ref_sha256='b',
              num_images=50_000, seeds='0-49999', nfe=35, solver='heun', bnr=0.5, path='constant BNR 0.5',
@@ -43,8 +44,12 @@ def found_row(text, title, ours=True):
     return next(row for row in rows(text) if row[0] == title and (row[-1] != 'not measured') == ours)
 
 
+def measured(tmp_path, lines):
+    return measurements_of([read_run(make_run(tmp_path / 'run', lines))])
+
+
 def report_of(tmp_path, lines):
-    return tables(measurements_of([read_run(make_run(tmp_path / 'run', lines))]))
+    return tables(measured(tmp_path, lines))
 
 
 def test_the_paper_repeated_differs_in_nothing(tmp_path):
@@ -64,6 +69,8 @@ def test_the_paper_repeated_differs_in_nothing(tmp_path):
                                                       'FD-pixels instead of FID'),
     (dict(solver='dpmpp2m'), 'solver dpmpp2m'),
     (dict(trained_on='BNRs from 0.1 to 2'), 'network for BNRs from 0.1 to 2'),
+    (dict(sampler={'S_churn': 30, 'sigma_max': 50}), '`--S_churn=30`; `--sigma_max=50`'),
+    (dict(precision='bf16'), 'precision bf16'),
     (dict(class_idx=3), 'class 3 alone'), (dict(dataset='digits-8x8'), 'data digits-8x8 instead of CIFAR-10')])
 def test_what_differs_is_said(tmp_path, changes, words):
     text = report_of(tmp_path, rounds([2.5, 2.4, 2.6], **changes))
@@ -94,6 +101,38 @@ def test_the_measurement_nearest_to_the_paper_is_shown(tmp_path):
     text = report_of(tmp_path, rounds([1.5], num_images=1000) + rounds([2.0]) + rounds([1.4], nfe=17)
                      + rounds([1.3], kimg=1000.0))
     assert found_row(text, '0.5')[4:6] == ['35', '2.00']
+
+
+def test_the_best_of_a_scan_is_not_the_methods_score(tmp_path):
+    """Churn, noise levels or an epsilon that suit the reference: shown where there is nothing else, and then named."""
+    scan = [line for churn in (10, 30) for line in rounds([1.7, 1.8, 1.9], sampler={'S_churn': churn})]
+    assert found_row(report_of(tmp_path, scan), '0.5')[-1] == '`--S_churn=10`'
+    text = report_of(tmp_path, scan + rounds([1.97, 1.98, 1.99]))
+    assert found_row(text, '0.5')[4:] == ['35', '1.97', '–', 'nothing']
+    assert found_row(report_of(tmp_path, scan + rounds([2.5], nfe=17)), '0.5')[-1] == 'NFE 17 instead of 35; 1 round'
+    text = report_of(tmp_path, rounds([1.95, 1.96, 1.97], **{**EDM, 'sampler': {'epsilon_scale': '1.0006'}}))
+    assert found_row(text, 'EDM-ES')[-1] == '`--epsilon-scale=1.0006`'
+
+
+def test_options_that_change_nothing_are_no_difference(tmp_path):
+    """A scan's first point may be the default; steps, solver and path stand in columns of their own."""
+    usual = dict(num_steps=18, solver='heun', bnr='0.5', S_churn=0, S_max=float('inf'), rho=7, sigma_max=80.0)
+    assert found_row(report_of(tmp_path, rounds([1.9] * 3, sampler=usual)), '0.5')[-1] == 'nothing'
+    for system in SYSTEMS.values():
+        own = {option.name: option.default for option in system.own_sample_options if option.default is not None}
+        assert sampler_flags(dict(system=system.name, sampler=dict(own, data='digits.zip'))) == []
+    assert sampler_flags(dict(system='edm', sampler={'schedule': 'vp'})) == ['--schedule=vp']
+    assert sampler_flags(dict(system='cold', sampler={'cold_start': 'colours'})) == ['--cold-start=colours']
+    assert sampler_flags(dict(system='unheard of', sampler={'x': 1})) == ['--x=1'] and sampler_flags({}) == []
+
+
+def test_precisions_are_not_rounds_of_each_other(tmp_path):
+    """The same seeds twice: two measurements, and float32 is shown though bf16 came out better."""
+    lines = rounds([2.0], precision='fp32') + rounds([1.5], precision='bf16')
+    measurements = measured(tmp_path, lines)
+    assert [(m.rounds, m.values['FID']) for m in measurements] == [(1, 2.0), (1, 1.5)]
+    assert best_match(measurements) is measurements[0]
+    assert [row[6] for row in rows(all_scores(measurements))[2:]] == ['`--precision=fp32`', '`--precision=bf16`']
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):

@@ -1,20 +1,28 @@
 """What warm.report knows: runs with their statistics and scores, and the scores put together to measurements."""
 
 import dataclasses
+import inspect
 import json
 import pathlib
 
 from dnnlib import UserError
 from training.metrics import METRICS, STD
 from training.provenance import LOG_NAME, read_facts
+from training.samplers import ablation_sampler
+from training.system import flag_of
+from warm.samplers import SAMPLER_DEFAULTS
+from warm.systems import SYSTEMS
 
 PAPER_IMAGES, PAPER_ROUNDS = 50_000, 3  # Sec. 3.1
 PAPER_KIMG, PAPER_GPUS = 200_000, 8  # the length of training is EDM's
 BETTER = {name: metric.best for metric in METRICS.values() for name in metric.scores if not name.endswith(STD)}
 DISTANCES = ('FID', 'FD')  # how a distance's label begins: Inception's, any other detector's
 # What makes two scores rounds of one measurement; everything else may differ between rounds.
-SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'bnr', 'path', 'trained_on',
-        'targets', 'sampler', 'class_idx', 'detector', 'detector_sha256', 'ref_sha256', 'num_images')
+SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'precision', 'bnr', 'path',
+        'trained_on', 'targets', 'sampler', 'class_idx', 'detector', 'detector_sha256', 'ref_sha256', 'num_images')
+# Of the sampler's options, those that are in the facts by another name: NFE, solver, path; data is the training set's.
+NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data')
+ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
 
 
 @dataclasses.dataclass
@@ -130,17 +138,50 @@ def _measurement(run, lines):
     return Measurement(run, facts, values, len(seconds), sum(seconds.values()))
 
 
+def sampler_flags(facts):
+    """['--S_churn=30', …]: those of the sampler's options that are not as they are where none is given.
+
+    Without those of NAMED_OTHERWISE.
+    """
+    system = SYSTEMS.get(facts.get('system'))
+    own = {option.name: option.default for option in system.own_sample_options} if system else {}
+    plain = {**own, **ABLATION_DEFAULTS, **SAMPLER_DEFAULTS}
+    return [f'{flag_of(name)}={value}' for name, value in (facts.get('sampler') or {}).items()
+            if name not in NAMED_OTHERWISE and (name not in plain or value != plain[name])]
+
+
+def is_plain(facts):
+    """Whether these are scores of a system as it is: the sampler without options of its own, images of all classes."""
+    return not sampler_flags(facts) and facts.get('class_idx') is None
+
+
+def in_float32(facts):
+    """Whether the network computed in float32, as far as is known."""
+    return facts.get('precision') in (None, 'fp32')
+
+
 def best_match(candidates, **preferred):
-    """The measurement nearest to the paper's: with the facts preferred, most images, longest training, best score."""
+    """The measurement nearest to the paper's.
+
+    A plain one rather than the best of a scan of the sampler's options (`is_plain`); then one with the facts
+    preferred; then most images, longest training, float32, best score.
+    """
     def rank(m):
         distance = m.value('FID')
-        return (sum(m.facts.get(name) == value for name, value in preferred.items()), m.facts['num_images'] or 0,
-                m.facts['kimg'] or 0, -distance[1] if distance else float('-inf'))
+        return (is_plain(m.facts), sum(m.facts.get(name) == value for name, value in preferred.items()),
+                m.facts['num_images'] or 0, m.facts['kimg'] or 0, in_float32(m.facts),
+                -distance[1] if distance else float('-inf'))
     return max(candidates, key=rank, default=None)
 
 
 def differences(m, nfe=None, dataset=None):
-    """In words, how a measurement differs from the paper's: data, NFE, images, rounds, training, detector, solver."""
+    """In words, how a measurement differs from the paper's: its data, NFE, images, rounds, training, detector, sampler.
+
+    Args:
+        m: The measurement.
+        nfe: The paper's number of evaluations, None where it gives none.
+        dataset: Name of the paper's data set, if the measurement is of another.
+    """
     f, words = m.facts, []
     if dataset is not None:
         words.append(f'data {f["dataset"]} instead of {dataset}')
@@ -157,6 +198,9 @@ def differences(m, nfe=None, dataset=None):
         words.append(f'{label} instead of FID')
     if f['solver'] not in (None, 'heun'):
         words.append(f'solver {f["solver"]}')
+    words += [f'`{flag}`' for flag in sampler_flags(f)]
+    if not in_float32(f):
+        words.append(f'precision {f["precision"]}')
     if f['trained_on'] not in (None, f['path']):
         words.append(f'network for {f["trained_on"]}')
     if f['class_idx'] is not None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from warm.report_data import best_match, differences
+from warm.report_data import best_match, differences, sampler_flags
 
 NONE = '–'
 
@@ -201,14 +201,20 @@ def rows_of(heads, alignment, lines):
 
 def all_scores(measurements):
     """Every measurement with what it takes to repeat it."""
-    heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Images', 'Rounds', 'Seeds', 'Scores', 'Detector',
-             'Device', 'Seconds', 'Commit']
+    heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Other options', 'Images', 'Rounds', 'Seeds', 'Scores',
+             'Detector', 'Device', 'Seconds', 'Commit']
     lines = []
     for m in measurements:
         f = m.facts
         scores = ', '.join(f'{label} {value:.5g}' for label, value in m.values.items())
         lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), f['path'] or f['system'] or NONE,
-                      f['solver'] or NONE, _number(f['nfe'], 'd'), _number(f['num_images'], ',d'), str(m.rounds),
-                      f['seeds'], scores,
+                      f['solver'] or NONE, _number(f['nfe'], 'd'), _other_options(f), _number(f['num_images'], ',d'),
+                      str(m.rounds), f['seeds'], scores,
                       f['detector'] or NONE, f['device'] or NONE, f'{m.seconds:.0f}', f['commit'] or NONE])
     return rows_of(heads, ['---'] * len(heads), lines)
+
+
+def _other_options(facts):
+    given = [('precision', facts['precision']), ('class', facts['class_idx'])]
+    flags = sampler_flags(facts) + [f'--{name}={value}' for name, value in given if value is not None]
+    return f"`{' '.join(flags)}`" if flags else NONE
