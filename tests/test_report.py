@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from warm import report
 from warm.report_data import best_match, measurements_of, read_run, sampler_flags
+from warm.report_plots import fid_against_bnr, fid_against_nfe, training_curves
 from warm.report_tables import TABLE_1, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
 from warm.systems import SYSTEMS
 
@@ -133,6 +134,38 @@ def test_precisions_are_not_rounds_of_each_other(tmp_path):
     assert [(m.rounds, m.values['FID']) for m in measurements] == [(1, 2.0), (1, 1.5)]
     assert best_match(measurements) is measurements[0]
     assert [row[6] for row in rows(all_scores(measurements))[2:]] == ['`--precision=fp32`', '`--precision=bf16`']
+
+
+def curves_of(plot):
+    return {curve['label']: curve['y'] for curve in plot['curves'] if 'paper' not in curve['label']}
+
+
+def test_plots_show_methods_not_ablations(tmp_path):
+    """Other targets, epsilons, churns and single classes all score better here, and are in no curve."""
+    lines = []
+    for nfe in (35, 79):
+        lines += rounds([3.0], nfe=nfe) + rounds([4.0], nfe=nfe, **EDM)
+        for better in (dict(targets='clean'), dict(targets='residual --rest-scale=edm'), dict(class_idx=3),
+                       dict(sampler={'S_churn': 30}), {**EDM, 'sampler': {'epsilon_scale': '1.0006'}}):
+            lines += rounds([1.0], nfe=nfe, **better)
+    measurements = measured(tmp_path, lines)
+    assert curves_of(fid_against_nfe(measurements)) == {'BNR 0.5': [3.0, 3.0], 'EDM': [4.0, 4.0]}
+    assert curves_of(fid_against_bnr(measurements)) == {'NFE 35': [4.0, 3.0], 'NFE 79': [4.0, 3.0]}
+    ablations = measured(tmp_path, [line for line in lines if line['value'] == 1.0])
+    assert fid_against_nfe(ablations) is None and fid_against_bnr(ablations) is None
+
+
+def test_precisions_have_curves_of_their_own(tmp_path):
+    lines = [line for nfe in (35, 79) for line in rounds([2.0], nfe=nfe, precision='fp32')
+             + rounds([1.9], nfe=nfe, precision='bf16')]
+    assert curves_of(fid_against_nfe(measured(tmp_path, lines))) == {
+        'BNR 0.5, fp32': [2.0, 2.0], 'BNR 0.5, bf16': [1.9, 1.9]}
+
+
+def test_training_curve_is_of_one_way_of_sampling(tmp_path):
+    series = [line for kimg in (1.0, 2.0) for line in rounds([2.0], kimg=kimg)]
+    run = read_run(make_run(tmp_path / 'run', series + rounds([1.0], kimg=2.0, sampler={'S_churn': 30})))
+    assert [curve['y'] for curve in training_curves([run])[1]['curves']] == [[2.0, 2.0]]
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):

@@ -5,7 +5,7 @@ import re
 from matplotlib.ticker import LogLocator
 
 from warm.figures import draw
-from warm.report_data import DISTANCES, best_match
+from warm.report_data import DISTANCES, best_match, is_plain, sampler_flags
 from warm.report_tables import TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
 
 PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='paper')
@@ -41,8 +41,22 @@ def by_dataset(measurements):
     return groups
 
 
+def methods_alone(measurements):
+    """Those of the methods as they are, without ablations: plain sampling, and of Warm's targets the paper's choice.
+
+    A curve through the best of other targets, epsilons or churns would be that of no method, and a curve for each of
+    them would hide the rest. They are in the tables.
+    """
+    return [m for m in measurements if is_plain(m.facts) and m.facts['targets'] in (None, 'residual')]
+
+
 def comparable(measurements):
-    """(label, measurements) of the detector and number of images that occur most: others are on another scale."""
+    """(label, measurements) of the detector and number of images that occur most: others are on another scale.
+
+    ('', []) where there are none.
+    """
+    if not measurements:
+        return '', []
     kinds = [(m.value('FID')[0], m.facts['num_images']) for m in measurements]
     most = max(dict.fromkeys(kinds), key=kinds.count)
     return f'{most[0]} ↓ ({most[1]:,} images)', [m for m, kind in zip(measurements, kinds) if kind == most]
@@ -54,8 +68,8 @@ def is_paper_data(label, measurements):
 
 
 def fid_against_bnr(measurements):
-    """Curves for each NFE: BNRs evenly spaced, as in Table 3. None with fewer than two BNRs."""
-    label, measurements = comparable(measurements)
+    """Curves for each NFE, of `methods_alone`: BNRs evenly spaced, as in Table 3. None with fewer than two BNRs."""
+    label, measurements = comparable(methods_alone(measurements))
     points = {}
     for nfe in sorted({m.facts['nfe'] for m in measurements if m.facts['nfe']}):
         for bnr in sorted({m.facts['bnr'] for m in measurements if m.facts['bnr'] is not None}):
@@ -76,14 +90,18 @@ def fid_against_bnr(measurements):
 
 
 def fid_against_nfe(measurements):
-    """Curves for each path (and solver, where there are several). None where no path has two step counts."""
-    label, measurements = comparable(measurements)
-    points, solvers = {}, {m.facts['solver'] for m in measurements}
+    """Curves for each path of `methods_alone`, and for each solver and precision where there are several.
+
+    None where no path has two step counts.
+    """
+    label, measurements = comparable(methods_alone(measurements))
+    several = [key for key in ('solver', 'precision') if len({m.facts[key] for m in measurements}) > 1]
+    points = {}
     for m in measurements:
         f = m.facts
         other_system = f['system'] not in (None, 'warm')
         path = f['system'].upper() if other_system else f'BNR {f["bnr"]:g}' if f['bnr'] is not None else str(f['path'])
-        name = path if len(solvers) == 1 else f'{path}, {f["solver"]}'
+        name = ', '.join([path, *(str(f[key]) for key in several)])
         points.setdefault((other_system, f['bnr'] is None, f['bnr'] or 0, name), {}).setdefault(f['nfe'], []).append(m)
     curves = []
     for (_, _, _, name), by_nfe in sorted(points.items()):
@@ -113,7 +131,8 @@ def training_curves(runs):
         curves = {}
         for line in run.scores:
             if str(line.get('metric')).split('-')[0] in DISTANCES and line.get('kimg') is not None:
-                key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'))
+                key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'),
+                       line.get('precision'), line.get('class_idx'), *sampler_flags(line))
                 curves.setdefault(key, {})[line['kimg']] = line['value']
         # The longest series: of the same number of images and steps all along.
         (metric, num, nfe, *_), curve = max(curves.items(), key=lambda item: len(item[1]), default=((None,) * 3, {}))
