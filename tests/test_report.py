@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from warm import report
 from warm.report_data import best_match, measurements_of, read_run, sampler_flags
 from warm.report_plots import fid_against_bnr, fid_against_nfe, training_curves
-from warm.report_tables import TABLE_1, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
+from warm.report_tables import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
 from warm.systems import SYSTEMS
 
 PAPER = dict(metric='FID', detector='inception-2015-12-05', detector_sha256='a', ref='r.npz', ref_sha256='b',
@@ -61,7 +61,7 @@ def test_the_paper_repeated_differs_in_nothing(tmp_path):
     assert found_row(text, '0.5')[4:] == ['35', '1.84', '10.05', 'nothing']
     assert found_row(text, '(d) R: x_rest, D: V M Vᵀx₀')[4:6] == ['35', '1.84']
     assert sum(row[-1] == 'not measured' for row in rows(text)) == \
-        sum(len(r) for *_, r in TABLE_1.values()) + len(TABLE_3) + len(TABLE_4) + len(TABLE_5) - 3
+        sum(len(r) for _, r in (*TABLE_1.values(), *TABLE_2.values())) + len(TABLE_3) + len(TABLE_4) + len(TABLE_5) - 3
 
 
 @pytest.mark.parametrize('changes, words', [
@@ -96,6 +96,41 @@ def test_each_score_finds_its_row(tmp_path):
         ['79', '4.13', '9.27', '79', '3.00'], ['–', '–', '–', '59', '3.50']]
     assert found_row(text, '(b) D: V M Vᵀx₀')[5] == '9.00'
     assert found_row(text, 'Warm (BNR 0.5)')[2:6] == ['2.29', '3.41', '79', '2.29']
+
+
+def test_lsun_church_is_table_2(tmp_path):
+    """The paper's numbers of 10,000 and of 50,000 images, each answered by a measurement of as many."""
+    church = dict(dataset='lsun-church-128x128', resolution=128, nfe=511)
+    text = report_of(tmp_path, [
+        *rounds([3.5] * 3, **church, num_images=10_000), *rounds([2.6] * 3, **church),
+        *rounds([46.0] * 3, **{**church, 'nfe': 400}, system='ihdm', targets=None)])
+    table = rows(text[text.index('## Table 2'):text.index('## Table 3')])
+    assert table[2:] == [
+        ['**10,000 images**', *[''] * 7],
+        ['Denoising Diffusion', '1000', '4.68', '–', '–', '–', '–', 'not measured'],
+        ['Blurring Diffusion', '1000', '3.88', '–', '–', '–', '–', 'not measured'],
+        ['Warm (BNR 0.5)', '511', '3.47', '–', '511', '3.50', '–', 'nothing'],
+        ['**50,000 images**', *[''] * 7],
+        ['IHDM', '400', '45.06', '–', '400', '46.00', '–', 'nothing'],
+        ['Warm (BNR 0.5)', '511', '2.56', '–', '511', '2.60', '–', 'nothing']]
+    assert 'not in the paper' not in text
+
+
+def test_other_resolutions_are_not_the_papers_data(tmp_path):
+    """Small copies of CIFAR-10 and LSUN-church answer no row of the paper's without a word."""
+    for name, resolution in (('cifar10-16x16', 16), ('lsun-church-64x64', 64)):
+        text = report_of(tmp_path, rounds([1.8], dataset=name, resolution=resolution))
+        assert f'**{name}, unconditional** (not in the paper)' in text
+        assert found_row(text, '0.5')[-1] == f'data {name} instead of CIFAR-10; 1 round'
+
+
+def test_blurring_diffusion_without_blur_is_its_baseline(tmp_path):
+    lines = rounds([5.0], system='blurring', dataset='lsun-church-128x128', nfe=1000, num_images=10_000)
+    for blur, title in ((0.0, 'Denoising Diffusion'), (20.0, 'Blurring Diffusion')):
+        folder = make_run(tmp_path / title, lines)
+        (folder / 'training_options.json').write_text(json.dumps({'network_kwargs': {'sigma_blur_max': blur}}))
+        text = tables(measurements_of([read_run(folder)]))
+        assert [row[0] for row in rows(text) if row[5] == '5.00'] == [title]
 
 
 def test_the_measurement_nearest_to_the_paper_is_shown(tmp_path):

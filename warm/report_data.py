@@ -60,7 +60,8 @@ class Measurement:
 
     Attributes:
         run: Name of the run.
-        facts: What the rounds have in common, their seeds, and the commit and device of the last.
+        facts: What the rounds have in common, their seeds, the commit and device of the last, and what else tells
+            networks apart: the resolution, and the blur of Blurring Diffusion, None where it is not known.
         values: {metric's label: best value}.
         rounds: Number of different sets of seeds.
         seconds: Of all rounds together.
@@ -121,8 +122,8 @@ def measurements_of(runs):
         for line in run.scores:
             if isinstance(line.get('metric'), str) and isinstance(line.get('value'), (int, float)):
                 same = {name: line.get(name) for name in SAME}
-                groups.setdefault((run.name, json.dumps(same, sort_keys=True)), []).append(line)
-    return [_measurement(run, lines) for (run, _), lines in groups.items()]
+                groups.setdefault((run.name, json.dumps(same, sort_keys=True)), (run, []))[1].append(line)
+    return [_measurement(run, lines) for run, lines in groups.values()]
 
 
 def _measurement(run, lines):
@@ -132,10 +133,11 @@ def _measurement(run, lines):
         best = BETTER.get('FID' if base == 'FD' else base)
         if best is not None:
             values[line['metric']] = best(line['value'], values.get(line['metric'], line['value']))
-    facts = {name: lines[-1].get(name) for name in (*SAME, 'commit', 'device', 'ranks', 'network')}
+    facts = {name: lines[-1].get(name) for name in (*SAME, 'resolution', 'commit', 'device', 'ranks', 'network')}
+    facts['sigma_blur_max'] = run.options.get('network_kwargs', {}).get('sigma_blur_max')
     facts['seeds'] = '; '.join(dict.fromkeys(str(line.get('seeds')) for line in lines))
     seconds = {str(line.get('seeds')): line.get('seconds') or 0 for line in lines}
-    return Measurement(run, facts, values, len(seconds), sum(seconds.values()))
+    return Measurement(run.name, facts, values, len(seconds), sum(seconds.values()))
 
 
 def sampler_flags(facts):
@@ -160,34 +162,35 @@ def in_float32(facts):
     return facts.get('precision') in (None, 'fp32')
 
 
-def best_match(candidates, **preferred):
-    """The measurement nearest to the paper's.
+def best_match(candidates, images=PAPER_IMAGES, **preferred):
+    """The measurement nearest to the paper's, which is of so many images.
 
     A plain one rather than the best of a scan of the sampler's options (`is_plain`); then one with the facts
-    preferred; then most images, longest training, float32, best score.
+    preferred; then the nearest number of images, longest training, float32, best score.
     """
     def rank(m):
         distance = m.value('FID')
         return (is_plain(m.facts), sum(m.facts.get(name) == value for name, value in preferred.items()),
-                m.facts['num_images'] or 0, m.facts['kimg'] or 0, in_float32(m.facts),
+                -abs((m.facts['num_images'] or 0) - images), m.facts['kimg'] or 0, in_float32(m.facts),
                 -distance[1] if distance else float('-inf'))
     return max(candidates, key=rank, default=None)
 
 
-def differences(m, nfe=None, dataset=None):
+def differences(m, nfe=None, dataset=None, images=PAPER_IMAGES):
     """In words, how a measurement differs from the paper's: its data, NFE, images, rounds, training, detector, sampler.
 
     Args:
         m: The measurement.
         nfe: The paper's number of evaluations, None where it gives none.
         dataset: Name of the paper's data set, if the measurement is of another.
+        images: The paper's number of images.
     """
     f, words = m.facts, []
     if dataset is not None:
         words.append(f'data {f["dataset"]} instead of {dataset}')
     if nfe is not None and f['nfe'] != nfe:
         words.append(f'NFE {f["nfe"]} instead of {nfe}')
-    if f['num_images'] != PAPER_IMAGES:
+    if f['num_images'] != images:
         words.append(f'{f["num_images"]:,} images')
     if m.rounds != PAPER_ROUNDS:
         words.append(f'{m.rounds} round{"s" if m.rounds > 1 else ""}')

@@ -6,7 +6,7 @@ from matplotlib.ticker import LogLocator
 
 from warm.figures import draw
 from warm.report_data import DISTANCES, best_match, is_plain, sampler_flags
-from warm.report_tables import TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
+from warm.report_tables import CIFAR10, TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
 
 PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='paper')
 
@@ -64,7 +64,7 @@ def comparable(measurements):
 
 def is_paper_data(label, measurements):
     """Whether the paper's CIFAR-10 numbers can stand in the same plot."""
-    return label.startswith('FID ') and all(is_dataset(m.facts, 'cifar10', False) for m in measurements)
+    return label.startswith('FID ') and all(is_dataset(m.facts, CIFAR10) for m in measurements)
 
 
 def fid_against_bnr(measurements):
