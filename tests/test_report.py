@@ -133,6 +133,15 @@ def test_blurring_diffusion_without_blur_is_its_baseline(tmp_path):
         assert [row[0] for row in rows(text) if row[5] == '5.00'] == [title]
 
 
+def test_other_targets_answer_table_5_alone(tmp_path):
+    schedule = dict(bnr=None, path='blurring schedule up to 20 pixels')
+    text = report_of(tmp_path, [*rounds([1.0], targets='clean'), *rounds([1.0], targets='clean', bnr=1.5),
+                                *rounds([1.0], targets='clean', nfe=79, **schedule),
+                                *rounds([1.0], targets='clean', nfe=59, **schedule)])
+    assert [row[0] for row in rows(text) if row[5] == '1.00'] == ['(a) R: x₀']
+    assert not [row for row in rows(text) if row[0] == '1.5' or row[1:3] == ['–', '–']]
+
+
 def test_the_measurement_nearest_to_the_paper_is_shown(tmp_path):
     text = report_of(tmp_path, rounds([1.5], num_images=1000) + rounds([2.0]) + rounds([1.4], nfe=17)
                      + rounds([1.3], kimg=1000.0))

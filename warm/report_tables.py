@@ -71,8 +71,8 @@ def of_bnr(bnr):
 
 
 def of_blurring_schedule(nfe):
-    """Facts of Warm along Blurring Diffusion's schedule."""
-    return lambda f: f['system'] == 'warm' and str(f['path']).startswith('blurring') and f['nfe'] == nfe
+    """Facts of Warm with the paper's targets along Blurring Diffusion's schedule."""
+    return lambda f: of_targets('residual')(f) and str(f['path']).startswith('blurring') and f['nfe'] == nfe
 
 
 def of_targets(name):
@@ -178,7 +178,7 @@ def answer(row, measurements):
 
 
 def extended(head, rows, measurements):
-    """(row, answer) of all rows of the paper, then of BNRs and step counts that only we have."""
+    """(row, answer) of all rows of the paper, then of BNRs and step counts that only we have measured."""
     pairs = [(row, answer(row, measurements)) for row in rows]
     extra = []
     if head == 'BNR':
@@ -189,7 +189,7 @@ def extended(head, rows, measurements):
         counts = {m.facts['nfe'] for m in measurements if str(m.facts['path']).startswith('blurring')}
         extra = [Row('Blurring Diffusion', None, None, None, of_blurring_schedule(nfe))
                  for nfe in sorted(counts - {row.nfe for row in rows})]
-    return pairs + [(row, answer(row, measurements)) for row in extra]
+    return pairs + [(row, m) for row in extra if (m := answer(row, measurements)) is not None]
 
 
 def _facts():
