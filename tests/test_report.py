@@ -99,11 +99,12 @@ def test_each_score_finds_its_row(tmp_path):
 
 
 def test_lsun_church_is_table_2(tmp_path):
-    """The paper's numbers of 10,000 and of 50,000 images, each answered by a measurement of as many."""
+    """The paper's numbers of 10,000 and of 50,000 images, each answered by a measurement of as many; EDM, without."""
     church = dict(dataset='lsun-church-128x128', resolution=128, nfe=511)
     text = report_of(tmp_path, [
         *rounds([3.5] * 3, **church, num_images=10_000), *rounds([2.6] * 3, **church),
-        *rounds([46.0] * 3, **{**church, 'nfe': 400}, system='ihdm', targets=None)])
+        *rounds([46.0] * 3, **{**church, 'nfe': 400}, system='ihdm', targets=None),
+        *rounds([2.9] * 3, **church, **EDM)])
     table = rows(text[text.index('## Table 2'):text.index('## Table 3')])
     assert table[2:] == [
         ['**10,000 images**', *[''] * 7],
@@ -112,7 +113,8 @@ def test_lsun_church_is_table_2(tmp_path):
         ['Warm (BNR 0.5)', '511', '3.47', '–', '511', '3.50', '–', 'nothing'],
         ['**50,000 images**', *[''] * 7],
         ['IHDM', '400', '45.06', '–', '400', '46.00', '–', 'nothing'],
-        ['Warm (BNR 0.5)', '511', '2.56', '–', '511', '2.60', '–', 'nothing']]
+        ['Warm (BNR 0.5)', '511', '2.56', '–', '511', '2.60', '–', 'nothing'],
+        ['EDM', '–', '–', '–', '511', '2.90', '–', 'nothing']]
     assert 'not in the paper' not in text
 
 

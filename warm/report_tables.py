@@ -120,14 +120,14 @@ TABLE_3 = [Row('0 (EDM)' if bnr == 0 else f'{bnr:g}', 35, fid, score, of_bnr(bnr
     (2, 2.57, 9.89), (10, 11.97, 8.51))]
 TABLE_4 = [*(Row('Blurring Diffusion', nfe, fid, score, of_blurring_schedule(nfe)) for nfe, fid, score in (
     (35, 12.97, 8.57), (79, 4.13, 9.27), (159, 2.91, 9.46), (239, 2.77, 9.52), (319, 2.73, 9.54), (399, 2.71, 9.54),
-    (999, 2.68, 9.56))), Row('Blurring Diffusion, as reported by its authors', 1000, 3.17, 9.51,
-                                                                of_blurring_diffusion)]
+    (999, 2.68, 9.56))),
+    Row('Blurring Diffusion, as reported by its authors', 1000, 3.17, 9.51, of_blurring_diffusion)]
 TABLE_5 = [
     Row('(a) R: x₀', 35, 13.19, None, at_paper_bnr(of_targets('clean'))),
     Row('(b) D: V M Vᵀx₀', 35, 9.09, None, at_paper_bnr(of_targets('blurred'))),
     Row('(c) R: x₀, D: V M Vᵀx₀', 35, 1.98, None, at_paper_bnr(of_targets('clean-blurred'))),
     Row('(d) R: x_rest, D: V M Vᵀx₀', 35, 1.85, None, at_paper_bnr(of_targets('residual')))]
-# Of data that the paper doesn't have.
+# What is looked for in any data, whether or not the paper has numbers for it.
 METHODS = [*TABLE_1['Unconditional CIFAR-10'][1], Row('Denoising Diffusion', None, None, None, of_denoising_diffusion)]
 HEADS = {'Table 3. Blur-to-Noise Ratios at NFE 35': ('BNR', TABLE_3),
          "Table 4. Blurring Diffusion's schedule in Warm's parametrisation": ('BNR schedule', TABLE_4),
@@ -197,23 +197,32 @@ def _facts():
 
 
 def sections(table, measurements):
-    """Lines of Table 1 or 2: the methods against each other, under a heading for each data set or number of images."""
+    """Lines of Table 1 or 2: the methods against each other, under a heading for each data set or number of images.
+
+    Methods that the paper doesn't have there but we have scored come last, of the usual number of images.
+    """
     lines = []
     for title, (data, rows) in table.items():
         group = [m for m in measurements if is_dataset(m.facts, data)]
         lines += [[f'**{title}**']] + [line(row, answer(row, group)) for row in rows]
+        listed = {row.title for other, listed_rows in table.values() if other == data for row in listed_rows}
+        if rows[0].images == PAPER_IMAGES:
+            lines += scored([row for row in METHODS if row.title not in listed], group)
     return lines
 
 
 def other_sections(measurements):
-    """The same for data sets that the paper doesn't have, without its numbers: those methods that we have scored."""
+    """The same for data sets that the paper doesn't have: those methods that we have scored."""
     lines = []
     for dataset, group in others(measurements).items():
-        lines.append([f'**{title_of(dataset)}** (not in the paper)'])
-        answers = [(row, answer(row, group)) for row in METHODS]
-        lines += [line(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
-                  for row, m in answers if m is not None]
+        lines += [[f'**{title_of(dataset)}** (not in the paper)'], *scored(METHODS, group)]
     return lines
+
+
+def scored(rows, measurements):
+    """Lines of those rows that have an answer, without numbers of the paper, which are of other data."""
+    return [line(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
+            for row in rows if (m := answer(row, measurements)) is not None]
 
 
 def line(row, m, paper_data=None):
