@@ -6,8 +6,10 @@ import pytest
 from click.testing import CliRunner
 
 from warm import report
-from warm.report_data import measurements, read_run
-from warm.report_tables import TABLE_1, TABLE_3, TABLE_4, TABLE_5, tables
+from warm.report_data import best_match, measurements_of, read_run, sampler_flags
+from warm.report_plots import fid_against_bnr, fid_against_nfe, training_curves
+from warm.report_tables import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
+from warm.systems import SYSTEMS
 
 PAPER = dict(metric='FID', detector='inception-2015-12-05', detector_sha256='a', ref='r.npz', ref_sha256='b',
              num_images=50_000, seeds='0-49999', nfe=35, solver='heun', bnr=0.5, path='constant BNR 0.5',
@@ -43,8 +45,12 @@ def found_row(text, title, ours=True):
     return next(row for row in rows(text) if row[0] == title and (row[-1] != 'not measured') == ours)
 
 
+def measured(tmp_path, lines):
+    return measurements_of([read_run(make_run(tmp_path / 'run', lines))])
+
+
 def report_of(tmp_path, lines):
-    return tables(measurements([read_run(make_run(tmp_path / 'run', lines))]))
+    return tables(measured(tmp_path, lines))
 
 
 def test_the_paper_repeated_differs_in_nothing(tmp_path):
@@ -55,7 +61,7 @@ def test_the_paper_repeated_differs_in_nothing(tmp_path):
     assert found_row(text, '0.5')[4:] == ['35', '1.84', '10.05', 'nothing']
     assert found_row(text, '(d) R: x_rest, D: V M Vᵀx₀')[4:6] == ['35', '1.84']
     assert sum(row[-1] == 'not measured' for row in rows(text)) == \
-        sum(len(r) for *_, r in TABLE_1.values()) + len(TABLE_3) + len(TABLE_4) + len(TABLE_5) - 3
+        sum(len(r) for _, r in (*TABLE_1.values(), *TABLE_2.values())) + len(TABLE_3) + len(TABLE_4) + len(TABLE_5) - 3
 
 
 @pytest.mark.parametrize('changes, words', [
@@ -64,6 +70,8 @@ def test_the_paper_repeated_differs_in_nothing(tmp_path):
                                                       'FD-pixels instead of FID'),
     (dict(solver='dpmpp2m'), 'solver dpmpp2m'),
     (dict(trained_on='BNRs from 0.1 to 2'), 'network for BNRs from 0.1 to 2'),
+    (dict(sampler={'S_churn': 30, 'sigma_max': 50}), '`--S_churn=30`; `--sigma_max=50`'),
+    (dict(precision='bf16'), 'precision bf16'),
     (dict(class_idx=3), 'class 3 alone'), (dict(dataset='digits-8x8'), 'data digits-8x8 instead of CIFAR-10')])
 def test_what_differs_is_said(tmp_path, changes, words):
     text = report_of(tmp_path, rounds([2.5, 2.4, 2.6], **changes))
@@ -90,10 +98,120 @@ def test_each_score_finds_its_row(tmp_path):
     assert found_row(text, 'Warm (BNR 0.5)')[2:6] == ['2.29', '3.41', '79', '2.29']
 
 
+def test_lsun_church_is_table_2(tmp_path):
+    """The paper's numbers of 10,000 and of 50,000 images, each answered by a measurement of as many; EDM, without."""
+    church = dict(dataset='lsun-church-128x128', resolution=128, nfe=511)
+    text = report_of(tmp_path, [
+        *rounds([3.5] * 3, **church, num_images=10_000), *rounds([2.6] * 3, **church),
+        *rounds([46.0] * 3, **{**church, 'nfe': 400}, system='ihdm', targets=None),
+        *rounds([2.9] * 3, **church, **EDM)])
+    table = rows(text[text.index('## Table 2'):text.index('## Table 3')])
+    assert table[2:] == [
+        ['**10,000 images**', *[''] * 7],
+        ['Denoising Diffusion', '1000', '4.68', '–', '–', '–', '–', 'not measured'],
+        ['Blurring Diffusion', '1000', '3.88', '–', '–', '–', '–', 'not measured'],
+        ['Warm (BNR 0.5)', '511', '3.47', '–', '511', '3.50', '–', 'nothing'],
+        ['**50,000 images**', *[''] * 7],
+        ['IHDM', '400', '45.06', '–', '400', '46.00', '–', 'nothing'],
+        ['Warm (BNR 0.5)', '511', '2.56', '–', '511', '2.60', '–', 'nothing'],
+        ['EDM', '–', '–', '–', '511', '2.90', '–', 'nothing']]
+    assert 'not in the paper' not in text
+
+
+def test_other_resolutions_are_not_the_papers_data(tmp_path):
+    """Small copies of CIFAR-10 and LSUN-church answer no row of the paper's without a word."""
+    for name, resolution in (('cifar10-16x16', 16), ('lsun-church-64x64', 64)):
+        text = report_of(tmp_path, rounds([1.8], dataset=name, resolution=resolution))
+        assert f'**{name}, unconditional** (not in the paper)' in text
+        assert found_row(text, '0.5')[-1] == f'data {name} instead of CIFAR-10; 1 round'
+
+
+def test_blurring_diffusion_without_blur_is_its_baseline(tmp_path):
+    lines = rounds([5.0], system='blurring', dataset='lsun-church-128x128', nfe=1000, num_images=10_000)
+    for blur, title in ((0.0, 'Denoising Diffusion'), (20.0, 'Blurring Diffusion')):
+        folder = make_run(tmp_path / title, lines)
+        (folder / 'training_options.json').write_text(json.dumps({'network_kwargs': {'sigma_blur_max': blur}}))
+        text = tables(measurements_of([read_run(folder)]))
+        assert [row[0] for row in rows(text) if row[5] == '5.00'] == [title]
+
+
+def test_other_targets_answer_table_5_alone(tmp_path):
+    schedule = dict(bnr=None, path='blurring schedule up to 20 pixels')
+    text = report_of(tmp_path, [*rounds([1.0], targets='clean'), *rounds([1.0], targets='clean', bnr=1.5),
+                                *rounds([1.0], targets='clean', nfe=79, **schedule),
+                                *rounds([1.0], targets='clean', nfe=59, **schedule)])
+    assert [row[0] for row in rows(text) if row[5] == '1.00'] == ['(a) R: x₀']
+    assert not [row for row in rows(text) if row[0] == '1.5' or row[1:3] == ['–', '–']]
+
+
 def test_the_measurement_nearest_to_the_paper_is_shown(tmp_path):
     text = report_of(tmp_path, rounds([1.5], num_images=1000) + rounds([2.0]) + rounds([1.4], nfe=17)
                      + rounds([1.3], kimg=1000.0))
     assert found_row(text, '0.5')[4:6] == ['35', '2.00']
+
+
+def test_the_best_of_a_scan_is_not_the_methods_score(tmp_path):
+    """Churn, noise levels or an epsilon that suit the reference: shown where there is nothing else, and then named."""
+    scan = [line for churn in (10, 30) for line in rounds([1.7, 1.8, 1.9], sampler={'S_churn': churn})]
+    assert found_row(report_of(tmp_path, scan), '0.5')[-1] == '`--S_churn=10`'
+    text = report_of(tmp_path, scan + rounds([1.97, 1.98, 1.99]))
+    assert found_row(text, '0.5')[4:] == ['35', '1.97', '–', 'nothing']
+    assert found_row(report_of(tmp_path, scan + rounds([2.5], nfe=17)), '0.5')[-1] == 'NFE 17 instead of 35; 1 round'
+    text = report_of(tmp_path, rounds([1.95, 1.96, 1.97], **{**EDM, 'sampler': {'epsilon_scale': '1.0006'}}))
+    assert found_row(text, 'EDM-ES')[-1] == '`--epsilon-scale=1.0006`'
+
+
+def test_options_that_change_nothing_are_no_difference(tmp_path):
+    """A scan's first point may be the default; steps, solver and path stand in columns of their own."""
+    usual = dict(num_steps=18, solver='heun', bnr='0.5', S_churn=0, S_max=float('inf'), rho=7, sigma_max=80.0)
+    assert found_row(report_of(tmp_path, rounds([1.9] * 3, sampler=usual)), '0.5')[-1] == 'nothing'
+    for system in SYSTEMS.values():
+        own = {option.name: option.default for option in system.own_sample_options if option.default is not None}
+        assert sampler_flags(dict(system=system.name, sampler=dict(own, data='digits.zip'))) == []
+    assert sampler_flags(dict(system='edm', sampler={'schedule': 'vp'})) == ['--schedule=vp']
+    assert sampler_flags(dict(system='cold', sampler={'cold_start': 'colours'})) == ['--cold-start=colours']
+    assert sampler_flags(dict(system='unheard of', sampler={'x': 1})) == ['--x=1'] and sampler_flags({}) == []
+
+
+def test_precisions_are_not_rounds_of_each_other(tmp_path):
+    """The same seeds twice: two measurements, and float32 is shown though bf16 came out better."""
+    lines = rounds([2.0], precision='fp32') + rounds([1.5], precision='bf16')
+    measurements = measured(tmp_path, lines)
+    assert [(m.rounds, m.values['FID']) for m in measurements] == [(1, 2.0), (1, 1.5)]
+    assert best_match(measurements) is measurements[0]
+    assert [row[6] for row in rows(all_scores(measurements))[2:]] == ['`--precision=fp32`', '`--precision=bf16`']
+
+
+def curves_of(plot):
+    return {curve['label']: curve['y'] for curve in plot['curves'] if 'paper' not in curve['label']}
+
+
+def test_plots_show_methods_not_ablations(tmp_path):
+    """Other targets, epsilons, churns and single classes all score better here, and are in no curve."""
+    lines = []
+    for nfe in (35, 79):
+        lines += rounds([3.0], nfe=nfe) + rounds([4.0], nfe=nfe, **EDM)
+        for better in (dict(targets='clean'), dict(targets='residual --rest-scale=edm'), dict(class_idx=3),
+                       dict(sampler={'S_churn': 30}), {**EDM, 'sampler': {'epsilon_scale': '1.0006'}}):
+            lines += rounds([1.0], nfe=nfe, **better)
+    measurements = measured(tmp_path, lines)
+    assert curves_of(fid_against_nfe(measurements)) == {'BNR 0.5': [3.0, 3.0], 'EDM': [4.0, 4.0]}
+    assert curves_of(fid_against_bnr(measurements)) == {'NFE 35': [4.0, 3.0], 'NFE 79': [4.0, 3.0]}
+    ablations = measured(tmp_path, [line for line in lines if line['value'] == 1.0])
+    assert fid_against_nfe(ablations) is None and fid_against_bnr(ablations) is None
+
+
+def test_precisions_have_curves_of_their_own(tmp_path):
+    lines = [line for nfe in (35, 79) for line in rounds([2.0], nfe=nfe, precision='fp32')
+             + rounds([1.9], nfe=nfe, precision='bf16')]
+    assert curves_of(fid_against_nfe(measured(tmp_path, lines))) == {
+        'BNR 0.5, fp32': [2.0, 2.0], 'BNR 0.5, bf16': [1.9, 1.9]}
+
+
+def test_training_curve_is_of_one_way_of_sampling(tmp_path):
+    series = [line for kimg in (1.0, 2.0) for line in rounds([2.0], kimg=kimg)]
+    run = read_run(make_run(tmp_path / 'run', series + rounds([1.0], kimg=2.0, sampler={'S_churn': 30})))
+    assert [curve['y'] for curve in training_curves([run])[1]['curves']] == [[2.0, 2.0]]
 
 
 def test_a_line_cut_off_by_a_crash_is_left_out(tmp_path):

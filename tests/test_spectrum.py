@@ -16,11 +16,11 @@ from click.testing import CliRunner
 from dnnlib import UserError
 from training.dataset import EMBEDDED, ImageFolderDataset
 from warm import spectrum
-from warm.blur import blur_mask, dct2, idct2, prior_spectrum
+from warm.blur import blur_mask, dct2, frequencies, idct2, prior_spectrum
 from warm.figures import draw
-from warm.path import BlurringSchedule
+from warm.path import BlurringSchedule, parse_path
 from warm.spectrum import (TABLE, band_power, fit_power_law, middle_beta, recommended_bnr, ring_mean, spectra,
-                           spectral_gap)
+                           spectral_gap, undominated)
 
 
 def power_law(n, c, gamma):
@@ -110,6 +110,15 @@ def test_gap_over_all_bands(n, bnr):
         assert spectral_gap(S, bnr) == pytest.approx(naive_gap(S, bnr), rel=2e-3, abs=1e-4)
 
 
+def test_bands_that_another_surpasses_do_not_count():
+    """What is left has the more power the slower it is blurred; whatever is left out has a rival in both."""
+    power = torch.rand([16, 16], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    S, rate = undominated(power)
+    assert len(S) < 40 and (S.diff() >= 0).all() and (rate.diff() <= 0).all()
+    rivals = (S >= power.flatten()[:, None]) & (rate >= frequencies(16).flatten()[:, None])
+    assert rivals.any(1).all()
+
+
 def test_gap_grows_with_the_bnr():
     gaps = [spectral_gap(prior_spectrum(32), bnr) for bnr in (0, 0.01, *TABLE, 100)]
     assert gaps[0] == 0 and gaps == sorted(gaps)
@@ -117,7 +126,7 @@ def test_gap_grows_with_the_bnr():
 
 @pytest.mark.parametrize('bnr, gap, digit', [(0.1, 0.03, 0.01), (0.3, 0.21, 0.01), (0.5, 0.48, 0.01),
                                              (0.65, 0.72, 0.01), (1, 1.33, 0.01), (2, 3.1, 0.1), (10, 11.6, 0.1)])
-def test_gaps_of_cifar_10_are_those_of_the_spec(golden, bnr, gap, digit):
+def test_gaps_of_cifar_10_are_the_known_ones(golden, bnr, gap, digit):
     """Within one of the last digit: the recorded spectrum is of a JPEG copy (it gives 0.205 at BNR 0.3)."""
     S = torch.tensor(golden('cifar10-spectrum').power)
     assert spectral_gap(S, bnr) == pytest.approx(gap, abs=digit)
@@ -213,6 +222,18 @@ def test_figure_6_shows_every_schedule():
     assert any('0.33' in label for label in labels)
 
 
+def test_figure_6_has_a_line_for_a_fifth_schedule(monkeypatch):
+    import matplotlib.figure
+    more = {f'{i}': BlurringSchedule for i in range(1, 6)}
+    monkeypatch.setattr(spectrum, 'PATHS', {**spectrum.PATHS, **more})
+    monkeypatch.setattr(spectrum, 'parse_path', lambda bnr, name: BlurringSchedule(float(name)) if name in more
+                        else parse_path(bnr, name))
+    figure = matplotlib.figure.Figure()
+    spectrum.draw_schedules(figure)
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert len(labels) == len(spectrum.PATHS) + len(spectrum.other_diffusions())
+
+
 def test_blurring_diffusion_follows_its_schedule_from_beta_1_on():
     """What the docstring of warm.path.BlurringSchedule says of the rescaled log-SNR."""
     beta, alpha, _ = spectrum.other_diffusions()['Blurring Diffusion with its own noise']
@@ -234,6 +255,13 @@ def test_command(tmp_path, synthetic):
     rows = {float(line.split()[0]): float(line.split()[1]) for line in lines if re.fullmatch(r' +[\d.]+ +[\d.]+', line)}
     assert tuple(rows) == TABLE
     assert sorted(os.listdir(tmp_path / 'new')) == ['schedules.png', 'schedules.svg', 'spectrum.png', 'spectrum.svg']
+
+
+def test_the_bnr_is_looked_for_once(tmp_path, synthetic, monkeypatch):
+    calls = []
+    monkeypatch.setattr(spectrum, 'recommended_bnr', lambda power, tolerance: calls.append(tolerance) or 0.3)
+    assert run(f'--data={synthetic[0]}', '--max-images=30', f'--outdir={tmp_path}').output.endswith(' 0.30\n')
+    assert calls == [0.5]
 
 
 def test_embedded_digits_are_the_default(root):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 
 import click
-import matplotlib
 import numpy as np
 import torch
 
@@ -23,6 +22,7 @@ from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch, tile, to_uint8
 from training.snapshot import build_network, read_snapshot
 from training.state import parse_kimg
+from warm.figures import draw
 from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 from warm.trajectory import ROWS, pick, visible, watch
@@ -45,9 +45,9 @@ def main(outdir, duration, num):
     make_dirs(outdir)
     train(outdir, duration)
     lines = [score(outdir, name, num) for name in RUNS]
-    draw(outdir / 'demo.png', outdir)
+    picture, *_ = draw_outcome(outdir / 'demo', outdir)
     print('\n' + '\n'.join(lines))
-    print(f'\nReal digits, EDM, Warm and the reverse process: {outdir / "demo.png"}')
+    print(f'\nReal digits, EDM, Warm and the reverse process: {picture}')
 
 
 def last_snapshot(outdir, name):
@@ -137,35 +137,54 @@ def reals_by_class(rows):
     return np.stack([images[row] for row in range(rows) for images in classes])
 
 
-def draw(path, outdir):
-    """The picture: real digits, EDM's and Warm's with a class per column, and Warm's reverse process."""
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    nets = {name: build_network(read_snapshot(last_snapshot(outdir, name)), SYSTEMS)
-            for name in RUNS}
-    frames = pick(watch(nets['warm'], SYSTEMS['warm'], [0], class_idx=3), STEPS_SHOWN)
-    panels = {'Real digits': reals_by_class(SHOWN), 'EDM': samples_by_class(nets['edm'], 'edm', SHOWN),
+def draw_outcome(path, outdir):
+    """Draw what came of the runs in `outdir` to `path`.png and `path`.svg; returns their paths."""
+    nets = {name: build_network(read_snapshot(last_snapshot(outdir, name)), SYSTEMS) for name in RUNS}
+    digits = {'Real digits': reals_by_class(SHOWN), 'EDM': samples_by_class(nets['edm'], 'edm', SHOWN),
               'Warm, BNR 0.5': samples_by_class(nets['warm'], 'warm', SHOWN)}
-    figure, axes = plt.subplots(2, 2, figsize=(13, 6.4))
-    for axis, (title, images) in zip(axes.flat, panels.items()):
-        axis.imshow(tile(images, columns=10)[0], cmap='gray', vmin=0, vmax=255)
-        axis.set_title(title)
-        axis.set_axis_off()
-    axis = axes.flat[3]
+    frames = pick(watch(nets['warm'], SYSTEMS['warm'], [0], class_idx=3), STEPS_SHOWN)
+    return draw(str(path), (11, 5.6), lambda figure: draw_panels(figure, digits, frames))
+
+
+def draw_panels(figure, digits, frames):
+    """The picture: digits with a class per column, and the reverse process.
+
+    Args:
+        figure: `matplotlib.figure.Figure` to draw on.
+        digits: {title: uint8 [10·rows, 1, N, N]} of three panels.
+        frames: Of the fourth, from noise to data, each of one image (`warm.trajectory.Frame`).
+    """
+    *axes, last = figure.subplots(2, 2).flat
+    for axis, (title, images) in zip(axes, digits.items()):
+        draw_digits(axis, title, images)
+    draw_process(last, frames)
+
+
+def draw_digits(axis, title, images):
+    """A panel of images, a class per column."""
+    show_grey(axis, title, tile(images, columns=10)[0])
+    axis.set(xticks=[], yticks=[])
+
+
+def draw_process(axis, frames):
+    """A panel of the reverse process: a column per noise level, a row each for x, D, R and D + R."""
     columns = [visible(frame) for frame in frames]
     cells = np.stack([column[row][0] for row in range(len(ROWS)) for column in columns])
     sheet = tile(cells, columns=len(columns))[0]
-    axis.imshow(sheet, cmap='gray', vmin=0, vmax=255)
-    axis.set_title("Warm's reverse process: state x, denoised D, rest R, clean D + R")
-    cell = [(i + 0.5) * sheet.shape[1] / len(columns) for i in range(len(columns))]
-    axis.set_xticks(cell, [f'β={f.beta:.2g}\nα={f.alpha:.2g}' for f in frames], fontsize=7)
-    axis.set_yticks([(i + 0.5) * sheet.shape[0] / len(ROWS) for i in range(len(ROWS))], ROWS)
+    show_grey(axis, "Warm's reverse process: state x, denoised D, rest R, clean D + R", sheet)
+    height, width = sheet.shape[0] / len(ROWS), sheet.shape[1] / len(columns)  # of a cell, in pixels
+    axis.set_xticks([(i + 0.5) * width for i in range(len(columns))],
+                    [f'β={frame.beta:.2g}\nα={frame.alpha:.2g}' for frame in frames], fontsize=7)
+    axis.set_yticks([(i + 0.5) * height for i in range(len(ROWS))], ROWS)
     axis.tick_params(length=0)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={'Software': None})
-    plt.close(figure)
+
+
+def show_grey(axis, title, sheet):
+    """A sheet of images, uint8 [H, W], without frame and grid."""
+    axis.imshow(sheet, cmap='gray', vmin=0, vmax=255)
+    axis.set_title(title)
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
 
 
 if __name__ == '__main__':

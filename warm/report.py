@@ -10,7 +10,7 @@ import os
 import click
 
 from dnnlib.files import atomic_write, make_dirs
-from warm.report_data import measurements, read_run
+from warm.report_data import measurements_of, read_run
 from warm.report_plots import draw_all
 from warm.report_tables import all_scores, tables
 
@@ -19,37 +19,39 @@ from warm.report_tables import all_scores, tables
 @click.argument('runs', metavar='RUN…', nargs=-1, required=True)
 @click.option('--outdir', metavar='DIR', default='report', help='Where to save report.md and the plots')
 def main(runs, outdir):
-    """Write a report of run folders (or metrics.jsonl files): the paper's Tables 1, 3, 4 and 5, and plots."""
+    """Write a report of run folders (or metrics.jsonl files): the paper's Tables 1 to 5, and plots."""
     runs = [read_run(path) for path in dict.fromkeys(os.path.normpath(run) for run in runs)]
-    found = measurements(runs)
+    measurements = measurements_of(runs)
     make_dirs(outdir)
-    plots = draw_all(outdir, runs, found)
+    plots = draw_all(outdir, runs, measurements)
     path = os.path.join(outdir, 'report.md')
     with atomic_write(path, 'w') as f:
-        f.write(markdown(runs, found, plots))
-    print(f'Wrote {path} with {len(found)} measurements of {len(runs)} runs and {len(plots)} plots.')
+        f.write(markdown(runs, measurements, plots))
+    print(f'Wrote {path} with {len(measurements)} measurements of {len(runs)} runs and {len(plots)} plots.')
 
 
-def markdown(runs, found, plots):
+def markdown(runs, measurements, plots):
     """The whole report.
 
     Args:
         runs: `report_data.Run`s.
-        found: Their `measurements`.
+        measurements: Their `Measurement`s.
         plots: [(caption, path without ending)] of figures that lie beside the report.
     """
     blocks = [
         '# Report',
-        'The paper’s numbers are those of Warm Diffusion (ICLR 2025), of 50,000 images, the best of three rounds; '
-        'of ours, the best round counts too. "–": the paper gives none, or there is no score of ours.',
+        'The paper’s numbers are those of Warm Diffusion (ICLR 2025), of 50,000 images (in a part of Table 2: 10,000), '
+        'the best of three rounds; of ours, the best round counts too. "–": the paper gives none, or there is no score '
+        'of ours.',
         'Runs: ' + ', '.join(f'`{run.name}` ({len(run.scores)} scores)' for run in runs),
-        tables(found),
+        tables(measurements),
         '## Plots',
         *(f'![{caption}]({os.path.basename(path)}.png)\n\n{caption}. [SVG]({os.path.basename(path)}.svg)'
           for caption, path in plots),
         *([] if plots else ['None: too few scores, and no stats.jsonl.']),
         '## All scores',
-        all_scores(found) if found else 'None. `fid.py calc --network=SNAPSHOT` and `train.py --eval=TICKS` make some.',
+        all_scores(measurements) if measurements else
+        'None. `fid.py calc --network=SNAPSHOT` and `train.py --eval=TICKS` make some.',
     ]
     return '\n\n'.join(blocks) + '\n'
 

@@ -1,20 +1,28 @@
 """What warm.report knows: runs with their statistics and scores, and the scores put together to measurements."""
 
 import dataclasses
+import inspect
 import json
 import pathlib
 
 from dnnlib import UserError
 from training.metrics import METRICS, STD
 from training.provenance import LOG_NAME, read_facts
+from training.samplers import ablation_sampler
+from training.system import flag_of
+from warm.samplers import SAMPLER_DEFAULTS
+from warm.systems import SYSTEMS
 
 PAPER_IMAGES, PAPER_ROUNDS = 50_000, 3  # Sec. 3.1
 PAPER_KIMG, PAPER_GPUS = 200_000, 8  # the length of training is EDM's
 BETTER = {name: metric.best for metric in METRICS.values() for name in metric.scores if not name.endswith(STD)}
 DISTANCES = ('FID', 'FD')  # how a distance's label begins: Inception's, any other detector's
 # What makes two scores rounds of one measurement; everything else may differ between rounds.
-SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'bnr', 'path', 'trained_on',
-        'targets', 'sampler', 'class_idx', 'detector', 'detector_sha256', 'ref_sha256', 'num_images')
+SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'precision', 'bnr', 'path',
+        'trained_on', 'targets', 'sampler', 'class_idx', 'detector', 'detector_sha256', 'ref_sha256', 'num_images')
+# Of the sampler's options, those that are in the facts by another name: NFE, solver, path; data is the training set's.
+NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data')
+ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
 
 
 @dataclasses.dataclass
@@ -41,9 +49,9 @@ class Run:
         if system is None or not number.isdecimal():
             return self.name
         kwargs = self.options.get('network_kwargs', {})
-        what = f" {kwargs['bnr_schedule']}" if kwargs.get('bnr_schedule') else \
+        path = f" {kwargs['bnr_schedule']}" if kwargs.get('bnr_schedule') else \
             f" BNR {kwargs['bnr']}" if kwargs.get('bnr') else ''
-        return f'{number} {system}{what}'
+        return f'{number} {system}{path}'
 
 
 @dataclasses.dataclass
@@ -52,7 +60,8 @@ class Measurement:
 
     Attributes:
         run: Name of the run.
-        facts: What the rounds have in common, their seeds, and the commit and device of the last.
+        facts: What the rounds have in common, their seeds, the commit and device of the last, and what else tells
+            networks apart: the resolution, and the blur of Blurring Diffusion, None where it is not known.
         values: {metric's label: best value}.
         rounds: Number of different sets of seeds.
         seconds: Of all rounds together.
@@ -106,15 +115,15 @@ def read_lines(path):
     return records
 
 
-def measurements(runs):
+def measurements_of(runs):
     """The scores of all runs as `Measurement`s, in the order of the files."""
     groups = {}
     for run in runs:
         for line in run.scores:
             if isinstance(line.get('metric'), str) and isinstance(line.get('value'), (int, float)):
                 same = {name: line.get(name) for name in SAME}
-                groups.setdefault((run.name, json.dumps(same, sort_keys=True)), []).append(line)
-    return [_measurement(run, lines) for (run, _), lines in groups.items()]
+                groups.setdefault((run.name, json.dumps(same, sort_keys=True)), (run, []))[1].append(line)
+    return [_measurement(run, lines) for run, lines in groups.values()]
 
 
 def _measurement(run, lines):
@@ -124,41 +133,79 @@ def _measurement(run, lines):
         best = BETTER.get('FID' if base == 'FD' else base)
         if best is not None:
             values[line['metric']] = best(line['value'], values.get(line['metric'], line['value']))
-    facts = {name: lines[-1].get(name) for name in (*SAME, 'commit', 'device', 'ranks', 'network')}
+    facts = {name: lines[-1].get(name) for name in (*SAME, 'resolution', 'commit', 'device', 'ranks', 'network')}
+    facts['sigma_blur_max'] = run.options.get('network_kwargs', {}).get('sigma_blur_max')
     facts['seeds'] = '; '.join(dict.fromkeys(str(line.get('seeds')) for line in lines))
     seconds = {str(line.get('seeds')): line.get('seconds') or 0 for line in lines}
-    return Measurement(run, facts, values, len(seconds), sum(seconds.values()))
+    return Measurement(run.name, facts, values, len(seconds), sum(seconds.values()))
 
 
-def best_match(candidates, **preferred):
-    """The measurement nearest to the paper's: with the facts preferred, most images, longest training, best score."""
+def sampler_flags(facts):
+    """['--S_churn=30', …]: those of the sampler's options that are not as they are where none is given.
+
+    Without those of NAMED_OTHERWISE.
+    """
+    system = SYSTEMS.get(facts.get('system'))
+    own = {option.name: option.default for option in system.own_sample_options} if system else {}
+    plain = {**own, **ABLATION_DEFAULTS, **SAMPLER_DEFAULTS}
+    return [f'{flag_of(name)}={value}' for name, value in (facts.get('sampler') or {}).items()
+            if name not in NAMED_OTHERWISE and (name not in plain or value != plain[name])]
+
+
+def is_plain(facts):
+    """Whether these are scores of a system as it is: the sampler without options of its own, images of all classes."""
+    return not sampler_flags(facts) and facts.get('class_idx') is None
+
+
+def in_float32(facts):
+    """Whether the network computed in float32, as far as is known."""
+    return facts.get('precision') in (None, 'fp32')
+
+
+def best_match(candidates, images=PAPER_IMAGES, **preferred):
+    """The measurement nearest to the paper's, which is of so many images.
+
+    A plain one rather than the best of a scan of the sampler's options (`is_plain`); then one with the facts
+    preferred; then the nearest number of images, longest training, float32, best score.
+    """
     def rank(m):
         distance = m.value('FID')
-        return (sum(m.facts.get(name) == value for name, value in preferred.items()), m.facts['num_images'] or 0,
-                m.facts['kimg'] or 0, -distance[1] if distance else float('-inf'))
+        return (is_plain(m.facts), sum(m.facts.get(name) == value for name, value in preferred.items()),
+                -abs((m.facts['num_images'] or 0) - images), m.facts['kimg'] or 0, in_float32(m.facts),
+                -distance[1] if distance else float('-inf'))
     return max(candidates, key=rank, default=None)
 
 
-def differences(m, nfe=None, dataset=None):
-    """In words, how a measurement differs from the paper's: data, NFE, images, rounds, training, detector, solver."""
-    f, found = m.facts, []
+def differences(m, nfe=None, dataset=None, images=PAPER_IMAGES):
+    """In words, how a measurement differs from the paper's: its data, NFE, images, rounds, training, detector, sampler.
+
+    Args:
+        m: The measurement.
+        nfe: The paper's number of evaluations, None where it gives none.
+        dataset: Name of the paper's data set, if the measurement is of another.
+        images: The paper's number of images.
+    """
+    f, words = m.facts, []
     if dataset is not None:
-        found.append(f'data {f["dataset"]} instead of {dataset}')
+        words.append(f'data {f["dataset"]} instead of {dataset}')
     if nfe is not None and f['nfe'] != nfe:
-        found.append(f'NFE {f["nfe"]} instead of {nfe}')
-    if f['num_images'] != PAPER_IMAGES:
-        found.append(f'{f["num_images"]:,} images')
+        words.append(f'NFE {f["nfe"]} instead of {nfe}')
+    if f['num_images'] != images:
+        words.append(f'{f["num_images"]:,} images')
     if m.rounds != PAPER_ROUNDS:
-        found.append(f'{m.rounds} round{"s" if m.rounds > 1 else ""}')
+        words.append(f'{m.rounds} round{"s" if m.rounds > 1 else ""}')
     if f['kimg'] is not None and f['kimg'] < PAPER_KIMG * 0.999:
-        found.append(f'trained on {f["kimg"] / 1000:.3g} of {PAPER_KIMG // 1000} Mimg')
+        words.append(f'trained on {f["kimg"] / 1000:.3g} of {PAPER_KIMG // 1000} Mimg')
     label = (m.value('FID') or ('FID',))[0]
     if label != 'FID':
-        found.append(f'{label} instead of FID')
+        words.append(f'{label} instead of FID')
     if f['solver'] not in (None, 'heun'):
-        found.append(f'solver {f["solver"]}')
+        words.append(f'solver {f["solver"]}')
+    words += [f'`{flag}`' for flag in sampler_flags(f)]
+    if not in_float32(f):
+        words.append(f'precision {f["precision"]}')
     if f['trained_on'] not in (None, f['path']):
-        found.append(f'network for {f["trained_on"]}')
+        words.append(f'network for {f["trained_on"]}')
     if f['class_idx'] is not None:
-        found.append(f'class {f["class_idx"]} alone')
-    return '; '.join(found)
+        words.append(f'class {f["class_idx"]} alone')
+    return '; '.join(words)

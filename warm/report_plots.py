@@ -5,20 +5,21 @@ import re
 from matplotlib.ticker import LogLocator
 
 from warm.figures import draw
-from warm.report_data import best_match
-from warm.report_tables import TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
+from warm.report_data import DISTANCES, best_match, is_plain, sampler_flags
+from warm.report_tables import CIFAR10, TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
 
 PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='paper')
 
 
-def draw_all(folder, runs, found):
+def draw_all(folder, runs, measurements):
     """Draw what the scores suffice for, in `folder`; returns [(caption, path without ending)]."""
     plots = []
-    for dataset, own in by_dataset(found).items():
-        slug = '' if len(by_dataset(found)) == 1 else '-' + re.sub(r'[^A-Za-z0-9]+', '-', title_of(dataset))
+    groups = by_dataset(measurements)
+    for dataset, group in groups.items():
+        slug = '' if len(groups) == 1 else '-' + re.sub(r'[^A-Za-z0-9]+', '-', title_of(dataset))
         for name, caption, plot in (('fid-bnr', 'Distance against BNR', fid_against_bnr),
                                     ('fid-nfe', 'Distance against NFE for each BNR (Fig. 5)', fid_against_nfe)):
-            curves = plot(own)
+            curves = plot(group)
             if curves:
                 path = f'{folder}/{name}{slug}'
                 draw(path, (5.6, 3.6), lambda figure: lines(figure, curves, title_of(dataset)))
@@ -31,37 +32,52 @@ def draw_all(folder, runs, found):
     return plots
 
 
-def by_dataset(found):
+def by_dataset(measurements):
     """{(name, whether conditional): measurements that have a distance}."""
     groups = {}
-    for m in found:
+    for m in measurements:
         if m.value('FID'):
             groups.setdefault((m.facts['dataset'], bool(m.facts['label_dim'])), []).append(m)
     return groups
 
 
-def comparable(found):
-    """(label, measurements) of the detector and number of images that occur most: others are on another scale."""
-    kinds = [(m.value('FID')[0], m.facts['num_images']) for m in found]
+def methods_alone(measurements):
+    """Those of the methods as they are, without ablations: plain sampling, and of Warm's targets the paper's choice.
+
+    A curve through the best of other targets, epsilons or churns would be that of no method, and a curve for each of
+    them would hide the rest. They are in the tables.
+    """
+    return [m for m in measurements if is_plain(m.facts) and m.facts['targets'] in (None, 'residual')]
+
+
+def comparable(measurements):
+    """(label, measurements) of the detector and number of images that occur most: others are on another scale.
+
+    ('', []) where there are none.
+    """
+    if not measurements:
+        return '', []
+    kinds = [(m.value('FID')[0], m.facts['num_images']) for m in measurements]
     most = max(dict.fromkeys(kinds), key=kinds.count)
-    return f'{most[0]} ↓ ({most[1]:,} images)', [m for m, kind in zip(found, kinds) if kind == most]
+    return f'{most[0]} ↓ ({most[1]:,} images)', [m for m, kind in zip(measurements, kinds) if kind == most]
 
 
-def is_paper_data(label, found):
+def is_paper_data(label, measurements):
     """Whether the paper's CIFAR-10 numbers can stand in the same plot."""
-    return label.startswith('FID ') and all(is_dataset(m.facts, 'cifar10', False) for m in found)
+    return label.startswith('FID ') and all(is_dataset(m.facts, CIFAR10) for m in measurements)
 
 
-def fid_against_bnr(found):
-    """Curves for each NFE: BNRs evenly spaced, as in Table 3. None with fewer than two BNRs."""
-    label, found = comparable(found)
+def fid_against_bnr(measurements):
+    """Curves for each NFE, of `methods_alone`: BNRs evenly spaced, as in Table 3. None with fewer than two BNRs."""
+    label, measurements = comparable(methods_alone(measurements))
     points = {}
-    for nfe in sorted({m.facts['nfe'] for m in found if m.facts['nfe']}):
-        for bnr in sorted({m.facts['bnr'] for m in found if m.facts['bnr'] is not None}):
-            best = best_match([m for m in found if of_bnr(bnr)(m.facts) and m.facts['nfe'] == nfe], solver='heun')
+    for nfe in sorted({m.facts['nfe'] for m in measurements if m.facts['nfe']}):
+        for bnr in sorted({m.facts['bnr'] for m in measurements if m.facts['bnr'] is not None}):
+            best = best_match([m for m in measurements if of_bnr(bnr)(m.facts) and m.facts['nfe'] == nfe],
+                              solver='heun')
             if best:
                 points.setdefault(nfe, {})[bnr] = best.value('FID')[1]
-    paper = {float(row.title.split()[0]): row.fid for row in TABLE_3} if is_paper_data(label, found) else {}
+    paper = {float(row.title.split()[0]): row.fid for row in TABLE_3} if is_paper_data(label, measurements) else {}
     bnrs = sorted({bnr for curve in points.values() for bnr in curve})
     if len(bnrs) < 2:
         return None
@@ -73,16 +89,20 @@ def fid_against_bnr(found):
     return dict(curves=curves, xlabel='Blur-to-Noise Ratio', ylabel=label, ticks=[f'{b:g}' for b in bnrs])
 
 
-def fid_against_nfe(found):
-    """Curves for each path (and solver, where there are several). None where no path has two step counts."""
-    label, found = comparable(found)
-    points, solvers = {}, {m.facts['solver'] for m in found}
-    for m in found:
+def fid_against_nfe(measurements):
+    """Curves for each path of `methods_alone`, and for each solver and precision where there are several.
+
+    None where no path has two step counts.
+    """
+    label, measurements = comparable(methods_alone(measurements))
+    several = [key for key in ('solver', 'precision') if len({m.facts[key] for m in measurements}) > 1]
+    points = {}
+    for m in measurements:
         f = m.facts
-        hot = f['system'] not in (None, 'warm')
-        path = f['system'].upper() if hot else f'BNR {f["bnr"]:g}' if f['bnr'] is not None else str(f['path'])
-        name = path if len(solvers) == 1 else f'{path}, {f["solver"]}'
-        points.setdefault((hot, f['bnr'] is None, f['bnr'] or 0, name), {}).setdefault(f['nfe'], []).append(m)
+        other_system = f['system'] not in (None, 'warm')
+        path = f['system'].upper() if other_system else f'BNR {f["bnr"]:g}' if f['bnr'] is not None else str(f['path'])
+        name = ', '.join([path, *(str(f[key]) for key in several)])
+        points.setdefault((other_system, f['bnr'] is None, f['bnr'] or 0, name), {}).setdefault(f['nfe'], []).append(m)
     curves = []
     for (_, _, _, name), by_nfe in sorted(points.items()):
         # A curve is of one network: the one trained longest.
@@ -92,7 +112,7 @@ def fid_against_nfe(found):
         curves.append(dict(x=list(best), y=list(best.values()), label=name))
     if not any(len(curve['x']) > 1 for curve in curves):
         return None
-    if is_paper_data(label, found):
+    if is_paper_data(label, measurements):
         rows = [row for row in TABLE_4 if row.nfe != 1000]
         curves.append(dict(PAPER, x=[r.nfe for r in rows], y=[r.fid for r in rows], label='paper, blurring schedule'))
     return dict(curves=curves, xlabel='NFE', ylabel=label, log=True)
@@ -110,8 +130,9 @@ def training_curves(runs):
             losses.append(dict(x=xs, y=ys, label=run.label, marker='', color=colour))
         curves = {}
         for line in run.scores:
-            if str(line.get('metric')).split('-')[0] in ('FID', 'FD') and line.get('kimg') is not None:
-                key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'))
+            if str(line.get('metric')).split('-')[0] in DISTANCES and line.get('kimg') is not None:
+                key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'),
+                       line.get('precision'), line.get('class_idx'), *sampler_flags(line))
                 curves.setdefault(key, {})[line['kimg']] = line['value']
         # The longest series: of the same number of images and steps all along.
         (metric, num, nfe, *_), curve = max(curves.items(), key=lambda item: len(item[1]), default=((None,) * 3, {}))
@@ -127,7 +148,7 @@ def lines(figure, plot, title, axis=None):
     """Draw one plot's curves."""
     axis = axis or figure.subplots()
     for curve in plot['curves']:
-        style = {'marker': 'o', 'markersize': 4, **{k: v for k, v in curve.items() if k not in 'xy'}}
+        style = {'marker': 'o', 'markersize': 4, **{k: v for k, v in curve.items() if k not in ('x', 'y')}}
         axis.plot(curve['x'], curve['y'], **style)
     axis.set(xlabel=plot['xlabel'], ylabel=plot['ylabel'], title=title)
     ys = [y for curve in plot['curves'] for y in curve['y']]

@@ -1,10 +1,29 @@
-"""The paper's Tables 1, 3, 4 and 5 as Markdown: its number, ours, and what differs."""
+"""The paper's Tables 1 to 5 as Markdown: its number, ours, and what differs."""
 
 import dataclasses
 
-from warm.report_data import best_match, differences
+from warm.report_data import PAPER_IMAGES, best_match, differences, sampler_flags
 
 NONE = '–'
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A data set of the paper.
+
+    Attributes:
+        name: How the names of its files begin.
+        resolution: Its images' side in pixels.
+        conditional: Whether the classes are used.
+    """
+
+    name: str
+    resolution: int
+    conditional: bool = False
+
+
+CIFAR10, CIFAR10_CLASSES = Data('cifar10', 32), Data('cifar10', 32, conditional=True)
+FFHQ, LSUN_CHURCH = Data('ffhq', 64), Data('lsun-church', 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +34,7 @@ class Row:
         title: As in the paper.
         nfe, fid, inception_score: The paper's numbers, None where it gives none.
         matches: facts → whether a measurement with these facts is of this kind.
+        images: How many images the paper's numbers are of.
     """
 
     title: str
@@ -22,6 +42,7 @@ class Row:
     fid: float | None
     inception_score: float | None
     matches: object
+    images: int = PAPER_IMAGES
 
 
 def of_system(name):
@@ -34,14 +55,24 @@ def of_epsilon_scaling(f):
     return f['system'] == 'edm' and 'epsilon_scale' in (f['sampler'] or {})
 
 
+def of_blurring_diffusion(f):
+    """Facts of Blurring Diffusion, with blur as far as is known."""
+    return f['system'] == 'blurring' and f['sigma_blur_max'] != 0
+
+
+def of_denoising_diffusion(f):
+    """Facts of Blurring Diffusion's own baseline, which is the same without blur."""
+    return f['system'] == 'blurring' and f['sigma_blur_max'] == 0
+
+
 def of_bnr(bnr):
     """Facts of Warm with the paper's targets along a constant BNR; at BNR 0 also EDM."""
     return lambda f: (of_targets('residual')(f) and f['bnr'] == bnr) or (bnr == 0 and of_system('edm')(f))
 
 
 def of_blurring_schedule(nfe):
-    """Facts of Warm along Blurring Diffusion's schedule."""
-    return lambda f: f['system'] == 'warm' and str(f['path']).startswith('blurring') and f['nfe'] == nfe
+    """Facts of Warm with the paper's targets along Blurring Diffusion's schedule."""
+    return lambda f: of_targets('residual')(f) and str(f['path']).startswith('blurring') and f['nfe'] == nfe
 
 
 def of_targets(name):
@@ -56,51 +87,64 @@ def at_paper_bnr(matches):
 
 WARM = of_bnr(0.5)
 TABLE_1 = {
-    'Unconditional CIFAR-10': ('cifar10', False, [
+    'Unconditional CIFAR-10': (CIFAR10, [
         Row('Cold Diffusion (Blur)', 50, 80.08, None, of_system('cold')),
         Row('IHDM', 200, 18.96, None, of_system('ihdm')),
-        Row('Blurring Diffusion', 1000, 3.17, 9.51, of_system('blurring')),
+        Row('Blurring Diffusion', 1000, 3.17, 9.51, of_blurring_diffusion),
         Row('EDM', 35, 1.97, 9.78, of_system('edm')),
         Row('EDM-ES', 35, 1.95, None, of_epsilon_scaling),
         Row('STF', 35, 1.92, 9.79, of_system('stf')),
         Row('PFGM++', 35, 1.91, None, of_system('pfgmpp')),
         Row('Warm (BNR 0.5)', 35, 1.85, 10.02, WARM)]),
-    'Class-conditional CIFAR-10': ('cifar10', True, [
+    'Class-conditional CIFAR-10': (CIFAR10_CLASSES, [
         Row('EDM', 35, 1.79, None, of_system('edm')),
         Row('EDM-ES', 35, 1.80, None, of_epsilon_scaling),
         Row('PFGM++', 35, 1.74, None, of_system('pfgmpp')),
         Row('Warm (BNR 0.5)', 35, 1.68, 10.19, WARM)]),
-    'FFHQ 64×64': ('ffhq', False, [
+    'FFHQ 64×64': (FFHQ, [
         Row('EDM', 79, 2.53, None, of_system('edm')),
         Row('PFGM++', 79, 2.43, None, of_system('pfgmpp')),
         Row('Warm (BNR 0.5)', 79, 2.29, 3.41, WARM)]),
+}
+TABLE_2 = {  # as many images as in the papers that it compares with
+    '10,000 images': (LSUN_CHURCH, [
+        Row('Denoising Diffusion', 1000, 4.68, None, of_denoising_diffusion, 10_000),
+        Row('Blurring Diffusion', 1000, 3.88, None, of_blurring_diffusion, 10_000),
+        Row('Warm (BNR 0.5)', 511, 3.47, None, WARM, 10_000)]),
+    '50,000 images': (LSUN_CHURCH, [
+        Row('IHDM', 400, 45.06, None, of_system('ihdm')),
+        Row('Warm (BNR 0.5)', 511, 2.56, None, WARM)]),
 }
 TABLE_3 = [Row('0 (EDM)' if bnr == 0 else f'{bnr:g}', 35, fid, score, of_bnr(bnr)) for bnr, fid, score in (
     (0, 1.97, 9.78), (0.1, 1.97, 9.96), (0.3, 1.90, 10.02), (0.5, 1.85, 10.02), (0.65, 1.91, 10.00), (1, 2.01, 9.96),
     (2, 2.57, 9.89), (10, 11.97, 8.51))]
 TABLE_4 = [*(Row('Blurring Diffusion', nfe, fid, score, of_blurring_schedule(nfe)) for nfe, fid, score in (
     (35, 12.97, 8.57), (79, 4.13, 9.27), (159, 2.91, 9.46), (239, 2.77, 9.52), (319, 2.73, 9.54), (399, 2.71, 9.54),
-    (999, 2.68, 9.56))), Row('Blurring Diffusion, as reported by its authors', 1000, 3.17, 9.51, of_system('blurring'))]
+    (999, 2.68, 9.56))),
+    Row('Blurring Diffusion, as reported by its authors', 1000, 3.17, 9.51, of_blurring_diffusion)]
 TABLE_5 = [
     Row('(a) R: x₀', 35, 13.19, None, at_paper_bnr(of_targets('clean'))),
     Row('(b) D: V M Vᵀx₀', 35, 9.09, None, at_paper_bnr(of_targets('blurred'))),
     Row('(c) R: x₀, D: V M Vᵀx₀', 35, 1.98, None, at_paper_bnr(of_targets('clean-blurred'))),
     Row('(d) R: x_rest, D: V M Vᵀx₀', 35, 1.85, None, at_paper_bnr(of_targets('residual')))]
+# What is looked for in any data, whether or not the paper has numbers for it.
+METHODS = [*TABLE_1['Unconditional CIFAR-10'][1], Row('Denoising Diffusion', None, None, None, of_denoising_diffusion)]
 HEADS = {'Table 3. Blur-to-Noise Ratios at NFE 35': ('BNR', TABLE_3),
          "Table 4. Blurring Diffusion's schedule in Warm's parametrisation": ('BNR schedule', TABLE_4),
          'Table 5. Training objectives at BNR 0.5, NFE 35': ('Branches', TABLE_5)}
 
 
-def is_dataset(facts, name, conditional):
-    """Whether facts are of a data set whose name begins so, with or without classes."""
-    return str(facts['dataset']).lower().startswith(name) and bool(facts['label_dim']) == conditional
+def is_dataset(facts, data):
+    """Whether facts are of this data set of the paper; where they do not tell the resolution, the name decides."""
+    return (str(facts['dataset']).lower().startswith(data.name) and bool(facts['label_dim']) == data.conditional
+            and facts['resolution'] in (None, data.resolution))
 
 
-def others(found):
+def others(measurements):
     """{(name, whether conditional): measurements} of data sets other than the paper's, in order."""
     groups = {}
-    for m in found:
-        if not any(is_dataset(m.facts, name, conditional) for name, conditional, _ in TABLE_1.values()):
+    for m in measurements:
+        if not any(is_dataset(m.facts, data) for data, _ in (*TABLE_1.values(), *TABLE_2.values())):
             groups.setdefault((m.facts['dataset'], bool(m.facts['label_dim'])), []).append(m)
     return groups
 
@@ -111,14 +155,16 @@ def title_of(dataset):
     return f"{name or 'unknown data'}, {'class-conditional' if conditional else 'unconditional'}"
 
 
-def tables(found):
-    """All four tables of `Measurement`s, as Markdown."""
-    blocks = ['## Table 1. Methods on CIFAR-10 and FFHQ', table_1(found)]
-    unconditional = [m for m in found if is_dataset(m.facts, 'cifar10', False)]
-    sets = {None: unconditional, **others(found)}
+def tables(measurements):
+    """All five tables of `Measurement`s, as Markdown."""
+    blocks = ['## Table 1. Methods on CIFAR-10 and FFHQ',
+              markdown('Method', sections(TABLE_1, measurements) + other_sections(measurements)),
+              '## Table 2. Methods on LSUN-church 128×128', markdown('Method', sections(TABLE_2, measurements))]
+    unconditional = [m for m in measurements if is_dataset(m.facts, CIFAR10)]
+    sets = {None: unconditional, **others(measurements)}
     for title, (head, rows) in HEADS.items():
-        for dataset, own in sets.items():
-            answered = extended(head, rows, own)
+        for dataset, group in sets.items():
+            answered = extended(head, rows, group)
             if dataset is None or any(answer for _, answer in answered):
                 blocks.append(f'## {title}' + (f' – {title_of(dataset)}' if dataset else ''))
                 blocks.append(markdown(head, [line(row, answer, 'CIFAR-10' if dataset else None)
@@ -126,42 +172,57 @@ def tables(found):
     return '\n\n'.join(blocks)
 
 
-def answer(row, found):
+def answer(row, measurements):
     """The measurement that answers a row, or None."""
-    return best_match([m for m in found if row.matches(m.facts)], nfe=row.nfe, solver='heun')
+    return best_match([m for m in measurements if row.matches(m.facts)], row.images, nfe=row.nfe, solver='heun')
 
 
-def extended(head, rows, found):
-    """(row, answer) of all rows of the paper, then of BNRs and step counts that only we have."""
-    pairs = [(row, answer(row, found)) for row in rows]
+def extended(head, rows, measurements):
+    """(row, answer) of all rows of the paper, then of BNRs and step counts that only we have measured."""
+    pairs = [(row, answer(row, measurements)) for row in rows]
     extra = []
     if head == 'BNR':
-        known = {bnr for bnr in (m.facts['bnr'] for m in found) if bnr is not None}
-        extra = [Row(f'{bnr:g}', None, None, None, of_bnr(bnr)) for bnr in sorted(known)
+        bnrs = {m.facts['bnr'] for m in measurements if m.facts['bnr'] is not None}
+        extra = [Row(f'{bnr:g}', None, None, None, of_bnr(bnr)) for bnr in sorted(bnrs)
                  if not any(row.matches(dict(_facts(), bnr=bnr)) for row in rows)]
     if head == 'BNR schedule':
-        counts = {m.facts['nfe'] for m in found if str(m.facts['path']).startswith('blurring')}
+        counts = {m.facts['nfe'] for m in measurements if str(m.facts['path']).startswith('blurring')}
         extra = [Row('Blurring Diffusion', None, None, None, of_blurring_schedule(nfe))
                  for nfe in sorted(counts - {row.nfe for row in rows})]
-    return pairs + [(row, answer(row, found)) for row in extra]
+    return pairs + [(row, m) for row in extra if (m := answer(row, measurements)) is not None]
 
 
 def _facts():
     return dict(system='warm', targets='residual', sampler={})
 
 
-def table_1(found):
-    """Methods against each other; data sets that the paper doesn't have come last, without its numbers."""
+def sections(table, measurements):
+    """Lines of Table 1 or 2: the methods against each other, under a heading for each data set or number of images.
+
+    Methods that the paper doesn't have there but we have scored come last, of the usual number of images.
+    """
     lines = []
-    for section, (name, conditional, rows) in TABLE_1.items():
-        own = [m for m in found if is_dataset(m.facts, name, conditional)]
-        lines += [[f'**{section}**']] + [line(row, answer(row, own)) for row in rows]
-    for dataset, own in others(found).items():
-        lines.append([f'**{title_of(dataset)}** (not in the paper)'])
-        answers = [(row, answer(row, own)) for row in TABLE_1['Unconditional CIFAR-10'][2]]
-        lines += [line(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
-                  for row, m in answers if m is not None]
-    return markdown('Method', lines)
+    for title, (data, rows) in table.items():
+        group = [m for m in measurements if is_dataset(m.facts, data)]
+        lines += [[f'**{title}**']] + [line(row, answer(row, group)) for row in rows]
+        listed = {row.title for other, listed_rows in table.values() if other == data for row in listed_rows}
+        if rows[0].images == PAPER_IMAGES:
+            lines += scored([row for row in METHODS if row.title not in listed], group)
+    return lines
+
+
+def other_sections(measurements):
+    """The same for data sets that the paper doesn't have: those methods that we have scored."""
+    lines = []
+    for dataset, group in others(measurements).items():
+        lines += [[f'**{title_of(dataset)}** (not in the paper)'], *scored(METHODS, group)]
+    return lines
+
+
+def scored(rows, measurements):
+    """Lines of those rows that have an answer, without numbers of the paper, which are of other data."""
+    return [line(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
+            for row in rows if (m := answer(row, measurements)) is not None]
 
 
 def line(row, m, paper_data=None):
@@ -171,7 +232,7 @@ def line(row, m, paper_data=None):
         return [row.title, *paper, NONE, NONE, NONE, 'not measured']
     distance, inception_score = (m.value(kind) for kind in ('FID', 'IS'))
     return [row.title, *paper, _number(m.facts['nfe'], 'd'), _labelled(distance, 'FID'),
-            _labelled(inception_score, 'IS'), differences(m, row.nfe, paper_data) or 'nothing']
+            _labelled(inception_score, 'IS'), differences(m, row.nfe, paper_data, row.images) or 'nothing']
 
 
 def _number(value, form):
@@ -199,16 +260,22 @@ def rows_of(heads, alignment, lines):
                      for cells in full)
 
 
-def all_scores(found):
+def all_scores(measurements):
     """Every measurement with what it takes to repeat it."""
-    heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Images', 'Rounds', 'Seeds', 'Scores', 'Detector',
-             'Device', 'Seconds', 'Commit']
+    heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Other options', 'Images', 'Rounds', 'Seeds', 'Scores',
+             'Detector', 'Device', 'Seconds', 'Commit']
     lines = []
-    for m in found:
+    for m in measurements:
         f = m.facts
         scores = ', '.join(f'{label} {value:.5g}' for label, value in m.values.items())
         lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), f['path'] or f['system'] or NONE,
-                      f['solver'] or NONE, _number(f['nfe'], 'd'), _number(f['num_images'], ',d'), str(m.rounds),
-                      f['seeds'], scores,
+                      f['solver'] or NONE, _number(f['nfe'], 'd'), _other_options(f), _number(f['num_images'], ',d'),
+                      str(m.rounds), f['seeds'], scores,
                       f['detector'] or NONE, f['device'] or NONE, f'{m.seconds:.0f}', f['commit'] or NONE])
     return rows_of(heads, ['---'] * len(heads), lines)
+
+
+def _other_options(facts):
+    given = [('precision', facts['precision']), ('class', facts['class_idx'])]
+    flags = sampler_flags(facts) + [f'--{name}={value}' for name, value in given if value is not None]
+    return f"`{' '.join(flags)}`" if flags else NONE

@@ -59,7 +59,7 @@ def mapped_dataset(path):
 
 
 def loading(data, batch, repeats):
-    """A row for each way of loading; ratios are against zip and PNG."""
+    """A row for each way of loading, of images alone and of batches ready to train on; ratios are to zip and PNG."""
     plain, mapped = ImageFolderDataset(data), mapped_dataset(data)
     cpu = torch.device('cpu')
     batches, slow_batches = (Batches(dataset, batch, 0, 0, {}, cpu) for dataset in (mapped, plain))
@@ -70,13 +70,14 @@ def loading(data, batch, repeats):
 
     def take(batches):
         return lambda: [next(batches) for _ in range(IN_A_ROW)]
-    seconds = alternate({'zip and PNG': gather(plain), 'decoded map': gather(mapped),
-                         'zip and PNG, with the order and conversion to float': take(slow_batches),
-                         'decoded map, likewise': take(batches)}, repeats)
+    reference = 'zip and PNG'
+    seconds = alternate({('images', reference): gather(plain), ('images', 'decoded map'): gather(mapped),
+                         ('batches', reference): take(slow_batches), ('batches', 'decoded map'): take(batches)},
+                        repeats)
     batches.close(), slow_batches.close()
-    return [dict(work=f'loading, {name}', unit='processor', images_per_second=batch * IN_A_ROW / s,
-                 ratio=seconds[name.replace('decoded map', 'zip and PNG').replace(
-                     'likewise', 'with the order and conversion to float')] / s) for name, s in seconds.items()]
+    titles = {'images': '', 'batches': ', with the order and conversion to float'}
+    return [dict(work=f'loading, {way}{titles[kind]}', unit='processor', images_per_second=batch * IN_A_ROW / s,
+                 ratio=seconds[kind, reference] / s) for (kind, way), s in seconds.items()]
 
 
 def waiting(data, batch, device):

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_train import Trainer, step_flops, write_zip  # noqa: E402
-from tests.benchmarks.report import ROOT, alternate, report  # noqa: E402
+from tests.benchmarks.report import ROOT, alternate, report, select  # noqa: E402
 from training.augment import AugmentPipe  # noqa: E402
 from warm.presets import PRESETS  # noqa: E402
 from warm.report_data import PAPER_GPUS, PAPER_KIMG  # noqa: E402
@@ -55,14 +55,14 @@ def images_per_second(config, network_kwargs, batch, repeats, device, options):
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--only', metavar='TEXT', default='', help='Only presets whose name contains this', show_default=False)
+@click.option('--only', metavar='LIST', default=None, help='Only presets whose name holds one of these words (a,b)')
 @click.option('--repeats', metavar='INT', type=int, default=10, help='Of each step')
 @click.option('--tiny', is_flag=True, help='Measure small networks, on the CPU too')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(only, repeats, tiny, out):
     """Count and measure."""
     device, rows = 'cuda' if torch.cuda.is_available() else 'cpu', []
-    for preset in [name for name in PRESETS if name != 'digits' and only in name]:
+    for preset in select([name for name in PRESETS if name != 'digits'], only):
         for precond in ('warm', 'edm'):
             config = options_of(preset, precond)
             network_kwargs = network_of(config)

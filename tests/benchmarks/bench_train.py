@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.report import alternate, report  # noqa: E402
+from tests.benchmarks.report import alternate, report, select  # noqa: E402
 from torch_utils.precision import float32_products  # noqa: E402
 from training import layers  # noqa: E402
 from training import training_loop as tl  # noqa: E402
@@ -191,12 +191,15 @@ def write_zip(path, count, size):
 @click.option('--images', metavar='INT', type=int, default=2048, help='Images of the data set that is made up')
 @click.option('--repeats', metavar='INT', type=int, default=None, help='Of each step  [default: CPU 3, CUDA 10]')
 @click.option('--compile', is_flag=True, help='Compiled networks too: minutes of compilation for each')
-@click.option('--only', metavar='LIST', default=None, help='Rows that hold one of these words (a;b), and the reference')
+@click.option('--only', metavar='LIST', default=None,
+              help='Only rows that hold one of these words (a,b), and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
     """Measure training."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cuda = device == 'cuda'
+    choices = ways(device, compile)
+    chosen = {name: choices[name] for name in dict.fromkeys(['reference', *select(choices, only)])}
     if not cuda:
         torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
@@ -205,8 +208,6 @@ def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
     network_kwargs = dict(ARCHITECTURES[arch], img_resolution=size, dropout=0.13)
     network_kwargs.update({'model_channels': cbase} if cbase else {}, **({'channel_mult': cres} if cres else {}))
     flops = step_flops(network_kwargs)
-    chosen = {name: way for name, way in ways(device, compile).items()
-              if name == 'reference' or only is None or any(word in name for word in only.split(';'))}
     peaks = {name: matrix_peak(name, device) for name in PRECISIONS}
     with tempfile.TemporaryDirectory() as folder:
         data = f'{folder}/data.zip'

@@ -15,10 +15,8 @@ import click
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-from report import alternate, report  # noqa: E402
-
 from dnnlib.text import parse_int_list  # noqa: E402
+from tests.benchmarks.report import alternate, report  # noqa: E402
 from training.loss import EDMLoss  # noqa: E402
 from training.networks import EDMPrecond  # noqa: E402
 from training.samplers import edm_sampler  # noqa: E402
@@ -90,10 +88,12 @@ def measure(make, network_kwargs, device, repeats):
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
 @click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: of the network]')
-@click.option('--cres', metavar='LIST', type=parse_int_list, default=None, help='Channels per resolution, likewise')
+@click.option('--cres', metavar='LIST', type=parse_int_list, default=None,
+              help='Channels per resolution  [default: of the network]')
 @click.option('--resolution', metavar='INT', type=int, default=32, help='Image size')
 @click.option('--batch', metavar='INT', type=int, default=None, help='Training batch  [default: CPU 4, CUDA 512]')
-@click.option('--sample-batch', metavar='INT', type=int, default=None, help='Likewise  [default: CPU 4, CUDA 64]')
+@click.option('--sample-batch', metavar='INT', type=int, default=None,
+              help='Images drawn at a time  [default: CPU 4, CUDA 64]')
 @click.option('--steps', metavar='INT', type=int, default=None, help="Heun's steps  [default: CPU 2, CUDA 18]")
 @click.option('--repeats', metavar='INT', type=int, default=5, help='Of each measurement; medians count')
 @click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='Where to run')

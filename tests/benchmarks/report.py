@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating measurement, and a report with hardware, versions and commit."""
+"""What the benchmarks share: selection, alternating measurement, and a report with hardware, versions and commit."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 
+import click
 import numpy as np
 import torch
 
@@ -14,6 +15,24 @@ from dnnlib.files import atomic_write
 from training.provenance import code_version, processor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def select(names, words):
+    """Those of `names` that hold one of the words, in their order; all without words.
+
+    Args:
+        names: What there is to measure.
+        words: As typed after --only, separated by commas. A name may have some ('bf16, compiled'), a word has none.
+
+    Raises:
+        click.BadParameter: a word that no name holds.
+    """
+    words = [word.strip() for word in (words or '').split(',') if word.strip()]
+    for word in words:
+        if not any(word in name for name in names):
+            raise click.BadParameter(f"'{word}' is in none of the names; choose from: {'; '.join(names)}",
+                                     param_hint='--only')
+    return [name for name in names if not words or any(word in name for word in words)]
 
 
 def alternate(tasks, repeats, device='cpu'):
@@ -46,7 +65,7 @@ def environment(device='cpu'):
 
 
 def report(title, rows, settings, out=None, device='cpu'):
-    """Print `rows` (dicts of the same keys) as a table and, to `out`, write all of it as JSON."""
+    """Print `rows` (dicts of the same keys, at least one) as a table and, to `out`, write all of it as JSON."""
     shown = [{key: f'{value:.4g}' if isinstance(value, float) else str(value) for key, value in row.items()}
              for row in rows]
     width = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]}
