@@ -15,11 +15,13 @@ from dnnlib import UserError
 from tests.commands import SMALL, invoke, refused
 from training.dataset import EMBEDDED
 from training.generation import generate_batch
+from training.loss import EDMLoss
 from training.precond import Precond
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.system import GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
 from warm import flags
+from warm.samplers import SOLVERS
 from warm.systems import SYSTEMS
 
 TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
@@ -94,7 +96,7 @@ def test_default_number_of_evaluations(name):
 
     def count(x, noise_labels, class_labels=None, **kwargs):
         calls[0] += 1
-        return torch.zeros(len(x), 2 if name == 'warm' else 1, 8, 8)
+        return torch.zeros(len(x), net.model.out_channels, 8, 8)
 
     net.model.forward = count
     options = {'data': EMBEDDED} if SYSTEMS[name].starts_from_data else {}
@@ -137,6 +139,32 @@ def test_loss_has_gradients_everywhere(name):
 
 
 # -- options
+
+@pytest.mark.parametrize('name', [name for name, system in SYSTEMS.items() if 'solver' in system.sample_options])
+@pytest.mark.parametrize('solver', SOLVERS)
+def test_every_solver_serves_every_system_that_takes_one(name, solver):
+    net = short_network(name) if SYSTEMS[name].trainable else tiny_network(name)
+    images = generate_batch(net, [0], SYSTEMS[name].make_sampler(net, dict(num_steps=3, solver=solver)))
+    assert torch.isfinite(images.float()).all()
+
+
+def test_options_of_a_loss(tmp_path, monkeypatch):
+    """Another distribution of noise levels for EDM: a loss of its own and no network."""
+    seen = []
+
+    def loss(net, p_mean):
+        seen.append(p_mean)
+        return EDMLoss(P_mean=p_mean)
+    other = dataclasses.replace(SYSTEMS['edm'], name='other', loss=loss,
+                                loss_options=(Option('p_mean', -1.2, 'Mean of ln σ', type=float),))
+    assert other.network_kwargs({'p_mean': 0.5}) == {} and other.loss_kwargs({}) == {'p_mean': -1.2}
+    with pytest.raises(UserError, match='--p-mean is not an option of --precond=edm'):
+        SYSTEMS['edm'].loss_kwargs({'p_mean': 0.5})
+    training_loop(run_dir=str(tmp_path), systems={'other': other}, system='other', loss_kwargs={'p_mean': 0.5},
+                  dataset_kwargs=dict(path=EMBEDDED, use_labels=False), network_kwargs=TINY, batch_size=4, total_kimg=0.004,
+                  optimizer_kwargs=dict(lr=1e-3), augment_kwargs=None, seed=0, grid_images=0)
+    assert seen == [0.5]
+
 
 def foreign(attribute):
     """(system, option that it does not have), all pairs."""
@@ -192,7 +220,7 @@ def test_option_names_are_each_one_flag():
     for attribute in ('train_options', 'own_sample_options'):
         names = [option.name for option in own_options(SYSTEMS, attribute)]
         assert len(names) == len(set(names))
-    other = dataclasses.replace(SYSTEMS['edm'], name='other', train_options=(Option('bnr', 1, 'Another', type=int),))
+    other = dataclasses.replace(SYSTEMS['edm'], name='other', network_options=(Option('bnr', 1, 'Another', type=int),))
     with pytest.raises(UserError, match="'warm' and 'other' each have an option --bnr of their own"):
         own_options({**SYSTEMS, 'other': other}, 'train_options')
 
@@ -200,7 +228,7 @@ def test_option_names_are_each_one_flag():
 @pytest.mark.filterwarnings('ignore:The parameter .* is used more than once')  # which newer releases of click say
 @pytest.mark.parametrize('name, own', [('lr', ['--lr']), ('steps', ['--steps', 'num_steps']), ('x', ['--y', 'x'])])
 def test_an_option_does_not_hide_a_flag_of_the_command(name, own, monkeypatch):
-    system = dataclasses.replace(SYSTEMS['edm'], name='other', train_options=(Option(name, None, 'Another'),))
+    system = dataclasses.replace(SYSTEMS['edm'], name='other', network_options=(Option(name, None, 'Another'),))
     monkeypatch.setattr(flags, 'SYSTEMS', {'other': system})
 
     @click.command()

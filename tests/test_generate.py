@@ -351,7 +351,7 @@ BAD = {
     'a range of BNRs': ('warm', ['--bnr=0.1-2'], "'0.1-2' is not a single Blur-to-Noise Ratio"),
     'a range with an exponent': ('warm', ['--bnr=1e-2-1'], 'give a number ≥ 0, such as 0.5'),
     'a list of BNRs': ('warm', ['--bnr=0,0.5'], 'a single Blur-to-Noise Ratio'),
-    'no blur': ('warm', ['--bnr-schedule=blurring:abc'], "'abc' is not the largest blur of a schedule, in pixels"),
+    'no blur': ('warm', ['--bnr-schedule=blurring:abc'], "'abc' is not sigma_b_max of the schedule blurring"),
     'multistep with churn': ('warm', ['--solver=dpmpp2m', '--S_churn=4'], 'churn'),
     'multistep with one step': ('warm', ['--solver=dpmpp2m', '--steps=1'], 'at least 2 steps'),
     'eta with heun': ('warm', ['--eta=1'], '--solver=euler'),

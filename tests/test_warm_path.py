@@ -36,7 +36,7 @@ def test_every_path(name):
     assert path == parse_path(None, name) and isinstance(path.is_hot, bool) and str(path)
 
 
-@pytest.mark.parametrize('path', [ConstantBNR(0.3), BlurringSchedule(20), BlurringSchedule(3)])
+@pytest.mark.parametrize('path', [ConstantBNR(0.3), BlurringSchedule(3), *(parse_path(None, name) for name in PATHS)])
 @pytest.mark.parametrize('low, high', [(LOW, HIGH), (0.002, 0.5), (2, 80)])
 def test_bounds_are_the_extremes_of_the_ratio(path, low, high):
     beta = torch.logspace(math.log10(low), math.log10(high), 20001, dtype=torch.float64)
@@ -71,7 +71,8 @@ def test_families_from_texts(text, family):
     ('0.1-inf', None, 'range'), ('0.1-warm', None, "'warm'"), (None, 'linear', 'constant, blurring'),
     (None, 'constant:3', '--bnr=3'), ('0.5', 'blurring', 'give one'), ('0.1,0.5', 'blurring', 'give one'),
     (None, 'blurring:0', 'largest blur'), (None, 'blurring:-2', 'largest blur'), (None, 'blurring:x', "'x'"),
-    (None, 'blurring:x', 'largest blur'), ('1e-2-1', None, 'without exponents'),
+    (None, 'blurring:x', 'sigma_b_max of the schedule blurring; give a number, such as --bnr-schedule=blurring:20'),
+    ('1e-2-1', None, 'without exponents'),
 ])
 def test_refuses_in_a_sentence(bnr, schedule, said):
     with pytest.raises(UserError) as e:

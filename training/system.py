@@ -23,12 +23,11 @@ ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
 class Option:
     """An option that only some systems have; train.py and generate.py make their flags from these.
 
-    A flag is one thing: the name is none that the command has itself (train.py's `lr`, every sampler's `rho`), and
-    systems that have an option of the same name share one Option object. What does not is refused, the former by
-    warm.flags.SystemFlag, the latter by `own_options`.
+    Names are unique. One that the command has itself (train.py's `lr`, every sampler's `rho`) is refused by
+    warm.flags.SystemFlag; systems that have the same option share one Option object, which `own_options` checks.
 
     Attributes:
-        name: Keyword of the network's constructor or of the sampler; the flag is --name with dashes.
+        name: Keyword of the network's constructor, the loss or the sampler; the flag is --name with dashes.
         default: Value where the user gives none; None leaves it to the constructor or sampler.
         help: For the help text.
         type: Converts the text of the command line: str, int, float or a click type.
@@ -57,8 +56,10 @@ class System:
         name: As in `--precond`; also recorded in snapshots.
         title, paper: For help texts.
         network_class: Preconditioned network, called as net(x, sigma, class_labels, …) (training.precond.Precond).
-        loss: loss(net) → callable(net, images, labels, augment_pipe) → tensor like images; `net` is bare, not wrapped.
-        train_options: Options of train.py that become constructor arguments of the network.
+        loss: loss(net, **loss options) → callable(net, images, labels, augment_pipe) → tensor like images; `net` is
+            bare, not wrapped.
+        network_options: Options of train.py that become constructor arguments of the network, recorded in snapshots.
+        loss_options: Options of train.py that become arguments of `loss`.
         sample_options: Names of the options common to generate.py that its sampler accepts.
         own_sample_options: Options of generate.py that only such systems have.
         sampler: sampler(net, **options) → callable(net, latents, class_labels, randn_like) → float64 images.
@@ -77,14 +78,20 @@ class System:
     sampler: Callable
     sample_options: tuple
     own_sample_options: tuple = ()
-    train_options: tuple = ()
+    network_options: tuple = ()
+    loss_options: tuple = ()
     trainable: bool = True
     describe: Callable = lambda net, options: {}
     draw_process: Callable = lambda path, net: None
     predicts_images: bool = True
 
+    @property
+    def train_options(self):
+        """Options of train.py that only such systems have."""
+        return self.network_options + self.loss_options
+
     def network_kwargs(self, given):
-        """Constructor arguments from the system's own training options, defaults filled in.
+        """Constructor arguments of the network from the system's own training options, defaults filled in.
 
         Args:
             given: {name: value} of the system-specific options that the user gave.
@@ -92,12 +99,19 @@ class System:
         Raises:
             UserError: an option that this system does not have.
         """
-        options = {option.name: option for option in self.train_options}
+        return self._filled(self.network_options, given)
+
+    def loss_kwargs(self, given):
+        """Arguments of `loss`, as `network_kwargs` gives the network's."""
+        return self._filled(self.loss_options, given)
+
+    def _filled(self, options, given):
+        names = [option.name for option in self.train_options]
         for name in given:
-            if name not in options:
+            if name not in names:
                 raise UserError(f'{flag_of(name)} is not an option of --precond={self.name}; '
                                 'leave it out or choose the system that has it')
-        return {name: given.get(name, option.default) for name, option in options.items()}
+        return {option.name: given.get(option.name, option.default) for option in options}
 
     @property
     def starts_from_data(self):
@@ -134,10 +148,10 @@ def edm_samplers(net, **options):
 
 
 def loss_for(loss_class):
-    """loss(net) of a dataclass: what network and loss both have, such as sigma_data, is the network's value."""
-    def loss(net):
+    """loss(net, **options) of a dataclass; what network and loss both have, such as sigma_data, is the network's."""
+    def loss(net, **options):
         shared = [field.name for field in dataclasses.fields(loss_class) if hasattr(net, field.name)]
-        return loss_class(**{name: getattr(net, name) for name in shared})
+        return loss_class(**{**{name: getattr(net, name) for name in shared}, **options})
     return loss
 
 

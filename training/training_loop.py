@@ -50,6 +50,7 @@ def training_loop(
     snapshot_ticks=50,          # Interval of snapshots; 0 = only at the end.
     state_dump_ticks=500,       # Interval of training states; 0 = only at the end.
     grid_images=64,             # Images in the grid that goes with each snapshot; 0 = none.
+    loss_kwargs=None,           # Options of the system's loss.
     transfer=None,              # Snapshot whose EMA weights to start from.
     resume=None,                # Training state to continue.
     compact_state=False,        # Whether states take 10 bytes a parameter in place of 16, and do not resume exactly.
@@ -92,7 +93,7 @@ def training_loop(
     net = system.network_class(**interface_kwargs(dataset, augment_kwargs), **network_kwargs)
     net.train().requires_grad_(True).to(device)
     accelerate(net, **(accelerate_kwargs or {}))
-    loss_fn = system.loss(net)
+    loss_fn = system.loss(net, **(loss_kwargs or {}))
     augment_pipe = AugmentPipe(**augment_kwargs) if augment_kwargs else None
     optimizer = make_optimizer(net, **optimizer_kwargs)
     if state is not None:
@@ -225,8 +226,8 @@ def worth_saving(health, progress, ema, leaving):
         dist.print0(f'Nothing is saved at {progress.nimg / 1000:g} kimg: the loss or its gradients are not finite.')
         return False
     if not torch.stack([p.isfinite().all() for p in ema.parameters()]).all():
-        raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; the states '
-                        'saved before are good: resume from the last with a lower --lr')
+        raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; the '
+                        'states saved before are good: resume from the last with a lower --lr')
     return True
 
 

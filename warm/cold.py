@@ -194,7 +194,7 @@ COLD = System(
         DATA,
         Option('cold_start', 'blurred', 'What Cold Diffusion starts from', type=click.Choice(list(STARTS))),
     ),
-    train_options=(
+    network_options=(
         Option('cold_blur', 'paper', 'Blur of Cold Diffusion', type=click.Choice(list(BLURS))),
         Option('cold_steps', 50, 'Number of blurs', type=int),
     ),

@@ -73,6 +73,7 @@ def training_config(o, system_options):
         data_loader_kwargs=dict(num_workers=o['workers'], **({'prefetch_factor': 2} if o['workers'] else {})),
         data_device=o['data_device'],
         network_kwargs=network_kwargs,
+        loss_kwargs=system.loss_kwargs(system_options),
         accelerate_kwargs=dict(precision=precision, channels_last=o['channels_last'],
                                recompute=o['checkpoint_activations'], compile=bool(o['compile'])),
         optimizer_kwargs=dict(lr=o['lr'], betas=[0.9, 0.999], eps=1e-8),
@@ -222,8 +223,8 @@ def start_point(o, name):
         run_dir = run_dir if o['nosubdir'] else same_run_dir(o['outdir'], name) or run_dir
         path, state, complaints = newest_good(saved_files(run_dir, 'training-state'))
         if path is None and complaints and not o['resume']:  # starting over would write over what is there
-            raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are lost, '
-                            'delete them to start over there, or start elsewhere with another --outdir or --desc')
+            raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are '
+                            'lost, delete them to start over there, or start elsewhere with another --outdir or --desc')
     if path is None and o['resume']:
         states = find_states(o['resume'], o['outdir'])
         if len(states) == 1:

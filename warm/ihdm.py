@@ -153,7 +153,7 @@ IHDM = System(
         DATA,
         Option('ihdm_delta', DELTA, "IHDM's noise at sampling, for images in [0, 1]", type=float),
     ),
-    train_options=(
+    network_options=(
         Option('ihdm_levels', 200, 'Number of blur levels', type=int),
         Option('ihdm_blur_max', 24.0, 'Blur of the last level, in pixels', type=float),
     ),

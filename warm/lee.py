@@ -172,7 +172,7 @@ LEE = System(
     own_sample_options=(
         Option('reverse_step', 'eq12', 'Step of the sampler', type=click.Choice(list(REVERSE_STEPS))),
     ),
-    train_options=(
+    network_options=(
         Option('f_type', 'quartic', 'Blur schedule f', type=click.Choice(list(F_TYPES))),
         Option('f_final', None, 'f at the last level', type=float,
                shown=', '.join(f'{v:g} {k}' for k, v in F_FINAL.items() if v)),

@@ -4,8 +4,8 @@ A path gives α for each β. What a network was trained on is a *family* of path
 constant BNRs, or a range of them; training draws from it per image, sampling takes any path inside it.
 
 To add a schedule: one class here and one line in PATHS. The class is a frozen dataclass (paths are compared) of at most
-one number, which --bnr-schedule=NAME:NUMBER gives, and has what `BlurringSchedule` has: `alpha`, `bnr_bounds`,
-`is_hot` and a text.
+one number with a default, which --bnr-schedule=NAME:NUMBER gives, and has what `BlurringSchedule` has: `alpha`,
+`bnr_bounds`, `is_hot` and a text.
 """
 
 import dataclasses
@@ -192,7 +192,6 @@ def _number(text, what):
 ONE_BNR = 'a single Blur-to-Noise Ratio, which one path has; give a number ≥ 0, such as 0.5'
 ANY_BNR = ('a Blur-to-Noise Ratio; give a number ≥ 0 such as 0.5, a list such as 0,0.1,0.5 or, without exponents, a '
            'range such as 0.1-2')
-LARGEST_BLUR = 'the largest blur of a schedule, in pixels; give a number > 0, such as --bnr-schedule=blurring:20'
 
 
 def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
@@ -212,7 +211,23 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
         return ConstantBNR(PAPER_BNR if bnr is None else _number(bnr, expected))
     if bnr is not None:
         raise UserError(f'--bnr={bnr} does not go with --bnr-schedule={schedule}, which sets α itself; give one')
-    return PATHS[name](*([_number(argument, LARGEST_BLUR)] if argument else []))
+    if not argument:
+        return PATHS[name]()
+    field = argument_of(name)
+    if field is None:
+        raise UserError(f"the schedule '{schedule}' takes no number; give --bnr-schedule={name}")
+    return PATHS[name](_number(argument, f'{field.name} of the schedule {name}; give a number, such as '
+                                         f'--bnr-schedule={name}:{field.default:g}'))
+
+
+def argument_of(name):
+    """The dataclass field that --bnr-schedule=NAME:NUMBER gives; None where there is none, or another flag gives it."""
+    return None if name == 'constant' else next(iter(dataclasses.fields(PATHS[name])), None)
+
+
+def schedule_texts():
+    """What --bnr-schedule takes: 'constant', 'blurring[:SIGMA_B_MAX]' and so on."""
+    return [name + (f'[:{field.name.upper()}]' if (field := argument_of(name)) else '') for name in PATHS]
 
 
 def parse_family(bnr=None, schedule=None):

@@ -112,7 +112,7 @@ PFGMPP = System(
     loss=loss_for(PFGMPPLoss),
     sampler=pfgmpp_samplers,
     sample_options=GRID_OPTIONS,
-    train_options=(
+    network_options=(
         Option('aug_dim', AUG_DIM, 'Extra dimensions D', type=int),
     ),
 )

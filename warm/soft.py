@@ -119,7 +119,7 @@ SOFT = System(
     loss=lambda net: SoftLoss(),
     sampler=soft_samplers,
     sample_options=GRID_OPTIONS,
-    train_options=(
+    network_options=(
         Option('soft_bnr', PAPER_BNR, 'Blur-to-Noise Ratio of Soft Diffusion', type=float),
     ),
 )

@@ -19,7 +19,7 @@ import torch
 
 from training.loss import P_MEAN, P_STD, SIGMA_DATA, augment, edm_loss_weight, sample_edm_sigma
 from training.networks import EDMPrecond
-from training.system import COMMON_SAMPLE_OPTIONS, System, edm_samplers, loss_for
+from training.system import ABLATION_OPTIONS, COMMON_SAMPLE_OPTIONS, System, edm_samplers, loss_for
 
 
 def posterior_mean(x, sigma, images, labels=None):
@@ -67,5 +67,5 @@ STF = System(
     network_class=EDMPrecond,
     loss=loss_for(STFLoss),
     sampler=edm_samplers,
-    sample_options=COMMON_SAMPLE_OPTIONS,
+    sample_options=COMMON_SAMPLE_OPTIONS + ABLATION_OPTIONS,
 )

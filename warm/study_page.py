@@ -221,8 +221,8 @@ def setup(scores):
         'seeds of training; without them, one seed. Differences are taken seed by seed and decided by Student’s paired '
         't-test at 5 %; with some thirty on a page, one or two are decided by chance.',
         *([f'- {scale.num:,} images drawn of the training set itself score {mean_and_spread(scores.real)} '
-           f'({len(scores.real)} draws): a network can hardly do better, and that spread is what chance does in drawing '
-           'the images alone.'] if scores.real else []),
+           f'({len(scores.real)} draws): a network can hardly do better, and that spread is what chance does in '
+           'drawing the images alone.'] if scores.real else []),
         f"- Trained with `train.py {' '.join(scale.train)}`: {' to '.join(parameters)} M parameters, "
         f'{len(seconds)} runs{hours}.',
         f"- {facts['hardware']}; PyTorch {facts['torch']}; commit {facts['commit']}.",

@@ -1,0 +1,89 @@
+"""Warm Diffusion as a system: its network, loss and samplers together, and the options that they take.
+
+The method stands in warm.blur, path, targets, precond, loss and samplers. Another loss or sampler for Warm's network is
+a file like this one, with `dataclasses.replace(WARM, name=…, loss=…)`.
+"""
+
+import functools
+
+import click
+
+from dnnlib import UserError
+from training.samplers import edm_sigma_steps
+from training.system import COMMON_SAMPLE_OPTIONS, Option, System
+from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES, flags_of
+from warm.loss import WarmLoss
+from warm.path import parse_path, schedule_texts
+from warm.precond import WarmPrecond
+from warm.samplers import warm_sampler, with_defaults
+from warm.targets import TARGETS
+from warm.trajectory import save_trajectory, watch
+
+DRAWN_SEEDS = (0, 1)  # whose reverse process is drawn beside the image grids
+SCHEDULES = f"Schedule of the blur: {', '.join(schedule_texts())}"
+
+
+def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
+    """`warm_sampler` with its options checked, along the path that --bnr and --bnr-schedule ask for.
+
+    Raises:
+        UserError: a path that the network was not trained for; options that do not go together.
+    """
+    full = with_defaults(options)
+    edm_sigma_steps(*(full[name] for name in ('num_steps', 'sigma_min', 'sigma_max', 'rho')), net, 'cpu')
+    path = None
+    if bnr is not None or bnr_schedule is not None:
+        path = parse_path(bnr, bnr_schedule)
+        if not net.family.contains(path, full['sigma_min'], full['sigma_max']):
+            raise UserError(f'this network knows {net.family}, not {path}; choose --bnr or --bnr-schedule inside that, '
+                            'or train a network for it')
+    return functools.partial(warm_sampler, path=path, **options)
+
+
+def measured_bnr(bnr, dataset):
+    """--bnr as given, or for 'auto' the largest that the spectrum of the data allows (warm.spectrum)."""
+    # Not at the top: `python -m warm.spectrum` imports the package, which must not import that module first.
+    from warm.spectrum import band_power, recommended_bnr
+    return f'{recommended_bnr(band_power(dataset)):.2f}' if bnr == 'auto' else bnr
+
+
+def warm_facts(net, options):
+    """The path that is sampled, its BNR (None where it varies), and what the network was trained on.
+
+    `targets` is followed by the choices that are not the defaults ('residual --rest-scale=edm'): scores of such
+    networks are told apart, and none of them stands for the method itself in a table.
+    """
+    path = net.family.default
+    if options.get('bnr') is not None or options.get('bnr_schedule') is not None:
+        path = parse_path(options.get('bnr'), options.get('bnr_schedule'))
+    return dict(bnr=getattr(path, 'bnr', None), path=str(path), trained_on=str(net.family),
+                targets=' '.join([net.init_kwargs['targets'], *flags_of(net.choices)]))
+
+
+WARM = System(
+    name='warm',
+    title='Warm',
+    paper='Warm Diffusion, ICLR 2025',
+    network_class=WarmPrecond,
+    loss=lambda net: WarmLoss(sigma_data=net.sigma_data, rest_weight=net.rest_weight),
+    sampler=warm_samplers,
+    sample_options=(*COMMON_SAMPLE_OPTIONS, 'solver'),
+    describe=warm_facts,
+    draw_process=lambda path, net: save_trajectory(path, watch(net, WARM, DRAWN_SEEDS)),
+    own_sample_options=(
+        Option('bnr', None, 'Blur-to-Noise Ratio of the path', shown='as trained'),
+        Option('bnr_schedule', None, SCHEDULES, shown='as trained'),
+        Option('eta', None, 'Noise of the stochastic steps of Eq. 4, 0 to 1', type=float, shown='0'),
+    ),
+    network_options=(
+        Option('bnr', None, 'Blur-to-Noise Ratio: a number, a list such as 0,0.1,0.5 or a log-uniform range '
+                            'such as 0.1-2, drawn per image; auto measures the data (warm.spectrum)',
+               shown='0.5', from_data=measured_bnr),
+        Option('bnr_schedule', None, SCHEDULES, shown='constant'),
+        Option('targets', 'residual', 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
+        Option('rest_weight', DEFAULTS['rest_weight'], "Factor of R's term in the loss", type=float),
+        Option('rest_scale', DEFAULTS['rest_scale'], "Scale of R's output", type=click.Choice(list(REST_SCALES))),
+        Option('blur_embedding', DEFAULTS['blur_embedding'], 'How the network is told the blur',
+               type=click.Choice(list(BLUR_EMBEDDINGS))),
+    ),
+)
