@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from tests.commands import SMALL, invoke, refused
 from tests.family_oracle import LinearOracle, spectrum
 from training.dataset import EMBEDDED, ImageFolderDataset
 from warm.bands import diffuse
 from warm.blur import blur, dct2, idct2
-from warm.cold import BLURS, ColdProcess, cold_loss, cold_sampler, cold_samplers, colour_start, restoration_step
+from warm.cold import (BLURS, ColdPrecond, ColdProcess, cold_loss, cold_sampler, cold_samplers, colour_start,
+                       restoration_step)
 from warm.ihdm import HeatLevels, ihdm_loss, ihdm_sampler, ihdm_samplers
 from warm.starts import TrainingImages, data_for
 
@@ -161,6 +163,26 @@ def test_the_papers_blur_is_four_pixels_and_the_strong_one_leaves_a_colour():
     strong = ColdProcess('strong').at(level(50), 32).signal.clone()
     strong[0, 0] = 0
     assert strong.max() < 5e-4
+
+
+@pytest.mark.parametrize('n', [8, 16, 32, 64])
+def test_as_many_kernels_as_blur_are_let_through(n):
+    """And one more is refused: its table has no logarithm, and every loss would be NaN."""
+    least = next(T for T in range(100, 200) if not BLURS['paper'](T, n).isfinite().all())
+    ColdProcess(num_steps=least - 1).check(n)
+    for more in (least, least + 1, 1000):
+        with pytest.raises(UserError, match=f'--cold-steps={more} .*such as 50, or --cold-blur=strong'):
+            ColdProcess(num_steps=more).check(n)
+        ColdProcess('strong', more).check(n)
+
+
+def test_too_many_kernels_are_refused_when_training_starts(tmp_path):
+    small = dict(model_channels=8, channel_mult=[1], num_blocks=1)
+    with pytest.raises(UserError, match='--cold-steps=200'):
+        ColdPrecond(8, 1, cold_steps=200, **small)
+    ColdPrecond(8, 1, cold_steps=200, cold_blur='strong', **small)
+    refused(invoke('train.py', f'--outdir={tmp_path}', '--precond=cold', '--cold-steps=200', *SMALL, '--dry-run'),
+            '--cold-steps=200 is too many')
 
 
 @pytest.mark.parametrize('name', BLURS)
