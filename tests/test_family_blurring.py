@@ -141,9 +141,10 @@ class RoundedOracle(LevelOracle):
         return super().__call__(x, level, class_labels).to(torch.float32)
 
 
-@pytest.mark.parametrize('f_type, few, enough', [('log', 20, 50), ('log', 30, 50), ('linear', 3, 15), ('quartic', 2, 10)])
+@pytest.mark.parametrize('f_type, few, enough', [('log', 20, 50), ('log', 30, 50), ('linear', 3, 15),
+                                                 ('quartic', 2, 10)])
 def test_ancestral_steps_that_would_amplify_rounding_are_refused(f_type, few, enough):
-    """Exact but for rounding, a network gives NaN or 1e18 in so few steps; in those that are let through it does not."""
+    """A network that is exact but for rounding gives NaN or 1e18 in so few steps, and images in those let through."""
     net, latents = RoundedOracle(LeeChain(f_type=f_type)), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     with pytest.raises(UserError, match=f'--steps={few} .*1e.*--reverse-step=eq12.*--steps .at most 1000'):
         lee_samplers(net, num_steps=few, reverse_step='ancestral')

@@ -203,8 +203,8 @@ def test_cold_sampler_restores_what_the_network_can_know(name, num_steps):
     net, last = LevelOracle(gain, process=process), process.at(level(50), 8).signal
     out = cold_sampler(net, image, start=lambda *_: idct2(last * dct2(image)), num_steps=num_steps)
     assert net.calls == num_steps
-    known = last > 1e-6
-    torch.testing.assert_close(dct2(out)[..., known], dct2(image)[..., known], rtol=0, atol=1e-7)
+    survivors = last > 1e-6
+    torch.testing.assert_close(dct2(out)[..., survivors], dct2(image)[..., survivors], rtol=0, atol=1e-7)
 
 
 def test_cold_sampler_forgives_errors_where_blur_is_linear():

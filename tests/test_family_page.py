@@ -26,8 +26,8 @@ def test_every_system_has_a_row():
 def test_members_take_their_options():
     for row in members():
         system = SYSTEMS[row.system]
-        known = (*system.sample_options, *(option.name for option in system.own_sample_options))
-        assert all(name in known for name, _ in row.sample)
+        names = (*system.sample_options, *(option.name for option in system.own_sample_options))
+        assert all(name in names for name, _ in row.sample)
         if row.train:
             result = invoke('train.py', f'--precond={row.system}', *row.train, '--dry-run')
             assert result.exit_code == 0, result.output

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -185,6 +186,14 @@ def test_ihdm_has_no_number_of_steps():
 def test_epsilon_scaling_refuses_what_it_would_ignore(option):
     with pytest.raises(UserError, match=f'--epsilon-scale does not go with .*{option}'):
         SYSTEMS['edm'].make_sampler(any_network('edm'), {'epsilon_scale': '1.0006', option: 1})
+
+
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_a_flag_left_out_is_an_argument_left_out(name):
+    """What --help shows as a default is the constructor's, or None, which leaves it to the constructor."""
+    parameters = inspect.signature(SYSTEMS[name].network_class).parameters
+    for option in SYSTEMS[name].train_options:
+        assert option.default in (None, parameters[option.name].default), option.flag
 
 
 def test_option_names_are_each_one_flag():

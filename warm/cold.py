@@ -113,8 +113,8 @@ class ColdPrecond(Precond):
         cold_steps: T.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, cold_blur='paper', cold_steps=50,
-                 model_type='SongUNet', **model_kwargs):
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, cold_blur=ColdProcess.blur,
+                 cold_steps=ColdProcess.num_steps, model_type='SongUNet', **model_kwargs):
         process = ColdProcess(cold_blur, cold_steps)
         process.check(img_resolution)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
@@ -160,9 +160,11 @@ def colour_start(images, last):
 
 
 STARTS = {'blurred': blurred_start, 'colours': colour_start}
+DEFAULT_START = 'blurred'
 
 
-def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, start=None, num_steps=50):
+def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, start=None,
+                 num_steps=ColdProcess.num_steps):
     """From `start` back through num_steps of the network's steps, one evaluation each.
 
     Args:
@@ -184,7 +186,7 @@ def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, s
     return x
 
 
-def cold_samplers(net, num_steps=None, data=None, cold_start='blurred'):
+def cold_samplers(net, num_steps=None, data=None, cold_start=DEFAULT_START):
     """`cold_sampler` with its options checked; by default as many steps as the network has."""
     process = net.process
     num_steps = process.num_steps if num_steps is None else num_steps
@@ -209,10 +211,10 @@ COLD = System(
     sample_options=('num_steps',),
     own_sample_options=(
         DATA,
-        Option('cold_start', 'blurred', 'What Cold Diffusion starts from', type=click.Choice(list(STARTS))),
+        Option('cold_start', DEFAULT_START, 'What Cold Diffusion starts from', type=click.Choice(list(STARTS))),
     ),
     train_options=(
-        Option('cold_blur', 'paper', 'Blur of Cold Diffusion', type=click.Choice(list(BLURS))),
-        Option('cold_steps', 50, 'Number of blurs', type=int),
+        Option('cold_blur', ColdProcess.blur, 'Blur of Cold Diffusion', type=click.Choice(list(BLURS))),
+        Option('cold_steps', ColdProcess.num_steps, 'Number of blurs', type=int),
     ),
 )

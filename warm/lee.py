@@ -111,11 +111,11 @@ class LeePrecond(Precond):
         f_type, f_final, num_levels: See `LeeChain`.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, f_type='quartic', f_final=None,
-                 num_levels=1000, model_type='SongUNet', **model_kwargs):
-        own = dict(f_type=f_type, f_final=f_final, num_levels=num_levels)
-        process = LeeChain(**own)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, own,
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, f_type=LeeChain.f_type,
+                 f_final=LeeChain.f_final, num_levels=LeeChain.num_levels, model_type='SongUNet', **model_kwargs):
+        constants = dict(f_type=f_type, f_final=f_final, num_levels=num_levels)
+        process = LeeChain(**constants)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
                          sigma_min=1, sigma_max=num_levels)
         self.process = process
 
@@ -141,9 +141,11 @@ def eq12_step(x, eps, here, there, z=None):
 
 
 REVERSE_STEPS = {'eq12': eq12_step, 'ancestral': ancestral_noise_step}
+DEFAULT_STEP = 'eq12'
 
 
-def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=1000, reverse_step='eq12'):
+def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=LeeChain.num_levels,
+                reverse_step=DEFAULT_STEP):
     """Reverse diffusion from level N to 0 in num_steps steps, one evaluation each.
 
     Args:
@@ -176,7 +178,7 @@ def check_gain(net, num_steps):
                         f'--reverse-step=eq12, or more --steps (at most {process.num_levels})')
 
 
-def lee_samplers(net, num_steps=None, reverse_step='eq12'):
+def lee_samplers(net, num_steps=None, reverse_step=DEFAULT_STEP):
     """`lee_sampler` with its options checked; by default as many steps as the chain has."""
     num_steps = net.process.num_levels if num_steps is None else num_steps
     check_steps(num_steps, at_most=net.process.num_levels)
@@ -196,11 +198,11 @@ LEE = System(
     sampler=lee_samplers,
     sample_options=('num_steps',),
     own_sample_options=(
-        Option('reverse_step', 'eq12', 'Step of the sampler', type=click.Choice(list(REVERSE_STEPS))),
+        Option('reverse_step', DEFAULT_STEP, 'Step of the sampler', type=click.Choice(list(REVERSE_STEPS))),
     ),
     train_options=(
-        Option('f_type', 'quartic', 'Blur schedule f', type=click.Choice(list(F_TYPES))),
-        Option('f_final', None, 'f at the last level', type=float,
+        Option('f_type', LeeChain.f_type, 'Blur schedule f', type=click.Choice(list(F_TYPES))),
+        Option('f_final', LeeChain.f_final, 'f at the last level', type=float,
                shown=', '.join(f'{v:g} {k}' for k, v in F_FINAL.items() if v)),
     ),
     predicts_images=False,
