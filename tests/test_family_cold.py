@@ -1,8 +1,10 @@
 """Systems that start from training images: IHDM and Cold Diffusion."""
 
+import json
 import types
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
@@ -268,6 +270,29 @@ def test_starting_images_are_of_the_class():
         drawn = images.draw(torch.zeros(1, 1, 8, 8), torch.eye(10)[[7]], normals(z))
         pixels = ((drawn[0] + 1) * 127.5).round().to(torch.uint8).numpy()
         assert any((pixels == data[i][0]).all() for i in range(len(data)) if data.get_label(i)[7])
+
+
+def labelled(folder, labels):
+    """A folder of grey 8×8 images, the i-th of the value i, with these labels."""
+    names = [f'{i}.png' for i in range(len(labels))]
+    for i, name in enumerate(names):
+        PIL.Image.fromarray(np.full([8, 8], i, np.uint8)).save(folder / name)
+    (folder / 'dataset.json').write_text(json.dumps({'labels': list(zip(names, labels))}))
+    return folder
+
+
+def test_classes_without_images_are_refused(tmp_path):
+    """Class numbers with gaps make a network for classes that nothing can start from."""
+    with pytest.raises(UserError, match='no images of class 1, 3 from which.*without gaps.*--cond=0'):
+        TrainingImages(labelled(tmp_path, [0, 2, 4, 4]), stub(label_dim=5))
+    TrainingImages(labelled(tmp_path, [0, 2, 4, 4]), stub())
+
+
+def test_label_vectors_start_from_the_images_nearest_to_a_class(tmp_path):
+    images = TrainingImages(labelled(tmp_path, [[0.9, 0.1, 0.0], [0.0, 0.2, 0.8]]), stub(label_dim=3))
+    for label, z, value in ((0, 2.0, 0), (2, -2.0, 1), (1, -2.0, 0), (1, 2.0, 1)):  # class 1 is no image's first
+        drawn = images.draw(torch.zeros(1, 1, 8, 8), torch.eye(3)[[label]], normals(z))
+        torch.testing.assert_close(drawn, torch.full_like(drawn, value / 127.5 - 1))
 
 
 def test_colour_start_has_the_datas_mean_and_spread():

@@ -147,7 +147,10 @@ def blurred_start(images, last):
 
 
 def colour_start(images, last):
-    """start(latents, class_labels, randn_like): constant colours like the training images' means, a little noise."""
+    """start(latents, class_labels, randn_like): constant colours like the training images' means, a little noise.
+
+    The class is left out of account: all images' colours make one Gaussian, and only the network knows of classes.
+    """
     mean, covariance = images.colours()
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt()
