@@ -1,4 +1,5 @@
-"""Exact oracles for Gaussian data with covariance diag(S) in the DCT basis, and exact covariances of samplers.
+"""Exact oracles for Gaussian data with covariance diag(S) in the DCT basis, exact covariances of samplers, and
+the steps of the family in their plainest form, to hold the systems' own steps against.
 
 With such an oracle every sampler of the family is linear in its random numbers and diagonal in the DCT basis. So its
 output's covariance is found without sampling: run it on a batch in which each image holds one of the random numbers
@@ -9,6 +10,7 @@ import math
 
 import torch
 
+from warm.bands import posterior
 from warm.blur import dct2, idct2, prior_spectrum
 
 
@@ -38,6 +40,35 @@ def clean_gain(at, S):
 def noise_gain(at, S):
     """E[ε|x] = V [s/(a² S + s²)] Vᵀ x."""
     return at.noise / (at.signal ** 2 * S + at.noise ** 2)
+
+
+def ancestral_step(x, x0, here, there, z=None):
+    """Draw from q(z_there|z_here, x̂₀), or take its mean where z is None (Blurring Diffusion, Eq. 22); float64.
+
+    Args:
+        x, x0: State and estimate of the clean image [B, C, N, N].
+        here, there: warm.bands.Bands now and at an earlier time.
+        z: Standard normal noise like x.
+    """
+    weight_x, weight_0, var = posterior(here, there)
+    u = weight_x * dct2(x) + weight_0 * there.signal * dct2(x0)
+    return idct2(u if z is None else u + var.sqrt() * dct2(z))
+
+
+def implicit_step(x, x0, here, there, sigma=0, z=None):
+    """DDIM's step: V (a′ ∘ Vᵀx̂₀ + √(s′² − σ²) ∘ Vᵀε̂ + σ ∘ Vᵀz), float64.
+
+    σ = 0 is deterministic, the Euler step of EDM and of Warm; σ² = the posterior's variance is `ancestral_step`.
+
+    Args:
+        x, x0, here, there, z: As in `ancestral_step`.
+        sigma: Standard deviation of the fresh noise, 0 ≤ σ ≤ s′: a number, or one per band.
+    """
+    sigma = torch.as_tensor(sigma, dtype=torch.float64)
+    clean = dct2(x0)
+    share = (there.noise.square() - sigma.square()).clamp(min=0).sqrt() / here.noise
+    u = there.signal * clean + share * (dct2(x) - here.signal * clean)
+    return idct2(u if z is None else u + sigma * dct2(z))
 
 
 def variance(sampler, num_draws, n=8, start=1.0):

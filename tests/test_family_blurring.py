@@ -10,7 +10,7 @@ from dnnlib import UserError
 from warm.bands import ancestral_noise_step, diffuse, posterior
 from warm.blur import dct2
 from warm.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, blurring_samplers
-from warm.lee import LeeChain, eq12_step, lee_loss, lee_sampler, lee_samplers
+from warm.lee import MAX_LOG_GAIN, LeeChain, eq12_step, lee_loss, lee_sampler, lee_samplers
 
 S = spectrum()
 
@@ -127,6 +127,38 @@ def test_lee_sampler_is_first_order(f_type, reverse_step, bound):
 def test_lees_logarithmic_schedule_blurs_too_fast_for_a_chain_of_1000():
     """Even exact predictions miss the covariance by more than half in some band; the paper's FID is 73 there."""
     assert lee_error(1000, 'eq12', 'log') > 0.5 and lee_error(1000, 'ancestral', 'log') > 0.5
+
+
+class RoundedOracle(LevelOracle):
+    """Lee's oracle in a network's precision, float32."""
+
+    img_resolution = 8
+
+    def __init__(self, process):
+        super().__init__(lambda i: noise_gain(process.at(i, 8), S), process=process)
+
+    def __call__(self, x, level, class_labels=None):
+        return super().__call__(x, level, class_labels).to(torch.float32)
+
+
+@pytest.mark.parametrize('f_type, few, enough', [('log', 20, 50), ('log', 30, 50), ('linear', 3, 15),
+                                                 ('quartic', 2, 10)])
+def test_ancestral_steps_that_would_amplify_rounding_are_refused(f_type, few, enough):
+    """A network that is exact but for rounding gives NaN or 1e18 in so few steps, and images in those let through."""
+    net, latents = RoundedOracle(LeeChain(f_type=f_type)), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    with pytest.raises(UserError, match=f'--steps={few} .*1e.*--reverse-step=eq12.*--steps .at most 1000'):
+        lee_samplers(net, num_steps=few, reverse_step='ancestral')
+    lee_samplers(net, num_steps=few, reverse_step='eq12')
+    assert not lee_sampler(net, latents, num_steps=few, reverse_step='ancestral').abs().max() < 10
+    sampler = lee_samplers(net, num_steps=enough, reverse_step='ancestral')
+    assert sampler(net, latents).abs().max() < 3
+
+
+def test_log_gain_is_that_of_the_worst_band_and_step():
+    chain, levels = LeeChain(f_type='log'), [1000, 700, 350, 0]
+    logs = torch.stack([chain.at(torch.tensor(i), 8).log_signal for i in levels])
+    assert chain.log_gain(levels, 8) == pytest.approx(logs.diff(dim=0).max().item())
+    assert chain.log_gain(list(range(1000, -1, -1)), 8) < MAX_LOG_GAIN
 
 
 # -- losses

@@ -1,17 +1,21 @@
 """Systems that start from training images: IHDM and Cold Diffusion."""
 
+import json
 import types
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from dnnlib import UserError
+from tests.commands import SMALL, invoke, refused
 from tests.family_oracle import LinearOracle, spectrum
 from training.dataset import EMBEDDED, ImageFolderDataset
 from warm.bands import diffuse
 from warm.blur import blur, dct2, idct2
-from warm.cold import BLURS, ColdProcess, cold_loss, cold_sampler, cold_samplers, colour_start, restoration_step
+from warm.cold import (BLURS, ColdPrecond, ColdProcess, cold_loss, cold_sampler, cold_samplers, colour_start,
+                       restoration_step)
 from warm.ihdm import HeatLevels, ihdm_loss, ihdm_sampler, ihdm_samplers
 from warm.starts import TrainingImages, data_for
 
@@ -163,6 +167,26 @@ def test_the_papers_blur_is_four_pixels_and_the_strong_one_leaves_a_colour():
     assert strong.max() < 5e-4
 
 
+@pytest.mark.parametrize('n', [8, 16, 32, 64])
+def test_as_many_kernels_as_blur_are_let_through(n):
+    """And one more is refused: its table has no logarithm, and every loss would be NaN."""
+    least = next(T for T in range(100, 200) if not BLURS['paper'](T, n).isfinite().all())
+    ColdProcess(num_steps=least - 1).check(n)
+    for more in (least, least + 1, 1000):
+        with pytest.raises(UserError, match=f'--cold-steps={more} .*such as 50, or --cold-blur=strong'):
+            ColdProcess(num_steps=more).check(n)
+        ColdProcess('strong', more).check(n)
+
+
+def test_too_many_kernels_are_refused_when_training_starts(tmp_path):
+    small = dict(model_channels=8, channel_mult=[1], num_blocks=1)
+    with pytest.raises(UserError, match='--cold-steps=200'):
+        ColdPrecond(8, 1, cold_steps=200, **small)
+    ColdPrecond(8, 1, cold_steps=200, cold_blur='strong', **small)
+    refused(invoke('train.py', f'--outdir={tmp_path}', '--precond=cold', '--cold-steps=200', *SMALL, '--dry-run'),
+            '--cold-steps=200 is too many')
+
+
 @pytest.mark.parametrize('name', BLURS)
 @pytest.mark.parametrize('num_steps', [50, 7])
 def test_cold_sampler_restores_what_the_network_can_know(name, num_steps):
@@ -181,8 +205,8 @@ def test_cold_sampler_restores_what_the_network_can_know(name, num_steps):
     net, last = LevelOracle(gain, process=process), process.at(level(50), 8).signal
     out = cold_sampler(net, image, start=lambda *_: idct2(last * dct2(image)), num_steps=num_steps)
     assert net.calls == num_steps
-    known = last > 1e-6
-    torch.testing.assert_close(dct2(out)[..., known], dct2(image)[..., known], rtol=0, atol=1e-7)
+    survivors = last > 1e-6
+    torch.testing.assert_close(dct2(out)[..., survivors], dct2(image)[..., survivors], rtol=0, atol=1e-7)
 
 
 def test_cold_sampler_forgives_errors_where_blur_is_linear():
@@ -246,6 +270,29 @@ def test_starting_images_are_of_the_class():
         drawn = images.draw(torch.zeros(1, 1, 8, 8), torch.eye(10)[[7]], normals(z))
         pixels = ((drawn[0] + 1) * 127.5).round().to(torch.uint8).numpy()
         assert any((pixels == data[i][0]).all() for i in range(len(data)) if data.get_label(i)[7])
+
+
+def labelled(folder, labels):
+    """A folder of grey 8×8 images, the i-th of the value i, with these labels."""
+    names = [f'{i}.png' for i in range(len(labels))]
+    for i, name in enumerate(names):
+        PIL.Image.fromarray(np.full([8, 8], i, np.uint8)).save(folder / name)
+    (folder / 'dataset.json').write_text(json.dumps({'labels': list(zip(names, labels))}))
+    return folder
+
+
+def test_classes_without_images_are_refused(tmp_path):
+    """Class numbers with gaps make a network for classes that nothing can start from."""
+    with pytest.raises(UserError, match='no images of class 1, 3 from which.*without gaps.*--cond=0'):
+        TrainingImages(labelled(tmp_path, [0, 2, 4, 4]), stub(label_dim=5))
+    TrainingImages(labelled(tmp_path, [0, 2, 4, 4]), stub())
+
+
+def test_label_vectors_start_from_the_images_nearest_to_a_class(tmp_path):
+    images = TrainingImages(labelled(tmp_path, [[0.9, 0.1, 0.0], [0.0, 0.2, 0.8]]), stub(label_dim=3))
+    for label, z, value in ((0, 2.0, 0), (2, -2.0, 1), (1, -2.0, 0), (1, 2.0, 1)):  # class 1 is no image's first
+        drawn = images.draw(torch.zeros(1, 1, 8, 8), torch.eye(3)[[label]], normals(z))
+        torch.testing.assert_close(drawn, torch.full_like(drawn, value / 127.5 - 1))
 
 
 def test_colour_start_has_the_datas_mean_and_spread():

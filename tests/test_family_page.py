@@ -1,12 +1,16 @@
 """The contact sheet of all systems: what can be said without training them."""
 
+import re
+
 import numpy as np
 import pytest
-import torch
 
-from tests.commands import invoke
+from tests.commands import ROOT, invoke
+from training import metrics
+from training.detectors import load_detector
+from training.snapshot import save_snapshot
 from warm.demo import is_trained
-from warm.family import COLUMNS, PAPER_SETTINGS, Counter, Result, draw_sheet, members, page
+from warm.family import COLUMNS, PAPER_SETTINGS, Result, draw_sheet, evaluate, members, page, reals
 from warm.figures import draw
 from warm.systems import SYSTEMS
 
@@ -26,8 +30,8 @@ def test_every_system_has_a_row():
 def test_members_take_their_options():
     for row in members():
         system = SYSTEMS[row.system]
-        known = (*system.sample_options, *(option.name for option in system.own_sample_options))
-        assert all(name in known for name, _ in row.sample)
+        names = (*system.sample_options, *(option.name for option in system.own_sample_options))
+        assert all(name in names for name, _ in row.sample)
         if row.train:
             result = invoke('train.py', f'--precond={row.system}', *row.train, '--dry-run')
             assert result.exit_code == 0, result.output
@@ -42,18 +46,43 @@ def test_page_and_sheet(tmp_path):
     assert (tmp_path / 'family.png').is_file() and len(files) == 2
 
 
+def without_versions(text):
+    """The page's words, less those that depend on the machine."""
+    return re.sub(r'PyTorch [\d.]+ on \w+, threads: \d+', '', ' '.join(text.split()))
+
+
+def test_docs_show_what_the_program_writes():
+    """But for line breaks, and for the numbers, which are taken from the page itself."""
+    text = (ROOT / 'docs' / 'family.md').read_text(encoding='utf-8')
+    found = re.findall(r'^\| (.*?) \| .*? \| `.*?` \| (\d+) \| ([\d.]+) \| (\d+) s \|', text, re.M)
+    numbers = {title: (int(nfe), float(score), float(seconds)) for title, nfe, score, seconds in found}
+    written = [Result(member, None, *numbers[member.title]) for member in members()]
+    duration, num, floor = (float(re.search(rf'{before}([\d.]*\d)', ' '.join(text.split()))[1])
+                            for before in ('--duration=', '--num=', 'digits, scores '))
+    page_now = page(written, floor, int(num), duration, 'family.png')
+    assert without_versions(text) == without_versions(page_now)
+
+
+def test_a_member_is_drawn_scored_and_counted(tmp_path):
+    """Cold Diffusion, the one that needs its data too, and a variant that shares another's run."""
+    detector, digits = load_detector('pixels'), reals()
+    reference = metrics.accumulate([digits], detector, ['fid'], len(digits))
+    for title, nfe in (('Cold Diffusion', 50), ('EDM-ES', 35)):
+        member = next(row for row in members() if row.title == title)
+        net = SYSTEMS[member.system].network_class(8, 1, model_type='SongUNet', model_channels=8, channel_mult=[1],
+                                                   num_blocks=1)
+        (tmp_path / member.run).mkdir()
+        save_snapshot(tmp_path / member.run / 'network-snapshot-000001.safetensors', net, member.system,
+                      dataset=dict(name='digits-8x8', resolution=8, num_images=len(digits)))
+        result = evaluate(tmp_path, member, COLUMNS, detector, reference)
+        assert result.nfe == nfe and result.score > 0 and result.images.shape == (COLUMNS, 1, 8, 8)
+
+
 @pytest.mark.parametrize('name', PAPER_SETTINGS)
 def test_paper_settings_are_accepted(name):
     flags = [flag for flag in PAPER_SETTINGS[name][1].split() if not flag.startswith('--data')]
     result = invoke('train.py', f'--precond={name}', *flags, '--dry-run')
     assert result.exit_code == 0, result.output
-
-
-def test_counter_counts_evaluations():
-    net = SYSTEMS['edm'].network_class(8, 1, model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1)
-    counter = Counter(net)
-    SYSTEMS['edm'].make_sampler(net, {'num_steps': 3})(torch.zeros(2, 1, 8, 8))
-    assert counter.calls == 5
 
 
 def test_a_stopped_run_is_not_a_finished_one(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -26,7 +27,8 @@ from warm.systems import SYSTEMS
 
 TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
-FEW = {'blurring': {'num_steps': 3}, 'lee': {'num_steps': 3}, 'cold': {'num_steps': 3}, 'ihdm': {}}
+# Steps enough for any of a system's options: fewer of Blur Diffusion's are refused with --reverse-step=ancestral.
+FEW = {'blurring': {'num_steps': 3}, 'lee': {'num_steps': 10}, 'cold': {'num_steps': 3}, 'ihdm': {}}
 EDM_NFE = 35  # of EDM's sampler, and so of a system that takes it
 DEFAULT_NFE = {'soft': 200, 'blurring': 1000, 'lee': 1000, 'ihdm': 200, 'cold': 50}  # where it is not EDM's
 pytestmark = pytest.mark.filterwarnings('ignore:.*pin_memory.*')
@@ -213,6 +215,14 @@ def test_ihdm_has_no_number_of_steps():
 def test_epsilon_scaling_refuses_what_it_would_ignore(option):
     with pytest.raises(UserError, match=f'--epsilon-scale does not go with .*{option}'):
         SYSTEMS['edm'].make_sampler(any_network('edm'), {'epsilon_scale': '1.0006', option: 1})
+
+
+@pytest.mark.parametrize('name', SYSTEMS)
+def test_a_flag_left_out_is_an_argument_left_out(name):
+    """What --help shows as a default is the constructor's, or None, which leaves it to the constructor."""
+    parameters = inspect.signature(SYSTEMS[name].network_class).parameters
+    for option in SYSTEMS[name].train_options:
+        assert option.default in (None, parameters[option.name].default), option.flag
 
 
 def test_option_names_are_each_one_flag():

@@ -1,9 +1,10 @@
 """The one family that all these systems belong to: x_t = V (a_t ∘ Vᵀx₀) + V (s_t ∘ Vᵀε), a and s per DCT band.
 
-A system says what its `Bands` (a_t, s_t) are at each time. What follows from them stands here once: the
-marginal, the conversions between ε and x₀, the transition q(z_t|z_s), the posterior q(z_s|z_t, x₀) and the
-steps of a sampler. EDM is a = 1, s = σ; Warm is a = M_α, s = β; cold systems have s = 0. Equation numbers are
-Blurring Diffusion's (Hoogeboom and Salimans 2023).
+Those that blur say what their `Bands` (a_t, s_t) are at each time; cold ones have s = 0. What they need of them stands
+here once: the marginal that their losses draw from, and for ancestral sampling the transition q(z_t|z_s) and the
+posterior q(z_s|z_t, x₀). EDM is a = 1, s = σ, and Warm is a = M_α, s = β, but both have losses and samplers of their
+own, which tests/test_family_bands.py holds against the family's. Equation numbers are Blurring Diffusion's (Hoogeboom
+and Salimans 2023).
 
 a is kept as its logarithm: at strong blur it underflows, and only ratios of it matter then.
 """
@@ -49,18 +50,11 @@ def diffuse(x0, eps, at):
     return idct2(signal + at.noise * dct2(eps)).to(x0.dtype)
 
 
-def clean_from_noise(x, eps, at):
-    """x̂₀ = V ((Vᵀx − s ∘ Vᵀε̂)/a), float64 (Eq. 21); a must not underflow."""
-    return idct2((dct2(x) - at.noise * dct2(eps)) / at.signal)
-
-
-def noise_from_clean(x, x0, at):
-    """ε̂ = V ((Vᵀx − a ∘ Vᵀx̂₀)/s), float64: the inverse of `clean_from_noise`; s > 0."""
-    return idct2((dct2(x) - at.signal * dct2(x0)) / at.noise)
-
-
 def transition_moments(earlier, later):
-    """q(z_later|z_earlier): (a_{t|s}, σ²_{t|s}) per band, the factor of the state and the variance added (Eq. 15)."""
+    """q(z_later|z_earlier): (a_{t|s}, σ²_{t|s}) per band, the factor of the state and the variance added (Eq. 15).
+
+    a_{t|s} = a_t/a_s and σ²_{t|s} = s_t² − a²_{t|s} s_s² stand below Eq. 15, without a number of their own.
+    """
     ratio = (later.log_signal - earlier.log_signal).exp()
     return ratio, (later.noise.square() - (ratio * earlier.noise).square()).clamp(min=0)
 
@@ -79,30 +73,22 @@ def posterior(here, there, delta=0):
     Returns:
         (w_x, w_0, σ²), float64.
     """
-    ratio, added = transition_moments(there, here)
-    known = there.noise.square().clamp(min=delta)
-    share = known / (added / ratio.square()).clamp(min=delta)
-    variance = known / (1 + share)
-    return ratio * variance / (added + delta), 1 / (1 + share), variance
-
-
-def ancestral_step(x, x0, here, there, z=None):
-    """Draw from q(z_there|z_here, x̂₀), or take its mean where z is None (Eq. 22); float64.
-
-    Args:
-        x, x0: State and estimate of the clean image [B, C, N, N].
-        here, there: Bands now and at an earlier time.
-        z: Standard normal noise like x.
-    """
-    weight_x, weight_0, variance = posterior(here, there)
-    u = weight_x * dct2(x) + weight_0 * there.signal * dct2(x0)
-    return idct2(u if z is None else u + variance.sqrt() * dct2(z))
+    ratio, increment = transition_moments(there, here)
+    prior = there.noise.square().clamp(min=delta)
+    odds = prior / (increment / ratio.square()).clamp(min=delta)
+    variance = prior / (1 + odds)
+    return ratio * variance / (increment + delta), 1 / (1 + odds), variance
 
 
 def ancestral_noise_step(x, eps, here, there, z=None, delta=0):
-    """`ancestral_step` for an estimate ε̂ (Eq. 23), without the detour over x̂₀, which overflows at strong blur.
+    """Draw from q(z_there|z_here, x̂₀) for an estimate ε̂, or take its mean where z is None (Eq. 22, 23); float64.
+
+    There is no detour over x̂₀, which overflows at strong blur.
 
     Args:
+        x, eps: State and estimate of its noise [B, C, N, N].
+        here, there: Bands now and at an earlier time.
+        z: Standard normal noise like x.
         delta: As in `posterior`.
     """
     weight_x, weight_0, variance = posterior(here, there, delta)
@@ -112,22 +98,6 @@ def ancestral_noise_step(x, eps, here, there, z=None, delta=0):
     return idct2(u if z is None else u + variance.sqrt() * dct2(z))
 
 
-def implicit_step(x, x0, here, there, sigma=0, z=None):
-    """DDIM's step: V (a′ ∘ Vᵀx̂₀ + √(s′² − σ²) ∘ Vᵀε̂ + σ ∘ Vᵀz), float64.
-
-    σ = 0 is deterministic, the Euler step of EDM and of Warm; σ² = the posterior's variance is `ancestral_step`.
-
-    Args:
-        x, x0, here, there, z: As in `ancestral_step`.
-        sigma: Standard deviation of the fresh noise, 0 ≤ σ ≤ s′: a number, or one per band.
-    """
-    sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
-    clean = dct2(x0)
-    kept = (there.noise.square() - sigma.square()).clamp(min=0).sqrt() / here.noise
-    u = there.signal * clean + kept * (dct2(x) - here.signal * clean)
-    return idct2(u if z is None else u + sigma * dct2(z))
-
-
 # -- what the samplers of these systems share
 
 def predict(net, x, level, class_labels=None):
@@ -135,9 +105,9 @@ def predict(net, x, level, class_labels=None):
     return net(x, x.new_full([], level), class_labels).to(torch.float64)
 
 
-def grid_options(net, given):
+def grid_options(net, options):
     """Options of EDM's grid of noise levels, defaults filled in, after checking that they suit `net` (UserError)."""
-    options = {**{name: SAMPLER_DEFAULTS[name] for name in GRID_OPTIONS}, **given}
+    options = {**{name: SAMPLER_DEFAULTS[name] for name in GRID_OPTIONS}, **options}
     edm_sigma_steps(**options, net=net, device='cpu')
     return options
 

@@ -32,6 +32,7 @@ from training.system import Option, System
 from warm.bands import Bands, ancestral_noise_step, diffuse, predict
 from warm.blur import blur_mask
 
+NUM_STEPS = 1000
 LOGSNR_MAX = 10
 DELTA = 1e-8
 # σ_B/σ_B,max at time t (Eq. 25 and Table 4).
@@ -66,8 +67,8 @@ class BlurringProcess:
 
     def at(self, t, n):
         """`Bands` of N×N images at time t, a float64 tensor ([] or [B, 1, 1, 1]) in 0…1 on their device."""
-        low = math.atan(math.exp(-LOGSNR_MAX / 2))
-        angle = low + (math.pi / 2 - 2 * low) * t  # logSNR = −2 ln tan(angle), hence a = cos and s = sin of it
+        margin = math.atan(math.exp(-LOGSNR_MAX / 2))
+        angle = margin + (math.pi / 2 - 2 * margin) * t  # logSNR = −2 ln tan(angle), hence a = cos and s = sin of it
         alpha = self.sigma_blur_max * BLUR_SCHEDULES[self.blur_schedule](t)
         d = (1 - self.d_min) * blur_mask(alpha, n) + self.d_min
         return Bands(angle.cos().log() + d.log(), angle.sin())
@@ -81,11 +82,12 @@ class BlurringPrecond(Precond):
         sigma_blur_max, blur_schedule, d_min: See `BlurringProcess`.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_blur_max=20.0,
-                 blur_schedule='sin2', d_min=0.001, model_type='SongUNet', **model_kwargs):
-        own = dict(sigma_blur_max=sigma_blur_max, blur_schedule=blur_schedule, d_min=d_min)
-        process = BlurringProcess(**own)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, own,
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False,
+                 sigma_blur_max=BlurringProcess.sigma_blur_max, blur_schedule=BlurringProcess.blur_schedule,
+                 d_min=BlurringProcess.d_min, model_type='SongUNet', **model_kwargs):
+        constants = dict(sigma_blur_max=sigma_blur_max, blur_schedule=blur_schedule, d_min=d_min)
+        process = BlurringProcess(**constants)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
                          sigma_min=0, sigma_max=1)
         self.process = process
 
@@ -103,7 +105,7 @@ def blurring_loss(net, images, labels=None, augment_pipe=None):
     return (net(z_t, t, labels, augment_labels=augment_labels) - eps) ** 2
 
 
-def blurring_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=1000, delta=DELTA):
+def blurring_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS, delta=DELTA):
     """Ancestral sampling at t = 1, 1 − 1/T, …, 1/T (Algorithm 1, Eq. 18 and 23, guards of A.1).
 
     Args:
@@ -125,7 +127,7 @@ def blurring_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
     return x
 
 
-def blurring_samplers(net, num_steps=1000):
+def blurring_samplers(net, num_steps=NUM_STEPS):
     """`blurring_sampler` with its options checked."""
     check_steps(num_steps)
     return functools.partial(blurring_sampler, num_steps=num_steps)
@@ -140,9 +142,11 @@ BLURRING = System(
     sampler=blurring_samplers,
     sample_options=('num_steps',),
     network_options=(
-        Option('sigma_blur_max', 20.0, 'Blur at the end, in pixels; 0 is their DDPM', type=float),
-        Option('blur_schedule', 'sin2', 'How the blur rises', type=click.Choice(list(BLUR_SCHEDULES))),
-        Option('d_min', 0.001, 'What blur leaves of every band', type=float),
+        Option('sigma_blur_max', BlurringProcess.sigma_blur_max, 'Blur at the end, in pixels; 0 is their DDPM',
+               type=float),
+        Option('blur_schedule', BlurringProcess.blur_schedule, 'How the blur rises',
+               type=click.Choice(list(BLUR_SCHEDULES))),
+        Option('d_min', BlurringProcess.d_min, 'What blur leaves of every band', type=float),
     ),
     predicts_images=False,
 )

@@ -39,14 +39,19 @@ KERNEL_REACH = 5  # an 11×11 kernel
 COLOUR_NOISE = 0.002
 
 
-def kernel_log_gains(num_steps, n):
-    """ln of what s = 0 … num_steps of the paper's kernels leave of each band: float64 [num_steps + 1, N, N]."""
-    std = 0.35 + 0.01 * torch.arange(num_steps, dtype=torch.float64, device='cpu')
+def kernel_gains(first, last, n):
+    """Eigenvalues of the paper's kernels i = first … last − 1 along one axis of N pixels: float64 [last − first, N]."""
+    std = 0.35 + 0.01 * torch.arange(first, last, dtype=torch.float64, device='cpu')
     j = torch.arange(-KERNEL_REACH, KERNEL_REACH + 1, dtype=torch.float64, device='cpu')
     kernels = torch.exp(-j.square() / (2 * std[:, None].square()))
     kernels = kernels / kernels.sum(dim=1, keepdim=True)
     k = torch.arange(n, dtype=torch.float64, device='cpu')
-    rows = (kernels @ torch.cos(math.pi / n * j[:, None] * k)).log().cumsum(0)
+    return kernels @ torch.cos(math.pi / n * j[:, None] * k)
+
+
+def kernel_log_gains(num_steps, n):
+    """ln of what s = 0 … num_steps of the paper's kernels leave of each band: float64 [num_steps + 1, N, N]."""
+    rows = kernel_gains(0, num_steps, n).log().cumsum(0)
     rows = torch.cat([rows.new_zeros([1, n]), rows])
     return rows[:, :, None] + rows[:, None, :]
 
@@ -81,6 +86,17 @@ class ColdProcess:
         if self.num_steps < 2:
             raise UserError(f'--cold-steps={self.num_steps} are too few; give at least 2')
 
+    def check(self, n):
+        """Refuse (UserError) more of the paper's kernels than blur N×N images.
+
+        The wider a Gaussian, the more its 11 taps cut off, until what is left turns fine detail into its negative.
+        Once a kernel does, all wider ones do, so that the last one tells.
+        """
+        if self.blur == 'paper' and (kernel_gains(self.num_steps - 1, self.num_steps, n) <= 0).any():
+            raise UserError(f"--cold-steps={self.num_steps} is too many for the paper's kernels, the widest of which "
+                            f'no longer blur images of {n} pixels but invert their detail; give fewer, such as '
+                            f'{ColdProcess.num_steps}, or --cold-blur=strong')
+
     def at(self, s, n):
         """`Bands` of N×N images at steps s, an integer tensor ([] or [B, 1, 1, 1]) on their device."""
         table = log_gains(self.blur, self.num_steps, n, s.device)
@@ -97,9 +113,10 @@ class ColdPrecond(Precond):
         cold_steps: T.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, cold_blur='paper', cold_steps=50,
-                 model_type='SongUNet', **model_kwargs):
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, cold_blur=ColdProcess.blur,
+                 cold_steps=ColdProcess.num_steps, model_type='SongUNet', **model_kwargs):
         process = ColdProcess(cold_blur, cold_steps)
+        process.check(img_resolution)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
                          dict(cold_blur=cold_blur, cold_steps=cold_steps), sigma_min=1, sigma_max=cold_steps)
         self.process = process
@@ -130,7 +147,10 @@ def blurred_start(images, last):
 
 
 def colour_start(images, last):
-    """start(latents, class_labels, randn_like): constant colours like the training images' means, a little noise."""
+    """start(latents, class_labels, randn_like): constant colours like the training images' means, a little noise.
+
+    The class is left out of account: all images' colours make one Gaussian, and only the network knows of classes.
+    """
     mean, covariance = images.colours()
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt()
@@ -143,9 +163,11 @@ def colour_start(images, last):
 
 
 STARTS = {'blurred': blurred_start, 'colours': colour_start}
+DEFAULT_START = 'blurred'
 
 
-def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, start=None, num_steps=50):
+def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, start=None,
+                 num_steps=ColdProcess.num_steps):
     """From `start` back through num_steps of the network's steps, one evaluation each.
 
     Args:
@@ -167,7 +189,7 @@ def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, s
     return x
 
 
-def cold_samplers(net, num_steps=None, data=None, cold_start='blurred'):
+def cold_samplers(net, num_steps=None, data=None, cold_start=DEFAULT_START):
     """`cold_sampler` with its options checked; by default as many steps as the network has."""
     process = net.process
     num_steps = process.num_steps if num_steps is None else num_steps
@@ -192,10 +214,10 @@ COLD = System(
     sample_options=('num_steps',),
     own_sample_options=(
         DATA,
-        Option('cold_start', 'blurred', 'What Cold Diffusion starts from', type=click.Choice(list(STARTS))),
+        Option('cold_start', DEFAULT_START, 'What Cold Diffusion starts from', type=click.Choice(list(STARTS))),
     ),
     network_options=(
-        Option('cold_blur', 'paper', 'Blur of Cold Diffusion', type=click.Choice(list(BLURS))),
-        Option('cold_steps', 50, 'Number of blurs', type=int),
+        Option('cold_blur', ColdProcess.blur, 'Blur of Cold Diffusion', type=click.Choice(list(BLURS))),
+        Option('cold_steps', ColdProcess.num_steps, 'Number of blurs', type=int),
     ),
 )

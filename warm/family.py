@@ -9,6 +9,7 @@ sheet. The systems come from the registry, so a new one appears in both.
 import dataclasses
 import os
 import pathlib
+import textwrap
 import time
 
 import click
@@ -21,7 +22,9 @@ from training import metrics
 from training.dataset import load_embedded
 from training.detectors import load_detector
 from training.generation import generate_images, tile
+from training.provenance import count_evaluations
 from training.snapshot import build_network, read_snapshot
+from training.system import flag_of
 from warm.demo import finish, is_trained, last_snapshot, start
 from warm.figures import draw
 from warm.starts import data_for
@@ -107,17 +110,6 @@ def train(outdir, member, duration):
                        f'--precond={member.system}', *member.train, *TRAINING, f'--duration={duration}'])])
 
 
-class Counter:
-    """Evaluations of a network, counted by a hook on its U-Net."""
-
-    def __init__(self, net):
-        self.calls = 0
-        net.model.register_forward_pre_hook(self._count)
-
-    def _count(self, module, args):
-        self.calls += 1
-
-
 @dataclasses.dataclass
 class Result:
     """What became of a member: uint8 images [COLUMNS, C, H, W], evaluations an image, score, seconds of sampling."""
@@ -134,10 +126,10 @@ def evaluate(outdir, member, num, detector, reference):
     snapshot = read_snapshot(last_snapshot(outdir, member.run))
     net, system = build_network(snapshot, SYSTEMS, dist.device()), SYSTEMS[member.system]
     options = {**dict(member.sample), **({'data': data_for(snapshot)} if system.starts_from_data else {})}
-    counter, began = Counter(net), time.time()
-    batches = [images for _, images in generate_images(net, list(range(num)), system.make_sampler(net, options), BATCH)]
-    return Result(member, batches[0][:COLUMNS].cpu().numpy(), counter.calls // len(batches),
-                  distance(batches, num, detector, reference), time.time() - began)
+    sampler, began = system.make_sampler(net, options), time.time()
+    batches = [images for _, images in generate_images(net, list(range(num)), sampler, BATCH)]
+    score, seconds = distance(batches, num, detector, reference), time.time() - began
+    return Result(member, batches[0][:COLUMNS].cpu().numpy(), count_evaluations(net, sampler), score, seconds)
 
 
 def distance(batches, total, detector, reference):
@@ -162,16 +154,24 @@ def draw_sheet(figure, rows):
         ax.spines[:].set_visible(False)
 
 
+def paragraph(text):
+    """`text` in lines of at most 100 characters, never broken within a flag."""
+    return textwrap.fill(text, width=100, break_long_words=False, break_on_hyphens=False)
+
+
 def page(results, floor, num, duration, figure):
-    """docs/family.md."""
+    """docs/family.md; `floor` is the score of `num` real digits."""
     lines = [
         '# The family side by side', '',
-        f'Made by `python -m warm.family --duration={duration:g} --num={num}`: every system trained on the embedded',
-        f'handwritten digits (8×8) for {duration * 1000:g} thousand images with `train.py {" ".join(TRAINING)}`,',
-        f'seeds 0 to {num - 1} drawn with its own sampler at its defaults, and scored by FD-pixels (`fid.py`,',
-        f'`--detector=pixels`) against all 1797 digits; {num} real digits score {floor:.2f}. NFE is counted. PyTorch',
-        f'{torch.__version__.split("+")[0]} on {dist.device().type}, threads: {torch.get_num_threads()}. So short a',
-        'training on so small images says that a system works, not which is better.', '',
+        paragraph(
+            f'Made by `python -m warm.family --duration={duration:g} --num={num}`: every system trained on the '
+            f'embedded handwritten digits (8×8) for {duration * 1000:g} thousand images with '
+            f'`train.py {" ".join(TRAINING)}`, seeds 0 to {num - 1} drawn with its own sampler at its defaults, and '
+            'scored by FD-pixels (`fid.py`, `--detector=pixels`) against all 1797 digits. The floor to compare with, '
+            f'{num} real digits, scores {floor:.2f}; it is biased low, since these digits are part of the reference. '
+            f'NFE is counted. PyTorch {torch.__version__.split("+")[0]} on {dist.device().type}, threads: '
+            f'{torch.get_num_threads()}. So short a training on so small images says that a system works, not which '
+            'is better.'), '',
         f'![Contact sheet]({figure})', '',
         '| system | paper | flags | NFE | FD-pixels | sampling | note |',
         '|---|---|---|---|---|---|---|',
@@ -179,7 +179,7 @@ def page(results, floor, num, duration, figure):
     for r in results:
         system = SYSTEMS[r.member.system]
         flags = ' '.join([f'--precond={system.name}', *r.member.train,
-                          *(f"--{k.replace('_', '-')}={v}" for k, v in r.member.sample)])
+                          *(f'{flag_of(name)}={value}' for name, value in r.member.sample)])
         lines.append(f'| {r.member.title} | {r.member.paper or system.paper} | `{flags}` | {r.nfe} '
                      f'| {r.score:.2f} | {r.seconds:.0f} s | {r.member.note} |')
     return '\n'.join([*lines, *settings()]) + '\n'
@@ -188,8 +188,9 @@ def page(results, floor, num, duration, figure):
 def settings():
     """Lines of the page: the papers' own settings as commands."""
     lines = ['', "## The papers' own settings", '',
-             "What their text says about network and training, as far as the flags go (the U-Nets are EDM's, with",
-             "their number of blocks and attention); Cold and Soft Diffusion's papers were not at hand.", '']
+             paragraph("What their text says about network and training, as far as the flags go (the U-Nets are EDM's, "
+                       "with their number of blocks and attention); Cold and Soft Diffusion's papers were not at "
+                       'hand.'), '']
     for name, (what, flags) in PAPER_SETTINGS.items():
         lines.append(f'- {SYSTEMS[name].title} ({what}): `python train.py --precond={name} {flags}`')
     return lines
@@ -208,14 +209,14 @@ def main(outdir, docs, duration, num):
     make_dirs(outdir)
     detector, digits = load_detector('pixels', dist.device()), reals()
     reference = metrics.accumulate([digits], detector, ['fid'], len(digits))
-    some = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))[:num]]
-    floor = distance([some], num, detector, reference)
+    sample = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))[:num]]
+    floor = distance([sample], num, detector, reference)
     results = []
     for member in members():
         train(outdir, member, duration)
         results.append(evaluate(outdir, member, num, detector, reference))
         print(f'{member.title}: FD-pixels {results[-1].score:.2f}, NFE {results[-1].nfe}', flush=True)
-    rows = [(f'real digits: {floor:.2f}', some[:COLUMNS].numpy()),
+    rows = [(f'real digits: {floor:.2f}', sample[:COLUMNS].numpy()),
             *((f'{r.member.title}: {r.score:.2f}, NFE {r.nfe}', r.images) for r in results)]
     draw(os.path.join(docs, 'family'), (10, 0.36 * len(rows)), lambda figure: draw_sheet(figure, rows))
     with atomic_write(os.path.join(docs, 'family.md'), 'w') as f:

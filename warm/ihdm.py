@@ -87,8 +87,8 @@ class IHDMPrecond(Precond):
         ihdm_levels, ihdm_blur_max: `HeatLevels`' num_levels and blur_max.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, ihdm_levels=200, ihdm_blur_max=24.0,
-                 model_type='SongUNet', **model_kwargs):
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, ihdm_levels=HeatLevels.num_levels,
+                 ihdm_blur_max=HeatLevels.blur_max, model_type='SongUNet', **model_kwargs):
         process = HeatLevels(num_levels=ihdm_levels, blur_max=ihdm_blur_max)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
                          dict(ihdm_levels=ihdm_levels, ihdm_blur_max=ihdm_blur_max), sigma_min=1, sigma_max=ihdm_levels)
@@ -154,8 +154,8 @@ IHDM = System(
         Option('ihdm_delta', DELTA, "IHDM's noise at sampling, for images in [0, 1]", type=float),
     ),
     network_options=(
-        Option('ihdm_levels', 200, 'Number of blur levels', type=int),
-        Option('ihdm_blur_max', 24.0, 'Blur of the last level, in pixels', type=float),
+        Option('ihdm_levels', HeatLevels.num_levels, 'Number of blur levels', type=int),
+        Option('ihdm_blur_max', HeatLevels.blur_max, 'Blur of the last level, in pixels', type=float),
     ),
     predicts_images=False,
 )

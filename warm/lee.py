@@ -10,7 +10,8 @@ What differs from the paper, or is left open there:
 - Eq. 12 steps from i to i − 1 with B_{i+1}, W_{i+1}, which do not exist at N; B_i and W_i are taken.
 - The last step's noise is left out, as score-based samplers do (Eq. 12 read literally would add √B_1 z).
 - Fewer steps than N: the chain between the levels visited, whose factor and B follow from `warm.bands`. Eq. 12
-  is a first-order rule that suffers from long steps; --reverse-step=ancestral draws from the posterior instead.
+  is a first-order rule that suffers from long steps; --reverse-step=ancestral draws from the posterior instead. As
+  that divides by the step's factor a_t/a_s, it has a longest step too (MAX_LOG_GAIN).
 - Linear f is f(N)·i/N; the paper only names it in a figure. λ(i) = 1. Level i goes into the embedding as it is.
 - Their network (LSUN 64×64): --arch=adm --cbase=128 --cres=1,2,3,4 --dropout=0 --augment=0 --batch=16 --lr=5e-5
   (App. B; App. G says 1e-5). The paper has no CIFAR-10 result; the defaults are those of LSUN.
@@ -39,6 +40,10 @@ F_TYPES = {
     'none': lambda i, N: torch.zeros_like(i),
 }
 F_FINAL = {'quartic': 0.14, 'linear': 0.14, 'log': 0.6, 'none': 0.0}  # f(N); linear's is ours
+
+# ln of the largest a_s/a_t of an ancestral step, by which it multiplies errors of ε̂: those include the rounding of
+# the network's float32, which would become as large as the image.
+MAX_LOG_GAIN = -math.log(torch.finfo(torch.float32).eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +80,21 @@ class LeeChain:
         f = f_final * F_TYPES[self.f_type](i, self.num_levels)
         return tuple(torch.cat([v.new_zeros([1]), v.cumsum(0)]) for v in (torch.log1p(-beta), f))
 
+    def log_power(self, i, frequency):
+        """ln Ā at level i, an integer tensor, of bands of these λ, a float64 tensor; their shapes broadcast."""
+        log_alpha, f = (table.take(i) for table in _sums_on(self, i.device))
+        return log_alpha - frequency * self.sigma ** 2 * f
+
     def at(self, i, n):
         """`Bands` of N×N images at level i, an integer tensor ([] or [B, 1, 1, 1]) in 0…N on their device."""
-        log_alpha, f = (table.take(i) for table in _sums_on(self, i.device))
-        log_power = log_alpha - frequencies(n, i.device) * self.sigma ** 2 * f
+        log_power = self.log_power(i, frequencies(n, i.device))
         # √Ā as exp of half the log: Ā itself underflows.
         return Bands(log_power / 2, (-torch.expm1(log_power)).sqrt())
+
+    def log_gain(self, levels, n):
+        """ln of the largest a_s/a_t over all bands of N×N images and all steps t → s between neighbours in a list."""
+        highest = self.log_power(torch.tensor(levels, device='cpu'), frequencies(n)[-1, -1])
+        return highest.diff().max().item() / 2
 
 
 @constant
@@ -97,11 +111,11 @@ class LeePrecond(Precond):
         f_type, f_final, num_levels: See `LeeChain`.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, f_type='quartic', f_final=None,
-                 num_levels=1000, model_type='SongUNet', **model_kwargs):
-        own = dict(f_type=f_type, f_final=f_final, num_levels=num_levels)
-        process = LeeChain(**own)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, own,
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, f_type=LeeChain.f_type,
+                 f_final=LeeChain.f_final, num_levels=LeeChain.num_levels, model_type='SongUNet', **model_kwargs):
+        constants = dict(f_type=f_type, f_final=f_final, num_levels=num_levels)
+        process = LeeChain(**constants)
+        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
                          sigma_min=1, sigma_max=num_levels)
         self.process = process
 
@@ -127,9 +141,11 @@ def eq12_step(x, eps, here, there, z=None):
 
 
 REVERSE_STEPS = {'eq12': eq12_step, 'ancestral': ancestral_noise_step}
+DEFAULT_STEP = 'eq12'
 
 
-def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=1000, reverse_step='eq12'):
+def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=LeeChain.num_levels,
+                reverse_step=DEFAULT_STEP):
     """Reverse diffusion from level N to 0 in num_steps steps, one evaluation each.
 
     Args:
@@ -152,12 +168,24 @@ def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
     return x
 
 
-def lee_samplers(net, num_steps=None, reverse_step='eq12'):
+def check_gain(net, num_steps):
+    """Refuse (UserError) a number of steps in which the ancestral step would amplify mere rounding to an image."""
+    process = net.process
+    gain = process.log_gain(spread_levels(num_steps, process.num_levels), net.img_resolution)
+    if gain > MAX_LOG_GAIN:
+        raise UserError(f'--reverse-step=ancestral with --steps={num_steps} would multiply errors of the network by up '
+                        f'to 1e{gain / math.log(10):.0f}, which float32 is not exact enough for; use '
+                        f'--reverse-step=eq12, or more --steps (at most {process.num_levels})')
+
+
+def lee_samplers(net, num_steps=None, reverse_step=DEFAULT_STEP):
     """`lee_sampler` with its options checked; by default as many steps as the chain has."""
     num_steps = net.process.num_levels if num_steps is None else num_steps
     check_steps(num_steps, at_most=net.process.num_levels)
     if reverse_step not in REVERSE_STEPS:
         raise UserError(f"--reverse-step={reverse_step} is not known; choose one of {', '.join(REVERSE_STEPS)}")
+    if reverse_step == 'ancestral':
+        check_gain(net, num_steps)
     return functools.partial(lee_sampler, num_steps=num_steps, reverse_step=reverse_step)
 
 
@@ -170,11 +198,11 @@ LEE = System(
     sampler=lee_samplers,
     sample_options=('num_steps',),
     own_sample_options=(
-        Option('reverse_step', 'eq12', 'Step of the sampler', type=click.Choice(list(REVERSE_STEPS))),
+        Option('reverse_step', DEFAULT_STEP, 'Step of the sampler', type=click.Choice(list(REVERSE_STEPS))),
     ),
     network_options=(
-        Option('f_type', 'quartic', 'Blur schedule f', type=click.Choice(list(F_TYPES))),
-        Option('f_final', None, 'f at the last level', type=float,
+        Option('f_type', LeeChain.f_type, 'Blur schedule f', type=click.Choice(list(F_TYPES))),
+        Option('f_final', LeeChain.f_final, 'f at the last level', type=float,
                shown=', '.join(f'{v:g} {k}' for k, v in F_FINAL.items() if v)),
     ),
     predicts_images=False,

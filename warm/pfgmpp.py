@@ -59,9 +59,9 @@ def heavy_tailed(normal, chi_square, aug_dim):
 
 def chi_square_of(z, aug_dim):
     """χ²_D as a function of a standard normal variable z (its quantile at Φ(z)): float64, shape and device of z."""
-    lower = z.to('cpu', torch.float64).numpy()
+    variate = z.to('cpu', torch.float64).numpy()
     # Both tails keep their precision: the smaller of Φ(z) and Φ(−z) decides.
-    p = scipy.special.ndtr(-abs(lower))
+    p = scipy.special.ndtr(-abs(variate))
     half = torch.where(z.cpu() < 0, torch.as_tensor(scipy.special.gammaincinv(aug_dim / 2, p)),
                        torch.as_tensor(scipy.special.gammainccinv(aug_dim / 2, p)))
     return (2 * half).to(z.device)

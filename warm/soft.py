@@ -27,6 +27,7 @@ from training.system import GRID_OPTIONS, Option, System
 from warm.bands import Bands, diffuse, grid_options, predict
 from warm.blur import blur, blur_mask, dct2, idct2, log_blur_mask, mask_difference
 from warm.path import PAPER_BNR, ConstantBNR
+from warm.samplers import SAMPLER_DEFAULTS
 
 NUM_STEPS = 200
 
@@ -78,14 +79,15 @@ class SoftLoss:
 
 def momentum_step(x, x0, alpha, sigma, alpha_next, sigma_next, z=None):
     """The step above from (α, σ) to (α′, σ′ < σ), blurs as 0-d tensors; without noise where z is None."""
-    n, gone = x.shape[-1], 1 - (sigma_next / sigma) ** 2
+    n, share = x.shape[-1], 1 - (sigma_next / sigma) ** 2
     u, clean = dct2(x), dct2(x0)
-    u = u + mask_difference(alpha, alpha_next, n) * clean + gone * (blur_mask(alpha, n) * clean - u)
+    u = u + mask_difference(alpha, alpha_next, n) * clean + share * (blur_mask(alpha, n) * clean - u)
     return idct2(u if z is None else u + math.sqrt(sigma ** 2 - sigma_next ** 2) * dct2(z))
 
 
-def soft_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS, sigma_min=0.002,
-                 sigma_max=80, rho=7):
+def soft_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
+                 sigma_min=SAMPLER_DEFAULTS['sigma_min'], sigma_max=SAMPLER_DEFAULTS['sigma_max'],
+                 rho=SAMPLER_DEFAULTS['rho']):
     """Momentum sampling on EDM's grid, one evaluation a step.
 
     Args:

@@ -25,7 +25,7 @@ class TrainingImages:
         net: The network that the images are for.
 
     Raises:
-        UserError: no path, or images that do not suit the network.
+        UserError: no path; images that do not suit the network; class numbers that no image has.
     """
 
     def __init__(self, path, net):
@@ -37,11 +37,20 @@ class TrainingImages:
             raise UserError(f'the images of {path} ({d.num_channels} channels, {d.resolution} pixels, {d.label_dim} '
                             f'classes) are not those that the network was trained on ({net.img_channels}, '
                             f'{net.img_resolution}, {net.label_dim}); give that data set with --data')
+        # Now, since any class may be drawn later, in the middle of a training too.
+        absent = sorted(set(range(d.label_dim)) - set(self._classes)) if d.has_onehot_labels else []
+        if absent:
+            raise UserError(f"{path} has no images of class {', '.join(map(str, absent[:5]))}"
+                            f"{', …' if len(absent) > 5 else ''} from which sampling of that class could start; number "
+                            'the classes in its dataset.json from 0 on without gaps, or train without classes '
+                            '(--cond=0)')
 
     def draw(self, latents, class_labels, randn_like):
         """One image per element of `latents` [B, C, N, N], uniformly drawn, of the class where there are classes.
 
-        `randn_like` gives one normal variate an image. Returns float64 in [−1, 1], on the device of `latents`.
+        An image's label vector stands for the class of its largest element; where a class has none, which only
+        happens with such vectors, any image is drawn. `randn_like` gives one normal variate an image. Returns float64
+        in [−1, 1], on the device of `latents`.
         """
         z = randn_like(latents.new_empty([len(latents), 1, 1, 1], dtype=torch.float64))
         share = torch.special.ndtr(z).flatten().tolist()
@@ -51,9 +60,8 @@ class TrainingImages:
 
     def _pick(self, share, class_idx):
         """Index of the image at that share (0…1) of all, or of those of a class."""
-        if class_idx is None:
-            return min(int(share * len(self.dataset)), len(self.dataset) - 1)
-        members = self._classes.get(class_idx, range(len(self.dataset)))
+        everything = range(len(self.dataset))
+        members = everything if class_idx is None else self._classes.get(class_idx, everything)
         return members[min(int(share * len(members)), len(members) - 1)]
 
     @functools.cached_property
@@ -91,8 +99,8 @@ def data_for(snapshot, path=None):
             raise UserError(f"{snapshot.path} starts from blurred training images; give the data set it was trained on "
                             f"({facts.get('name', 'unknown')}) with --data=ZIP|DIR")
         return EMBEDDED
-    count, trained = len(ImageFolderDataset(path)), facts.get('num_images')
-    if trained is not None and trained not in (count, 2 * count):  # twice as many with --xflip
-        raise UserError(f'{path} has {count} images, but {snapshot.path} was trained on {trained}; '
+    count, expected = len(ImageFolderDataset(path)), facts.get('num_images')
+    if expected is not None and expected not in (count, 2 * count):  # twice as many with --xflip
+        raise UserError(f'{path} has {count} images, but {snapshot.path} was trained on {expected}; '
                         'give that data set with --data')
     return path

@@ -36,8 +36,8 @@ def posterior_mean(x, sigma, images, labels=None):
     squares = flat_x.square().sum(1, keepdim=True) - 2 * flat_x @ flat_y.T + flat_y.square().sum(1)
     log_weights = -squares / (2 * sigma.flatten(1).to(torch.float64).square())
     if labels is not None:
-        same = (labels[:len(x), None] == labels).all(dim=2)
-        log_weights = log_weights.masked_fill(~same, -torch.inf)
+        matches = (labels[:len(x), None] == labels).all(dim=2)
+        log_weights = log_weights.masked_fill(~matches, -torch.inf)
     return (log_weights.softmax(dim=1) @ flat_y).reshape(x.shape).to(x.dtype)
 
 
@@ -54,8 +54,8 @@ class STFLoss:
         sigma = sample_edm_sigma(len(images), images.device, self.P_mean, self.P_std)
         y, augment_labels = augment(images, augment_pipe)
         x = y + torch.randn_like(y) * sigma
-        given = [v for v in (labels, augment_labels) if v is not None]
-        target = posterior_mean(x, sigma, y, torch.cat(given, dim=1) if given else None)
+        conditions = [v for v in (labels, augment_labels) if v is not None]
+        target = posterior_mean(x, sigma, y, torch.cat(conditions, dim=1) if conditions else None)
         return edm_loss_weight(sigma, self.sigma_data) * (net(x, sigma, labels, augment_labels=augment_labels)
                                                           - target) ** 2
 

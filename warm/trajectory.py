@@ -21,7 +21,10 @@ ENDINGS = ('.png', *ANIMATIONS)
 
 @dataclasses.dataclass
 class Frame:
-    """One noise level of a batch: β, α (0 without blur), and x, D, R [B, C, H, W] float32 on the CPU."""
+    """One noise level of a batch: β, α (0 without blur), and x, D, R [B, C, H, W] float32 on the CPU.
+
+    β is what the network is given as its noise level, for Cold Diffusion the number of blurs.
+    """
 
     beta: float
     alpha: float
@@ -53,16 +56,17 @@ class Watch:
         self._keep(x, sigma, 0, D, torch.zeros_like(D))
         return D
 
-    def _denoise_deblur(self, x, sigma, *args, alpha=None, **kwargs):
-        D, R = self.net.denoise_deblur(x, sigma, *args, alpha=alpha, **kwargs)
-        self._keep(x, sigma, alpha, D, R)
+    def _denoise_deblur(self, x, sigma, class_labels=None, alpha=None, *args, **kwargs):
+        D, R = self.net.denoise_deblur(x, sigma, class_labels, alpha, *args, **kwargs)
+        self._keep(x, sigma, self.net.family.default.alpha(sigma) if alpha is None else alpha, D, R)
         return D, R
 
     def _keep(self, x, sigma, alpha, D, R):
-        beta = float(torch.as_tensor(sigma).flatten()[0])
-        # A level reached by arithmetic may differ from the grid's in its last digits.
+        # The levels of a batch are one, whether given as a number or for each image.
+        beta, alpha = (float(torch.as_tensor(level).flatten()[0]) for level in (sigma, alpha))
         images = (t.detach().to('cpu', torch.float32) for t in (x, D, R))
-        self._frames[f'{beta:.9g}'] = Frame(beta, float(alpha), *images)
+        # A level reached by arithmetic may differ from the grid's in its last digits.
+        self._frames[f'{beta:.9g}'] = Frame(beta, alpha, *images)
 
     @property
     def frames(self):
@@ -87,12 +91,13 @@ def watch(net, system, seeds, options=None, class_idx=None):
 def visible(frame):
     """The four rows of a frame as uint8 images.
 
-    x is divided by √(1 + β²), as it is mostly noise at first; R, tiny at small blur, by three times its
-    own standard deviation. D and x̂₀ are shown as they are.
+    x is divided by its own standard deviation where that is above 1, the most that images have, as with noise it is
+    at first; a state that is only blurred stays as it is. R, tiny at small blur, is divided by three times its own
+    standard deviation. D and x̂₀ are shown as they are.
     """
     spread = 3 * frame.R.std()
     R = frame.R / spread if spread > 0 else frame.R
-    return [to_uint8(t).numpy() for t in (frame.x / (1 + frame.beta ** 2) ** 0.5, frame.D, R, frame.clean)]
+    return [to_uint8(t).numpy() for t in (frame.x / frame.x.std().clamp(min=1), frame.D, R, frame.clean)]
 
 
 def pick(frames, count):
