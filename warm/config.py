@@ -115,7 +115,7 @@ def chosen_precision(precision, fp16):
 
 def measured(system, own, dataset_kwargs):
     """The system's options whose values are measured on the data, as {name: value}; nothing is read without any."""
-    wanted = [option for option in system.train_options if option.from_data and own[option.name] is not None]
+    wanted = [option for option in system.network_options if option.from_data and own[option.name] is not None]
 
     def measure():
         dataset = open_data(**dataset_kwargs)
