@@ -67,12 +67,11 @@ def question_1(scores, figures):
                     *(seconds(scores.seconds(name, kimg, cond)) for name in (EDM, WARM) if scores.scale.timed)])
         for name in (EDM, WARM):
             known = {kimg: values for kimg in scores.scale.main if (values := scores.values(name, kimg, cond))}
-            times = [scores.seconds(name, kimg, cond) for kimg in known]
-            curve = dict(y=[mean(values) for values in known.values()],
-                         label=f"{TITLES[name]}, {'conditional' if cond else 'unconditional'}")
-            curves['main'].append(dict(curve, x=list(known)))
-            if all(times):
-                curves['time'].append(dict(curve, x=times))
+            points = [(kimg, scores.seconds(name, kimg, cond), mean(values)) for kimg, values in known.items()]
+            label = f"{TITLES[name]}, {'conditional' if cond else 'unconditional'}"
+            curves['main'].append(dict(label=label, x=[p[0] for p in points], y=[p[2] for p in points]))
+            timed = [p for p in points if p[1]]
+            curves['time'].append(dict(label=label, x=[p[1] for p in timed], y=[p[2] for p in timed]))
     figures('main', curves['main'], 'thousands of images seen', f'{scores.label()} ↓')
     figures('time', curves['time'], 'seconds of training', f'{scores.label()} ↓')
     heads = ['', 'EDM', 'Warm', 'difference', 'verdict']
@@ -210,8 +209,9 @@ def setup(scores):
     parameters = dict.fromkeys(f'{count:.2f}' for count in (counts[0], counts[-1]))
     seconds = {}
     for line in sorted(lines, key=lambda line: line['point']):  # the last of a run is the longest
-        seconds[line['run']] = line.get('train_seconds') or 0
-    hours = f', {sum(seconds.values()) / 3600:.1f} hours of training in all' if scale.timed else ''
+        seconds[line['run']] = line.get('train_seconds')
+    timed = scale.timed and all(seconds.values())
+    hours = f', {sum(seconds.values()) / 3600:.1f} hours of training in all' if timed else ''
     commands = (*scale.prepare, f'python -m warm.study --scale={scale.name}', 'python -m warm.study_page')
     no_fid = '' if scores.label() == 'FID' else ', which is no FID and compares with nothing outside its table'
     return '\n'.join([
