@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from tests.test_warm_loss import TABLE_5, example_of
 from training.loss import EDMLoss
 from training.networks import EDMPrecond
 from training.precond import edm_scalings
@@ -17,7 +18,7 @@ from warm.path import BlurringSchedule, ConstantBNR, parse_path
 from warm.precond import BlurEmbedding, WarmPrecond
 from warm.samplers import SOLVERS, warm_sampler
 from warm.systems import SYSTEMS
-from warm.targets import MIN_MASK, TARGETS, Hot
+from warm.targets import MIN_MASK, TARGETS, Hot, Point
 
 SMALL = dict(img_resolution=8, img_channels=3, model_channels=8, channel_mult=[1, 2], num_blocks=1,
              attn_resolutions=[4], model_type='SongUNet')
@@ -48,6 +49,10 @@ def batch(n=4, label_dim=0):
     g = torch.Generator().manual_seed(2)
     x, sigma = torch.randn([n, 3, 8, 8], generator=g), torch.linspace(-3, 3, n).exp()
     return x, sigma, torch.eye(label_dim)[torch.arange(n) % label_dim] if label_dim else None
+
+
+def point_of(x, beta, alpha):
+    return Point(x, beta, alpha, *edm_scalings(beta), sigma_data=0.5, rest_scale='prior')
 
 
 # -- BNR 0 is EDM
@@ -84,7 +89,7 @@ def test_bnr_0_reports_no_rest():
     x, sigma, _ = batch()
     net = warm_net(bnr='0')
     D, R = net.denoise_deblur(x, sigma)
-    assert net.parametrisation is Hot and not R.any() and torch.equal(D, net(x, sigma))
+    assert isinstance(net.parametrisation, Hot) and not R.any() and torch.equal(D, net(x, sigma))
 
 
 # -- images without blur in a network that knows blur
@@ -191,13 +196,14 @@ def test_other_targets_by_definition(targets):
 def test_branches_name_what_they_learn(targets):
     """Estimates equal to the targets give the true D and R."""
     chosen = TARGETS[targets]
-    images, alpha = batch()[0].double(), torch.tensor([0.1, 0.5, 0.9, 0.0]).reshape(-1, 1, 1, 1)
-    blurred, left = blur(images, alpha), rest(images, alpha)
-    aims = chosen.targets(images, blurred, left)
-    assert len(aims) == len(chosen.names)
-    D, R = chosen.parts(aims, alpha)
-    torch.testing.assert_close(D, blurred, rtol=0, atol=1e-9)
-    torch.testing.assert_close(R, left, rtol=0, atol=1e-9)
+    images, noise = batch(8)[0].double().chunk(2)
+    beta, alpha = (torch.tensor(v).double().reshape(-1, 1, 1, 1) for v in ([0.01, 0.5, 9, 0.2], [0.1, 0.5, 0.9, 0]))
+    example = example_of(images, noise, beta, alpha)
+    aims = chosen.targets(example)
+    assert len(aims) == len(set(chosen.names)) == len(chosen.names)
+    D, R = chosen.parts(aims, point_of(example.blurred + beta * noise, beta, alpha))
+    torch.testing.assert_close(D, example.blurred, rtol=0, atol=1e-9)
+    torch.testing.assert_close(R, example.rest, rtol=0, atol=1e-9)
 
 
 # -- training and sampling of everything on offer
@@ -252,7 +258,7 @@ def test_arguments_go_through_json(kwargs, targets):
     twin.load_state_dict(net.state_dict())
     x, sigma, labels = batch(label_dim=3)
     assert twin.family == net.family and twin.init_kwargs == net.init_kwargs
-    assert twin.parametrisation is net.parametrisation
+    assert type(twin.parametrisation) is type(net.parametrisation)
     assert torch.equal(twin(x, sigma, labels), net(x, sigma, labels))
 
 
@@ -280,7 +286,7 @@ def test_number_of_noise_levels_and_blurs():
 @pytest.mark.parametrize('kwargs', [SMALL, ADM], ids=['song', 'adm'])
 @pytest.mark.parametrize('own', [dict(bnr='0'), dict(bnr='0,0.5'), dict(bnr='0.5'), dict(bnr='0.1-2')],
                          ids=lambda own: own['bnr'])
-@pytest.mark.parametrize('targets', TARGETS)
+@pytest.mark.parametrize('targets', TABLE_5)
 def test_transferred_network_equals_edm_at_bnr_0(kwargs, own, targets):
     """Bit for bit in float32, classes included; the rest, where there is a branch for it, starts at 0."""
     edm = seeded(EDMPrecond, label_dim=3, **kwargs).eval()
