@@ -8,7 +8,7 @@ from training.loss import EDMLoss, edm_loss_weight
 from warm.blur import blur, rest
 from warm.loss import WarmLoss
 from warm.path import parse_family
-from warm.targets import TARGETS, Example, Hot
+from warm.targets import TARGETS, Example, Hot, Residual
 
 FAMILIES = ['0', '0.5', '0,0.5,2', '0.1-2', 'blurring']
 TABLE_5 = {'residual': ('blurred', 'rest'), 'clean': ('images',), 'blurred': ('blurred',),
@@ -99,6 +99,25 @@ def test_targets_of_table_5(targets):
     example = Example('images', 'blurred', 'rest', 'noise', 'beta', 'alpha')
     assert TARGETS[targets].targets(example) == TABLE_5[targets]
     assert Hot().targets(example) == ('images',)
+
+
+class OneName(Residual):
+    names = ('denoise',)
+
+
+class OneTarget(Residual):
+    def targets(self, example):
+        return (example.blurred,)
+
+
+@pytest.mark.parametrize('parametrisation, branches', [(OneName(), 2), (OneTarget(), 2), (Residual(), 1),
+                                                       (Residual(), 3)])
+def test_every_branch_has_a_name_an_estimate_and_a_target(parametrisation, branches):
+    """Where one is missing, the others would train in silence."""
+    net = Spy('0.5')
+    net.parametrisation, net.estimates = parametrisation, lambda x: (x,) * branches
+    with pytest.raises(ValueError, match='zip'):
+        WarmLoss()(net, images_of())
 
 
 @pytest.mark.parametrize('targets', TARGETS)

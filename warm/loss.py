@@ -46,7 +46,7 @@ class WarmLoss:
         weight = edm_loss_weight(sigma, self.sigma_data)
         targets = bare.parametrisation.targets(Example(y, blurred, rest, noise, sigma, alpha))
         terms = []
-        for name, estimate, target in zip(bare.parametrisation.names, estimates, targets):
+        for name, estimate, target in zip(bare.parametrisation.names, estimates, targets, strict=True):
             term = weight * (estimate - target) ** 2
             training_stats.report(f'Loss/{name}', term)
             terms.append(self.rest_weight * term if name == REST else term)
