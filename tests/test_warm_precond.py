@@ -263,7 +263,7 @@ def test_arguments_go_through_json(kwargs, targets):
 
 
 @pytest.mark.parametrize('kwargs', [dict(bnr='-1'), dict(bnr='0.5,0.5'), dict(bnr='2-1'), dict(bnr='warm'),
-                                    dict(bnr_schedule='linear'), dict(targets='noise')])
+                                    dict(bnr_schedule='linear'), dict(targets='no target')])
 def test_bad_arguments_are_refused_in_a_sentence(kwargs):
     with pytest.raises(UserError) as e:
         warm_net(**kwargs)
