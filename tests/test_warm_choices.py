@@ -9,8 +9,8 @@ import torch
 from dnnlib import UserError
 from tests.commands import SMALL as TRAIN
 from tests.commands import invoke, refused
-from tests.test_warm_loss import Spy, by_hand, family_of, images_of
-from tests.test_warm_precond import SMALL, batch, outputs_of, seeded, warm_net
+from tests.test_warm_loss import Spy, by_hand, example_of, family_of, images_of
+from tests.test_warm_precond import SMALL, batch, outputs_of, point_of, seeded, warm_net
 from torch_utils import training_stats
 from training.loss import edm_loss_weight
 from training.networks import EDMPrecond
@@ -18,7 +18,7 @@ from training.precond import edm_scalings
 from training.progress import restore
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from warm.blur import blur, residual_scale, rest
-from warm.choices import BLUR_EMBEDDINGS, BLUR_UNIT, DEFAULTS, REST_SCALES, checked_choices
+from warm.choices import BLUR_EMBEDDINGS, BLUR_UNIT, DEFAULTS, REST, REST_SCALES, checked_choices
 from warm.loss import WarmLoss
 from warm.precond import BlurEmbedding, WarmPrecond
 from warm.samplers import warm_sampler
@@ -70,8 +70,9 @@ def test_default_loss_to_the_bit(targets):
     images, net = images_of(), Spy('0.5', targets)
     torch.manual_seed(7)
     loss = WarmLoss()(net, images)
-    alpha = net.alpha
-    aims = net.parametrisation.targets(images, blur(images, alpha), rest(images, alpha))
+    torch.manual_seed(7)
+    *_, noise = by_hand('0.5', images)
+    aims = net.parametrisation.targets(example_of(images, noise, net.sigma, net.alpha))
     terms = [edm_loss_weight(net.sigma) * (torch.zeros_like(t) - t) ** 2 for t in aims]
     assert torch.equal(loss, sum(terms[1:], start=terms[0]))
 
@@ -118,8 +119,8 @@ def test_rest_scales_by_definition():
     """EDM's c_out(β) = 0.5·β/√(β² + 0.25), the constant 0.5, the prior's s_R(α); 0 where there is no blur."""
     beta = torch.tensor([0.0012, 0.3, 4.0, 80.0]).reshape(-1, 1, 1, 1)
     alpha = 0.5 * beta * torch.tensor([1, 0, 1, 1]).reshape(-1, 1, 1, 1)
-    c_out = edm_scalings(beta)[1]
-    scale = {name: REST_SCALES[name](alpha, c_out, 32, 0.5).double().flatten() for name in REST_SCALES}
+    point = point_of(torch.zeros([4, 3, 32, 32]), beta, alpha)
+    scale = {name: REST_SCALES[name](point).double().flatten() for name in ('edm', 'unit', 'prior')}
     edm = torch.tensor([0.0012 / 2 / (0.0012 ** 2 + 0.25) ** 0.5, 0, 2 / 16.25 ** 0.5, 40 / 6400.25 ** 0.5]).double()
     torch.testing.assert_close(scale['edm'], edm, rtol=1e-6, atol=0)
     assert scale['unit'].tolist() == [0.5, 0, 0.5, 0.5]
@@ -127,7 +128,7 @@ def test_rest_scales_by_definition():
     assert scale['prior'][0] < 2e-6 and 0.43 < scale['prior'][3] < 0.45
 
 
-@pytest.mark.parametrize('name', REST_SCALES)
+@pytest.mark.parametrize('name', ['prior', 'edm', 'unit'])
 def test_rest_scale_scales_the_rest(name):
     """R = s·F_R less its mean, D as ever."""
     net, default = warm_net(rest_scale=name), warm_net()
@@ -242,7 +243,7 @@ def test_facts_of_the_defaults_are_as_before():
 
 @pytest.mark.parametrize('own', [
     *(dict(bnr='0', **own) for own in OTHERS),
-    *(dict(targets=name, **own) for name in TARGETS if name != 'residual'
+    *(dict(targets=name, **own) for name in TARGETS if REST not in TARGETS[name].names
       for own in (dict(rest_weight=2.0), dict(rest_scale='edm'))),
     dict(bnr='0,0.5', blur_embedding='none'), dict(bnr='0.1-2', blur_embedding='none'),
     *(dict(rest_weight=w) for w in (0.0, -1.0, float('nan'), float('inf'))),

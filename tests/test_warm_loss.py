@@ -8,9 +8,11 @@ from training.loss import EDMLoss, edm_loss_weight
 from warm.blur import blur, rest
 from warm.loss import WarmLoss
 from warm.path import parse_family
-from warm.targets import TARGETS, Hot
+from warm.targets import TARGETS, Example, Hot, Residual
 
 FAMILIES = ['0', '0.5', '0,0.5,2', '0.1-2', 'blurring']
+TABLE_5 = {'residual': ('blurred', 'rest'), 'clean': ('images',), 'blurred': ('blurred',),
+           'clean-blurred': ('blurred', 'images')}  # the paper's four and what their branches learn
 
 
 def family_of(text):
@@ -26,7 +28,7 @@ class Spy:
 
     def __init__(self, family, targets='residual'):
         self.family = family_of(family)
-        self.parametrisation = Hot if self.family.is_hot else TARGETS[targets]
+        self.parametrisation = Hot() if self.family.is_hot else TARGETS[targets]
 
     def __call__(self, x, sigma, labels, alpha, return_estimates, augment_labels=None):
         assert return_estimates
@@ -56,6 +58,10 @@ def by_hand(family, images, augment_pipe=None):
     return sigma, alpha, y, augment_labels, torch.randn(images.shape)
 
 
+def example_of(images, noise, beta, alpha):
+    return Example(images, blur(images, alpha), rest(images, alpha), noise, beta, alpha)
+
+
 @pytest.mark.parametrize('augment_pipe', [None, pipe], ids=['plain', 'augmented'])
 @pytest.mark.parametrize('family', FAMILIES)
 def test_noise_level_then_bnr_then_augmentation_then_noise(family, augment_pipe):
@@ -78,15 +84,40 @@ def test_noise_level_then_bnr_then_augmentation_then_noise(family, augment_pipe)
 @pytest.mark.parametrize('targets', TARGETS)
 @pytest.mark.parametrize('family', FAMILIES[1:])
 def test_terms_of_every_parametrisation(family, targets):
-    """λ(β)·Σ over branches of (0 − target)²."""
+    """λ(β)·Σ over branches of (0 − target)²; the targets are those of what the network is given."""
     images, net = images_of(), Spy(family, targets)
     torch.manual_seed(7)
     loss = WarmLoss()(net, images)
     torch.manual_seed(7)
-    sigma, alpha, y, _, _ = by_hand(family, images)
-    wanted = {'residual': (blur(y, alpha), rest(y, alpha)), 'clean': (y,), 'blurred': (blur(y, alpha),),
-              'clean-blurred': (blur(y, alpha), y)}[targets]
+    sigma, alpha, y, _, n = by_hand(family, images)
+    wanted = net.parametrisation.targets(example_of(y, n, sigma, alpha))
     torch.testing.assert_close(loss, edm_loss_weight(sigma) * sum(t ** 2 for t in wanted), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('targets', TABLE_5)
+def test_targets_of_table_5(targets):
+    example = Example('images', 'blurred', 'rest', 'noise', 'beta', 'alpha')
+    assert TARGETS[targets].targets(example) == TABLE_5[targets]
+    assert Hot().targets(example) == ('images',)
+
+
+class OneName(Residual):
+    names = ('denoise',)
+
+
+class OneTarget(Residual):
+    def targets(self, example):
+        return (example.blurred,)
+
+
+@pytest.mark.parametrize('parametrisation, branches', [(OneName(), 2), (OneTarget(), 2), (Residual(), 1),
+                                                       (Residual(), 3)])
+def test_every_branch_has_a_name_an_estimate_and_a_target(parametrisation, branches):
+    """Where one is missing, the others would train in silence."""
+    net = Spy('0.5')
+    net.parametrisation, net.estimates = parametrisation, lambda x: (x,) * branches
+    with pytest.raises(ValueError, match='zip'):
+        WarmLoss()(net, images_of())
 
 
 @pytest.mark.parametrize('targets', TARGETS)
@@ -119,9 +150,8 @@ class Knowing(Spy):
 
     def estimates(self, x):
         y = self.image.expand(x.shape)
-        if self.family.is_hot:
-            return (y,)
-        return self.parametrisation.targets(y, blur(y, self.alpha), rest(y, self.alpha))
+        noise = (x - blur(y, self.alpha)) / self.sigma
+        return self.parametrisation.targets(example_of(y, noise, self.sigma, self.alpha))
 
 
 @pytest.mark.parametrize('targets', TARGETS)

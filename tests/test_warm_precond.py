@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from training.loss import EDMLoss
+from tests.test_warm_loss import TABLE_5, by_hand, example_of
+from training.loss import EDMLoss, edm_loss_weight
 from training.networks import EDMPrecond
 from training.precond import edm_scalings
 from training.samplers import edm_sampler
 from training.snapshot import build_network, read_snapshot
 from warm.blur import blur, blur_mask, filter_bands, residual_scale, rest
+from warm.choices import REST
 from warm.loss import WarmLoss
 from warm.path import BlurringSchedule, ConstantBNR, parse_path
 from warm.precond import BlurEmbedding, WarmPrecond
 from warm.samplers import SOLVERS, warm_sampler
 from warm.systems import SYSTEMS
-from warm.targets import MIN_MASK, TARGETS, Hot
+from warm.targets import MIN_MASK, TARGETS, Hot, Parametrisation, Point, rest_estimate
 
 SMALL = dict(img_resolution=8, img_channels=3, model_channels=8, channel_mult=[1, 2], num_blocks=1,
              attn_resolutions=[4], model_type='SongUNet')
@@ -48,6 +50,10 @@ def batch(n=4, label_dim=0):
     g = torch.Generator().manual_seed(2)
     x, sigma = torch.randn([n, 3, 8, 8], generator=g), torch.linspace(-3, 3, n).exp()
     return x, sigma, torch.eye(label_dim)[torch.arange(n) % label_dim] if label_dim else None
+
+
+def point_of(x, beta, alpha):
+    return Point(x, beta, alpha, *edm_scalings(beta), sigma_data=0.5, rest_scale='prior')
 
 
 # -- BNR 0 is EDM
@@ -84,7 +90,7 @@ def test_bnr_0_reports_no_rest():
     x, sigma, _ = batch()
     net = warm_net(bnr='0')
     D, R = net.denoise_deblur(x, sigma)
-    assert net.parametrisation is Hot and not R.any() and torch.equal(D, net(x, sigma))
+    assert isinstance(net.parametrisation, Hot) and not R.any() and torch.equal(D, net(x, sigma))
 
 
 # -- images without blur in a network that knows blur
@@ -191,13 +197,14 @@ def test_other_targets_by_definition(targets):
 def test_branches_name_what_they_learn(targets):
     """Estimates equal to the targets give the true D and R."""
     chosen = TARGETS[targets]
-    images, alpha = batch()[0].double(), torch.tensor([0.1, 0.5, 0.9, 0.0]).reshape(-1, 1, 1, 1)
-    blurred, left = blur(images, alpha), rest(images, alpha)
-    aims = chosen.targets(images, blurred, left)
-    assert len(aims) == len(chosen.names)
-    D, R = chosen.parts(aims, alpha)
-    torch.testing.assert_close(D, blurred, rtol=0, atol=1e-9)
-    torch.testing.assert_close(R, left, rtol=0, atol=1e-9)
+    images, noise = batch(8)[0].double().chunk(2)
+    beta, alpha = (torch.tensor(v).double().reshape(-1, 1, 1, 1) for v in ([0.01, 0.5, 9, 0.2], [0.1, 0.5, 0.9, 0]))
+    example = example_of(images, noise, beta, alpha)
+    aims = chosen.targets(example)
+    assert len(aims) == len(set(chosen.names)) == len(chosen.names)
+    D, R = chosen.parts(aims, point_of(example.blurred + beta * noise, beta, alpha))
+    torch.testing.assert_close(D, example.blurred, rtol=0, atol=1e-9)
+    torch.testing.assert_close(R, example.rest, rtol=0, atol=1e-9)
 
 
 # -- training and sampling of everything on offer
@@ -223,6 +230,70 @@ def test_everything_samples(targets, solver):
         with torch.no_grad():
             images = warm_sampler(net, batch(2)[0], num_steps=3, solver=solver)
         assert images.shape == (2, 3, 8, 8) and images.dtype == torch.float64 and torch.isfinite(images).all()
+
+
+class Noise(Parametrisation):
+    """ε-prediction: one branch estimates β·ε, the other the rest; D = x − β ε̂."""
+
+    names = ('noise', REST)
+
+    def estimates(self, F, point):
+        F_noise, F_R = F
+        return point.beta * F_noise, rest_estimate(F_R, point)
+
+    def targets(self, example):
+        return example.beta * example.noise, example.rest
+
+    def parts(self, estimates, point):
+        noise, R = estimates
+        return point.x - noise, R
+
+
+class Velocity(Parametrisation):
+    """v-prediction: v = (ε − β·blurred)/√(1+β²), as β v/√(1+β²); D = x/(1+β²) − β v̂/√(1+β²)."""
+
+    names = ('velocity', REST)
+
+    def estimates(self, F, point):
+        F_v, F_R = F
+        return point.beta / (1 + point.beta ** 2).sqrt() * F_v, rest_estimate(F_R, point)
+
+    def targets(self, example):
+        beta = example.beta
+        return beta / (1 + beta ** 2) * (example.noise - beta * example.blurred), example.rest
+
+    def parts(self, estimates, point):
+        v, R = estimates
+        return point.x / (1 + point.beta ** 2) - v, R
+
+
+@pytest.mark.parametrize('parametrisation', [Noise, Velocity])
+def test_a_new_target_is_a_class_and_a_line(parametrisation, monkeypatch):
+    """It obeys every law above, learns, draws, and λ(β) weighs the error of its D."""
+    monkeypatch.setitem(TARGETS, 'new', parametrisation())
+    test_branches_name_what_they_learn('new')
+    test_the_clean_image_is_d_plus_r('new')
+    test_everything_trains(dict(bnr='0,0.1,1'), 'new')
+    test_everything_samples('new', 'heun')
+    test_arguments_go_through_json(dict(), 'new')
+
+    net, images = warm_net(targets='new').train(), batch(8)[0].clamp(-1, 1)
+    optimizer, losses = torch.optim.Adam(net.parameters(), lr=1e-2), []
+    for _ in range(8):
+        torch.manual_seed(3)
+        optimizer.zero_grad()
+        losses.append(WarmLoss()(net, images).mean())
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+    torch.manual_seed(3)
+    loss = WarmLoss()(net, images)
+    torch.manual_seed(3)
+    sigma, alpha, y, _, noise = by_hand('0.5', images)
+    D, R = net.denoise_deblur(blur(y, alpha) + sigma * noise, sigma)
+    error = (D - blur(y, alpha)) ** 2 + (R - rest(y, alpha)) ** 2
+    torch.testing.assert_close(loss, edm_loss_weight(sigma) * error, rtol=1e-3, atol=1e-3)
 
 
 def test_one_network_is_sampled_along_many_paths():
@@ -252,12 +323,12 @@ def test_arguments_go_through_json(kwargs, targets):
     twin.load_state_dict(net.state_dict())
     x, sigma, labels = batch(label_dim=3)
     assert twin.family == net.family and twin.init_kwargs == net.init_kwargs
-    assert twin.parametrisation is net.parametrisation
+    assert type(twin.parametrisation) is type(net.parametrisation)
     assert torch.equal(twin(x, sigma, labels), net(x, sigma, labels))
 
 
 @pytest.mark.parametrize('kwargs', [dict(bnr='-1'), dict(bnr='0.5,0.5'), dict(bnr='2-1'), dict(bnr='warm'),
-                                    dict(bnr_schedule='linear'), dict(targets='noise')])
+                                    dict(bnr_schedule='linear'), dict(targets='no target')])
 def test_bad_arguments_are_refused_in_a_sentence(kwargs):
     with pytest.raises(UserError) as e:
         warm_net(**kwargs)
@@ -280,7 +351,7 @@ def test_number_of_noise_levels_and_blurs():
 @pytest.mark.parametrize('kwargs', [SMALL, ADM], ids=['song', 'adm'])
 @pytest.mark.parametrize('own', [dict(bnr='0'), dict(bnr='0,0.5'), dict(bnr='0.5'), dict(bnr='0.1-2')],
                          ids=lambda own: own['bnr'])
-@pytest.mark.parametrize('targets', TARGETS)
+@pytest.mark.parametrize('targets', TABLE_5)
 def test_transferred_network_equals_edm_at_bnr_0(kwargs, own, targets):
     """Bit for bit in float32, classes included; the rest, where there is a branch for it, starts at 0."""
     edm = seeded(EDMPrecond, label_dim=3, **kwargs).eval()

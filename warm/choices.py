@@ -30,21 +30,21 @@ REST = 'deblur'  # the name of the branch that estimates the rest (warm.targets)
 BLUR_UNIT = 1.0  # pixels; at BNR 0.5 α/BLUR_UNIT then spreads in training (by 0.55) about as ln(α)/4 does (by 0.3)
 
 
-# Scales of R from α [B or 1, 1, 1, 1] in pixels, EDM's c_out at σ = β, N and σ_data. All are 0 at α = 0, where R is.
+# Scales of R, [B or 1, 1, 1, 1], where the network is evaluated (warm.targets.Point). All are 0 at α = 0, where R is.
 
-def prior_scale(alpha, c_out, n, sigma_data):
+def prior_scale(point):
     """s_R(α), the rest's magnitude under a natural-image prior (warm.blur.residual_scale)."""
-    return residual_scale(alpha, n, sigma_data)
+    return residual_scale(point.alpha, point.x.shape[-1], point.sigma_data)
 
 
-def edm_scale(alpha, c_out, n, sigma_data):
+def edm_scale(point):
     """EDM's c_out(β), as D has it."""
-    return (alpha > 0) * c_out
+    return (point.alpha > 0) * point.c_out
 
 
-def unit_scale(alpha, c_out, n, sigma_data):
+def unit_scale(point):
     """σ_data at any blur."""
-    return (alpha > 0) * sigma_data
+    return (point.alpha > 0) * point.sigma_data
 
 
 REST_SCALES = {'prior': prior_scale, 'edm': edm_scale, 'unit': unit_scale}

@@ -9,6 +9,7 @@ from training.loss import P_MEAN, P_STD, augment, edm_loss_weight, sample_edm_si
 from training.precond import SIGMA_DATA
 from warm.blur import blur_and_rest
 from warm.choices import DEFAULTS, REST
+from warm.targets import Example
 
 
 @dataclasses.dataclass
@@ -38,15 +39,15 @@ class WarmLoss:
         sigma = sample_edm_sigma(images.shape[0], images.device, self.P_mean, self.P_std)
         alpha = bare.family.draw_alpha(sigma)
         y, augment_labels = augment(images, augment_pipe)
-        noise = torch.randn_like(y) * sigma
+        noise = torch.randn_like(y)
         blurred, rest = (y, None) if bare.family.is_hot else blur_and_rest(y, alpha)
-        estimates = net(blurred + noise, sigma, labels, alpha=alpha, return_estimates=True,
+        estimates = net(blurred + noise * sigma, sigma, labels, alpha=alpha, return_estimates=True,
                         augment_labels=augment_labels)
         weight = edm_loss_weight(sigma, self.sigma_data)
-        terms = [weight * (estimate - target) ** 2
-                 for estimate, target in zip(estimates, bare.parametrisation.targets(y, blurred, rest))]
-        names = bare.parametrisation.names
-        for name, term in zip(names, terms):
+        targets = bare.parametrisation.targets(Example(y, blurred, rest, noise, sigma, alpha))
+        terms = []
+        for name, estimate, target in zip(bare.parametrisation.names, estimates, targets, strict=True):
+            term = weight * (estimate - target) ** 2
             training_stats.report(f'Loss/{name}', term)
-        terms = [self.rest_weight * term if name == REST else term for name, term in zip(names, terms)]
+            terms.append(self.rest_weight * term if name == REST else term)
         return sum(terms[1:], start=terms[0])

@@ -8,7 +8,7 @@ from training.precond import SIGMA_DATA, Precond, edm_scalings
 from training.unet import require_choice
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
 from warm.path import parse_family
-from warm.targets import TARGETS, Hot
+from warm.targets import TARGETS, Hot, Point
 
 
 class WarmPrecond(Precond):
@@ -33,7 +33,7 @@ class WarmPrecond(Precond):
 
     Attributes:
         family: The paths that the network is trained on (warm.path).
-        parametrisation: The class of warm.targets in use.
+        parametrisation: The one of warm.targets in use.
         choices: Those of the last three arguments that are not the defaults; only they stand in `init_kwargs`.
 
     Raises:
@@ -46,7 +46,7 @@ class WarmPrecond(Precond):
                  blur_embedding=DEFAULTS['blur_embedding'], model_type='SongUNet', **model_kwargs):
         require_choice('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
-        parametrisation = Hot if family.is_hot else TARGETS[targets]
+        parametrisation = Hot() if family.is_hot else TARGETS[targets]
         choices = checked_choices(dict(rest_weight=rest_weight, rest_scale=rest_scale, blur_embedding=blur_embedding),
                                   family, targets, parametrisation.names)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
@@ -78,14 +78,19 @@ class WarmPrecond(Precond):
             UserError: images, noise levels or blur of another number or shape; blur that is negative or not finite
                 (the values of a tensor are not looked at).
         """
+        return self.estimates_at(self.point(x, sigma, alpha), class_labels, force_fp32, **model_kwargs)
+
+    def point(self, x, sigma, alpha=None):
+        """The Point of warm.targets that `estimates`' arguments mean, checked as it says."""
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
-        alpha = self.as_alpha(alpha, sigma, x)
-        c_skip, c_out, c_in, c_noise = self.scalings(sigma)
+        return Point(x, sigma, self.as_alpha(alpha, sigma, x), *self.scalings(sigma), self.sigma_data, self.rest_scale)
+
+    def estimates_at(self, point, class_labels=None, force_fp32=False, **model_kwargs):
+        """`estimates` at a point."""
         if self.map_blur is not None:
-            model_kwargs['extra_embedding'] = self.map_blur(alpha.flatten().to(torch.float32))
-        F = self.run_model(c_in * x, c_noise, class_labels, force_fp32, **model_kwargs)
-        return self.parametrisation.estimates(F.split(self.img_channels, dim=1), c_skip * x, c_out, alpha,
-                                              self.sigma_data, self.rest_scale)
+            model_kwargs['extra_embedding'] = self.map_blur(point.alpha.flatten().to(torch.float32))
+        F = self.run_model(point.c_in * point.x, point.c_noise, class_labels, force_fp32, **model_kwargs)
+        return self.parametrisation.estimates(F.split(self.img_channels, dim=1), point)
 
     def as_alpha(self, alpha, sigma, x):
         """α as [B or 1, 1, 1, 1] on x's device; checked as `estimates` says."""
@@ -102,10 +107,9 @@ class WarmPrecond(Precond):
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
         """(D, R): the blurred image without noise (Eq. 5) and what the blur took away (Eq. 6), as `estimates`."""
-        sigma = self.as_sigma(sigma, x)
-        alpha = self.as_alpha(alpha, sigma, x)
-        estimates = self.estimates(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
-        return self.parametrisation.parts(estimates, alpha)
+        point = self.point(x, sigma, alpha)
+        estimates = self.estimates_at(point, class_labels, force_fp32, **model_kwargs)
+        return self.parametrisation.parts(estimates, point)
 
     def forward(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, return_estimates=False,
                 **model_kwargs):
@@ -119,8 +123,8 @@ class WarmPrecond(Precond):
         """Start from the weights of an EDM (or Warm) network; returns the names of the tensors it set.
 
         Every tensor of the same name and shape is copied. Where this network has an output for each of
-        several branches, D takes EDM's and the others start at zero, as does the blur embedding: at BNR 0
-        the network then equals its source.
+        several branches, the first takes EDM's and the others start at zero, as does the blur embedding: at
+        BNR 0 the network then equals its source, if the first estimates an image as EDM does (all of Table 5).
 
         Args:
             source: State dict of the source network.

@@ -1,121 +1,183 @@
 """What the branches of the network learn: the parametrisations (a)–(d) of the paper's Table 5.
 
-Each turns the outputs F of the network into estimates, names what those estimates are trained to be, and
-gives the sampler its D and R. To add one: a class here and a line in TARGETS.
+Each turns the outputs F of the network into estimates, says what these are trained to be, and gives the
+sampler its D and R. To add one: a subclass of `Parametrisation` here and a line in TARGETS; names, targets and
+parts are what it has to say, estimates where the branches don't all have EDM's c_skip and c_out.
 
-F has unit scale. A branch that estimates the clean or the blurred image uses EDM's c_skip and c_out
-(ours; the paper only says that EDM's choices are kept), as Table 5 (d)'s D does.
+The loss weighs the squared error of every branch by EDM's λ(β), which is meant for errors in units of the
+image: a branch that estimates the noise as βε, so that D = x − β ε̂, has D's error, and λ(β) means the same for it.
+One that estimates ε itself would weigh D's squared error by λ(β)/β².
 """
+
+import dataclasses
 
 import torch
 
-from warm.blur import blur_and_rest, blur_mask, filter_bands
-from warm.blur import rest as rest_of
+from warm.blur import blur_and_rest, blur_mask, filter_bands, rest
 from warm.choices import REST, REST_SCALES
 
 MIN_MASK = 1e-3  # (b) divides by M: below this the band is taken as lost (ours: x₀ = V max(M, 10⁻³)⁻¹ Vᵀ D)
 
 
-class Residual:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Point:
+    """Where a network is evaluated. All tensors but x are [B or 1, 1, 1, 1].
+
+    x: Blurred and noisy images [B, C, N, N], float32, x = V M_α Vᵀ x₀ + β ε.
+    beta: Noise level β > 0, float32.
+    alpha: Blur in pixels ≥ 0, float32 or float64.
+    c_skip, c_out, c_in, c_noise: EDM's coefficients at σ = β, float32.
+    sigma_data: Standard deviation of the data.
+    rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
+    """
+
+    x: torch.Tensor
+    beta: torch.Tensor
+    alpha: torch.Tensor
+    c_skip: torch.Tensor
+    c_out: torch.Tensor
+    c_in: torch.Tensor
+    c_noise: torch.Tensor
+    sigma_data: float
+    rest_scale: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """What a network is trained on: x = blurred + β·noise. Images are [B, C, N, N], β and α [B, 1, 1, 1].
+
+    images: x₀, after augmentation.
+    blurred, rest: V M Vᵀ x₀ (Eq. 5) and V (I − M) Vᵀ x₀ (Eq. 6); at BNR 0 x₀ and None.
+    noise: ε, standard normal.
+    beta, alpha: Noise level, and blur in pixels.
+    """
+
+    images: torch.Tensor
+    blurred: torch.Tensor
+    rest: torch.Tensor | None
+    noise: torch.Tensor
+    beta: torch.Tensor
+    alpha: torch.Tensor
+
+
+class Parametrisation:
+    """A row of Table 5.
+
+    names: Of what each branch estimates, all different, as in `Loss/denoise`. REST is the branch for the rest, which
+        --rest-weight and --rest-scale are about.
+    """
+
+    names = ()
+
+    def estimates(self, F, point):
+        """c_skip·x + c_out·F of each branch: what estimates of the clean or the blurred image are.
+
+        Ours, as Table 5 (d)'s D does; the paper only says that EDM's choices are kept.
+
+        Args:
+            F: Outputs of the network, of unit scale: one like x for each branch.
+            point: Where it was evaluated.
+        """
+        skip = point.c_skip * point.x
+        return tuple(skip + point.c_out * F_i for F_i in F)
+
+    def targets(self, example):
+        """What the estimates are trained to be: one for each branch, like x."""
+        raise NotImplementedError
+
+    def parts(self, estimates, point):
+        """(D, R) as the sampler wants them, like x; R has no mean."""
+        raise NotImplementedError
+
+
+class Residual(Parametrisation):
     """(d), the paper's choice: D estimates the blurred image, R the rest."""
 
     names = ('denoise', REST)
 
-    @staticmethod
-    def estimates(F, skip, c_out, alpha, sigma_data, rest_scale):
-        """D = c_skip·x + c_out·F_D, R = s_R·F_R without its mean per channel; s_R is REST_SCALES[rest_scale].
-
-        At λ = 0 there is nothing to restore, and Heun's corrector would amplify a stray mean.
-        """
+    def estimates(self, F, point):
+        """D = c_skip·x + c_out·F_D, R = s_R·F_R without its mean."""
         F_D, F_R = F
-        s_R = REST_SCALES[rest_scale](alpha, c_out, F_R.shape[-1], sigma_data)
-        R = s_R.to(F_R.dtype) * F_R
-        return skip + c_out * F_D, R - R.mean(dim=(2, 3), keepdim=True)
+        return point.c_skip * point.x + point.c_out * F_D, rest_estimate(F_R, point)
 
-    @staticmethod
-    def targets(images, blurred, rest):
+    def targets(self, example):
         """V M Vᵀ x₀ (Eq. 5) and V (I − M) Vᵀ x₀ (Eq. 6)."""
-        return blurred, rest
+        return example.blurred, example.rest
 
-    @staticmethod
-    def parts(estimates, alpha):
+    def parts(self, estimates, point):
         """(D, R)."""
         return estimates
 
 
-class CleanOnly:
+def rest_estimate(F_R, point):
+    """R = s_R·F_R without its mean per channel; s_R is REST_SCALES[rest_scale].
+
+    At λ = 0 there is nothing to restore, and Heun's corrector would amplify a stray mean.
+    """
+    s_R = REST_SCALES[point.rest_scale](point)
+    R = s_R.to(F_R.dtype) * F_R
+    return R - R.mean(dim=(2, 3), keepdim=True)
+
+
+class CleanOnly(Parametrisation):
     """(a): one branch estimates x₀; D and R are its blurred part and the rest."""
 
     names = ('clean',)
 
-    @staticmethod
-    def estimates(F, skip, c_out, alpha, sigma_data, rest_scale):
-        """x̂₀ = c_skip·x + c_out·F."""
-        return (skip + c_out * F[0],)
-
-    @staticmethod
-    def targets(images, blurred, rest):
+    def targets(self, example):
         """x₀."""
-        return (images,)
+        return (example.images,)
 
-    @staticmethod
-    def parts(estimates, alpha):
+    def parts(self, estimates, point):
         """(V M Vᵀ x̂₀, V (I − M) Vᵀ x̂₀)."""
-        return blur_and_rest(estimates[0], alpha)
+        clean, = estimates
+        return blur_and_rest(clean, point.alpha)
 
 
-class BlurredOnly:
+class BlurredOnly(Parametrisation):
     """(b): one branch estimates the blurred image; x̂₀ = V max(M, 10⁻³)⁻¹ Vᵀ D."""
 
     names = ('denoise',)
-    estimates = staticmethod(CleanOnly.estimates)
 
-    @staticmethod
-    def targets(images, blurred, rest):
+    def targets(self, example):
         """V M Vᵀ x₀."""
-        return (blurred,)
+        return (example.blurred,)
 
-    @staticmethod
-    def parts(estimates, alpha):
+    def parts(self, estimates, point):
         """(D, V (I − M) Vᵀ x̂₀)."""
         D, = estimates
-        clean = filter_bands(D, 1 / blur_mask(alpha, D.shape[-1]).clamp(min=MIN_MASK))
-        return D, rest_of(clean, alpha)
+        clean = filter_bands(D, 1 / blur_mask(point.alpha, D.shape[-1]).clamp(min=MIN_MASK))
+        return D, rest(clean, point.alpha)
 
 
-class CleanAndBlurred:
+class CleanAndBlurred(Parametrisation):
     """(c): two branches estimate the blurred image and x₀."""
 
     names = ('denoise', 'clean')
 
-    @staticmethod
-    def estimates(F, skip, c_out, alpha, sigma_data, rest_scale):
-        """D and x̂₀, both c_skip·x + c_out·F."""
-        return skip + c_out * F[0], skip + c_out * F[1]
-
-    @staticmethod
-    def targets(images, blurred, rest):
+    def targets(self, example):
         """V M Vᵀ x₀ and x₀."""
-        return blurred, images
+        return example.blurred, example.images
 
-    @staticmethod
-    def parts(estimates, alpha):
+    def parts(self, estimates, point):
         """(D, V (I − M) Vᵀ x̂₀)."""
         D, clean = estimates
-        return D, rest_of(clean, alpha)
+        return D, rest(clean, point.alpha)
 
 
-class Hot:
+class Hot(Parametrisation):
     """BNR 0: EDM. One branch, D = x̂₀; there is no rest. Not a choice of --targets: the path implies it."""
 
     names = ('denoise',)
-    estimates = staticmethod(CleanOnly.estimates)
-    targets = staticmethod(CleanOnly.targets)
 
-    @staticmethod
-    def parts(estimates, alpha):
+    def targets(self, example):
+        """x₀."""
+        return (example.images,)
+
+    def parts(self, estimates, point):
         """(D, 0)."""
-        return estimates[0], torch.zeros_like(estimates[0])
+        D, = estimates
+        return D, torch.zeros_like(D)
 
 
-TARGETS = {'residual': Residual, 'clean': CleanOnly, 'blurred': BlurredOnly, 'clean-blurred': CleanAndBlurred}
+TARGETS = {'residual': Residual(), 'clean': CleanOnly(), 'blurred': BlurredOnly(), 'clean-blurred': CleanAndBlurred()}
