@@ -293,7 +293,7 @@ SAMPLER_DEFAULTS = {name: p.default for name, p in inspect.signature(warm_sample
 
 def with_defaults(options):
     """All options of `warm_sampler`, defaults filled in, after checking that they go together (UserError)."""
-    full = {**SAMPLER_DEFAULTS, **options}
-    solver_options = {name: value for name, value in options.items() if name not in SAMPLER_DEFAULTS}
+    full = {name: options.get(name, default) for name, default in SAMPLER_DEFAULTS.items()}
+    solver_options = {name: value for name, value in options.items() if name not in full}
     own = check_options(full['num_steps'], full['S_churn'], full['S_noise'], full['solver'], solver_options)
     return {**full, **own}
