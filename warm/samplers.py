@@ -11,11 +11,11 @@ To add a solver: one function
 
     step(denoise, x, D, R, here, there, z, memory) → x′
 
-and one line in SOLVERS that says what kind it is (`Solver`). `denoise(x, level) → (D, R)` is the network, for steps that
-evaluate it again; D and R are its answer at x, `here`. At β′ = 0 a step returns x̂₀ = D + R. Noise: z is the step's
-own, standard normal like x; a solver that uses it says so in `adds_noise`. Options: each Option in `options` is a
-further argument of the step, a flag of generate.py, and refused by the solvers that do not have it. Several steps:
-`memory` is a dict, empty at first, that the step may write to; a solver that does is `multistep`.
+and one line in SOLVERS that says what kind it is (`Solver`). `denoise(x, level) → (D, R)` is the network, for steps
+that evaluate it again; D and R are its answer at x, `here`. At β′ = 0 a step returns x̂₀ = D + R. Noise: z is the
+step's own, standard normal like x; a solver that uses it says when in `adds_noise`. Options: each Option in `options`
+is a keyword of the step and a flag of generate.py, which solvers without it refuse. Several steps: `memory` is a
+dict, empty at first, that the step may write to; a solver that does is `multistep`.
 """
 
 import dataclasses
