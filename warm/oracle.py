@@ -12,6 +12,7 @@ errors and variances come as expectations over all noise, not as estimates from 
     python -m warm.oracle --outdir=docs
 """
 
+import itertools
 import os
 
 import click
@@ -128,6 +129,11 @@ def last_step_error(spectrum, path):
 
 # -- the page
 
+def ode_solvers():
+    """Names of the solvers that add no noise unless asked to, and so have an error against the ODE."""
+    return [name for name, solver in SOLVERS.items() if solver.order is not None]
+
+
 def steps_for(solver, nfe):
     """The largest number of steps that needs at most `nfe` evaluations, which are a·n + b with n steps."""
     spectrum = prior_spectrum(2)
@@ -137,10 +143,10 @@ def steps_for(solver, nfe):
 
 
 def errors(spectrum, budgets):
-    """{path: {solver: {NFE: error}}} for all in COMPARED and SOLVERS; NFE may fall short of the budget."""
-    steps = {(solver, nfe): steps_for(solver, nfe) for solver in SOLVERS for nfe in budgets}
+    """{path: {solver: {NFE: error}}} for all in COMPARED and `ode_solvers`; NFE may fall short of the budget."""
+    steps = {(solver, nfe): steps_for(solver, nfe) for solver in ode_solvers() for nfe in budgets}
     return {path: {solver: {nfe: solver_error(spectrum, path, solver, steps[solver, nfe])[0] for nfe in budgets}
-                   for solver in SOLVERS} for path in COMPARED}
+                   for solver in ode_solvers()} for path in COMPARED}
 
 
 def draw_errors(figure, table, floors):
@@ -148,7 +154,7 @@ def draw_errors(figure, table, floors):
     panels = figure.subplots(2, 3, sharex=True, sharey=True)
     ticks = (10, 20, 35, 79, 159)
     for ax, (path, solvers) in zip(panels.flat, table.items()):
-        for solver, marker, values in zip(solvers, 'o^sDvP', solvers.values()):
+        for solver, marker, values in zip(solvers, itertools.cycle('o^sDvP'), solvers.values()):
             ax.plot(values.keys(), values.values(), marker=marker, ms=4, label=solver)
         ax.axhline(floors[path], color='0.45', ls=':', label='last step alone')
         ax.set(xscale='log', yscale='log', title=str(path))
@@ -158,7 +164,7 @@ def draw_errors(figure, table, floors):
         ax.set_xlabel('network evaluations (NFE)')
     for ax in panels[:, 0]:
         ax.set_ylabel('RMS error of a pixel')
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=len(SOLVERS) + 1)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=len(ode_solvers()) + 1)
 
 
 def error_rows(table):

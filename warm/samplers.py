@@ -6,17 +6,28 @@ The deterministic limit of Eq. 4 is the probability-flow ODE of the process:
 
 Unprimed symbols belong to the present level (α, β), primed ones to the next. Grid, churn and NFE are EDM's
 (training.samplers); at BNR 0 every step here does the same arithmetic as EDM's sampler, without a DCT.
-To add a solver: one function `step(denoise, x, D, R, here, there, memory)` and one line in SOLVERS.
+
+To add a solver: one function
+
+    step(denoise, x, D, R, here, there, z, memory) → x′
+
+and one line in SOLVERS that says what kind it is (`Solver`). `denoise(x, level) → (D, R)` is the network, for steps
+that evaluate it again; D and R are its answer at x, `here`. At β′ = 0 a step returns x̂₀ = D + R. Noise: z is the
+step's own, standard normal like x; a solver that uses it says when in `adds_noise`. Options: each Option in `options`
+is a keyword of the step and a flag of generate.py, which solvers without it refuse. Several steps: `memory` is a
+dict, empty at first, that the step may write to; a solver that does is `multistep`.
 """
 
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
 
 import torch
 
 from dnnlib import UserError
 from training.samplers import check_churn, churned, edm_sigma_steps, rounded
+from training.system import Option, flag_of
 from warm.blur import blur_mask, dct2, filter_bands, idct2, log_mask_ratio, mask_difference, rest_mask
 from warm.path import ConstantBNR
 
@@ -78,12 +89,22 @@ def add_churn(x, here, there, z, S_noise=1):
     return idct2(ratio * dct2(x) + (there.beta ** 2 - (ratio * here.beta) ** 2).sqrt() * dct2(S_noise * z))
 
 
-def euler_step(denoise, x, D, R, here, there, memory):
-    """First order, one evaluation; DDIM's step (Eq. 4 with σ_t = 0)."""
-    return transition(x, D, R, here, there)
+def euler_step(denoise, x, D, R, here, there, z, memory, eta):
+    """Eq. 4, first order, one evaluation: DDIM's step for η = 0, stochastic with σ_t = η·β′·√(1 − β′²/β²) (ours).
+
+    η = 1 at BNR 0 is DDPM's noise. With blur σ_t is the same in all bands, the most that every band's posterior admits.
+    """
+    sigma = eta * there.beta * math.sqrt(1 - (there.beta / here.beta) ** 2)
+    return transition(x, D, R, here, there, sigma, z if sigma > 0 else None)
 
 
-def heun_step(denoise, x, D, R, here, there, memory):
+def check_eta(eta):
+    """Refuse an η outside [0, 1] (UserError)."""
+    if not 0 <= eta <= 1:
+        raise UserError(f'eta is {eta}, but it must lie between 0 and 1')
+
+
+def heun_step(denoise, x, D, R, here, there, z, memory):
     """Second order on any path, two evaluations; the last step is Euler's (the paper's and EDM's solver).
 
     The corrector averages the noise slopes (x−D)/β and (x′−D′)/β′, and the blur increments
@@ -101,7 +122,7 @@ def heun_step(denoise, x, D, R, here, there, memory):
     return corrected + 0.5 * (deblur(R, here, there) - deblur(R_next, there, here))
 
 
-def dpmpp2m_step(denoise, x, D, R, here, there, memory):
+def dpmpp2m_step(denoise, x, D, R, here, there, z, memory):
     """DPM-Solver++(2M) band by band in L = ln(M/β), one evaluation (ours).
 
     With h = L′ − L: x′ = (β′/β)·x − V M′ expm1(−h) Vᵀ X, X = x̂₀ + h/(2h_old)·(x̂₀ − x̂₀,old).
@@ -117,23 +138,48 @@ def dpmpp2m_step(denoise, x, D, R, here, there, memory):
     if not here.hot:
         clean, h = dct2(clean), h + log_mask_ratio(here.alpha, there.alpha, n)
     X = clean
-    if memory.clean is not None:
-        X = clean + h / (2 * memory.h) * (clean - memory.clean)
-    memory.clean, memory.h = clean, h
+    if memory:
+        X = clean + h / (2 * memory['h']) * (clean - memory['clean'])
+    memory.update(clean=clean, h=h)
     drift = torch.expm1(-h) * X
     if not here.hot:
         drift = idct2(blur_mask(there.alpha, n) * drift)
     return (there.beta / here.beta) * x - drift
 
 
-SOLVERS = {'euler': euler_step, 'heun': heun_step, 'dpmpp2m': dpmpp2m_step}
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How the sampler gets from level to level, and what users and tests may ask of it.
+
+    Attributes:
+        step: step(denoise, x, D, R, here, there, z, memory, **options) → x′; what these are stands at the top.
+        order: Of accuracy on the ODE, with the defaults of its options; None where these add noise.
+        multistep: Whether it carries evaluations from step to step: such a solver has neither churn nor single steps.
+        options: Option objects of its own, with the defaults that the step receives.
+        adds_noise: adds_noise(**options) → whether the step uses z; if so, there is no churn, which uses the same z.
+        check: check(**options) raises UserError for values that make no sense.
+    """
+
+    step: Callable
+    order: int | None
+    multistep: bool = False
+    options: tuple = ()
+    adds_noise: Callable = lambda **options: False
+    check: Callable = lambda **options: None
 
 
-class Memory:
-    """What a multistep solver carries from step to step."""
+ETA = Option('eta', 0, 'Noise of the stochastic steps of Eq. 4, 0 to 1', type=float)
 
-    def __init__(self):
-        self.clean, self.h = None, None
+SOLVERS = {
+    'euler': Solver(euler_step, order=1, options=(ETA,), adds_noise=lambda eta: eta > 0, check=check_eta),
+    'heun': Solver(heun_step, order=2),
+    'dpmpp2m': Solver(dpmpp2m_step, order=2, multistep=True),
+}
+
+
+def options_of(solvers):
+    """The Options that only some solvers have: those of the named ones, each once."""
+    return tuple(dict.fromkeys(option for name in solvers for option in SOLVERS[name].options))
 
 
 def sampling_path(net, path=None):
@@ -168,7 +214,7 @@ def make_denoiser(net, class_labels=None):
 
 def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=18, sigma_min=0.002,
                  sigma_max=80, rho=7, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1, solver='heun', path=None,
-                 eta=0):
+                 **solver_options):
     """Draw images by running a network from noise to data along a path.
 
     Args:
@@ -180,8 +226,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         S_churn, S_min, S_max, S_noise: EDM's churn, along the path (`add_churn`).
         solver: A name in SOLVERS.
         path: α for each β (warm.path); by default the network's own.
-        eta: σ_t = η·β′·√(1 − β′²/β²) in Eq. 4, from 0, deterministic, to 1, which at BNR 0 is DDPM's noise. With blur
-            it is the same in all bands, the most that every band's posterior admits. For solver euler.
+        solver_options: The solver's own, such as euler's `eta`.
 
     Returns:
         float64 images [B, C, N, N], nominally in [−1, 1].
@@ -189,12 +234,12 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     Raises:
         UserError: unknown solver, options that do not go together, a grid that makes no sense.
     """
-    check_options(num_steps, S_churn, S_noise, solver, eta)
+    own = check_options(num_steps, S_churn, S_noise, solver, solver_options)
     path = sampling_path(net, path)
     betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net, 'cpu').tolist()
     raised = [churned(beta, num_steps, S_churn, S_min, S_max) for beta in betas[:-1]]
     raised = rounded(net, torch.tensor(raised, dtype=torch.float64)).tolist()
-    denoise, memory = make_denoiser(net, class_labels), Memory()
+    denoise, step, memory = make_denoiser(net, class_labels), SOLVERS[solver].step, {}
 
     def level(beta):
         return Level(latents.new_full([], path.alpha(beta), dtype=torch.float64), beta, path.is_hot)
@@ -205,31 +250,41 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         if raised[i] > beta:
             x, here = add_churn(x, here, level(raised[i]), z, S_noise), level(raised[i])
         D, R = denoise(x, here)
-        if eta > 0 and beta_next > 0:
-            sigma = eta * there.beta * math.sqrt(1 - (there.beta / here.beta) ** 2)
-            x = transition(x, D, R, here, there, sigma, z)
-        else:
-            x = SOLVERS[solver](denoise, x, D, R, here, there, memory)
+        x = step(denoise, x, D, R, here, there, z, memory, **own)
     return x
 
 
-def check_options(num_steps, S_churn, S_noise, solver, eta):
-    """Refuse solver options that do not go together (UserError)."""
+def check_options(num_steps, S_churn, S_noise, solver, solver_options):
+    """The solver's own options, defaults filled in; refuse options that do not go together (UserError)."""
     check_churn(S_churn, S_noise)
     if solver not in SOLVERS:
         raise UserError(f"'{solver}' is not a solver for these networks; choose one of {', '.join(SOLVERS)}")
-    if solver == 'dpmpp2m' and S_churn > 0:
-        raise UserError('dpmpp2m carries its last evaluation from step to step, which churn would make stale; '
-                        'use --solver=heun or euler with --S_churn')
-    if solver == 'dpmpp2m' and num_steps < 2:
-        raise UserError('dpmpp2m needs at least 2 steps; raise --steps')
-    if not 0 <= eta <= 1:
-        raise UserError(f'eta is {eta}, but it must lie between 0 and 1')
-    if eta > 0 and solver != 'euler':
-        raise UserError(f'--eta makes the steps of Eq. 4 stochastic, which are first order; '
-                        f'use it with --solver=euler, not {solver}')
-    if eta > 0 and S_churn > 0:
-        raise UserError('--eta and --S_churn both add noise; give one of them')
+    chosen = SOLVERS[solver]
+    defaults = {option.name: option.default for option in chosen.options}
+    for name in solver_options.keys() - defaults.keys():
+        check_foreign(name, solver_options[name], solver)
+    own = {name: solver_options.get(name, default) for name, default in defaults.items()}
+    chosen.check(**own)
+    if chosen.multistep and S_churn > 0:
+        others = [name for name, other in SOLVERS.items() if not other.multistep and other.order is not None]
+        raise UserError(f'{solver} carries its last evaluation from step to step, which churn would make stale; '
+                        f"use --solver={' or '.join(others)} with --S_churn")
+    if chosen.multistep and num_steps < 2:
+        raise UserError(f'{solver} needs at least 2 steps; raise --steps')
+    if chosen.adds_noise(**own) and S_churn > 0:
+        source = [flag_of(name) for name in own if own[name] != defaults[name]] or [f'--solver={solver}']
+        raise UserError(f"{' and '.join([*source, '--S_churn'])} both add noise; give one of them")
+    return own
+
+
+def check_foreign(name, value, solver):
+    """Refuse an option that `solver` does not have, unless it is another's and at its default (UserError)."""
+    owners = {owner: option for owner, known in SOLVERS.items() for option in known.options if option.name == name}
+    if not owners:
+        raise UserError(f'{flag_of(name)} is not an option of any solver; leave it out')
+    if value not in [option.default for option in owners.values()]:
+        raise UserError(f"{flag_of(name)} is not an option of the solver {solver}; use it with "
+                        f"--solver={' or '.join(owners)}, or leave it out")
 
 
 SAMPLER_DEFAULTS = {name: p.default for name, p in inspect.signature(warm_sampler).parameters.items()
@@ -238,6 +293,7 @@ SAMPLER_DEFAULTS = {name: p.default for name, p in inspect.signature(warm_sample
 
 def with_defaults(options):
     """All options of `warm_sampler`, defaults filled in, after checking that they go together (UserError)."""
-    full = {**SAMPLER_DEFAULTS, **options}
-    check_options(full['num_steps'], full['S_churn'], full['S_noise'], full['solver'], full['eta'])
-    return full
+    full = {name: options.get(name, default) for name, default in SAMPLER_DEFAULTS.items()}
+    solver_options = {name: value for name, value in options.items() if name not in full}
+    own = check_options(full['num_steps'], full['S_churn'], full['S_noise'], full['solver'], solver_options)
+    return {**full, **own}
