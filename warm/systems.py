@@ -12,7 +12,7 @@ from warm.epsilon_scaling import with_epsilon_scaling
 from warm.ihdm import IHDM
 from warm.lee import LEE
 from warm.pfgmpp import PFGMPP, with_heavy_tails
-from warm.samplers import SOLVERS, warm_sampler, with_defaults
+from warm.samplers import SOLVERS, options_of, warm_sampler, with_defaults
 from warm.soft import SOFT
 from warm.stf import STF
 from warm.warm import WARM
@@ -20,17 +20,24 @@ from warm.warm import WARM
 
 def with_multistep(system):
     """An EDM system with those solvers of warm.samplers, at BNR 0, that EDM has not: dpmpp2m."""
+    added = [name for name in SOLVERS if name not in EDM_SOLVERS]
+    own = options_of(added)
+
     def sampler(net, **options):
         solver = options.get('solver')
-        if solver in EDM_SOLVERS or solver not in SOLVERS:
+        if solver not in added:
+            for option in own:
+                if option.name in options:
+                    raise UserError(f"{option.flag} has no effect with {solver or 'the default solver'}; leave it "
+                                    f"out, or choose --solver from {', '.join(added)}")
             return system.sampler(net, **options)
         for name in options:
-            if name not in (*COMMON_SAMPLE_OPTIONS, 'solver'):
+            if name not in (*COMMON_SAMPLE_OPTIONS, 'solver', *(option.name for option in own)):
                 raise UserError(f'--solver={solver} has no {flag_of(name)}; leave it out or choose '
                                 f"{' or '.join(EDM_SOLVERS)}")
         with_defaults(options)
         return functools.partial(warm_sampler, **options)
-    return dataclasses.replace(system, sampler=sampler)
+    return dataclasses.replace(system, sampler=sampler, own_sample_options=(*system.own_sample_options, *own))
 
 
 def edm_like(system):

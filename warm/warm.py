@@ -15,7 +15,7 @@ from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES, flags_of
 from warm.loss import WarmLoss
 from warm.path import parse_path, schedule_texts
 from warm.precond import WarmPrecond
-from warm.samplers import warm_sampler, with_defaults
+from warm.samplers import SOLVERS, options_of, warm_sampler, with_defaults
 from warm.targets import TARGETS
 from warm.trajectory import save_trajectory, watch
 
@@ -73,7 +73,7 @@ WARM = System(
     own_sample_options=(
         Option('bnr', None, 'Blur-to-Noise Ratio of the path', shown='as trained'),
         Option('bnr_schedule', None, SCHEDULES, shown='as trained'),
-        Option('eta', None, 'Noise of the stochastic steps of Eq. 4, 0 to 1', type=float, shown='0'),
+        *options_of(SOLVERS),
     ),
     network_options=(
         Option('bnr', None, 'Blur-to-Noise Ratio: a number, a list such as 0,0.1,0.5 or a log-uniform range '
