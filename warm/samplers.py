@@ -279,7 +279,8 @@ def check_options(num_steps, S_churn, S_noise, solver, solver_options):
 
 def check_foreign(name, value, solver):
     """Refuse an option that `solver` does not have, unless it is another's and at its default (UserError)."""
-    owners = {owner: option for owner, known in SOLVERS.items() for option in known.options if option.name == name}
+    owners = {owner: option for owner, known in SOLVERS.items() if owner != solver
+              for option in known.options if option.name == name}
     if not owners:
         raise UserError(f'{flag_of(name)} is not an option of any solver; leave it out')
     if value not in [option.default for option in owners.values()]:
