@@ -12,7 +12,7 @@ from dnnlib import UserError
 from dnnlib.download import is_url, local_path
 from dnnlib.files import Tee, atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
-from training.augment import TRAIN_AUGMENT
+from training.augment import training_strengths
 from training.batches import check_data_device
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.detectors import DETECTORS, Detector, PixelDetector, load_detector
@@ -54,6 +54,7 @@ def training_config(o, system_options):
         check_tensorboard()
     precision = chosen_precision(o['precision'], o['fp16'])
     check_data_device(o['data_device'])
+    strengths = training_strengths(o['augment_with'])
     system = SYSTEMS[o['precond']]
     own = system.network_kwargs(system_options)
     if o['data'] is None:
@@ -76,7 +77,7 @@ def training_config(o, system_options):
         accelerate_kwargs=dict(precision=precision, channels_last=o['channels_last'],
                                recompute=o['checkpoint_activations'], compile=bool(o['compile'])),
         optimizer_kwargs=dict(lr=o['lr'], betas=[0.9, 0.999], eps=1e-8),
-        augment_kwargs=dict(p=o['augment'], **TRAIN_AUGMENT) if o['augment'] else None,
+        augment_kwargs=dict(p=o['augment'], **strengths) if o['augment'] else None,
         seed=dist.broadcast_object(secrets.randbelow(1 << 31)) if o['seed'] is None else o['seed'],
         batch_size=o['batch'],
         batch_gpu=o['batch_gpu'],
