@@ -75,7 +75,7 @@ GRID = 64 if torch.cuda.is_available() else 16
 @click.option('--augment', metavar='FLOAT', type=NumberRange(min=0, max=1), default=0.12,
               help='Augmentation probability')
 @click.option('--augment-with', metavar='LIST', type=Text(), default=','.join(TRAIN_AUGMENT),
-              help=f'Comma-separated: {", ".join(t.name for t in TRANSFORMS)}')
+              help=f'Augmentations, comma-separated: {", ".join(t.name for t in TRANSFORMS)}')
 @click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add the mirrored images to the data set')
 # Performance.
 @click.option('--precision', type=click.Choice(list(PRECISIONS)), default=None,
@@ -161,6 +161,9 @@ def run(options):
         raise UserError(f'{unused[0]} has no effect without scores; add --eval=TICKS, or leave it out')
     if typed_flags('augment_with') and not options['augment']:
         raise UserError('--augment-with has no effect without augmentation; add --augment=PROB, or leave it out')
+    for flag in cfg.SIZE_FLAGS:
+        if flag not in cfg.size_arguments(options['arch']) and not typed_flags(flag):
+            options[flag] = None  # a preset's, which is for the U-Nets
     config = cfg.training_config(options, given_flags('train_options', options))
     name = cfg.run_name(config, options['arch'], options['desc'])
     run_dir, start = dist.on_rank0(lambda: cfg.start_point(options, name))

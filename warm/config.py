@@ -22,10 +22,11 @@ from training.progress import check_network, check_origin, load_run_state
 from training.saving import find_states, newest_good, saved_files
 from training.status import check_tensorboard, trim_records
 from training.training_loop import interface_kwargs, split_batch, transfer_weights
+from training.unet import MODELS
 from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 
-# What --arch stands for: arguments of the U-Net, EDM's. --cbase and --cres replace two of them.
+# What --arch stands for: arguments of the network, EDM's. --cbase and --cres replace two of them, if it has such.
 ARCHITECTURES = {
     'ddpmpp': dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard',
                    decoder_type='standard', channel_mult_noise=1, resample_filter=[1, 1], model_channels=128,
@@ -35,6 +36,7 @@ ARCHITECTURES = {
                    channel_mult=[2, 2, 2]),
     'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
 }
+SIZE_FLAGS = ('cbase', 'cres')
 OPTIONS_NAME = 'training_options.json'  # in every run folder
 
 
@@ -64,10 +66,11 @@ def training_config(o, system_options):
                           cache=o['cache'])
     own.update(measured(system, own, dataset_kwargs))
     network_kwargs = dict(ARCHITECTURES[o['arch']], dropout=o['dropout'], use_fp16=precision == 'fp16', **own)
-    if o['cbase'] is not None:
-        network_kwargs['model_channels'] = o['cbase']
-    if o['cres'] is not None:
-        network_kwargs['channel_mult'] = o['cres']
+    for flag in SIZE_FLAGS:
+        if o[flag] is not None:
+            if flag not in size_arguments(o['arch']):
+                raise UserError(f"--arch={o['arch']} has no use for --{flag}; leave it out")
+            network_kwargs[size_arguments(o['arch'])[flag]] = o[flag]
     return dict(
         system=system.name,
         dataset_kwargs=dataset_kwargs,
@@ -100,6 +103,11 @@ def training_config(o, system_options):
         max_nonfinite=o['max_nonfinite'],
         timeout=o['timeout'],
     )
+
+
+def size_arguments(arch):
+    """{flag of SIZE_FLAGS: argument that it replaces}, of --arch's network; without those that it does not have."""
+    return MODELS[ARCHITECTURES[arch]['model_type']].size_arguments
 
 
 def chosen_precision(precision, fp16):
@@ -147,6 +155,8 @@ def check_config(config, start, fetch=True):
     system = SYSTEMS[config['system']]
     with torch.device('meta'):  # names and shapes, without the memory
         net = system.network_class(**interface_kwargs(dataset, config['augment_kwargs']), **config['network_kwargs'])
+    if config['accelerate_kwargs']['recompute']:
+        net.model.check_recompute()
     if start['path'] is not None:
         check_origin(start, start['path'], system.name)
         check_network(start, start['path'], net.init_kwargs)
