@@ -412,7 +412,7 @@ def patches_offered(monkeypatch):
 @pytest.mark.filterwarnings('ignore:.*pin_memory.*')
 @pytest.mark.parametrize('system', ['edm', 'warm'])
 def test_a_new_network_is_trained_and_sampled(patches_offered, tmp_path, system):
-    """As `edm` with augmentation, as Warm with the blur as a further condition, and with a preset that is for U-Nets."""
+    """As `edm`; as Warm, with the blur as a further condition, and with a preset that is for U-Nets."""
     flags = ['--preset=digits', '--augment=0.5'] if system == 'warm' else ['--channels-last=1', '--precision=bf16']
     result = invoke('train.py', '--arch=patches', f'--precond={system}', *flags, f'--outdir={tmp_path}', '--nosubdir',
                     '--batch=8', '--duration=0.000016', '--workers=0', '--grid=2', '--seed=0')

@@ -5,5 +5,5 @@ from training.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, Positio
 from training.precond import EDMPrecond, Precond, VEPrecond, VPPrecond, iDDPMPrecond
 from training.unet import MODELS, DhariwalUNet, SongUNet
 
-__all__ = ['Conv2d', 'DhariwalUNet', 'EDMPrecond', 'FourierEmbedding', 'GroupNorm', 'Linear', 'MODELS',
-           'Network', 'PositionalEmbedding', 'Precond', 'SongUNet', 'UNetBlock', 'VEPrecond', 'VPPrecond', 'iDDPMPrecond']
+__all__ = ['Conv2d', 'DhariwalUNet', 'EDMPrecond', 'FourierEmbedding', 'GroupNorm', 'Linear', 'MODELS', 'Network',
+           'PositionalEmbedding', 'Precond', 'SongUNet', 'UNetBlock', 'VEPrecond', 'VPPrecond', 'iDDPMPrecond']
