@@ -11,6 +11,7 @@ from dnnlib import UserError
 from dnnlib.flags import NumberRange, Text
 from torch_utils import distributed as dist
 from torch_utils.signals import EXIT_STOPPED
+from training.augment import TRAIN_AUGMENT, TRANSFORMS
 from training.batches import DATA_DEVICES
 from training.detectors import DETECTORS
 from training.metrics import METRICS
@@ -73,6 +74,8 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='Dropout probability')
 @click.option('--augment', metavar='FLOAT', type=NumberRange(min=0, max=1), default=0.12,
               help='Augmentation probability')
+@click.option('--augment-with', metavar='LIST', type=Text(), default=','.join(TRAIN_AUGMENT),
+              help=f'Augmentations, comma-separated: {", ".join(t.name for t in TRANSFORMS)}')
 @click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add the mirrored images to the data set')
 # Performance.
 @click.option('--precision', type=click.Choice(list(PRECISIONS)), default=None,
@@ -156,6 +159,11 @@ def run(options):
     unused = typed_flags('eval_num', 'eval_ref', 'eval_detector', 'eval_metrics')
     if unused and not typed_flags('eval_ticks') and not options['eval_ticks']:
         raise UserError(f'{unused[0]} has no effect without scores; add --eval=TICKS, or leave it out')
+    if typed_flags('augment_with') and not options['augment']:
+        raise UserError('--augment-with has no effect without augmentation; add --augment=PROB, or leave it out')
+    for flag in cfg.SIZE_FLAGS:
+        if flag not in cfg.size_arguments(options['arch']) and not typed_flags(flag):
+            options[flag] = None  # a preset's, which is for the U-Nets
     config = cfg.training_config(options, given_flags('train_options', options))
     name = cfg.run_name(config, options['arch'], options['desc'])
     run_dir, start = dist.on_rank0(lambda: cfg.start_point(options, name))

@@ -1,5 +1,6 @@
 """Augmentation: the recorded images and labels, the plain form of the resampling, and what must never happen."""
 
+import json
 import math
 
 import numpy as np
@@ -8,8 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from dnnlib import UserError
-from training import affine
-from training.augment import TRAIN_AUGMENT, TRANSFORMS, AugmentPipe
+from tests.commands import SMALL, invoke, refused
+from training import affine, augment
+from training.augment import TRAIN_AUGMENT, TRANSFORMS, AugmentPipe, Transform
+from training.snapshot import build_network, read_snapshot
+from warm.systems import SYSTEMS
 
 RECORDS = ['augment-all', 'augment-blit', 'augment-color', 'augment-geometry', 'augment-train']
 NAMES = [t.name for t in TRANSFORMS]
@@ -60,7 +64,7 @@ def test_label_columns_are_as_many_as_the_table_says(transform):
 
 
 def test_label_columns_are_those_of_the_enabled_transforms():
-    assert AugmentPipe(**all_on()).label_dim == sum(t.columns for t in TRANSFORMS) == 19
+    assert AugmentPipe(**all_on()).label_dim == sum(t.columns for t in TRANSFORMS)
     assert AugmentPipe().label_dim == 0
     out, labels = AugmentPipe()(some_images())
     assert torch.equal(out, some_images()) and labels.shape == (4, 0)
@@ -96,7 +100,7 @@ def test_training_mirrors_half_the_images_whatever_the_probability():
 
 
 def test_settings_rebuild_the_pipe():
-    pipe = AugmentPipe(0.4, 1, scale=1, hue=1, hue_max=0.5)
+    pipe = AugmentPipe(0.4, xflip=1, scale=1, hue=1, hue_max=0.5)
     assert pipe.init_kwargs['p'] == 0.4 and pipe.init_kwargs['xflip'] == 1 and pipe.init_kwargs['hue_max'] == 0.5
     again = AugmentPipe(**pipe.init_kwargs)
     torch.manual_seed(1)
@@ -209,6 +213,61 @@ def test_dtype_is_kept(dtype):
     assert out.dtype == dtype and labels.dtype == torch.float32
 
 
+# -- a transform of one's own, and the flag
+
+def cutout(pipe, images):
+    """Grey out the right half: of what `training/augment.py` needs for a transform, the one function."""
+    w = pipe.gated('cutout', torch.rand([images.shape[0]], device=images.device))
+    right = torch.arange(images.shape[3], device=images.device) >= images.shape[3] // 2
+    return torch.where((w > 0)[:, None, None, None] & right, pipe.cutout_grey, images), [w]
+
+
+@pytest.fixture
+def with_cutout(monkeypatch):
+    line = Transform('cutout', 'blit', 1, cutout, dict(cutout_grey=0.5), strength=2)  # and the one line
+    monkeypatch.setattr(augment, 'TRANSFORMS', [*TRANSFORMS[:4], line, *TRANSFORMS[4:]])
+
+
+def test_a_new_transform_is_one_function_and_one_line(with_cutout):
+    images = some_images(count=64)
+    out, labels = augmented(images, p=0.5, **augment.training_strengths('cutout'))
+    assert (labels > 0).all() and torch.equal(out[..., :8], images[..., :8]) and (out[..., 8:] == 0.5).all()
+    out, labels = augmented(images, p=0.5, cutout=1, cutout_grey=0.25, yflip=1)
+    assert labels.shape == (64, 2) and 16 < (labels[:, 1] > 0).sum() < 48
+    for image, label in zip(out, labels[:, 1]):
+        assert (image[..., 8:] == 0.25).all() == (label > 0)
+    assert {'cutout': 0, 'cutout_grey': 0.5}.items() <= AugmentPipe(**TRAIN_AUGMENT).init_kwargs.items()
+
+
+def test_a_new_transform_is_trained_with(with_cutout, tmp_path):
+    result = invoke('train.py', *SMALL, f'--outdir={tmp_path}', '--duration=0.000016', '--nosubdir', '--seed=0',
+                    '--augment=0.5', '--augment-with=hue,cutout')
+    assert result.exit_code == 0, (result.output, result.exception)
+    options = json.loads((tmp_path / 'training_options.json').read_text())
+    assert options['augment_kwargs'] == {'p': 0.5, 'cutout': 2, 'hue': 1}
+    net = build_network(read_snapshot(tmp_path / 'network-snapshot-000000.safetensors'), SYSTEMS)
+    assert net.model.map_augment.weight.shape[1] == 3
+
+
+@pytest.mark.parametrize('flags, expected', [
+    ([], {'p': 0.12, **TRAIN_AUGMENT}), (['--augment=0'], None),
+    (['--augment-with= rotate_int, xflip'], {'p': 0.12, 'xflip': 1e8, 'rotate_int': 1}),
+    (['--augment=1', f'--augment-with={",".join(NAMES)}'], {'p': 1, **all_on(), 'xflip': 1e8})])
+def test_augment_with(flags, expected):
+    """Without the flag the saved options are EDM's."""
+    shown = invoke('train.py', '-n', *flags).output
+    options, _ = json.JSONDecoder().raw_decode(shown[shown.index('{'):])
+    assert options['augment_kwargs'] == expected
+    assert expected is None or list(options['augment_kwargs']) == ['p', *(n for n in NAMES if n in expected)]
+
+
+def test_augment_with_refuses():
+    refused(invoke('train.py', '-n', '--augment-with=xflip,blur'), "no augmentation 'blur'; choose from xflip,",
+            ',saturation')
+    refused(invoke('train.py', '-n', '--augment=0', '--augment-with=xflip'), '--augment-with has no effect')
+    refused(invoke('train.py', '-n', '--preset=digits', '--augment-with=xflip'), 'add --augment=PROB')
+
+
 # -- execution
 
 def test_no_value_is_read_back_by_the_host():
@@ -223,7 +282,7 @@ def test_no_value_is_read_back_by_the_host():
 
 def test_shapes_alone_decide_what_is_computed():
     out, labels = AugmentPipe(**all_on())(some_images().to('meta'))
-    assert out.shape == (4, 3, 16, 16) and labels.shape == (4, 19) and out.is_meta
+    assert out.shape == (4, 3, 16, 16) and labels.shape == (4, sum(t.columns for t in TRANSFORMS)) and out.is_meta
 
 
 def test_only_the_global_generator_is_used():
@@ -237,7 +296,7 @@ def test_only_the_global_generator_is_used():
 @pytest.mark.parametrize('settings, message', [
     (dict(p=1.5), 'p is 1.5'), (dict(p=-0.1), 'p is -0.1'), (dict(xflip=-1), 'xflip is -1'),
     (dict(scale=math.nan), 'scale is nan'), (dict(hue_max=math.inf), 'hue_max is inf'),
-    (dict(translate_int_max=0), 'translate_int_max is 0')])
+    (dict(translate_int_max=0), 'translate_int_max is 0'), (dict(cutout=1), 'no augmentation setting cutout; .*hue')])
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         AugmentPipe(**settings)

@@ -3,28 +3,65 @@
 import itertools
 import json
 import math
+import types
 
+import click
 import pytest
 import torch
 
 from dnnlib import UserError
-from training import networks
+from tests.commands import invoke, refused
+from train import main
+from training import architecture, networks
+from training.acceleration import accelerate
+from training.architecture import Network
+from training.generation import BATCH, default_batch
 from training.layers import (INIT_MODES, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding,
                              attend, draw_parameters, filter_down, filter_up, make_resample_filter, plain_attention,
                              split_heads)
 from training.precond import PRECISIONS, Precond, edm_scalings, vp_sigma, vp_sigma_inv
-from training.unet import DECODERS, EMBEDDINGS, ENCODERS, MODELS
+from training.unet import DECODERS, EMBEDDINGS, ENCODERS, MODELS, UNet
+from warm.config import ARCHITECTURES
 
 RECORDS = ['net-edm-adm', 'net-edm-ddpmpp', 'net-edm-ncsnpp', 'net-edm-skip', 'net-iddpm-ddpmpp', 'net-ve-ncsnpp',
            'net-vp-ddpmpp']
 LAYOUTS = ['cifar10-ddpmpp', 'cifar10-ncsnpp', 'ffhq-ddpmpp', 'imagenet-adm']
 PRECONDS = {c.__name__: c for c in (networks.VPPrecond, networks.VEPrecond, networks.iDDPMPrecond,
                                     networks.EDMPrecond)}
-SMALL = {
-    'SongUNet': dict(model_type='SongUNet', model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]),
-    'DhariwalUNet': dict(model_type='DhariwalUNet', model_channels=16, channel_mult=[1, 4], num_blocks=1,
-                         attn_resolutions=[4]),
-}
+
+
+class Patches(Network):
+    """A network of one's own, with what the contract asks for and no more: patches of 4×4 see their neighbours."""
+
+    def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, dropout=0.1, width=16):
+        super().__init__(img_resolution, in_channels, out_channels, noise_channels=width)
+        init = Init('xavier_uniform')
+        self.dropout, self.embed_noise = dropout, PositionalEmbedding(width, endpoint=True, sin_first=True)
+        self.embed_label = Linear(label_dim, width, init) if label_dim else None
+        self.embed_augment = Linear(augment_dim, width, init) if augment_dim else None
+        self.enter, self.mix = Conv2d(in_channels * 16, width, 1, init), Conv2d(width, width, 3, init)
+        self.leave = Conv2d(width, out_channels * 16, 1, init)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, extra_embedding=None):
+        emb = self.embed_noise(noise_labels)
+        for layer, labels in ((self.embed_label, class_labels), (self.embed_augment, augment_labels)):
+            emb = emb + layer(labels) if layer is not None and labels is not None else emb
+        emb = emb if extra_embedding is None else emb + extra_embedding
+        h = self.enter(torch.nn.functional.pixel_unshuffle(x, 4)) + emb.to(x.dtype)[:, :, None, None]
+        h = h + torch.nn.functional.dropout(self.mix(h.sin()), self.dropout, self.training)
+        return torch.nn.functional.pixel_shuffle(self.leave(h), 4)
+
+
+NETWORKS = {**MODELS, 'Patches': Patches}  # a network of the registry is tested by being there
+UNETS = [name for name, network in NETWORKS.items() if issubclass(network, UNet)]
+SMALL = {name: dict(model_type=name, **network.small) for name, network in NETWORKS.items()}
+
+
+@pytest.fixture(autouse=True)
+def two_lines(monkeypatch):
+    """What registers a network."""
+    monkeypatch.setitem(MODELS, 'Patches', Patches)
+    monkeypatch.setitem(ARCHITECTURES, 'patches', dict(model_type='Patches', width=24))
 
 
 def small_net(model_type='SongUNet', precond='EDMPrecond', label_dim=3, **kwargs):
@@ -222,9 +259,9 @@ def test_every_song_variant_runs_and_learns(embedding, encoder, decoder):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
 
 
-@pytest.mark.parametrize('model_type, precond', list(itertools.product(MODELS, PRECONDS)))
+@pytest.mark.parametrize('model_type, precond', list(itertools.product(NETWORKS, PRECONDS)))
 class TestAnyNetwork:
-    """Laws of every U-Net under every preconditioner."""
+    """Laws of every network under every preconditioner."""
 
     def test_images_do_not_see_each_other(self, model_type, precond):
         net = small_net(model_type, precond)
@@ -262,8 +299,42 @@ class TestAnyNetwork:
         assert (net(x, sigma) - net(x, sigma, labels)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize('model_type', MODELS)
-class TestAnyUNet:
+@pytest.mark.parametrize('model_type', NETWORKS)
+class TestAnyArchitecture:
+
+    def test_is_small_and_says_what_it_takes(self, model_type):
+        net = small_net(model_type)
+        assert isinstance(net.model, Network) and sum(p.numel() for p in net.parameters()) <= 1_000_000
+        assert (net.model.img_resolution, net.model.in_channels, net.model.out_channels) == (8, 3, 3)
+        for flag, argument in net.model.size_arguments.items():
+            value = {'cbase': 32, 'cres': [1, 1]}[flag]
+            assert small_net(model_type, **{argument: value}).init_kwargs[argument] == value
+
+    def test_features_decide_the_batch_of_a_gpu(self, model_type, monkeypatch):
+        net = small_net(model_type)
+        features = net.model.features_per_image()
+        assert features is None or features > 0
+        assert default_batch(net) == BATCH
+        monkeypatch.setattr(net, 'parameters', lambda: iter([types.SimpleNamespace(device=torch.device('cuda'))]))
+        monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda d: types.SimpleNamespace(total_memory=1 << 37))
+        assert default_batch(net) == (BATCH if features is None else 512)
+
+    def test_channels_last_changes_nothing_but_the_layout(self, model_type):
+        net = small_net(model_type)
+        plain = net(*batch_of())
+        out = accelerate(net, channels_last=True)(*batch_of())
+        assert net.model.memory_format == torch.channels_last and out.is_contiguous()
+        assert_close(out, plain)
+
+    def test_recomputes_or_refuses(self, model_type, monkeypatch):
+        net, runs = small_net(model_type).requires_grad_(), []
+        monkeypatch.setattr(architecture, 'checkpoint', lambda block, *x, **kw: runs.append(block) or block(*x))
+        if net.model.can_recompute:
+            accelerate(net, recompute=True)(*batch_of())
+            assert runs
+        else:
+            with pytest.raises(UserError, match=f'{model_type} cannot .*--checkpoint-activations'):
+                accelerate(net, recompute=True)
 
     def test_extra_embedding(self, model_type):
         net = small_net(model_type)
@@ -273,12 +344,6 @@ class TestAnyUNet:
         plain = net(*inputs)
         assert torch.equal(net(*inputs, extra_embedding=zero), plain)
         assert (net(*inputs, extra_embedding=extra) - plain).abs().max() > 1e-4
-
-    def test_extra_embedding_joins_the_noise_embedding(self, model_type):
-        model = small_net(model_type).model
-        x, sigma, labels = batch_of()
-        difference = model.map_noise(sigma) - model.map_noise(sigma * 2)
-        assert_close(model(x, sigma * 2, labels, extra_embedding=difference), model(x, sigma, labels))
 
     def test_dropout_only_in_training(self, model_type):
         net = small_net(model_type, dropout=0.5)
@@ -290,20 +355,6 @@ class TestAnyUNet:
         first = net(*inputs)
         torch.manual_seed(5)
         assert torch.equal(net(*inputs), first)
-
-    def test_label_dropout_only_in_training(self, model_type):
-        net = small_net(model_type, label_dropout=1.0, dropout=0)
-        x, sigma, labels = batch_of()
-        unlabelled = net(x, sigma)
-        assert not torch.allclose(net(x, sigma, labels), unlabelled, atol=1e-4)
-        net.train()
-        assert_close(net(x, sigma, labels), unlabelled, rel=1e-6)
-        # Half of the images lose their label, each by its own draw.
-        half = small_net(model_type, label_dropout=0.5, dropout=0).train()
-        torch.manual_seed(3)
-        out = half(*(t[:1].expand(64, *t.shape[1:]) for t in (x, sigma, labels)))
-        kept = (out - unlabelled[:1]).abs().amax(dim=(1, 2, 3)) > 1e-4
-        assert 16 < kept.sum() < 48
 
     def test_every_precision(self, model_type):
         model = small_net(model_type).model
@@ -320,9 +371,65 @@ class TestAnyUNet:
         assert model(batch_of()[0], torch.zeros(4)).shape == (4, 5, 8, 8)
 
 
+@pytest.mark.parametrize('model_type', UNETS)
+class TestAnyUNet:
+
+    def test_extra_embedding_joins_the_noise_embedding(self, model_type):
+        model = small_net(model_type).model
+        x, sigma, labels = batch_of()
+        difference = model.map_noise(sigma) - model.map_noise(sigma * 2)
+        assert_close(model(x, sigma * 2, labels, extra_embedding=difference), model(x, sigma, labels))
+
+    def test_label_dropout_only_in_training(self, model_type):
+        net = small_net(model_type, label_dropout=1.0, dropout=0)
+        x, sigma, labels = batch_of()
+        unlabelled = net(x, sigma)
+        assert not torch.allclose(net(x, sigma, labels), unlabelled, atol=1e-4)
+        net.train()
+        assert_close(net(x, sigma, labels), unlabelled, rel=1e-6)
+        # Half of the images lose their label, each by its own draw.
+        half = small_net(model_type, label_dropout=0.5, dropout=0).train()
+        torch.manual_seed(3)
+        out = half(*(t[:1].expand(64, *t.shape[1:]) for t in (x, sigma, labels)))
+        kept = (out - unlabelled[:1]).abs().amax(dim=(1, 2, 3)) > 1e-4
+        assert 16 < kept.sum() < 48
+
+
 def test_narrow_adm_levels_have_no_attention():
     net = small_net('DhariwalUNet', attn_resolutions=[8, 4])
     assert not hasattr(net.model.enc['8x8_block0'], 'qkv') and hasattr(net.model.enc['4x4_block0'], 'qkv')
+
+
+# ------------------------------------------------------------------------- a network through the commands
+
+@pytest.fixture
+def patches_offered(monkeypatch):
+    """--arch=patches, as if the lines had been there when the command was made."""
+    arch = next(param for param in main.params if param.name == 'arch')
+    monkeypatch.setattr(arch, 'type', click.Choice(list(ARCHITECTURES)))
+
+
+@pytest.mark.filterwarnings('ignore:.*pin_memory.*')
+@pytest.mark.parametrize('system', ['edm', 'warm'])
+def test_a_new_network_is_trained_and_sampled(patches_offered, tmp_path, system):
+    """As `edm`; as Warm, with the blur as a further condition, and with a preset that is for U-Nets."""
+    flags = ['--preset=digits', '--augment=0.5'] if system == 'warm' else ['--channels-last=1', '--precision=bf16']
+    result = invoke('train.py', '--arch=patches', f'--precond={system}', *flags, f'--outdir={tmp_path}', '--nosubdir',
+                    '--batch=8', '--duration=0.000016', '--workers=0', '--grid=2', '--seed=0')
+    assert result.exit_code == 0, (result.output, result.exception)
+    kwargs = json.loads((tmp_path / 'training_options.json').read_text())['network_kwargs']
+    assert kwargs['model_type'] == 'Patches' and kwargs['width'] == 24 and 'channel_mult' not in kwargs
+    result = invoke('generate.py', f'--network={tmp_path}/network-snapshot-000000.safetensors', '--seeds=0-2',
+                    f'--outdir={tmp_path}/out', '--steps=2')
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert len(list((tmp_path / 'out').glob('*.png'))) == 3
+
+
+@pytest.mark.parametrize('flag, sentence', [
+    ('--cbase=8', '--arch=patches has no use for --cbase; leave it out'), ('--cres=1,2', 'no use for --cres'),
+    ('--checkpoint-activations', 'Patches cannot compute its features anew; leave out --checkpoint-activations')])
+def test_flags_that_a_new_network_does_not_take(patches_offered, flag, sentence):
+    refused(invoke('train.py', '-n', '--arch=patches', flag), sentence)
 
 
 # ---------------------------------------------------------------------------------- preconditioning

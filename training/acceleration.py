@@ -15,20 +15,22 @@ def accelerate(net, precision=None, channels_last=False, recompute=False, compil
         precision: A name in training.precond.PRECISIONS; None leaves the network's own.
         channels_last: Lay features out with the channels of a pixel side by side. Off by default: on the CPUs
             measured it is no faster (docs/performance.md).
-        recompute: Keep only the inputs of the U-Net's blocks for the backward pass: less memory, a third more work.
-        compile: torch.compile the U-Net, once for every shape of its input.
+        recompute: Keep only the inputs of the blocks for the backward pass: less memory, a third more work.
+        compile: torch.compile F, once for every shape of its input.
         cuda_graphs: When compiled for CUDA, replay each call as one graph; for drawing, without gradients.
 
     Returns:
         `net`.
 
     Raises:
-        UserError: an unknown precision; compilation where it is impossible.
+        UserError: an unknown precision; recomputation or compilation where it is impossible.
     """
     if precision is not None:
         net.precision = precision
     if channels_last:
         net.model.set_memory_format(torch.channels_last)
+    if recompute:
+        net.model.check_recompute()
     net.model.recompute = recompute
     if compile:
         device = next(net.parameters()).device

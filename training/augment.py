@@ -4,7 +4,6 @@ The non-leaking augmentation of Karras et al. 2022 (EDM, appendix F.2, after Sty
 al. 2020). Each transform is one function below and one line of TRANSFORMS.
 """
 
-import dataclasses
 import math
 from typing import Callable, NamedTuple
 
@@ -13,50 +12,34 @@ import torch
 from dnnlib import UserError
 from training import affine
 
-# Strengths that training uses; `--augment` is p. Mirroring in x is an even coin whatever p, unless p is 0.
-TRAIN_AUGMENT = dict(xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
 
-
-@dataclasses.dataclass(eq=False)
 class AugmentPipe:
     """Random transforms of a batch of images: `images, labels = pipe(images)`.
 
     A transform takes part if its strength is above 0, and is applied to an image with probability
     p·strength. Draws come from the global generator of the images' device.
 
+    Args:
+        p: Overall probability, 0…1.
+        settings: Strengths, by the names in TRANSFORMS (0 unless given), and the transforms' own settings. All
+            of them become attributes.
+
+    Attributes:
+        init_kwargs: All settings: AugmentPipe(**pipe.init_kwargs) is the same pipe.
+
     Raises:
-        UserError: a setting out of range, or images that an enabled transform cannot take.
+        UserError: an unknown setting or one out of range, or images that an enabled transform cannot take.
     """
 
-    p: float = 1                    # overall probability, 0…1
-
-    xflip: float = 0                # strengths: multipliers of p
-    yflip: float = 0
-    rotate_int: float = 0
-    translate_int: float = 0
-    translate_int_max: float = 0.125    # fraction of the image's size
-
-    scale: float = 0
-    rotate_frac: float = 0
-    aniso: float = 0
-    translate_frac: float = 0
-    scale_std: float = 0.2          # octaves
-    rotate_frac_max: float = 1      # half turns
-    aniso_std: float = 0.2          # octaves
-    aniso_rotate_prob: float = 0.5
-    translate_frac_std: float = 0.125   # fraction of the image's size
-
-    brightness: float = 0
-    contrast: float = 0
-    lumaflip: float = 0
-    hue: float = 0
-    saturation: float = 0
-    brightness_std: float = 0.2     # of the range −1…1
-    contrast_std: float = 0.5       # octaves
-    hue_max: float = 1              # half turns
-    saturation_std: float = 1       # octaves
-
-    def __post_init__(self):
+    def __init__(self, p=1, **settings):
+        self.init_kwargs = {'p': p, **{t.name: 0 for t in TRANSFORMS}}
+        for transform in TRANSFORMS:
+            self.init_kwargs.update(transform.settings)
+        for name, value in settings.items():
+            if name not in self.init_kwargs:
+                raise UserError(f'there is no augmentation setting {name}; choose from {", ".join(self.init_kwargs)}')
+            self.init_kwargs[name] = value
+        vars(self).update(self.init_kwargs)
         for name, value in self.init_kwargs.items():
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f'the augmentation setting {name} is {value}; give a number of at least 0')
@@ -65,11 +48,6 @@ class AugmentPipe:
         if self.translate_int_max == 0:
             raise UserError('the augmentation setting translate_int_max is 0; give a positive fraction of the image, '
                             'or leave out translate_int')
-
-    @property
-    def init_kwargs(self):
-        """All settings: AugmentPipe(**pipe.init_kwargs) is the same pipe."""
-        return dataclasses.asdict(self)
 
     @property
     def enabled(self):
@@ -114,13 +92,10 @@ class AugmentPipe:
         if images.ndim != 4 or not images.is_floating_point():
             raise UserError(f'augmentation got a {images.dtype} tensor of shape {list(images.shape)}; '
                             'give float images [N, C, H, W] with values in [-1, 1]')
-        channels, H, W = images.shape[1:]
-        if self.rotate_int > 0 and H != W:
-            raise UserError(f'rotate_int turns square images only, not {W}x{H} ones; '
-                            'use square images or leave it out')
-        if channels not in (1, 3) and any(t.kind == 'colour' for t in self.enabled):
-            raise UserError(f'colour augmentation takes images of 1 or 3 channels, not {channels}; '
-                            'leave out brightness, contrast, lumaflip, hue and saturation')
+        colours = [t.name for t in self.enabled if t.kind == 'colour']
+        if colours and images.shape[1] not in (1, 3):
+            raise UserError(f'colour augmentation takes images of 1 or 3 channels, not {images.shape[1]}; '
+                            f'leave out {", ".join(colours)}')
 
 
 def _normal(images, *leading):
@@ -157,6 +132,9 @@ def yflip(pipe, images):
 
 def rotate_int(pipe, images):
     """Turn by w quarters, made of two mirrorings and a transposition."""
+    H, W = images.shape[2:]
+    if H != W:
+        raise UserError(f'rotate_int turns square images only, not {W}x{H} ones; use square images or leave it out')
     w = pipe.gated('rotate_int', _choice(images, 4))
     turned_x, turned_y = (w == 1) | (w == 2), (w == 2) | (w == 3)
     images = _where(turned_x, images.flip(3), images)
@@ -243,28 +221,47 @@ def saturation(pipe, images):
 
 
 class Transform(NamedTuple):
-    """One line of the table: its strength is the setting of AugmentPipe that bears its name."""
+    """One line of the table."""
 
-    name: str
+    name: str           # also that of its strength, a setting of AugmentPipe
     kind: str           # 'blit', 'geometry' or 'colour': what `draw` gives
     columns: int        # label columns
     draw: Callable      # (pipe, images) → (new images or matrix, label columns)
+    settings: dict = {}     # further settings of AugmentPipe that `draw` reads, and their defaults
+    strength: float = 1     # in training, as a multiple of the probability `--augment`
 
 
 # In draw order, which is also the order of the label columns. A new transform goes to the end of its
 # kind, so that the draws of the others stay as they are.
 TRANSFORMS = [
-    Transform('xflip', 'blit', 1, xflip),
+    Transform('xflip', 'blit', 1, xflip, strength=1e8),  # an even coin whatever p, unless p is 0
     Transform('yflip', 'blit', 1, yflip),
     Transform('rotate_int', 'blit', 2, rotate_int),
-    Transform('translate_int', 'blit', 2, translate_int),
-    Transform('scale', 'geometry', 1, scale),
-    Transform('rotate_frac', 'geometry', 2, rotate_frac),
-    Transform('aniso', 'geometry', 2, aniso),
-    Transform('translate_frac', 'geometry', 2, translate_frac),
-    Transform('brightness', 'colour', 1, brightness),
-    Transform('contrast', 'colour', 1, contrast),
+    Transform('translate_int', 'blit', 2, translate_int, dict(translate_int_max=0.125)),  # fraction of the image's size
+    Transform('scale', 'geometry', 1, scale, dict(scale_std=0.2)),  # octaves
+    Transform('rotate_frac', 'geometry', 2, rotate_frac, dict(rotate_frac_max=1)),  # half turns
+    Transform('aniso', 'geometry', 2, aniso, dict(aniso_std=0.2, aniso_rotate_prob=0.5)),  # octaves
+    Transform('translate_frac', 'geometry', 2, translate_frac, dict(translate_frac_std=0.125)),  # fraction of the size
+    Transform('brightness', 'colour', 1, brightness, dict(brightness_std=0.2)),  # of the range −1…1
+    Transform('contrast', 'colour', 1, contrast, dict(contrast_std=0.5)),  # octaves
     Transform('lumaflip', 'colour', 1, lumaflip),
-    Transform('hue', 'colour', 2, hue),
-    Transform('saturation', 'colour', 1, saturation),
+    Transform('hue', 'colour', 2, hue, dict(hue_max=1)),  # half turns
+    Transform('saturation', 'colour', 1, saturation, dict(saturation_std=1)),  # octaves
 ]
+
+
+def training_strengths(names):
+    """'xflip,hue' → {name: its strength in training} in the table's order.
+
+    Raises:
+        UserError: an unknown transform, or none.
+    """
+    wanted = [part.strip() for part in names.split(',')]
+    known = {t.name: t.strength for t in TRANSFORMS}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(f"there is no augmentation '{unknown[0]}'; choose from {','.join(known)}")
+    return {name: strength for name, strength in known.items() if name in wanted}
+
+
+TRAIN_AUGMENT = training_strengths('xflip,yflip,scale,rotate_frac,aniso,translate_frac')  # EDM's

@@ -75,9 +75,10 @@ def default_batch(net):
     device = next(net.parameters()).device
     if device.type != 'cuda':
         return BATCH
-    features = sum((net.model.num_blocks + 2) * channels * (net.img_resolution >> level) ** 2
-                   for level, channels in enumerate(net.model.level_channels))
-    image_bytes = 4 * 2 * features  # skips in float32, and about as much again for what is being computed
+    features = net.model.features_per_image()
+    if features is None:
+        return BATCH
+    image_bytes = 4 * 2 * features  # what is kept, in float32, and about as much again for what is being computed
     fitting = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / image_bytes
     return max(BATCH, min(GPU_BATCH, 1 << int(np.log2(max(fitting, 1)))))
 

@@ -1,21 +1,15 @@
 """The U-Nets F of EDM: SongUNet (DDPM++, NCSN++; Song et al. 2021) and DhariwalUNet (ADM; Dhariwal & Nichol 2021).
 
-Both map ``(x, noise_labels, class_labels, augment_labels, extra_embedding)`` to an image:
-
-- x: [B, in_channels, R, R], R = img_resolution; its dtype is the one the network computes in;
-- noise_labels: [B] or [1], the preconditioner's c_noise, float32 (so are the embeddings);
-- class_labels: [B or 1, label_dim], ignored without label_dim; augment_labels: [B, augment_dim] or None;
-- extra_embedding: [B or 1, noise_channels] or None, added to the noise embedding: a hook for any further condition;
-- result: [B, out_channels, R, R] in x's dtype.
+What they take and give is said in training.architecture.Network.
 """
 
 import math
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from dnnlib import UserError
+from training.architecture import Network
 from training.layers import (BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding,
                              UNetBlock)
 
@@ -32,25 +26,20 @@ def drop_labels(labels, probability, batch):
     return labels * keep.to(labels.dtype)
 
 
-class UNet(torch.nn.Module):
+class UNet(Network):
     """What the two networks share: levels of blocks going down, then up with the skips joined.
 
     A subclass sets up its embedding (``embed``), calls ``build``, and says how images pass through
     ``enc`` and ``dec`` (``encode``, ``decode``). Keys of ``enc`` and ``dec`` are ``{R}x{R}_{kind}``,
     in order of execution.
-
-    Attributes:
-        memory_format: layout of the features inside, torch.channels_last or torch.contiguous_format; see
-            ``set_memory_format``.
-        recompute: keep only the blocks' inputs and run the blocks anew in the backward pass, for less memory.
     """
 
-    memory_format = torch.contiguous_format
-    recompute = False
+    can_recompute = True
+    size_arguments = {'cbase': 'model_channels', 'cres': 'channel_mult'}
 
     def __init__(self, img_resolution, in_channels, out_channels, model_channels, channel_mult, num_blocks,
                  attn_resolutions, noise_channels):
-        super().__init__()
+        super().__init__(img_resolution, in_channels, out_channels, noise_channels)
         coarsest = 2 ** (len(channel_mult) - 1)
         if img_resolution % coarsest:
             raise UserError(f'Images of {img_resolution}x{img_resolution} pixels cannot be halved '
@@ -59,38 +48,29 @@ class UNet(torch.nn.Module):
         if noise_channels % 2 or noise_channels < 4:
             raise UserError(f'The noise embedding needs an even number of channels, at least 4, not '
                             f'{noise_channels}: change model_channels (--cbase).')
-        self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
         self.model_channels, self.num_blocks = model_channels, num_blocks
         self.level_channels = [model_channels * mult for mult in channel_mult]
         self.attn_resolutions = list(attn_resolutions)
-        self.noise_channels = noise_channels
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None, extra_embedding=None):
         emb = self.embed(noise_labels, class_labels, augment_labels, extra_embedding, batch=x.shape[0])
         x, skips = self.encode(x.contiguous(memory_format=self.memory_format), emb)
         return self.decode(x, skips, emb)
 
-    def set_memory_format(self, memory_format):
-        """Lay the features out so from now on; parameters keep their layout."""
-        self.memory_format = memory_format
-        for module in self.modules():
-            if isinstance(module, Conv2d):
-                module.memory_format = memory_format
+    def features_per_image(self):
+        """The skips, and two more features a level."""
+        return sum((self.num_blocks + 2) * channels * (self.img_resolution >> level) ** 2
+                   for level, channels in enumerate(self.level_channels))
 
     def run_layer(self, layer, x, emb):
         """Blocks take the embedding, plain convolutions do not."""
-        return self._run(layer, x, emb) if isinstance(layer, UNetBlock) else layer(x)
+        return self.run_block(layer, x, emb) if isinstance(layer, UNetBlock) else layer(x)
 
     def run_decoder_block(self, block, x, skips, emb):
         """Join the latest skip, if the block is wider than x, and run it."""
         if block.in_channels == x.shape[1]:
-            return self._run(block, x, emb)
-        return self._run(lambda *inputs: block(torch.cat(inputs[:2], dim=1), inputs[2]), x, skips.pop(), emb)
-
-    def _run(self, block, *inputs):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
+            return self.run_block(block, x, emb)
+        return self.run_block(lambda *inputs: block(torch.cat(inputs[:2], dim=1), inputs[2]), x, skips.pop(), emb)
 
     # ---- construction
 
@@ -181,6 +161,8 @@ class SongUNet(UNet):
 
     Raises UserError for an unknown type or an image size the levels do not fit.
     """
+
+    small = dict(model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=128,
                  channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
@@ -275,6 +257,8 @@ class SongUNet(UNet):
 
 class DhariwalUNet(UNet):
     """ADM: adaptive group norm, 64 channels per attention head. Arguments as for SongUNet."""
+
+    small = dict(model_channels=16, channel_mult=[1, 4], num_blocks=1, attn_resolutions=[4])
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=192,
                  channel_mult=(1, 2, 3, 4), channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8),

@@ -12,7 +12,7 @@ from dnnlib import UserError
 from dnnlib.download import is_url, local_path
 from dnnlib.files import Tee, atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
-from training.augment import TRAIN_AUGMENT
+from training.augment import training_strengths
 from training.batches import check_data_device
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.detectors import DETECTORS, Detector, PixelDetector, load_detector
@@ -22,10 +22,11 @@ from training.progress import check_network, check_origin, load_run_state
 from training.saving import find_states, newest_good, saved_files
 from training.status import check_tensorboard, trim_records
 from training.training_loop import interface_kwargs, split_batch, transfer_weights
+from training.unet import MODELS
 from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 
-# What --arch stands for: arguments of the U-Net, EDM's. --cbase and --cres replace two of them.
+# What --arch stands for: arguments of the network, EDM's. --cbase and --cres replace two of them, if it has such.
 ARCHITECTURES = {
     'ddpmpp': dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard',
                    decoder_type='standard', channel_mult_noise=1, resample_filter=[1, 1], model_channels=128,
@@ -35,6 +36,7 @@ ARCHITECTURES = {
                    channel_mult=[2, 2, 2]),
     'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
 }
+SIZE_FLAGS = ('cbase', 'cres')
 OPTIONS_NAME = 'training_options.json'  # in every run folder
 
 
@@ -54,6 +56,7 @@ def training_config(o, system_options):
         check_tensorboard()
     precision = chosen_precision(o['precision'], o['fp16'])
     check_data_device(o['data_device'])
+    strengths = training_strengths(o['augment_with'])
     system = SYSTEMS[o['precond']]
     own = system.network_kwargs(system_options)
     if o['data'] is None:
@@ -63,10 +66,11 @@ def training_config(o, system_options):
                           cache=o['cache'])
     own.update(measured(system, own, dataset_kwargs))
     network_kwargs = dict(ARCHITECTURES[o['arch']], dropout=o['dropout'], use_fp16=precision == 'fp16', **own)
-    if o['cbase'] is not None:
-        network_kwargs['model_channels'] = o['cbase']
-    if o['cres'] is not None:
-        network_kwargs['channel_mult'] = o['cres']
+    for flag in SIZE_FLAGS:
+        if o[flag] is not None:
+            if flag not in size_arguments(o['arch']):
+                raise UserError(f"--arch={o['arch']} has no use for --{flag}; leave it out")
+            network_kwargs[size_arguments(o['arch'])[flag]] = o[flag]
     return dict(
         system=system.name,
         dataset_kwargs=dataset_kwargs,
@@ -77,7 +81,7 @@ def training_config(o, system_options):
         accelerate_kwargs=dict(precision=precision, channels_last=o['channels_last'],
                                recompute=o['checkpoint_activations'], compile=bool(o['compile'])),
         optimizer_kwargs=dict(lr=o['lr'], betas=[0.9, 0.999], eps=1e-8),
-        augment_kwargs=dict(p=o['augment'], **TRAIN_AUGMENT) if o['augment'] else None,
+        augment_kwargs=dict(p=o['augment'], **strengths) if o['augment'] else None,
         seed=dist.broadcast_object(secrets.randbelow(1 << 31)) if o['seed'] is None else o['seed'],
         batch_size=o['batch'],
         batch_gpu=o['batch_gpu'],
@@ -100,6 +104,11 @@ def training_config(o, system_options):
         max_nonfinite=o['max_nonfinite'],
         timeout=o['timeout'],
     )
+
+
+def size_arguments(arch):
+    """{flag of SIZE_FLAGS: argument that it replaces}, of --arch's network; without those that it does not have."""
+    return MODELS[ARCHITECTURES[arch]['model_type']].size_arguments
 
 
 def chosen_precision(precision, fp16):
@@ -147,6 +156,8 @@ def check_config(config, start, fetch=True):
     system = SYSTEMS[config['system']]
     with torch.device('meta'):  # names and shapes, without the memory
         net = system.network_class(**interface_kwargs(dataset, config['augment_kwargs']), **config['network_kwargs'])
+    if config['accelerate_kwargs']['recompute']:
+        net.model.check_recompute()
     if start['path'] is not None:
         check_origin(start, start['path'], system.name)
         check_network(start, start['path'], net.init_kwargs)

@@ -1,0 +1,73 @@
+"""What the program asks of a network F, whatever is inside: the base class of all architectures."""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from dnnlib import UserError
+from training.layers import Conv2d
+
+
+class Network(torch.nn.Module):
+    """An architecture: F in training.precond.Precond. A new one is a subclass and two lines of registry.
+
+    The lines are its class in training.unet.MODELS, and what --arch stands for in warm.config.ARCHITECTURES.
+
+    A subclass takes, by keyword, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0 (widths of the
+    labels, 0 for none), dropout (a probability, active in training only), and arguments of its own, all of them
+    plain JSON values with defaults. It has to be constructible on the device 'meta', where there is no memory. Its
+
+        forward(x, noise_labels, class_labels=None, augment_labels=None, extra_embedding=None)
+
+    maps to an image:
+
+    - x: [B, in_channels, R, R], R = img_resolution; its dtype is the one to compute in, the weights are float32;
+    - noise_labels: [B] or [1], the preconditioner's c_noise, float32 (so are the embeddings);
+    - class_labels: [B or 1, label_dim], ignored without label_dim; augment_labels: [B, augment_dim] or None;
+    - extra_embedding: [B or 1, noise_channels] or None, added to the noise embedding: a hook for any further
+      condition, such as Warm's blur;
+    - result: [B, out_channels, R, R] in x's dtype. No image may depend on the others of its batch.
+
+    Args:
+        img_resolution, in_channels, out_channels: Of the images.
+        noise_channels: Width of the noise embedding.
+
+    Attributes: the arguments, and what a subclass may leave as it is:
+        memory_format: Layout of the features, torch.channels_last or torch.contiguous_format (`set_memory_format`).
+        recompute: Keep only the blocks' inputs and run the blocks anew in the backward pass, for less memory. A
+            subclass whose blocks go through `run_block` sets `can_recompute`.
+        size_arguments: {'cbase': argument, 'cres': argument}, as far as it has what these flags of train.py set.
+        small: Arguments that make a network of at most a million parameters for images of 8×8: for tests, which go
+            over MODELS.
+    """
+
+    memory_format = torch.contiguous_format
+    recompute = can_recompute = False
+    size_arguments = {}
+    small = {}
+
+    def __init__(self, img_resolution, in_channels, out_channels, noise_channels):
+        super().__init__()
+        self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
+        self.noise_channels = noise_channels
+
+    def features_per_image(self):
+        """Numbers that have to be kept for each image while it is drawn; None: unknown, a GPU's batch stays small."""
+
+    def set_memory_format(self, memory_format):
+        """Lay the features of all `Conv2d` out so from now on; parameters keep their layout."""
+        self.memory_format = memory_format
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                module.memory_format = memory_format
+
+    def check_recompute(self):
+        """Raise UserError if `recompute` would have no effect."""
+        if not self.can_recompute:
+            raise UserError(f'{type(self).__name__} cannot compute its features anew; '
+                            'leave out --checkpoint-activations')
+
+    def run_block(self, block, *inputs):
+        """block(*inputs), as `recompute` says."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
