@@ -18,6 +18,7 @@ from training.health import Health
 from training.saving import Saver, host_copy, prune, saved_files
 from training.state import load_state, save_state
 from training.training_loop import training_loop
+from warm.config import OPTIONS_NAME, create_run_dir
 from warm.systems import SYSTEMS
 
 # 64 images a step, two steps a tick: ticks end at 0.064, 0.192, …, 1.088 kimg, states at 000000 (overwritten), 000001.
@@ -45,6 +46,14 @@ def whole(tmp_path_factory):
     assert [p.name for p in saved_files(folder, 'training-state')] == ['training-state-000001.pt',
                                                                       'training-state-000000.pt']
     return folder
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """Both have looked for a free number before either made its folder: the second is told."""
+    create_run_dir(tmp_path / '00000-a', {'seed': 1}, None)
+    with pytest.raises(UserError, match='another run has begun'):
+        create_run_dir(tmp_path / '00000-a', {'seed': 2}, None)
+    assert json.loads((tmp_path / '00000-a' / OPTIONS_NAME).read_text()) == {'seed': 1}
 
 
 @pytest.fixture

@@ -222,6 +222,23 @@ def test_statistics_over_ranks():
     assert collector.as_dict() == {}
 
 
+@pytest.mark.parametrize('values', [[0.1] * 7, [1e20] * 3, [-3e15] * 9])
+def test_statistics_of_equal_numbers(values):
+    """Their deviation is 0 but for rounding: never −0, nor NaN, nor beyond float32's numbers."""
+    training_stats.report('x', torch.tensor(values))
+    collector = training_stats.Collector()
+    collector.update()
+    std = collector.as_dict()['x']['std']
+    assert math.copysign(1, std) == 1 and std <= 1e-7 * abs(values[0])
+
+
+def test_a_length_between_floats_is_met_exactly(tmp_path):
+    """9 steps of 223 images are 2.007 kimg, though 2.007·1000 is more than 2007 in float64."""
+    run = [*SMALL, f'--outdir={tmp_path}', '--nosubdir', '--batch=223', '--duration=0.002007', '--grid=0']
+    assert invoke('train.py', *run).exit_code == 0
+    assert load_state(tmp_path / 'training-state-000002.pt')['progress']['nimg'] == 2007
+
+
 NUMBERS = [option.opts[0] for option in main.params if isinstance(option.type, click.types.FloatParamType)]
 TEXTS = ['--outdir', '--data', '--desc', '--transfer', '--resume', '--eval-ref', '--eval-detector', '--eval-metrics']
 BAD = {

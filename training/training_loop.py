@@ -225,8 +225,8 @@ def worth_saving(health, progress, ema, leaving):
         dist.print0(f'Nothing is saved at {progress.nimg / 1000:g} kimg: the loss or its gradients are not finite.')
         return False
     if not torch.stack([p.isfinite().all() for p in ema.parameters()]).all():
-        raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; the states '
-                        'saved before are good: resume from the last with a lower --lr')
+        raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; the '
+                        'states saved before are good: resume from the last with a lower --lr')
     return True
 
 

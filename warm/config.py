@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.download import is_url, local_path
-from dnnlib.files import Tee, atomic_write, make_dirs, remove_temporary_files
+from dnnlib.files import atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
 from training.augment import TRAIN_AUGMENT
 from training.batches import check_data_device
@@ -222,8 +222,8 @@ def start_point(o, name):
         run_dir = run_dir if o['nosubdir'] else same_run_dir(o['outdir'], name) or run_dir
         path, state, complaints = newest_good(saved_files(run_dir, 'training-state'))
         if path is None and complaints and not o['resume']:  # starting over would write over what is there
-            raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are lost, '
-                            'delete them to start over there, or start elsewhere with another --outdir or --desc')
+            raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are '
+                            'lost, delete them to start over there, or start elsewhere with another --outdir or --desc')
     if path is None and o['resume']:
         states = find_states(o['resume'], o['outdir'])
         if len(states) == 1:
@@ -249,11 +249,14 @@ def same_run_dir(outdir, name):
 
 
 def create_run_dir(run_dir, config, start):
-    """Make the run folder with its training_options.json; returns the `Tee` that copies what is printed to log.txt.
+    """Make the run folder with its training_options.json. On rank 0.
 
     Args:
         start: From `start_point`. What the folder's records say about later ticks is dropped with --auto-resume;
             None otherwise.
+
+    Raises:
+        UserError: another run has begun there meanwhile; a file or the folder cannot be written.
     """
     make_dirs(run_dir)
     if start is None:
@@ -261,12 +264,13 @@ def create_run_dir(run_dir, config, start):
             open(os.path.join(run_dir, OPTIONS_NAME), 'x').close()  # claims the folder: of two runs one gets it
         except FileExistsError as e:
             raise UserError(f'another run has begun in {run_dir} meanwhile; run the command again') from e
+        except OSError as e:
+            raise UserError(f'could not write in {run_dir}: {e.strerror or e}; choose another --outdir') from e
     else:
         trim_records(run_dir, start['tick'], json.loads(start['last_tick']))
         remove_temporary_files(run_dir)
     with atomic_write(os.path.join(run_dir, OPTIONS_NAME), 'w') as f:
         json.dump(config, f, indent=2)
-    return Tee(os.path.join(run_dir, 'log.txt'))
 
 
 def summary(config, run_dir):
