@@ -176,17 +176,22 @@ def _refusing(path):
 
 
 def load_optimizer(optimizer, saved):
-    """Load Adam's moments and step counts. Its options, and which kernels it uses, are this run's own.
+    """Load Adam's moments and step counts, or what another optimiser keeps: numbers, and tensors like the parameters.
+
+    Its options, and which kernels it uses, are this run's own.
 
     Raises:
         ValueError: they do not fit the parameters.
     """
     groups = [{**now, 'params': then['params']} for then, now in zip(saved['param_groups'], optimizer.param_groups)]
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    adam = isinstance(optimizer, torch.optim.Adam)
     for param, entry in optimizer.state.items():
-        shapes = {name: tuple(value.shape) for name, value in entry.items()}
-        if shapes != {'step': (), **dict.fromkeys(MOMENTS, tuple(param.shape))}:
-            raise ValueError(f'moments of the shapes {shapes} for a parameter of {tuple(param.shape)}')
+        own = tuple(param.shape)
+        shapes = {name: () if type(value) in (int, float) else tuple(value.shape) for name, value in entry.items()}
+        needed = {'step': (), **dict.fromkeys(MOMENTS, own)} if adam else {}
+        if not needed.items() <= shapes.items() or not set(shapes.values()) <= {(), own}:
+            raise ValueError(f'moments of the shapes {shapes} for a parameter of {own}')
 
 
 def random_state():

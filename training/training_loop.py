@@ -125,8 +125,8 @@ def training_loop(
             watchdog.beat()
             optimizer.zero_grad(set_to_none=True)
             finite = accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, loss_scaling / batch_rank)
-            for group in optimizer.param_groups:
-                group['lr'] = optimizer_kwargs['lr'] * min(progress.nimg / max(lr_rampup_kimg * 1000, 1e-8), 1)
+            for group in optimizer.param_groups:  # whatever the schedule computes with, states hold plain numbers
+                group['lr'] = float(learning_rate(progress.nimg, optimizer_kwargs['lr'], lr_rampup_kimg * 1000))
             finite.append(clean_gradients(net, loss_scaling))
             optimizer.step()
             update_ema(ema, net, ema_beta(batch_size, progress.nimg, ema_halflife_kimg * 1000, ema_rampup_ratio))
@@ -308,6 +308,11 @@ def clean_gradients(net, loss_scaling=1):
         parts = pieces[0].split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
     return finite
+
+
+def learning_rate(nimg, lr, rampup_nimg):
+    """The schedule: the rate of the step after `nimg` images rises linearly from 0 to `lr` over `rampup_nimg` (EDM)."""
+    return lr * min(nimg / max(rampup_nimg, 1e-8), 1)
 
 
 def ema_beta(batch_size, nimg, halflife_nimg, rampup_ratio):
