@@ -16,7 +16,7 @@ from tests.kills import check_same, equal, final_state, losses
 from training import saving, training_loop
 from training.dataset import EMBEDDED
 from training.health import Health
-from training.progress import MALFORMED, load_optimizer
+from training.progress import MALFORMED, checked_seed, load_optimizer, load_run_state
 from training.saving import Saver, host_copy, prune, saved_files
 from training.state import load_state, save_state
 from warm.config import OPTIONS_NAME, create_run_dir
@@ -80,6 +80,22 @@ def test_what_an_optimizer_keeps_is_like_its_parameter(entry):
     assert torch.equal(optimizer.state[optimizer.param_groups[0]['params'][0]]['momentum_buffer'], torch.ones(2))
     with pytest.raises(MALFORMED):
         load_optimizer(optimizer, {**saved, 'state': {0: entry}})
+
+
+def test_seeds_that_train_can_be_resumed(cut):
+    path = saved_files(cut, 'training-state')[0]
+    state = load_state(path)
+    for seed in (0, np.int64(3_000_000_000), (1 << 32) - 1):
+        state['settings']['seed'] = checked_seed(seed)
+        save_state(path, state)
+        assert load_run_state(path)['settings']['seed'] == seed
+    for seed in (-1, 1 << 32, 0.5):
+        with pytest.raises(UserError, match='give such a one'):
+            checked_seed(seed)
+        state['settings']['seed'] = seed
+        save_state(path, state)
+        with pytest.raises(UserError, match='lacks some of what'):
+            load_run_state(path)
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import numbers
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from training.state import load_state
 
 # What Python and PyTorch say to values of another kind, or of another shape, than expected.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+MAX_SEED = (1 << 32) - 1  # the largest of NumPy's generators, from which the training order comes
 
 
 @dataclasses.dataclass
@@ -35,6 +38,17 @@ class Progress:
     tick_nimg: int = 0
     nonfinite: int = 0
     seconds: float = 0.0
+
+
+def checked_seed(seed):
+    """`seed` as a plain int, such as states hold.
+
+    Raises:
+        UserError: it is none from 0 to MAX_SEED.
+    """
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f'the seed {seed} is no whole number from 0 to {MAX_SEED}; give such a one')
+    return int(seed)
 
 
 def run_state(net, ema, optimizer, progress, settings, last_tick):
@@ -76,7 +90,7 @@ def _is_run_state(state):
             and isinstance(state['ema_difference' if is_compact(state) else 'ema'], dict)
             and all(_is_below(1 << 53, count, int) for count in counts)
             and _is_below(1e10, progress.seconds, int, float)
-            and _is_below(1 << 31, settings['seed'], int)
+            and _is_below(MAX_SEED + 1, settings['seed'], int)
             and (ratio is None or _is_below(1e10, ratio, int, float))
             and isinstance(json.loads(state['last_tick']), dict)
             and isinstance(state['ranks'], list) and state['ranks'] and all(map(_is_of_a_rank, state['ranks'])))

@@ -20,7 +20,7 @@ from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
 from training.health import Health
-from training.progress import (Progress, check_origin, restore, resume_from, run_state, seed_rank,
+from training.progress import (Progress, check_origin, checked_seed, restore, resume_from, run_state, seed_rank,
                                tell_other_data)
 from training.saving import Saver
 from training.snapshot import read_snapshot
@@ -74,6 +74,7 @@ def training_loop(
     torch.backends.cudnn.benchmark = cudnn_benchmark
     batch_rank, batch_gpu, rounds = split_batch(batch_size, batch_gpu)
     total_nimg = round(total_kimg * 1000)
+    seed = checked_seed(seed)
     system = systems[system]
 
     if dataset is None:
