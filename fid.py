@@ -7,6 +7,7 @@ import click
 
 from dnnlib import UserError
 from dnnlib.download import is_url
+from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
 from torch_utils import distributed
 from training import metrics as m
@@ -121,9 +122,10 @@ DETECTOR_HELP = f'{", ".join(DETECTORS)}, or a TorchScript or .pth file'
 common = [
     click.option('--batch', help=f'Images per batch and process  [default: {BATCH}; up to {GPU_BATCH} on a GPU]',
                  metavar='INT', type=click.IntRange(min=1), default=None),
-    click.option('--detector', help=DETECTOR_HELP, metavar='NAME|PATH|URL', default=next(iter(DETECTORS)),
+    click.option('--detector', help=DETECTOR_HELP, metavar='NAME|PATH|URL', type=Text(), default=next(iter(DETECTORS)),
                  show_default=True),
-    click.option('--metrics', help=METRICS_HELP, metavar='LIST', default=next(iter(m.METRICS)), show_default=True),
+    click.option('--metrics', help=METRICS_HELP, metavar='LIST', type=Text(), default=next(iter(m.METRICS)),
+                 show_default=True),
 ]
 
 
@@ -168,9 +170,9 @@ def main():
 
 
 @main.command('calc', context_settings=dict(max_content_width=120))
-@click.option('--images', help='Images to score', metavar='PATH|ZIP')
-@click.option('--network', help='Snapshot whose images to score; none are written', metavar='FILE|URL')
-@click.option('--ref', help='Reference statistics', metavar='NPZ|URL')
+@click.option('--images', help='Images to score', metavar='PATH|ZIP', type=Text())
+@click.option('--network', help='Snapshot whose images to score; none are written', metavar='FILE|URL', type=Text())
+@click.option('--ref', help='Reference statistics', metavar='NPZ|URL', type=Text())
 @click.option('--num', help='Number of images of --images to score; a random subset if there are more'
               f'  [default: {NUM}]', metavar='INT', type=click.IntRange(min=2))
 @click.option('--seed', help='Chooses the random subsets', metavar='INT', type=click.IntRange(min=0), default=0,
@@ -180,7 +182,7 @@ def main():
 @click.option('--rounds', help='Score as many consecutive ranges of seeds and print the best  [default: 1]',
               metavar='INT', type=click.IntRange(min=1))
 @click.option('--log', help=f'File to append the scores to  [default: {LOG_NAME} beside the images or the snapshot]',
-              metavar='JSONL')
+              metavar='JSONL', type=Text())
 @with_common
 @class_flag
 @sampler_flags
@@ -194,8 +196,8 @@ def calc_command(**options):
 
 
 @main.command('ref')
-@click.option('--data', help='Images of the reference', metavar='PATH|ZIP', required=True)
-@click.option('--dest', help='File to write', metavar='NPZ', required=True)
+@click.option('--data', help='Images of the reference', metavar='PATH|ZIP', type=Text(), required=True)
+@click.option('--dest', help='File to write', metavar='NPZ', type=Text(), required=True)
 @with_common
 def ref_command(**options):
     """Compute reference statistics of a folder or zip of images."""

@@ -14,7 +14,7 @@ import pytest
 
 from dnnlib import UserError, download
 from dnnlib.download import fetch, is_url, local_path
-from dnnlib.files import Tee, atomic_write, make_dirs
+from dnnlib.files import Tee, atomic_write, check_writable, make_dirs
 
 BODY = bytes(range(256)) * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -224,6 +224,14 @@ def test_the_log_tells_what_ended_the_program(tmp_path, error, last):
         raise error
     lines = (tmp_path / 'log.txt').read_text().splitlines()
     assert lines[0] == 'tick 0' and lines[-1] == last
+
+
+@pytest.mark.parametrize('name, said', [('', "'' names no file"), ('new/', 'names no file'), ('.', 'is a folder')])
+def test_places_that_are_no_files(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        check_writable(name)
+    assert os.listdir(tmp_path) == []
 
 
 def test_atomic_write_without_a_folder(tmp_path):
