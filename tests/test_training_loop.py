@@ -14,11 +14,12 @@ import torch
 from dnnlib import UserError
 from torch_utils import training_stats
 from training import training_loop as tl
-from training.dataset import EMBEDDED, load_embedded
+from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
 from tests.commands import SMALL, invoke, refused, run_command, torchrun
 from train import main
+from warm import config as cfg
 from warm.systems import SYSTEMS
 
 
@@ -220,6 +221,21 @@ def test_statistics_over_ranks():
     assert collector.mean('y') == 3 and math.isnan(collector.mean('z'))
     collector.update()
     assert collector.as_dict() == {}
+
+
+def test_run_names(tmp_path, monkeypatch):
+    """The name of the data is the data set's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'cifar10.v2').mkdir()
+    PIL.Image.new('L', (8, 8)).save('cifar10.v2/a.png')
+    run_command('dataset_tool.py', '--source=cifar10.v2', '--dest=set-8x8.zip')
+    monkeypatch.chdir('cifar10.v2')
+    for path, name in (('.', 'cifar10.v2'), ('../cifar10.v2', 'cifar10.v2'), ('../cifar10.v2/', 'cifar10.v2'),
+                       ('../set-8x8.zip', 'set-8x8'), ('/nowhere/set.v2.zip', 'set.v2')):
+        config = dict(dataset_kwargs=dict(path=path, use_labels=False), system='edm', batch_size=16,
+                      accelerate_kwargs=dict(precision='fp32'))
+        assert cfg.run_name(config, 'ddpmpp') == f'{name}-uncond-ddpmpp-edm-gpus1-batch16-fp32'
+        assert path.startswith('/nowhere') or ImageFolderDataset(path).name == name
 
 
 @pytest.mark.parametrize('values', [[0.1] * 7, [1e20] * 3, [-3e15] * 9])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import secrets
 
@@ -14,7 +13,7 @@ from dnnlib.files import atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
 from training.augment import TRAIN_AUGMENT
 from training.batches import check_data_device
-from training.dataset import EMBEDDED, ImageFolderDataset
+from training.dataset import EMBEDDED, ImageFolderDataset, name_of
 from training.detectors import DETECTORS, Detector, PixelDetector, load_detector
 from training.metrics import METRICS, check_images, load_reference, parse_metrics
 from training.precond import PRECISIONS
@@ -180,7 +179,7 @@ def check_evaluation(num_files, num, ref, detector, metrics, ticks=None):
 def run_name(config, arch, desc=None):
     """DATASET-COND-ARCH-PRECOND-gpusG-batchB-DTYPE[-DESC], as EDM names its run folders."""
     parts = [
-        pathlib.Path(config['dataset_kwargs']['path']).stem,
+        name_of(config['dataset_kwargs']['path']),
         'cond' if config['dataset_kwargs']['use_labels'] else 'uncond',
         arch,
         config['system'],
