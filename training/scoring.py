@@ -7,6 +7,7 @@
 import hashlib
 import os
 import pathlib
+import re
 import time
 
 import torch
@@ -21,6 +22,8 @@ from training.detectors import Detector, load_detector
 from training.generation import BATCH, generate_batch, to_uint8
 from training.metric_images import image_batches
 from training.metric_resume import Unfinished
+
+SEED = r'\d{1,18}'  # as dnnlib.text.parse_int_list reads it
 
 
 class ImageFiles:
@@ -44,7 +47,7 @@ class ImageFiles:
     def _seeds(self):
         """The seeds that generate.py's file names tell; None for other names."""
         stems = [pathlib.PurePosixPath(name).stem for name, *_ in self.dataset.file_stamps()]
-        return seeds_text(map(int, stems)) if all(stem.isdecimal() for stem in stems) else None
+        return seeds_text(map(int, stems)) if all(re.fullmatch(SEED, stem) for stem in stems) else None
 
     def batches(self, indices, batch):
         """Yield the images of `indices` in batches, uint8 [≤ batch, C, H, W]."""
