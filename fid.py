@@ -9,7 +9,7 @@ from dnnlib import UserError
 from dnnlib.download import is_url
 from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
-from torch_utils import distributed
+from torch_utils import distributed as dist
 from training import metrics as m
 from training.detectors import DETECTORS
 from training.generation import BATCH, GPU_BATCH, RECORD, default_batch
@@ -45,7 +45,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     else:
         seeds = seeds or list(range(NUM))
         scorer.check(len(seeds))
-        distributed.print0(f'Loading network from {network} ...')
+        dist.print0(f'Loading network from {network} ...')
         drawn = open_network(network, sampler_options, class_idx)
         batch = batch or default_batch(drawn.net)
         sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
@@ -75,13 +75,13 @@ def score_rounds(scorer, sources, batch, log, default_log):
     passes, results = [], []
     for i, source in enumerate(sources, 1):
         scorer.check(source.total)
-        distributed.print0(f'Scoring {source.total} images of {source.name} ...')
+        dist.print0(f'Scoring {source.total} images of {source.name} ...')
         passes.append(unfinished_pass(source, scorer.detector, scorer.metrics, batch))
         results.append(scorer(source, batch, passes[-1]))
         if len(sources) > 1:
             print_scores(scorer, results[-1][0], f'Round {i} of {len(sources)}, ')
     best = {}
-    if distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         best = m.best_scores(scorer.metrics, [values for values, _ in results])
         print_scores(scorer, best)
         try:
@@ -109,9 +109,9 @@ def ref(data, dest, batch, detector, metrics):
     m.check_destination(dest)
     detector = open_detector(detector)
     source = ImageFiles(open_images(data), data)
-    distributed.print0(f'Reference statistics of {source.total} images of {data} ...')
+    dist.print0(f'Reference statistics of {source.total} images of {data} ...')
     write_reference(dest, source, detector, metrics, batch or scoring_batch(detector.device))
-    distributed.print0(f'Wrote {dest}')
+    dist.print0(f'Wrote {dest}')
 
 
 # ---- Flags.
@@ -138,12 +138,12 @@ def with_common(command):
 
 def under_ranks(work):
     """Run `work` inside the process group, and leave the group whatever happens."""
-    distributed.init()
+    dist.init()
     try:
         work()
-        distributed.barrier()
+        dist.barrier()
     finally:
-        distributed.cleanup()
+        dist.cleanup()
 
 
 @click.group()

@@ -521,4 +521,5 @@ def test_the_command_itself(folder, tmp_path, root):
 @pytest.mark.parametrize('option', ['--source', '--dest'])
 def test_empty_paths(option, folder, tmp_path):
     """An empty --source would be the root of the file system."""
-    refused(tool(f'--source={folder}', f'--dest={tmp_path / "x.zip"}', f'{option}=', ok=False), 'it is empty')
+    args = f'--source={folder}', f'--dest={tmp_path / "x.zip"}', f'{option}='
+    refused(CliRunner().invoke(dataset_tool.main, args), f"'{option}': it is empty")

@@ -259,6 +259,7 @@ NUMBERS = [option.opts[0] for option in main.params if isinstance(option.type, c
 TEXTS = ['--outdir', '--data', '--desc', '--transfer', '--resume', '--eval-ref', '--eval-detector', '--eval-metrics']
 BAD = {
     'two ranks, odd batch': (['--batch=15'], 'does not divide over 2 ranks', True),
+    'two ranks, no folder': (['--outdir=/proc/none'], 'could not create the folder /proc/none', True),
     'no labels': (['--cond=1', '--data={unlabelled}'], 'has no labels', False),
     'missing data': (['--data=/nowhere/x.zip'], '/nowhere/x.zip', False),
     'missing state': (['--resume=/nowhere/training-state-000001.pt'], '/nowhere', False),

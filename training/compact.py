@@ -1,4 +1,4 @@
-"""Training states in 10 bytes a parameter in place of 16: a run goes on close to what it was, not bit for bit."""
+"""Training states in 10 bytes per parameter in place of 16: a run goes on close to what it was, not bit for bit."""
 
 import torch
 

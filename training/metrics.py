@@ -1,6 +1,6 @@
 """Scores of images against reference statistics: one pass over the images serves all of them.
 
-    accumulator = Accumulator(detector, metrics, total, batch)    on all ranks, one `add` a batch
+    accumulator = Accumulator(detector, metrics, total, batch)    on all ranks, one `add` per batch
     stats = accumulator.statistics()                              on all ranks
     scores = score(metrics, stats, ref, seed)                     on rank 0
 

@@ -52,7 +52,7 @@ def training_loop(
     grid_images=64,             # Images in the grid that goes with each snapshot; 0 = none.
     transfer=None,              # Snapshot whose EMA weights to start from.
     resume=None,                # Training state to continue.
-    compact_state=False,        # Whether states take 10 bytes a parameter in place of 16, and do not resume exactly.
+    compact_state=False,        # Whether states take 10 bytes per parameter, not 16, and do not resume exactly.
     keep=0,                     # Snapshots and states kept; 0 = all.
     max_nonfinite=100,          # Steps in a row with a non-finite loss or gradients that end the run; 0 = none do.
     timeout=600,                # Seconds without a finished step after which a rank counts as hung; 0 = never.
@@ -80,7 +80,7 @@ def training_loop(
     if dataset is None:
         dataset = open_dataset(**dataset_kwargs)
     state = resume_from(resume) if resume is not None else None
-    if state is not None:  # first of all: that another system's run is done says nothing of this one
+    if state is not None:  # before the early return: a finished run of another system must not count as this one's
         check_origin(state, resume, system.name)
         tell_other_data(state, dataset.name)
     progress = Progress(**state['progress']) if state else Progress()
@@ -182,7 +182,7 @@ def training_loop(
 
 
 def split_batch(batch_size, batch_gpu=None):
-    """(images a rank and step, images a forward pass, accumulation rounds).
+    """(images per rank and step, images per forward pass, accumulation rounds).
 
     Raises:
         UserError: a batch that does not divide over the ranks or over the rounds.
