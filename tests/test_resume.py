@@ -58,6 +58,8 @@ def test_another_optimizer_and_schedule_resume_exactly(tmp_path, monkeypatch):
     trained(tmp_path / 'cut', kimg=0.064)
     trained(tmp_path / 'cut', '--auto-resume', kimg=0.192)
     assert equal(final_state(tmp_path / 'cut'), final_state(tmp_path / 'whole'))
+    monkeypatch.undo()
+    refused(train(tmp_path / 'cut', '--auto-resume', kimg=0.448), 'with the optimizer SGD, not Adam')
 
 
 @pytest.mark.parametrize('make', [

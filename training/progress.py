@@ -139,6 +139,18 @@ def check_origin(state, path, system):
                         'or start from a snapshot of it with --transfer')
 
 
+def check_optimizer(state, path, optimizer):
+    """Refuse the state of a run with another optimiser, as `check_origin` does. Older states do not say: all had Adam.
+
+    Raises:
+        UserError: it is another's.
+    """
+    before, now = state['settings'].get('optimizer', 'Adam'), type(optimizer).__name__
+    if before != now:
+        raise UserError(f'{path} is of a run with the optimizer {shown(before)}, not {now}; resume with that, '
+                        'or start from a snapshot of it with --transfer')
+
+
 def tell_other_data(state, dataset):
     """Say so where a run goes on with a data set, here its name, that is not the one it began with."""
     before = state['settings'].get('dataset', dataset)

@@ -20,8 +20,8 @@ from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
 from training.health import Health
-from training.progress import (Progress, check_origin, checked_seed, restore, resume_from, run_state, seed_rank,
-                               tell_other_data)
+from training.progress import (Progress, check_optimizer, check_origin, checked_seed, restore, resume_from, run_state,
+                               seed_rank, tell_other_data)
 from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.status import Status
@@ -102,9 +102,11 @@ def training_loop(
         dist.print0(f'Transferring from {transfer}...')
         dist.print0(f'Transferred {transfer_weights(transfer, net)} of {len(net.state_dict())} tensors.')
         ema_rampup_ratio = None
-    settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name)
+    settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name,
+                    optimizer=type(optimizer).__name__)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
+        check_optimizer(state, resume, optimizer)
         restore(state, resume, net, ema, optimizer)
     ddp = dist.data_parallel(net)
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None
