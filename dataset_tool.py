@@ -8,6 +8,7 @@ import sys
 import click
 
 from dnnlib import UserError
+from dnnlib.flags import Text
 from training.dataset_convert import TRANSFORMS, convert
 from training.dataset_sources import open_source
 
@@ -29,10 +30,11 @@ def default_workers():
 
 
 @click.command()
-@click.option('--source', required=True, metavar='PATH',
+@click.option('--source', required=True, metavar='PATH', type=Text(),
               help='Folder or zip of images, cifar-10-python.tar.gz, train-images-idx3-ubyte.gz (MNIST), '
                    'a folder ending in _lmdb (LSUN), or cifar10 to download CIFAR-10; cifar10-test is its test half.')
-@click.option('--dest', required=True, metavar='PATH', help='New or empty folder, or a file ending in .zip.')
+@click.option('--dest', required=True, metavar='PATH', type=Text(),
+              help='New or empty folder, or a file ending in .zip.')
 @click.option('--max-images', type=click.IntRange(min=1), metavar='INT', help='Read only so many images. [all]')
 @click.option('--transform', type=click.Choice(list(TRANSFORMS)), help='How to crop; needs --resolution. [none]')
 @click.option('--resolution', metavar='WxH', callback=parse_resolution, help='Size to resize to. [as it is]')

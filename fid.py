@@ -7,8 +7,9 @@ import click
 
 from dnnlib import UserError
 from dnnlib.download import is_url
+from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
-from torch_utils import distributed
+from torch_utils import distributed as dist
 from training import metrics as m
 from training.detectors import DETECTORS
 from training.generation import BATCH, GPU_BATCH, RECORD, default_batch
@@ -44,7 +45,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     else:
         seeds = seeds or list(range(NUM))
         scorer.check(len(seeds))
-        distributed.print0(f'Loading network from {network} ...')
+        dist.print0(f'Loading network from {network} ...')
         drawn = open_network(network, sampler_options, class_idx)
         batch = batch or default_batch(drawn.net)
         sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
@@ -74,13 +75,13 @@ def score_rounds(scorer, sources, batch, log, default_log):
     passes, results = [], []
     for i, source in enumerate(sources, 1):
         scorer.check(source.total)
-        distributed.print0(f'Scoring {source.total} images of {source.name} ...')
+        dist.print0(f'Scoring {source.total} images of {source.name} ...')
         passes.append(unfinished_pass(source, scorer.detector, scorer.metrics, batch))
         results.append(scorer(source, batch, passes[-1]))
         if len(sources) > 1:
             print_scores(scorer, results[-1][0], f'Round {i} of {len(sources)}, ')
     best = {}
-    if distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         best = m.best_scores(scorer.metrics, [values for values, _ in results])
         print_scores(scorer, best)
         try:
@@ -108,9 +109,9 @@ def ref(data, dest, batch, detector, metrics):
     m.check_destination(dest)
     detector = open_detector(detector)
     source = ImageFiles(open_images(data), data)
-    distributed.print0(f'Reference statistics of {source.total} images of {data} ...')
+    dist.print0(f'Reference statistics of {source.total} images of {data} ...')
     write_reference(dest, source, detector, metrics, batch or scoring_batch(detector.device))
-    distributed.print0(f'Wrote {dest}')
+    dist.print0(f'Wrote {dest}')
 
 
 # ---- Flags.
@@ -121,9 +122,10 @@ DETECTOR_HELP = f'{", ".join(DETECTORS)}, or a TorchScript or .pth file'
 common = [
     click.option('--batch', help=f'Images per batch and process  [default: {BATCH}; up to {GPU_BATCH} on a GPU]',
                  metavar='INT', type=click.IntRange(min=1), default=None),
-    click.option('--detector', help=DETECTOR_HELP, metavar='NAME|PATH|URL', default=next(iter(DETECTORS)),
+    click.option('--detector', help=DETECTOR_HELP, metavar='NAME|PATH|URL', type=Text(), default=next(iter(DETECTORS)),
                  show_default=True),
-    click.option('--metrics', help=METRICS_HELP, metavar='LIST', default=next(iter(m.METRICS)), show_default=True),
+    click.option('--metrics', help=METRICS_HELP, metavar='LIST', type=Text(), default=next(iter(m.METRICS)),
+                 show_default=True),
 ]
 
 
@@ -136,12 +138,12 @@ def with_common(command):
 
 def under_ranks(work):
     """Run `work` inside the process group, and leave the group whatever happens."""
-    distributed.init()
+    dist.init()
     try:
         work()
-        distributed.barrier()
+        dist.barrier()
     finally:
-        distributed.cleanup()
+        dist.cleanup()
 
 
 @click.group()
@@ -168,9 +170,9 @@ def main():
 
 
 @main.command('calc', context_settings=dict(max_content_width=120))
-@click.option('--images', help='Images to score', metavar='PATH|ZIP')
-@click.option('--network', help='Snapshot whose images to score; none are written', metavar='FILE|URL')
-@click.option('--ref', help='Reference statistics', metavar='NPZ|URL')
+@click.option('--images', help='Images to score', metavar='PATH|ZIP', type=Text())
+@click.option('--network', help='Snapshot whose images to score; none are written', metavar='FILE|URL', type=Text())
+@click.option('--ref', help='Reference statistics', metavar='NPZ|URL', type=Text())
 @click.option('--num', help='Number of images of --images to score; a random subset if there are more'
               f'  [default: {NUM}]', metavar='INT', type=click.IntRange(min=2))
 @click.option('--seed', help='Chooses the random subsets', metavar='INT', type=click.IntRange(min=0), default=0,
@@ -180,7 +182,7 @@ def main():
 @click.option('--rounds', help='Score as many consecutive ranges of seeds and print the best  [default: 1]',
               metavar='INT', type=click.IntRange(min=1))
 @click.option('--log', help=f'File to append the scores to  [default: {LOG_NAME} beside the images or the snapshot]',
-              metavar='JSONL')
+              metavar='JSONL', type=Text())
 @with_common
 @class_flag
 @sampler_flags
@@ -194,8 +196,8 @@ def calc_command(**options):
 
 
 @main.command('ref')
-@click.option('--data', help='Images of the reference', metavar='PATH|ZIP', required=True)
-@click.option('--dest', help='File to write', metavar='NPZ', required=True)
+@click.option('--data', help='Images of the reference', metavar='PATH|ZIP', type=Text(), required=True)
+@click.option('--dest', help='File to write', metavar='NPZ', type=Text(), required=True)
 @with_common
 def ref_command(**options):
     """Compute reference statistics of a folder or zip of images."""

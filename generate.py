@@ -1,5 +1,7 @@
 """Generate images from a snapshot: EDM's command, for EDM and Warm networks alike."""
 
+import pathlib
+
 import click
 import numpy as np
 import PIL.Image
@@ -7,6 +9,7 @@ import tqdm
 
 from dnnlib import UserError
 from dnnlib.files import check_writable
+from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
 from training.generation import (BATCH, GPU_BATCH, default_batch, generate_images, image_path, remaining_seeds,
@@ -21,15 +24,15 @@ MAX_WATCHED = 4  # images whose reverse process is shown
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--network', 'network_path', metavar='FILE|URL', required=True, help='Snapshot to draw from')
-@click.option('--outdir', metavar='DIR', required=True, help='Where to save the images')
+@click.option('--network', 'network_path', metavar='FILE|URL', type=Text(), required=True, help='Snapshot to draw from')
+@click.option('--outdir', metavar='DIR', type=Text(), required=True, help='Where to save the images')
 @click.option('--seeds', metavar='LIST', type=parse_seeds, default='0-63', help='Random seeds, such as 1,2,5-10')
 @click.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds')
 @class_flag
 @click.option('--batch', 'max_batch', metavar='INT', type=click.IntRange(min=1), default=None,
               help=f'Largest batch per rank  [default: {BATCH}; up to {GPU_BATCH} on a GPU, by its memory]')
-@click.option('--grid', metavar='FILE.png', default=None, help='Also write a contact sheet of the images')
-@click.option('--trajectory', metavar='FILE', default=None,
+@click.option('--grid', metavar='FILE.png', type=Text(), default=None, help='Also write a contact sheet of the images')
+@click.option('--trajectory', metavar='FILE', type=Text(), default=None,
               help='Also show x, D, R and D + R through the reverse process: .png, .gif or .mp4')
 @click.option('--overwrite', is_flag=True, help='Replace images that are there; otherwise they are kept')
 @sampler_flags
@@ -53,6 +56,8 @@ def main(**options):
 
 def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajectory, overwrite, **sampler_options):
     """Generate what is missing of `seeds` in `outdir`, over all ranks."""
+    if grid is not None and pathlib.Path(grid).suffix.lower() != '.png':
+        raise UserError(f'--grid={grid} does not end in .png; a contact sheet is written in this format only')
     if trajectory is not None:
         check_writer(trajectory)
     dist.print0(f'Loading network from {network_path}...')

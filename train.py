@@ -8,6 +8,7 @@ import click
 import torch
 
 from dnnlib import UserError
+from dnnlib.files import Tee
 from dnnlib.flags import NumberRange, Text
 from torch_utils import distributed as dist
 from torch_utils.signals import EXIT_STOPPED
@@ -180,9 +181,10 @@ def run(options):
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return
-    dataset = open_dataset(**config['dataset_kwargs'])  # here, lest an image that is not like the others leave a folder
-    records = start if options['auto_resume'] else None
-    with cfg.create_run_dir(run_dir, config, records) if dist.get_rank() == 0 else contextlib.nullcontext():
+    # Before the run folder is made: an unreadable image must not leave an empty one behind.
+    dataset = open_dataset(**config['dataset_kwargs'])
+    dist.on_rank0(lambda: cfg.create_run_dir(run_dir, config, start if options['auto_resume'] else None))
+    with Tee(os.path.join(run_dir, 'log.txt')) if dist.get_rank() == 0 else contextlib.nullcontext():
         dist.print0(cfg.summary(config, run_dir))
         for complaint in start['complaints']:
             dist.print0(f'Warning: passing over a damaged state: {complaint}')

@@ -76,6 +76,8 @@ def check_writable(path, kind='a file'):
     """Raise UserError where `atomic_write` could not put a file, before the slow part of the work; makes its folder."""
     if os.path.isdir(path):
         raise UserError(f'{path} is a folder; give the name of {kind} to write')
+    if not os.path.basename(path):  # of nothing, and of 'new-folder/'
+        raise UserError(f"'{path}' names no file; give the name of {kind} to write")
     folder = os.path.dirname(os.path.abspath(path))
     make_dirs(folder)
     try:

@@ -7,6 +7,7 @@ import pickle
 import re
 import shlex
 import struct
+import tracemalloc
 import zipfile
 import zlib
 
@@ -86,6 +87,17 @@ def test_items_are_the_pixels_in_name_order(place, mode):
         np.testing.assert_array_equal(onehot, np.eye(4)[label])
         np.testing.assert_array_equal(ds.get_label(i), onehot)
         assert ds.get_details(i).raw_label == label
+
+
+def test_many_classes_take_no_table_of_all_of_them(tmp_path):
+    """An identity matrix of 20,000 classes would be 1.6 GB."""
+    ds = ImageFolderDataset(write(tmp_path, small_set(3, labels=[19_999, 0, 7])), use_labels=True)
+    tracemalloc.start()
+    labels = ds.labels_of_files(np.arange(3))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert labels.shape == (3, 20_000) and labels.dtype == np.float32
+    assert labels.argmax(axis=1).tolist() == [19_999, 0, 7] and labels.sum() == 3
 
 
 def test_labels_off_and_float_labels(place):

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 import dataset_tool
 from dnnlib import UserError, download
+from tests.commands import refused
 from training import dataset_sources
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import TRANSFORMS, convert, open_dest
@@ -515,3 +516,10 @@ def test_the_command_itself(folder, tmp_path, root):
     assert (result.returncode, result.stderr) == (0, '')
     assert result.stdout == 'out.zip: 6 images of 8x8, 3 channel(s), with labels\n'
     assert len(ImageFolderDataset(tmp_path / 'out.zip', use_labels=True)) == 6
+
+
+@pytest.mark.parametrize('option', ['--source', '--dest'])
+def test_empty_paths(option, folder, tmp_path):
+    """An empty --source would be the root of the file system."""
+    args = f'--source={folder}', f'--dest={tmp_path / "x.zip"}', f'{option}='
+    refused(CliRunner().invoke(dataset_tool.main, args), f"'{option}': it is empty")

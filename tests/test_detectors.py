@@ -88,6 +88,20 @@ def test_resize_equals_the_plain_form(size, target):
 
 # ---- Detectors.
 
+def test_features_are_of_full_float32():
+    """Whatever the caller has allowed; it is allowed again afterwards, also after an error."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    former = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        with pytest.raises(KeyError), detectors.full_float32(torch.device('cpu')):
+            assert (matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic) == (False, False, True)
+            raise KeyError
+        assert matmul.allow_tf32 and cudnn.allow_tf32
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = former
+
+
 def random_images(n, channels=3, size=16):
     return torch.randint(256, [n, channels, size, size], dtype=torch.uint8,
                          generator=torch.Generator().manual_seed(0))

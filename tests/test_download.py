@@ -14,7 +14,7 @@ import pytest
 
 from dnnlib import UserError, download
 from dnnlib.download import fetch, is_url, local_path
-from dnnlib.files import atomic_write, make_dirs
+from dnnlib.files import Tee, atomic_write, check_writable, make_dirs
 
 BODY = bytes(range(256)) * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -199,6 +199,39 @@ def test_atomic_write_replaces_and_keeps(tmp_path):
             raise error
     assert path.read_bytes() == 'één'.encode()
     assert os.listdir(tmp_path) == ['a.txt']
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='umask is a Unix matter')
+def test_atomic_write_leaves_the_umask_to_the_process(tmp_path, monkeypatch):
+    """Setting it, even for a moment, would be seen by the files that other threads make."""
+    former = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, 'umask')
+            with atomic_write(tmp_path / 'a', 'w') as f:
+                f.write('x')
+    finally:
+        os.umask(former)
+    assert (tmp_path / 'a').stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize('error, last', [(UserError('the disk is full; free some space'),
+                                          'Error: the disk is full; free some space'),
+                                         (ValueError('a mistake'), 'ValueError: a mistake')])
+def test_the_log_tells_what_ended_the_program(tmp_path, error, last):
+    with pytest.raises(type(error)), Tee(tmp_path / 'log.txt'):
+        print('tick 0')
+        raise error
+    lines = (tmp_path / 'log.txt').read_text().splitlines()
+    assert lines[0] == 'tick 0' and lines[-1] == last
+
+
+@pytest.mark.parametrize('name, said', [('', "'' names no file"), ('new/', 'names no file'), ('.', 'is a folder')])
+def test_places_that_are_no_files(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=said):
+        check_writable(name)
+    assert os.listdir(tmp_path) == []
 
 
 def test_atomic_write_without_a_folder(tmp_path):

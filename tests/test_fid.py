@@ -1,6 +1,7 @@
 """The fid.py command: real runs with the pixel detector, and what it says about bad input."""
 
 import http.server
+import io
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 
 import click.testing
 import numpy as np
@@ -22,7 +24,7 @@ import requests
 import torch
 
 import fid
-from tests.commands import ROOT, torchrun
+from tests.commands import ROOT, refused, torchrun
 from tests.commands import invoke as invoke_script
 from training import metric_collectors, metrics, scoring
 from training.metric_images import image_batches, open_images
@@ -393,8 +395,8 @@ def test_exact_sum_does_not_depend_on_grouping():
 def test_too_few_images(folders, reference):
     fails('calc', 'has 50 images where 50000 are to be scored; make more, or give --num=50', images=folders[1],
           ref=reference)
-    fails('calc', 'has no array .features., which kid,pr need', images=folders[1], num=50, metrics='kid',
-          ref=edm_like(reference))
+    fails('calc', 'has no array .features., which kid needs; .* --metrics=fid,kid$', images=folders[1],
+          num=50, metrics='kid', ref=edm_like(reference))
     fails('calc', "'kid' needs at least 1000 images in .*ref.npz and there are 60", images=folders[1], num=50,
           metrics='kid', ref=reference)
 
@@ -420,6 +422,23 @@ def test_mixed_sizes(reference, tmp_path):
     fails('calc', '000012.png', images=tmp_path, ref=reference, num=20)
 
 
+def test_names_that_are_no_seeds(tmp_path):
+    """Numbers longer than any seed, which int() would refuse."""
+    with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as archive:
+        for name in ('1', '9' * 5000):
+            buffer = io.BytesIO()
+            PIL.Image.new('L', (8, 8)).save(buffer, 'PNG')
+            archive.writestr(f'{name}.png', buffer.getvalue())
+    assert scoring.ImageFiles(open_images(tmp_path / 'set.zip')).record['seeds'] is None
+
+
+@pytest.mark.parametrize('command, option', [('calc', 'images'), ('calc', 'network'), ('calc', 'ref'), ('calc', 'log'),
+                                             ('ref', 'data'), ('ref', 'dest'), ('ref', 'metrics')])
+def test_empty_paths(command, option):
+    others = {'data': 'x', 'dest': 'y'} if command == 'ref' else {}
+    refused(run(command, **{**others, option: ''}), f"'--{option}': it is empty")
+
+
 def test_options_that_make_no_sense(folders, reference, tmp_path):
     images = dict(images=folders[1], num=50)
     fails('calc', "there is no metric 'fic'", ref=reference, metrics='fid,fic', **images)
@@ -428,6 +447,8 @@ def test_options_that_make_no_sense(folders, reference, tmp_path):
     fails('calc', "'is' needs class probabilities", metrics='is', **images)
     fails('calc', 'there is no file nowhere.npz', ref='nowhere.npz', **images)
     fails('ref', 'is a folder', data=folders[0], dest=tmp_path)
+    fails('ref', "new/' names no file", data=folders[0], dest=f'{tmp_path}/new/')
+    fails('calc', 'new/ cannot be written', ref=reference, log=f'{tmp_path}/new/', **images)
     fails('ref', 'no file can be written in /proc.*choose another folder for e.npz', data=tmp_path, dest='/proc/e.npz')
     fails('ref', 'no folder or zip', data=tmp_path / 'none', dest=tmp_path / 'x.npz')
 

@@ -341,7 +341,11 @@ BAD = {
     'a seed without end': ('edm', ['--seeds=' + '9' * 5000], 'is not a list of integers'),
     'grid in a folder that cannot be': ('warm', ['--grid=/proc/none/a.png'], 'could not create the folder /proc/none'),
     'grid where nobody writes': ('warm', ['--grid=/proc/a.png'], 'choose another folder for a.png'),
-    'grid is a folder': ('warm', ['--grid={root}/docs'], 'docs is a folder'),
+    'grid is a folder to be': ('warm', ['--grid=new/'], 'does not end in .png'),
+    'grid of another format': ('warm', ['--grid=x.jpg'], '--grid=x.jpg does not end in .png'),
+    **{f'empty {flag}': ('warm', [f'{flag}='], f"'{flag}': it is empty")
+       for flag in ('--network', '--outdir', '--grid', '--trajectory')},
+    'grid is a folder': ('warm', ['--grid={tmp}/folder.png'], 'folder.png is a folder'),
     'trajectory where nobody writes': ('warm', ['--trajectory=/proc/a.gif'], 'choose another folder for a.gif'),
     'ablation of Warm': ('warm', ['--disc=vp'], '--disc is not an option of the Warm sampler'),
     'BNR of EDM': ('edm', ['--bnr=0.5'], '--bnr is not an option of the EDM sampler'),
@@ -365,7 +369,8 @@ BAD = {
 @pytest.mark.parametrize('name', BAD)
 def test_bad_input(tmp_path, networks, root, name):
     network, options, sentence = BAD[name]
-    options = [option.format(root=root) for option in options]
+    (tmp_path / 'folder.png').mkdir()
+    options = [option.format(root=root, tmp=tmp_path) for option in options]
     refused(invoke('generate.py', f'--network={networks[network]}', f'--outdir={tmp_path / "out"}', *options), sentence)
     assert not (tmp_path / 'out').exists()
 

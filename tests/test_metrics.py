@@ -278,12 +278,12 @@ def test_destination_that_is_a_folder(tmp_path):
 def test_edm_statistics_are_read(statistics):
     path = statistics()
     assert metrics.load_reference(path, ['fid'], PixelDetector('cpu'))['sigma'].shape == (192, 192)
-    with pytest.raises(UserError, match="has no array 'features', which kid,pr need"):
+    with pytest.raises(UserError, match="has no array 'features', which pr needs; .* --metrics=fid,pr$"):
         metrics.load_reference(path, ['fid', 'pr'], PixelDetector('cpu'))
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(mu=None), "has no array 'mu', which fid need"),
+    (dict(mu=None), "has no array 'mu', which fid needs; .* --metrics=fid$"),
     (dict(sigma=np.eye(5)), "the array 'sigma' .* is not finite numbers of shape \\[192, 192\\]"),
     (dict(mu=np.full(192, np.nan)), "the array 'mu' .* is not finite numbers"),
     (dict(mu=np.zeros(3), sigma=np.eye(3)), "has 3 features and the detector 'pixels' gives 192"),
@@ -295,6 +295,11 @@ def test_edm_statistics_are_read(statistics):
 def test_unsuitable_statistics(statistics, changes, message):
     with pytest.raises(UserError, match=message):
         metrics.load_reference(statistics(**changes), ['fid'], PixelDetector('cpu'))
+
+
+def test_features_without_dimensions(statistics):
+    with pytest.raises(UserError, match="the array 'features' .* is not finite numbers"):
+        metrics.load_reference(statistics(features=np.float32(0)), ['kid'], PixelDetector('cpu'))
 
 
 def test_too_few_reference_features(statistics):

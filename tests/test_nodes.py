@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch.distributed
 
+from dnnlib import UserError
 from tests import kills
 from tests.commands import ROOT, SMALL
 from tests.kills import check_same
@@ -59,6 +60,14 @@ def test_without_torchrun_there_is_no_group_and_no_port(monkeypatch):
     assert not torch.distributed.is_initialized() and (dist.get_rank(), dist.get_world_size()) == (0, 1)
     assert 'MASTER_PORT' not in os.environ
     dist.cleanup()
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    with pytest.raises(UserError, match='no GPU for process 2 .* --nproc_per_node=2'):
+        dist.init()
 
 
 STAND_INS = {

@@ -13,9 +13,13 @@ from torch_utils import distributed as dist
 from training import training_loop as tl
 from training.health import Health
 from training.loss import EDMLoss
+from training.progress import Progress
 from training.saving import saved_files
 from training.snapshot import read_snapshot
 from training.state import load_state
+from training.status import trim_records
+from warm.report_data import read_run
+from warm.report_plots import training_curves
 
 RUN = [*SMALL, '--grid=0', '--augment=0', '--dropout=0', '--tick=0.032', '--snap=1', '--dump=1', '--seed=3',
        '--nosubdir', '--lr-rampup=0']
@@ -69,6 +73,39 @@ def test_zero_never_stops(bad_steps, tmp_path):
     bad_steps(range(2, 1000), math.nan)
     out = train(tmp_path, '--max-nonfinite=0', '--dump=0', steps=8)
     assert out.exit_code == 0 and 'Nothing is saved' in out.output
+
+
+def test_a_run_that_ends_with_a_bad_step_is_saved(bad_steps, tmp_path):
+    """There is no later step to wait for, and what a bad step leaves is finite."""
+    bad_steps({6}, math.nan)
+    assert train(tmp_path, '--snap=0', '--dump=0', steps=6).exit_code == 0
+    assert final_state(tmp_path)['progress']['nimg'] == 6 * 16
+    assert all(t.isfinite().all() for t in final_state(tmp_path)['net'].values())
+
+
+def test_records_of_bad_ticks_are_json(bad_steps, tmp_path):
+    """NaN, which JSON does not know, is null; what reads the records goes on."""
+    bad_steps({2, 3}, math.nan)
+    assert train(tmp_path, steps=5).exit_code == 0
+    (tmp_path / 'stats.jsonl').write_text((tmp_path / 'stats.jsonl').read_text().splitlines(keepends=True)[0])
+    trim_records(tmp_path, 2, {'Progress/tick': {'mean': 1.0}, 'Loss/loss': {'mean': math.nan}})
+    assert train(tmp_path, '--auto-resume', steps=7).exit_code == 0
+    for line in (tmp_path / 'stats.jsonl').read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    stats = read_run(tmp_path).stats
+    assert [line['Loss/loss']['mean'] is None for line in stats[:3]] == [False, True, False]
+    loss, _ = training_curves([read_run(tmp_path)])
+    assert len(loss['curves'][0]['y']) == len(stats) - 1
+
+
+def test_bad_weights_are_not_saved_at_the_end():
+    health, progress, net = Health(), Progress(nimg=32), torch.nn.Linear(2, 2)
+    health.streak = 1
+    assert tl.worth_saving(health, progress, net, leaving=True)
+    assert not tl.worth_saving(health, progress, net, leaving=False)
+    net.bias.data[0] = math.nan
+    with pytest.raises(UserError, match='the weights are not finite'):
+        tl.worth_saving(health, progress, net, leaving=True)
 
 
 def test_loss_scaling_is_undone_before_anything_reads_gradients(tmp_path):

@@ -6,18 +6,20 @@ import shutil
 import stat
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from dnnlib import UserError
 from tests.commands import SMALL, full_disk, invoke, refused
 from tests.kills import check_same, equal, final_state, losses
-from training import saving
+from training import saving, training_loop
 from training.dataset import EMBEDDED
 from training.health import Health
+from training.progress import MALFORMED, checked_seed, load_optimizer, load_run_state
 from training.saving import Saver, host_copy, prune, saved_files
 from training.state import load_state, save_state
-from training.training_loop import training_loop
+from warm.config import OPTIONS_NAME, create_run_dir
 from warm.systems import SYSTEMS
 
 # 64 images a step, two steps a tick: ticks end at 0.064, 0.192, …, 1.088 kimg, states at 000000 (overwritten), 000001.
@@ -45,6 +47,65 @@ def whole(tmp_path_factory):
     assert [p.name for p in saved_files(folder, 'training-state')] == ['training-state-000001.pt',
                                                                       'training-state-000000.pt']
     return folder
+
+
+def test_another_optimizer_and_schedule_resume_exactly(tmp_path, monkeypatch):
+    """A researcher's own, with a rate of NumPy's types."""
+    monkeypatch.setattr(training_loop, 'make_optimizer',
+                        lambda net, lr, **_: torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9))
+    monkeypatch.setattr(training_loop, 'learning_rate', lambda nimg, lr, _: lr * (1 + np.cos(nimg / 1000)) / 2)
+    trained(tmp_path / 'whole', kimg=0.192)
+    trained(tmp_path / 'cut', kimg=0.064)
+    trained(tmp_path / 'cut', '--auto-resume', kimg=0.192)
+    assert equal(final_state(tmp_path / 'cut'), final_state(tmp_path / 'whole'))
+    monkeypatch.undo()
+    refused(train(tmp_path / 'cut', '--auto-resume', kimg=0.448), 'with the optimizer SGD, not Adam')
+
+
+@pytest.mark.parametrize('make', [
+    lambda p: torch.optim.Adam(p, amsgrad=True), torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam])
+def test_optimizers_whose_states_fit(make):
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer, other = make([p]), make([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    load_optimizer(other, optimizer.state_dict())
+    assert equal(other.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize('entry', [{'momentum_buffer': torch.zeros(3)}, {'momentum_buffer': 'x'},
+                                   {'momentum_buffer': None}, {'momentum_buffer': [1.]}])
+def test_what_an_optimizer_keeps_is_like_its_parameter(entry):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1, momentum=0.9)
+    saved = {**optimizer.state_dict(), 'state': {0: {'momentum_buffer': torch.ones(2)}}}
+    load_optimizer(optimizer, saved)
+    assert torch.equal(optimizer.state[optimizer.param_groups[0]['params'][0]]['momentum_buffer'], torch.ones(2))
+    with pytest.raises(MALFORMED):
+        load_optimizer(optimizer, {**saved, 'state': {0: entry}})
+
+
+def test_seeds_that_train_can_be_resumed(cut):
+    path = saved_files(cut, 'training-state')[0]
+    state = load_state(path)
+    for seed in (0, np.int64(3_000_000_000), (1 << 32) - 1):
+        state['settings']['seed'] = checked_seed(seed)
+        save_state(path, state)
+        assert load_run_state(path)['settings']['seed'] == seed
+    for seed in (-1, 1 << 32, 0.5):
+        with pytest.raises(UserError, match='give such a one'):
+            checked_seed(seed)
+        state['settings']['seed'] = seed
+        save_state(path, state)
+        with pytest.raises(UserError, match='lacks some of what'):
+            load_run_state(path)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """Both have looked for a free number before either made its folder: the second is told."""
+    create_run_dir(tmp_path / '00000-a', {'seed': 1}, None)
+    with pytest.raises(UserError, match='another run has begun'):
+        create_run_dir(tmp_path / '00000-a', {'seed': 2}, None)
+    assert json.loads((tmp_path / '00000-a' / OPTIONS_NAME).read_text()) == {'seed': 1}
 
 
 @pytest.fixture
@@ -197,7 +258,7 @@ def test_a_run_that_is_done_is_not_another_systems(whole, tmp_path):
     options = json.loads((whole / 'training_options.json').read_text())
     options.update(system='stf', resume=str(saved_files(whole, 'training-state')[0]))
     with pytest.raises(UserError, match='--precond=edm, not stf'):
-        training_loop(run_dir=str(tmp_path), systems=SYSTEMS, **options)
+        training_loop.training_loop(run_dir=str(tmp_path), systems=SYSTEMS, **options)
 
 
 def drop(*keys):

@@ -376,6 +376,23 @@ def test_decoded_again_when_the_zip_changes(cache, tmp_path):
     np.testing.assert_array_equal(decoded_dataset(path).decoded[5], ImageFolderDataset(path)[5][0])
 
 
+def test_a_file_that_another_rank_has_just_made_stays(cache):
+    cache.mkdir(parents=True)
+    names = 'set-0123456789ab-old', 'set-0123456789ab-new', 'other-0123456789ab-old'
+    former, own, other = (cache / f'{name}.npy' for name in names)
+    for path in (former, own, other):
+        path.touch()
+    decoded._remove_former(own)
+    assert set(cache.iterdir()) == {own, other}
+
+
+def test_images_move_to_the_gpu_before_the_first_step(cache):
+    """What stands against it is said by the call, not when the first batch is asked for."""
+    dataset = load_embedded()
+    with pytest.raises(UserError, match='--data-device=cuda needs the data set decoded'):
+        b.resident_batches(dataset, b.InfiniteSampler(dataset), 8, torch.device('cpu'))
+
+
 def test_no_decoded_file_where_it_cannot_be(cache, monkeypatch, capsys, tmp_path):
     """A full disk: a warning, and the images are read one by one. A damaged image is an error either way."""
     dataset = load_embedded()

@@ -14,11 +14,12 @@ import torch
 from dnnlib import UserError
 from torch_utils import training_stats
 from training import training_loop as tl
-from training.dataset import EMBEDDED, load_embedded
+from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
 from tests.commands import SMALL, invoke, refused, run_command, torchrun
 from train import main
+from warm import config as cfg
 from warm.systems import SYSTEMS
 
 
@@ -222,10 +223,43 @@ def test_statistics_over_ranks():
     assert collector.as_dict() == {}
 
 
+def test_run_names(tmp_path, monkeypatch):
+    """The name of the data is the data set's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'cifar10.v2').mkdir()
+    PIL.Image.new('L', (8, 8)).save('cifar10.v2/a.png')
+    run_command('dataset_tool.py', '--source=cifar10.v2', '--dest=set-8x8.zip')
+    monkeypatch.chdir('cifar10.v2')
+    for path, name in (('.', 'cifar10.v2'), ('../cifar10.v2', 'cifar10.v2'), ('../cifar10.v2/', 'cifar10.v2'),
+                       ('../set-8x8.zip', 'set-8x8'), ('/nowhere/set.v2.zip', 'set.v2')):
+        config = dict(dataset_kwargs=dict(path=path, use_labels=False), system='edm', batch_size=16,
+                      accelerate_kwargs=dict(precision='fp32'))
+        assert cfg.run_name(config, 'ddpmpp') == f'{name}-uncond-ddpmpp-edm-gpus1-batch16-fp32'
+        assert path.startswith('/nowhere') or ImageFolderDataset(path).name == name
+
+
+@pytest.mark.parametrize('values', [[0.1] * 7, [1e20] * 3, [-3e15] * 9])
+def test_statistics_of_equal_numbers(values):
+    """Their deviation is 0 but for rounding: never −0, nor NaN, nor beyond float32's numbers."""
+    training_stats.report('x', torch.tensor(values))
+    collector = training_stats.Collector()
+    collector.update()
+    std = collector.as_dict()['x']['std']
+    assert math.copysign(1, std) == 1 and std <= 1e-7 * abs(values[0])
+
+
+def test_a_length_between_floats_is_met_exactly(tmp_path):
+    """9 steps of 223 images are 2.007 kimg, though 2.007·1000 is more than 2007 in float64."""
+    run = [*SMALL, f'--outdir={tmp_path}', '--nosubdir', '--batch=223', '--duration=0.002007', '--grid=0']
+    assert invoke('train.py', *run).exit_code == 0
+    assert load_state(tmp_path / 'training-state-000002.pt')['progress']['nimg'] == 2007
+
+
 NUMBERS = [option.opts[0] for option in main.params if isinstance(option.type, click.types.FloatParamType)]
 TEXTS = ['--outdir', '--data', '--desc', '--transfer', '--resume', '--eval-ref', '--eval-detector', '--eval-metrics']
 BAD = {
     'two ranks, odd batch': (['--batch=15'], 'does not divide over 2 ranks', True),
+    'two ranks, no folder': (['--outdir=/proc/none'], 'could not create the folder /proc/none', True),
     'no labels': (['--cond=1', '--data={unlabelled}'], 'has no labels', False),
     'missing data': (['--data=/nowhere/x.zip'], '/nowhere/x.zip', False),
     'missing state': (['--resume=/nowhere/training-state-000001.pt'], '/nowhere', False),

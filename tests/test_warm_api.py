@@ -90,6 +90,19 @@ def test_networks_without_a_file(tmp_path):
         warm.sample(net, [0])
 
 
+def test_networks_of_ones_own(tmp_path):
+    """One that was trained in this process does not say of which system it is."""
+    net = warm.load(snapshot_of('cold', tmp_path / 'network.safetensors', digits()))
+    known = warm.sample(net, [0])
+    del net.snapshot, net.system
+    for system in ('cold', SYSTEMS['cold']):
+        assert torch.equal(warm.sample(net, [0], data=EMBEDDED, system=system), known)
+    with pytest.raises(UserError, match="does not say of which system it is; .* system='warm'"):
+        warm.sample(net, [0])
+    with pytest.raises(UserError, match="there is no system 'hot'; .* edm"):
+        warm.sample(net, [0], system='hot')
+
+
 def test_data_is_no_option_of_other_systems(root):
     net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
     assert net.snapshot.system == net.system == 'edm' and not net.snapshot.state_dict

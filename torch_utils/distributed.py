@@ -23,8 +23,15 @@ def init():
 
     NCCL on CUDA, gloo elsewhere. Without torchrun's environment there is one process, no group and
     no port; every function of this module then acts as rank 0 of 1.
+
+    Raises:
+        UserError: more processes than GPUs; a rank that does not come.
     """
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if local_rank() >= gpus:
+            raise UserError(f'there is no GPU for process {local_rank()} (counted from 0), as this machine has {gpus}; '
+                            f'start at most one for each, with --nproc_per_node={gpus}')
         torch.cuda.set_device(local_rank())
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not torch.distributed.is_initialized():
         on_cuda = torch.cuda.is_available()

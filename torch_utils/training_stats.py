@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from torch_utils import distributed
+from torch_utils import distributed as dist
 
 _moments = {}  # name → float64 tensor [count, sum, sum of squares] on the device of its first report
 
@@ -36,7 +36,7 @@ def unread():
 def restore(moments):
     """Start from what `unread` gave."""
     _moments.clear()
-    _moments.update({name: m.to(distributed.device(), copy=True) for name, m in moments.items()})
+    _moments.update({name: m.to(dist.device(), copy=True) for name, m in moments.items()})
 
 
 class Collector:
@@ -49,8 +49,8 @@ class Collector:
         """Take over the sums of all ranks and start new ones. Call on every rank."""
         names = sorted(_moments)
         if names:
-            sums = torch.stack([_moments[n].to(distributed.device()) for n in names])
-            table = distributed.all_reduce_sum(sums).cpu().tolist()
+            sums = torch.stack([_moments[n].to(dist.device()) for n in names])
+            table = dist.all_reduce_sum(sums).cpu().tolist()
             self._values = {n: _summary(*row) for n, row in zip(names, table)}
         else:
             self._values = {}

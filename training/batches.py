@@ -29,7 +29,7 @@ class Batches:
 
     Args:
         dataset: An ImageFolderDataset.
-        batch: Images a batch.
+        batch: Images per batch.
         seed: Of the order, the same on all ranks.
         start_nimg: Images that all ranks together have had before.
         loader_kwargs: Arguments of torch.utils.data.DataLoader, used where the set isn't decoded.

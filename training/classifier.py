@@ -35,7 +35,7 @@ from training.status import check_appendable
 
 DEVICES = ('auto', 'cpu', 'cuda')
 ENDINGS = ('.ts', '.pt')
-LR_PER_IMAGE = 0.4 / 512  # highest learning rate, for each image of a batch
+LR_PER_IMAGE = 0.4 / 512  # highest learning rate, per image of a batch
 RAMP = 0.2  # share of the training in which the learning rate rises
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -188,7 +188,7 @@ def train(net, data, test, epochs, batch, lr, flip=True, cutout=0, seed=0):
     Args:
         net: On the device of the data.
         data, test: `LabelledImages`; those of `test` are only scored.
-        batch: Images of a step, at most all; the images left over in an epoch are left out.
+        batch: Images per step, at most all; the images left over in an epoch are left out.
         lr: Highest learning rate.
         flip, cutout: As for `augmented`.
 
@@ -286,7 +286,7 @@ def write_detector(dest, record_path, net, record):
 @click.option('--test', metavar='PATH|ZIP', required=True, help='Labelled images to test on')
 @click.option('--dest', metavar='TS', required=True, help='TorchScript file to write; a record goes beside it as .json')
 @click.option('--epochs', metavar='INT', type=click.IntRange(min=1), default=30, help='Passes over the images')
-@click.option('--batch', metavar='INT', type=click.IntRange(min=2), default=512, help='Images of a step')
+@click.option('--batch', metavar='INT', type=click.IntRange(min=2), default=512, help='Images per step')
 @click.option('--lr', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
               help=f'Highest learning rate  [default: {LR_PER_IMAGE * 512:g}·batch/512]')
 @click.option('--width', metavar='INT', type=click.IntRange(min=1), default=64,

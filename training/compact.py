@@ -1,4 +1,4 @@
-"""Training states in 10 bytes a parameter in place of 16: a run goes on close to what it was, not bit for bit."""
+"""Training states in 10 bytes per parameter in place of 16: a run goes on close to what it was, not bit for bit."""
 
 import torch
 
@@ -9,8 +9,8 @@ PACKED = torch.bfloat16  # float32's range, a significand of 8 bits: rounding ch
 def compact(state):
     """A training state with Adam's moments and the moving average's difference from the weights as bfloat16.
 
-    Everything else stays as it is: weights w, step counts, random states, and buffers that are the same in both
-    networks. After `expand`, of numbers that are 0 or at least 2⁻¹²⁶ (and below 3.38e38),
+    Everything else stays as it is: weights w, step counts, what other optimisers keep, random states, and buffers that
+    are the same in both networks. After `expand`, of numbers that are 0 or at least 2⁻¹²⁶ (and below 3.38e38),
 
         |m′ − m| ≤ 2⁻⁸ |m|,   |v′ − v| ≤ 2⁻⁸ v and v′ ≥ 0,   |ema′ − ema| ≤ 2⁻⁸ |ema − w| + float32's own rounding,
 

@@ -49,7 +49,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def __init__(self, path, resolution=None, use_labels=False, max_size=None, xflip=False, random_seed=0,
                  cache=False):
         self._archive = open_archive(path)
-        self.name = _name(self._archive)
+        self.name = name_of(path)
         names = image_names(self._archive)
         self._labels = self._load_labels(names) if use_labels else np.zeros([len(names), 0], np.float32)
         self._label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
@@ -235,10 +235,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                     self._check_shape(name, shape)
 
 
-def _name(archive):
+def name_of(path):
     """A zip's file name without its ending, or a folder's name."""
-    name = os.path.basename(os.path.abspath(archive.path))
-    return os.path.splitext(name)[0] if isinstance(archive, ZipArchive) else name
+    name = os.path.basename(os.path.abspath(path))
+    return name if os.path.isdir(path) else os.path.splitext(name)[0]
 
 
 def _subset(size, max_size, random_seed):

@@ -9,7 +9,7 @@ from torch_utils.distributed import Ballot
 
 
 class Health:
-    """Counts steps with a non-finite loss or gradients, and carries one rank's wish to stop to all of them.
+    """Counts steps with a non-finite loss or gradients, and spreads a stop request from any rank to all.
 
     A step costs the sum of two numbers over the ranks. On a GPU they are read one step later, so that the host
     never waits for the step it has just begun.

@@ -1,6 +1,6 @@
 """Scores of images against reference statistics: one pass over the images serves all of them.
 
-    accumulator = Accumulator(detector, metrics, total, batch)    on all ranks, one `add` a batch
+    accumulator = Accumulator(detector, metrics, total, batch)    on all ranks, one `add` per batch
     stats = accumulator.statistics()                              on all ranks
     scores = score(metrics, stats, ref, seed)                     on rank 0
 
@@ -247,7 +247,7 @@ def load_reference(path_or_url, metrics, detector):
             path.unlink(missing_ok=True)  # or the bad answer would be served from the cache for ever
         raise UserError(f'{path_or_url} is not an .npz file of statistics, or it is damaged (if it was downloaded, '
                         'it may be a web page); make one with fid.py ref, or get it again') from e
-    _check_arrays(ref, needed, path_or_url)
+    _check_arrays(ref, metrics, path_or_url)
     _check_detector(ref, detector, path_or_url)
     for name in metrics:
         if 'features' in METRICS[name].ref_arrays:
@@ -255,14 +255,15 @@ def load_reference(path_or_url, metrics, detector):
     return ref
 
 
-def _check_arrays(ref, needed, what):
-    missing = [a for a in needed if a not in ref]
-    if missing:
-        users = ','.join(m for m in METRICS if missing[0] in METRICS[m].ref_arrays)
-        raise UserError(f"{what} has no array '{missing[0]}', which {users} need; make the reference anew "
-                        f'with fid.py ref --metrics={users}')
+def _check_arrays(ref, metrics, what):
+    for array, user in ((array, name) for name in metrics for array in METRICS[name].ref_arrays):
+        if array not in ref:
+            needs = {name: set(metric.ref_arrays) for name, metric in METRICS.items() if metric.ref_arrays}
+            wanted = ','.join(name for name in needs if name in metrics or needs[name] <= ref.keys())
+            raise UserError(f"{what} has no array '{array}', which {user} needs; make the reference anew "
+                            f'with fid.py ref --metrics={wanted}')
     dim = num_features_of(ref)
-    shapes = {'mu': (dim,), 'sigma': (dim, dim), 'features': (len(ref['features']) if 'features' in ref else 0, dim)}
+    shapes = {'mu': (dim,), 'sigma': (dim, dim), 'features': (*np.shape(ref.get('features'))[:1], dim)}
     for name in (n for n in shapes if n in ref):
         a = ref[name]
         if a.shape != shapes[name] or a.dtype.kind != 'f' or not np.isfinite(a).all():

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import numbers
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from training.state import load_state
 
 # What Python and PyTorch say to values of another kind, or of another shape, than expected.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+MAX_SEED = (1 << 32) - 1  # the largest of NumPy's generators, from which the training order comes
 
 
 @dataclasses.dataclass
@@ -35,6 +38,17 @@ class Progress:
     tick_nimg: int = 0
     nonfinite: int = 0
     seconds: float = 0.0
+
+
+def checked_seed(seed):
+    """`seed` as a plain int, such as states hold.
+
+    Raises:
+        UserError: it is none from 0 to MAX_SEED.
+    """
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed <= MAX_SEED:
+        raise UserError(f'the seed {seed} is no whole number from 0 to {MAX_SEED}; give such a one')
+    return int(seed)
 
 
 def run_state(net, ema, optimizer, progress, settings, last_tick):
@@ -76,7 +90,7 @@ def _is_run_state(state):
             and isinstance(state['ema_difference' if is_compact(state) else 'ema'], dict)
             and all(_is_below(1 << 53, count, int) for count in counts)
             and _is_below(1e10, progress.seconds, int, float)
-            and _is_below(1 << 31, settings['seed'], int)
+            and _is_below(MAX_SEED + 1, settings['seed'], int)
             and (ratio is None or _is_below(1e10, ratio, int, float))
             and isinstance(json.loads(state['last_tick']), dict)
             and isinstance(state['ranks'], list) and state['ranks'] and all(map(_is_of_a_rank, state['ranks'])))
@@ -122,6 +136,18 @@ def check_origin(state, path, system):
     before = state['settings'].get('system', system)
     if before != system:
         raise UserError(f'{path} is of a run with --precond={shown(before)}, not {system}; resume with that, '
+                        'or start from a snapshot of it with --transfer')
+
+
+def check_optimizer(state, path, optimizer):
+    """Refuse the state of a run with another optimiser, as `check_origin` does. Older states do not say: all had Adam.
+
+    Raises:
+        UserError: it is another's.
+    """
+    before, now = state['settings'].get('optimizer', 'Adam'), type(optimizer).__name__
+    if before != now:
+        raise UserError(f'{path} is of a run with the optimizer {shown(before)}, not {now}; resume with that, '
                         'or start from a snapshot of it with --transfer')
 
 
@@ -176,17 +202,22 @@ def _refusing(path):
 
 
 def load_optimizer(optimizer, saved):
-    """Load Adam's moments and step counts. Its options, and which kernels it uses, are this run's own.
+    """Load Adam's moments and step counts, or what another optimiser keeps: numbers, and tensors like the parameters.
+
+    Its options, and which kernels it uses, are this run's own.
 
     Raises:
         ValueError: they do not fit the parameters.
     """
     groups = [{**now, 'params': then['params']} for then, now in zip(saved['param_groups'], optimizer.param_groups)]
     optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    adam = isinstance(optimizer, torch.optim.Adam)
     for param, entry in optimizer.state.items():
-        shapes = {name: tuple(value.shape) for name, value in entry.items()}
-        if shapes != {'step': (), **dict.fromkeys(MOMENTS, tuple(param.shape))}:
-            raise ValueError(f'moments of the shapes {shapes} for a parameter of {tuple(param.shape)}')
+        own = tuple(param.shape)
+        shapes = {name: () if type(value) in (int, float) else tuple(value.shape) for name, value in entry.items()}
+        needed = {'step': (), **dict.fromkeys(MOMENTS, own)} if adam else {}
+        if not needed.items() <= shapes.items() or not set(shapes.values()) <= {(), own}:
+            raise ValueError(f'moments of the shapes {shapes} for a parameter of {own}')
 
 
 def random_state():

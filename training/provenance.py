@@ -12,7 +12,7 @@ import time
 import torch
 
 from dnnlib.files import file_sha256
-from torch_utils import distributed
+from torch_utils import distributed as dist
 from training import metrics as m
 from training.generation import generate_batch
 from training.status import append_line
@@ -64,7 +64,7 @@ def stand_in(net, kind):
 
 
 def count_evaluations(net, sampler):
-    """NFE: how often the sampler calls the U-Net for an image. The U-Net itself doesn't run."""
+    """NFE: how often the sampler calls the U-Net per image. The U-Net itself doesn't run."""
     with stand_in(net, CountedModel) as model:
         generate_batch(net, [0], sampler)
     return model.calls
@@ -193,8 +193,8 @@ def log_scores(path, values, detector, facts):
     Raises:
         UserError: the file cannot be written.
     """
-    common = dict(facts, commit=code_version(), torch=torch.__version__, device=distributed.device().type,
-                  ranks=distributed.get_world_size(), timestamp=round(time.time(), 3))
+    common = dict(facts, commit=code_version(), torch=torch.__version__, device=dist.device().type,
+                  ranks=dist.get_world_size(), timestamp=round(time.time(), 3))
     for name, value in values.items():
         append_line(path, {'metric': m.label(name, detector), 'value': value, **common},
                     remedy='choose another file')

@@ -14,7 +14,7 @@ from training.progress import load_run_state
 from training.snapshot import read_snapshot, write_snapshot
 from training.state import load_state, parse_kimg, save_state
 
-MAX_WAITING = 2  # saves that may wait for the disk; a further one waits, lest memory fills up
+MAX_WAITING = 2  # saves that may wait for the disk; with more, training waits, or memory would fill up
 LEAVE_SEC = 60  # how long an error elsewhere waits for what is being written
 KINDS = {'training-state': 'pt', 'network-snapshot': 'safetensors'}
 READERS = {'training-state': load_state, 'network-snapshot': read_snapshot}

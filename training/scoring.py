@@ -7,6 +7,7 @@
 import hashlib
 import os
 import pathlib
+import re
 import time
 
 import torch
@@ -15,12 +16,14 @@ import tqdm
 from dnnlib.download import local_path
 from dnnlib.files import file_sha256
 from dnnlib.text import check_once, format_int_list
-from torch_utils import distributed
+from torch_utils import distributed as dist
 from training import metrics as m
 from training.detectors import Detector, load_detector
 from training.generation import BATCH, generate_batch, to_uint8
 from training.metric_images import image_batches
 from training.metric_resume import Unfinished
+
+SEED = r'\d{1,18}'  # as dnnlib.text.parse_int_list reads it
 
 
 class ImageFiles:
@@ -44,7 +47,7 @@ class ImageFiles:
     def _seeds(self):
         """The seeds that generate.py's file names tell; None for other names."""
         stems = [pathlib.PurePosixPath(name).stem for name, *_ in self.dataset.file_stamps()]
-        return seeds_text(map(int, stems)) if all(stem.isdecimal() for stem in stems) else None
+        return seeds_text(map(int, stems)) if all(re.fullmatch(SEED, stem) for stem in stems) else None
 
     def batches(self, indices, batch):
         """Yield the images of `indices` in batches, uint8 [≤ batch, C, H, W]."""
@@ -115,10 +118,10 @@ def statistics(source, detector, metrics, batch, num_features=None, unfinished=N
     stored = unfinished.load() if unfinished else None
     if stored is not None:
         accumulator.restore(stored)
-        if distributed.get_rank() == 0 and len(accumulator.share):
+        if dist.get_rank() == 0 and len(accumulator.share):
             done = accumulator.index - accumulator.share.start
             print(f'Continuing an interrupted run after {done} of {len(accumulator.share)} images per process.')
-    shown = progress and distributed.get_rank() == 0
+    shown = progress and dist.get_rank() == 0
     with tqdm.tqdm(total=len(accumulator.share), initial=accumulator.index - accumulator.share.start, unit='image',
                    disable=None if shown else True) as bar:
         for images in source.batches(range(accumulator.index, accumulator.share.stop), batch):
@@ -133,7 +136,7 @@ def statistics(source, detector, metrics, batch, num_features=None, unfinished=N
 
 def unfinished_pass(source, detector, metrics, batch):
     """Where the statistics of this source with this detector are stored while they are unfinished. On all ranks."""
-    identity = distributed.on_rank0(source.identity)
+    identity = dist.on_rank0(source.identity)
     collectors = sorted({c for name in metrics for c in m.METRICS[name].collectors})
     return Unfinished([identity, detector.name, detector.digest, collectors, source.total, batch])
 
@@ -163,7 +166,7 @@ class Scorer:
         started = time.monotonic()
         stats = statistics(source, self.detector, self.metrics, batch, m.num_features_of(self.reference or {}),
                            unfinished, progress)
-        if distributed.get_rank() > 0:
+        if dist.get_rank() > 0:
             return {}, {}
         values = m.score(self.metrics, stats, self.reference, self.seed)
         seconds = unfinished.seconds() if unfinished else time.monotonic() - started
@@ -172,7 +175,7 @@ class Scorer:
 
 def open_detector(spec):
     """`load_detector` on every rank; what it downloads, rank 0 downloads first."""
-    return distributed.first_on_rank0(lambda: load_detector(spec, distributed.device()))
+    return dist.first_on_rank0(lambda: load_detector(spec, dist.device()))
 
 
 def load_scorer(metrics, detector, ref=None, seed=0):
@@ -191,7 +194,7 @@ def load_scorer(metrics, detector, ref=None, seed=0):
         detector = open_detector(detector)
     if not ref:
         return Scorer(metrics, detector, seed=seed)
-    reference = distributed.first_on_rank0(lambda: m.load_reference(ref, metrics, detector))
+    reference = dist.first_on_rank0(lambda: m.load_reference(ref, metrics, detector))
     return Scorer(metrics, detector, reference, os.fspath(ref), file_sha256(local_path(ref)), seed)
 
 
@@ -205,7 +208,7 @@ def write_reference(dest, source, detector, metrics, batch, progress=True):
     metrics = [name for name in metrics if m.METRICS[name].ref_arrays]
     unfinished = unfinished_pass(source, detector, metrics, batch)
     stats = statistics(source, detector, metrics, batch, unfinished=unfinished, progress=progress)
-    if distributed.get_rank() == 0:
+    if dist.get_rank() == 0:
         m.save_statistics(dest, stats)
-    distributed.barrier()
+    dist.barrier()
     unfinished.remove()

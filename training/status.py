@@ -115,15 +115,28 @@ def print_status(collector):
     ]))
 
 
+def json_line(record):
+    """`record` on a line of JSON, which knows neither NaN nor infinity: they become null."""
+    return json.dumps(_finite(record), allow_nan=False) + '\n'
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def append_line(path, record, remedy='resume from the last training state'):
-    """Append `record` as one JSON line; `remedy` ends the sentence where that fails.
+    """Append `record` as one line (`json_line`); `remedy` ends the sentence where that fails.
 
     Raises:
         UserError: the disk is full or gone.
     """
     try:
         with open(path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(record) + '\n')
+            f.write(json_line(record))
     except OSError as e:
         raise UserError(f'could not write {path}: {e.strerror or e}; free some space and {remedy}') from e
 
@@ -139,12 +152,12 @@ def trim_records(run_dir, tick, last_line):
     """
     def parsed(line):
         try:
-            return json.loads(line)['Progress/tick']['mean']
+            return float(json.loads(line)['Progress/tick']['mean'])
         except (ValueError, KeyError, TypeError, RecursionError):
             return math.inf  # cut off by whatever ended the run
     lines = [line for line in _lines(run_dir, 'stats.jsonl') if parsed(line) < tick]
     if last_line and not any(parsed(line) == tick - 1 for line in lines):
-        lines.append(json.dumps(last_line) + '\n')
+        lines.append(json_line(last_line))
     log = _lines(run_dir, 'log.txt')
     log = [line for line in log if not ((m := re.match(r'tick (\d+) ', line)) and int(m[1]) >= tick)]
     for name, content in (('stats.jsonl', lines), ('log.txt', log)):
@@ -180,7 +193,8 @@ def open_writer(run_dir):
 def check_appendable(path):
     """Raise UserError unless lines can be appended to `path`; for use before long work."""
     folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path) or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+    named = os.path.basename(path) and not os.path.isdir(path)
+    if not named or not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise UserError(f'{path} cannot be written; give a file in a folder that exists and may be written to')
 
 

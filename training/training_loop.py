@@ -20,8 +20,8 @@ from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
 from training.health import Health
-from training.progress import (Progress, check_origin, restore, resume_from, run_state, seed_rank,
-                               tell_other_data)
+from training.progress import (Progress, check_optimizer, check_origin, checked_seed, restore, resume_from, run_state,
+                               seed_rank, tell_other_data)
 from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.status import Status
@@ -53,7 +53,7 @@ def training_loop(
     loss_kwargs=None,           # Options of the system's loss.
     transfer=None,              # Snapshot whose EMA weights to start from.
     resume=None,                # Training state to continue.
-    compact_state=False,        # Whether states take 10 bytes a parameter in place of 16, and do not resume exactly.
+    compact_state=False,        # Whether states take 10 bytes per parameter, not 16, and do not resume exactly.
     keep=0,                     # Snapshots and states kept; 0 = all.
     max_nonfinite=100,          # Steps in a row with a non-finite loss or gradients that end the run; 0 = none do.
     timeout=600,                # Seconds without a finished step after which a rank counts as hung; 0 = never.
@@ -75,12 +75,13 @@ def training_loop(
     torch.backends.cudnn.benchmark = cudnn_benchmark
     batch_rank, batch_gpu, rounds = split_batch(batch_size, batch_gpu)
     total_nimg = round(total_kimg * 1000)
+    seed = checked_seed(seed)
     system = systems[system]
 
     if dataset is None:
         dataset = open_dataset(**dataset_kwargs)
     state = resume_from(resume) if resume is not None else None
-    if state is not None:  # first of all: that another system's run is done says nothing of this one
+    if state is not None:  # before the early return: a finished run of another system must not count as this one's
         check_origin(state, resume, system.name)
         tell_other_data(state, dataset.name)
     progress = Progress(**state['progress']) if state else Progress()
@@ -102,9 +103,11 @@ def training_loop(
         dist.print0(f'Transferring from {transfer}...')
         dist.print0(f'Transferred {transfer_weights(transfer, net)} of {len(net.state_dict())} tensors.')
         ema_rampup_ratio = None
-    settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name)
+    settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name,
+                    optimizer=type(optimizer).__name__)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
+        check_optimizer(state, resume, optimizer)
         restore(state, resume, net, ema, optimizer)
     ddp = dist.data_parallel(net)
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None
@@ -126,8 +129,8 @@ def training_loop(
             watchdog.beat()
             optimizer.zero_grad(set_to_none=True)
             finite = accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, loss_scaling / batch_rank)
-            for group in optimizer.param_groups:
-                group['lr'] = optimizer_kwargs['lr'] * min(progress.nimg / max(lr_rampup_kimg * 1000, 1e-8), 1)
+            for group in optimizer.param_groups:  # whatever the schedule computes with, states hold plain numbers
+                group['lr'] = float(learning_rate(progress.nimg, optimizer_kwargs['lr'], lr_rampup_kimg * 1000))
             finite.append(clean_gradients(net, loss_scaling))
             optimizer.step()
             update_ema(ema, net, ema_beta(batch_size, progress.nimg, ema_halflife_kimg * 1000, ema_rampup_ratio))
@@ -182,7 +185,7 @@ def training_loop(
 
 
 def split_batch(batch_size, batch_gpu=None):
-    """(images a rank and step, images a forward pass, accumulation rounds).
+    """(images per rank and step, images per forward pass, accumulation rounds).
 
     Raises:
         UserError: a batch that does not divide over the ranks or over the rounds.
@@ -309,6 +312,11 @@ def clean_gradients(net, loss_scaling=1):
         parts = pieces[0].split([grad.numel() for grad in grads])
         torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
     return finite
+
+
+def learning_rate(nimg, lr, rampup_nimg):
+    """The schedule: the rate of the step after `nimg` images rises linearly from 0 to `lr` over `rampup_nimg` (EDM)."""
+    return lr * min(nimg / max(rampup_nimg, 1e-8), 1)
 
 
 def ema_beta(batch_size, nimg, halflife_nimg, rampup_ratio):

@@ -10,6 +10,7 @@ from dnnlib import UserError
 from torch_utils import distributed as dist
 from training.generation import check_class, generate_batch, to_uint8
 from training.snapshot import build_network, read_snapshot
+from training.system import System
 from warm.starts import data_for
 from warm.systems import SYSTEMS
 
@@ -35,14 +36,15 @@ def load(path_or_url, device=None):
     return net
 
 
-def sample(net, seeds, class_idx=None, batch=64, **options):
+def sample(net, seeds, class_idx=None, batch=64, system=None, **options):
     """Draw the images that generate.py writes for the same seeds.
 
     Args:
-        net: From `load`.
+        net: From `load`, or any network of a system.
         seeds: Integers, one per image, at least one.
         class_idx: Class of all images; None draws one per seed.
         batch: Images at a time.
+        system: Name of the network's system, or a training.system.System; by default what `load` says it is.
         options: Sampler options by name, such as num_steps=18, solver='heun', bnr=0.5. Systems whose samples start
             from training images (ihdm, cold) take them from `data`, a folder or zip; by default from the embedded
             digits, if the network was trained on them.
@@ -52,18 +54,30 @@ def sample(net, seeds, class_idx=None, batch=64, **options):
 
     Raises:
         UserError: an option that the network's sampler does not have; training images that are not at hand; no seeds,
-            or no batch.
+            or no batch; a network of no known system.
     """
+    system = _system_of(net, system)
     seeds = _integers(seeds)
     if not isinstance(batch, numbers.Integral) or batch < 1:
         raise UserError(f'batch is {batch}; give a whole number of at least 1')
     check_class(net, class_idx, 'class_idx')
-    SYSTEMS[net.system].check_options(options, shown=str)
-    if SYSTEMS[net.system].starts_from_data and hasattr(net, 'snapshot'):
+    system.check_options(options, shown=str)
+    if system.starts_from_data and hasattr(net, 'snapshot'):
         options['data'] = _start_data(net.snapshot, options.get('data'))
-    sampler = SYSTEMS[net.system].make_sampler(net, options)
+    sampler = system.make_sampler(net, options)
     batches = [generate_batch(net, seeds[i:i + batch], sampler, class_idx) for i in range(0, len(seeds), batch)]
     return torch.cat([to_uint8(images).cpu() for images in batches])
+
+
+def _system_of(net, system):
+    """The System that is meant by an instance, by a name, or by None: what `net` says itself."""
+    if isinstance(system, System):
+        return system
+    name = getattr(net, 'system', None) if system is None else system
+    if name not in SYSTEMS:
+        problem = 'the network does not say of which system it is' if name is None else f"there is no system '{name}'"
+        raise UserError(f"{problem}; name it, as in sample(net, seeds, system='warm'): one of {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
 
 
 def _integers(seeds):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import secrets
 
@@ -10,11 +9,11 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.download import is_url, local_path
-from dnnlib.files import Tee, atomic_write, make_dirs, remove_temporary_files
+from dnnlib.files import atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
 from training.augment import training_strengths
 from training.batches import check_data_device
-from training.dataset import EMBEDDED, ImageFolderDataset
+from training.dataset import EMBEDDED, ImageFolderDataset, name_of
 from training.detectors import DETECTORS, Detector, PixelDetector, load_detector
 from training.metrics import METRICS, check_images, load_reference, parse_metrics
 from training.precond import PRECISIONS
@@ -192,7 +191,7 @@ def check_evaluation(num_files, num, ref, detector, metrics, ticks=None):
 def run_name(config, arch, desc=None):
     """DATASET-COND-ARCH-PRECOND-gpusG-batchB-DTYPE[-DESC], as EDM names its run folders."""
     parts = [
-        pathlib.Path(config['dataset_kwargs']['path']).stem,
+        name_of(config['dataset_kwargs']['path']),
         'cond' if config['dataset_kwargs']['use_labels'] else 'uncond',
         arch,
         config['system'],
@@ -261,11 +260,14 @@ def same_run_dir(outdir, name):
 
 
 def create_run_dir(run_dir, config, start):
-    """Make the run folder with its training_options.json; returns the `Tee` that copies what is printed to log.txt.
+    """Make the run folder with its training_options.json. On rank 0.
 
     Args:
         start: From `start_point`. What the folder's records say about later ticks is dropped with --auto-resume;
             None otherwise.
+
+    Raises:
+        UserError: another run has begun there meanwhile; a file or the folder cannot be written.
     """
     make_dirs(run_dir)
     if start is None:
@@ -273,12 +275,13 @@ def create_run_dir(run_dir, config, start):
             open(os.path.join(run_dir, OPTIONS_NAME), 'x').close()  # claims the folder: of two runs one gets it
         except FileExistsError as e:
             raise UserError(f'another run has begun in {run_dir} meanwhile; run the command again') from e
+        except OSError as e:
+            raise UserError(f'could not write in {run_dir}: {e.strerror or e}; choose another --outdir') from e
     else:
         trim_records(run_dir, start['tick'], json.loads(start['last_tick']))
         remove_temporary_files(run_dir)
     with atomic_write(os.path.join(run_dir, OPTIONS_NAME), 'w') as f:
         json.dump(config, f, indent=2)
-    return Tee(os.path.join(run_dir, 'log.txt'))
 
 
 def summary(config, run_dir):

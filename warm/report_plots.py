@@ -124,13 +124,13 @@ def training_curves(runs):
     for i, run in enumerate(runs):
         colour = f'C{i % 10}'  # of the run, in both panels
         points = [(line['Progress/kimg']['mean'], line['Loss/loss']['mean']) for line in run.stats
-                  if 'Loss/loss' in line and 'Progress/kimg' in line]
+                  if 'Progress/kimg' in line and line.get('Loss/loss', {}).get('mean') is not None]  # null: NaN
         if points:
             xs, ys = map(list, zip(*sorted(points)))
             losses.append(dict(x=xs, y=ys, label=run.label, marker='', color=colour))
         curves = {}
         for line in run.scores:
-            if str(line.get('metric')).split('-')[0] in DISTANCES and line.get('kimg') is not None:
+            if str(line.get('metric')).split('-')[0] in DISTANCES and None not in (line.get('kimg'), line.get('value')):
                 key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'),
                        line.get('precision'), line.get('class_idx'), *sampler_flags(line))
                 curves.setdefault(key, {})[line['kimg']] = line['value']
