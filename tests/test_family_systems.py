@@ -163,9 +163,8 @@ def test_options_of_a_loss(tmp_path, monkeypatch):
     with pytest.raises(UserError, match='--p-mean is not an option of --precond=edm'):
         SYSTEMS['edm'].loss_kwargs({'p_mean': 0.5})
     training_loop(run_dir=str(tmp_path), systems={'other': other}, system='other', loss_kwargs={'p_mean': 0.5},
-                  dataset_kwargs=dict(path=EMBEDDED, use_labels=False), network_kwargs=TINY, batch_size=4, total_kimg=0.004,
-                  optimizer_kwargs=dict(lr=1e-3), augment_kwargs=None, seed=0,
-                  grid_images=0)
+                  dataset_kwargs=dict(path=EMBEDDED, use_labels=False), network_kwargs=TINY, batch_size=4,
+                  total_kimg=0.004, optimizer_kwargs=dict(lr=1e-3), augment_kwargs=None, seed=0, grid_images=0)
     assert seen == [0.5]
 
 
