@@ -18,6 +18,7 @@ from tests.test_family_systems import TRAINABLE, few_steps, short_network
 from training import generation as gen
 from training.dataset import EMBEDDED
 from training.networks import EDMPrecond
+from training.pixels import to_uint8
 from training.provenance import trace
 from training.samplers import StackedRandomGenerator
 from training.snapshot import save_snapshot
@@ -106,7 +107,7 @@ def test_class_is_drawn_even_if_given(networks):
 
 def test_rounding():
     x = torch.tensor([-2., -1.00392, -1, -0.99, 0, 0.5, 1, 2], dtype=torch.float64)
-    assert gen.to_uint8(x).tolist() == [0, 0, 0, 1, 128, 191, 255, 255]
+    assert to_uint8(x).tolist() == [0, 0, 0, 1, 128, 191, 255, 255]
 
 
 def test_an_interrupted_dump_continues(tmp_path, networks):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.dataset import EMBEDDED
-from training.generation import to_uint8
+from training.pixels import to_uint8
 from warm.systems import SYSTEMS
 from warm.trajectory import Frame, Watch, visible, watch
 

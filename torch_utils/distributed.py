@@ -135,6 +135,11 @@ def data_parallel(net):
     return wrapper(net, device_ids=[device()] if torch.cuda.is_available() else None, **{flag: False})
 
 
+def unwrapped(net):
+    """The network inside `data_parallel`'s wrapper, or `net` itself."""
+    return getattr(net, 'module', net)
+
+
 def broadcast_object(value):
     """Rank 0's plain Python value, on every rank."""
     if get_world_size() == 1:

@@ -17,6 +17,7 @@ from dnnlib import UserError
 from torch_utils import distributed as dist
 from torch_utils.misc import InfiniteSampler
 from torch_utils.signals import shield_worker
+from training.pixels import to_float
 
 AHEAD = 3  # batches that wait in CPU memory
 DATA_DEVICES = ('cpu', 'cuda')
@@ -59,7 +60,7 @@ class Batches:
         start = time.perf_counter()
         images, labels = next(self._source)
         self._waited += time.perf_counter() - start
-        return images.to(torch.float32).div_(127.5).sub_(1), labels
+        return to_float(images), labels
 
     def take_wait(self):
         """Seconds that the host has waited for data since the last call."""

@@ -18,6 +18,7 @@ from dnnlib.download import cached_path, fetch, is_url, local_path
 from dnnlib.files import file_sha256
 from torch_utils.precision import float32_products
 from training.inception import NUM_FEATURES, InceptionV3
+from training.pixels import to_float
 
 SCRIPT_URL = ('https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/'
               'inception-2015-12-05.pt')
@@ -94,8 +95,7 @@ class PixelDetector(Detector):
         super().__init__('pixels', 'embedded-1', device, num_features=3 * self.SIZE ** 2)
 
     def run(self, rgb, features, probs):
-        x = rgb.to(torch.float32) / 127.5 - 1
-        return torch.nn.functional.interpolate(x, (self.SIZE, self.SIZE), mode='area').flatten(1), None
+        return torch.nn.functional.interpolate(to_float(rgb), (self.SIZE, self.SIZE), mode='area').flatten(1), None
 
 
 class InceptionDetector(Detector):

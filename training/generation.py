@@ -16,6 +16,7 @@ from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs
 from dnnlib.text import format_int_list
 from training.image_archive import find_images, open_archive
+from training.pixels import to_uint8
 from training.samplers import StackedRandomGenerator
 from torch_utils import distributed
 
@@ -54,11 +55,6 @@ def generate_batch(net, seeds, sampler, class_idx=None, **extra):
             index = torch.full_like(index, class_idx)
         class_labels = torch.nn.functional.one_hot(index, net.label_dim).to(torch.float32)
     return sampler(latents, class_labels, rnd.randn_like, **extra)
-
-
-def to_uint8(images):
-    """[−1, 1] → 0…255: x·127.5 + 128, clipped, truncated (EDM's rounding)."""
-    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 BATCH = 64  # images at a time, where nothing else is said

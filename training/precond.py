@@ -31,14 +31,19 @@ def vp_sigma_inv(sigma, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN):
     return ((beta_min ** 2 + 2 * beta_d * torch.log1p(sigma ** 2)).sqrt() - beta_min) / beta_d
 
 
+def iddpm_ratios(C_1, C_2, M):
+    """max(ᾱ_{j−1}/ᾱ_j, C_1) for j = 1…M with ᾱ_j = sin²(½π·j/M/(C_2 + 1)): float32 [M], as iDDPM was trained."""
+    j = torch.arange(M + 1, dtype=torch.float32, device='cpu')
+    alpha_bar = (0.5 * torch.pi * j / M / (C_2 + 1)).sin() ** 2
+    return (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1)
+
+
 def iddpm_noise_levels(C_1, C_2, M):
     """iDDPM's noise levels u_0 > … > u_M = 0, float32 [M + 1] (Karras et al. 2022, Table 1).
 
-    u_{j−1} = √((u_j² + 1) / max(ᾱ_{j−1}/ᾱ_j, C_1) − 1), ᾱ_j = sin²(½π·j/M/(C_2 + 1)), all in float32.
+    u_{j−1} = √((u_j² + 1) / max(ᾱ_{j−1}/ᾱ_j, C_1) − 1), all in float32.
     """
-    j = torch.arange(M + 1, dtype=torch.float32, device='cpu')
-    alpha_bar = (0.5 * torch.pi * j / M / (C_2 + 1)).sin() ** 2
-    ratio = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1)
+    ratio = iddpm_ratios(C_1, C_2, M)
     u = torch.zeros(M + 1, dtype=torch.float32, device='cpu')
     for i in range(M, 0, -1):
         u[i - 1] = ((u[i] ** 2 + 1) / ratio[i - 1] - 1).sqrt()

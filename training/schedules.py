@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple
 import torch
 
 from dnnlib import UserError
-from training.precond import VP_BETA_D, VP_BETA_MIN
+from training.precond import VP_BETA_D, VP_BETA_MIN, iddpm_ratios
 
 
 # -- noise schedules σ(t)
@@ -116,15 +116,13 @@ def ve_sigmas(num_steps, sigma_min, sigma_max, **_):
 def iddpm_sigmas(num_steps, sigma_min, sigma_max, *, C_1, C_2, M, **_):
     """Evenly chosen among those of iDDPM's levels u_0…u_M that lie between sigma_min and sigma_max.
 
-    ᾱ and its ratios are in float32, as the networks trained on these levels have them; u is in float64.
+    The ratios of ᾱ are in float32, as the networks trained on these levels have them; u is in float64.
 
     Raises:
         UserError: no level is in the range.
     """
-    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float32) / M / (C_2 + 1)).sin() ** 2
-    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1).tolist()
     u = [0.0]  # from u_M upwards
-    for ratio in reversed(ratios):
+    for ratio in reversed(iddpm_ratios(C_1, C_2, M).tolist()):
         u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
     kept = [level for level in reversed(u) if sigma_min <= level <= sigma_max]
     if not kept:

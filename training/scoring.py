@@ -19,9 +19,10 @@ from dnnlib.text import check_once, format_int_list
 from torch_utils import distributed as dist
 from training import metrics as m
 from training.detectors import Detector, load_detector
-from training.generation import BATCH, generate_batch, to_uint8
+from training.generation import BATCH, generate_batch
 from training.metric_images import image_batches
 from training.metric_resume import Unfinished
+from training.pixels import to_uint8
 
 SEED = r'\d{1,18}'  # as dnnlib.text.parse_int_list reads it
 

@@ -265,7 +265,7 @@ def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale):
     Returns:
         Whether each round's loss was finite: 0-d bool tensors, which stay on the device.
     """
-    net, finite = getattr(ddp, 'module', ddp), []
+    net, finite = dist.unwrapped(ddp), []
     for i in range(rounds):
         with ddp.no_sync() if ddp is not net and i < rounds - 1 else contextlib.nullcontext():
             images, labels = next(batches)

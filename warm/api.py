@@ -8,7 +8,8 @@ import torch
 
 from dnnlib import UserError
 from torch_utils import distributed as dist
-from training.generation import check_class, generate_batch, to_uint8
+from training.generation import check_class, generate_batch
+from training.pixels import to_uint8
 from training.snapshot import build_network, read_snapshot
 from training.system import System
 from warm.starts import data_for

@@ -25,6 +25,7 @@ import click
 import torch
 
 from dnnlib import UserError
+from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps
@@ -97,7 +98,7 @@ class BlurringPrecond(Precond):
 
 def blurring_loss(net, images, labels=None, augment_pipe=None):
     """(ε̂ − ε)² without weight, t uniform (Eq. 24); `net` may be wrapped. Draws t [B, 1, 1, 1], augmentation, ε."""
-    process = getattr(net, 'module', net).process
+    process = unwrapped(net).process
     t = torch.rand([len(images), 1, 1, 1], device=images.device)
     y, augment_labels = augment(images, augment_pipe)
     eps = torch.randn_like(y)

@@ -27,6 +27,7 @@ import click
 import torch
 
 from dnnlib import UserError
+from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps
@@ -127,7 +128,7 @@ class ColdPrecond(Precond):
 
 def cold_loss(net, images, labels=None, augment_pipe=None):
     """|net(x_s, s) − x₀|, s uniform in 1…T; `net` may be wrapped. Draws s [B, 1, 1, 1], then the augmentation."""
-    process = getattr(net, 'module', net).process
+    process = unwrapped(net).process
     s = torch.randint(1, process.num_steps + 1, [len(images), 1, 1, 1], device=images.device)
     y, augment_labels = augment(images, augment_pipe)
     x_s = diffuse(y, torch.zeros_like(y), process.at(s, y.shape[-1]))

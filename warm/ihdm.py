@@ -24,6 +24,7 @@ import math
 import torch
 
 from dnnlib import UserError
+from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
 from training.system import Option, System
@@ -103,7 +104,7 @@ def ihdm_loss(net, images, labels=None, augment_pipe=None):
 
     Draws k [B, 1, 1, 1], the augmentation, the noise.
     """
-    process = getattr(net, 'module', net).process
+    process = unwrapped(net).process
     k = torch.randint(1, process.num_levels + 1, [len(images), 1, 1, 1], device=images.device)
     y, augment_labels = augment(images, augment_pipe)
     u = (y + 1) / 2

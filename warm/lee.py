@@ -25,6 +25,7 @@ import click
 import torch
 
 from dnnlib import UserError
+from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps
@@ -125,7 +126,7 @@ class LeePrecond(Precond):
 
 def lee_loss(net, images, labels=None, augment_pipe=None):
     """(ε̂ − ε)², level uniform in 1…N (Eq. 10); `net` may be wrapped. Draws i [B, 1, 1, 1], augmentation, ε."""
-    process = getattr(net, 'module', net).process
+    process = unwrapped(net).process
     i = torch.randint(1, process.num_levels + 1, [len(images), 1, 1, 1], device=images.device)
     y, augment_labels = augment(images, augment_pipe)
     eps = torch.randn_like(y)

@@ -5,6 +5,7 @@ import dataclasses
 import torch
 
 from torch_utils import training_stats
+from torch_utils.distributed import unwrapped
 from training.loss import P_MEAN, P_STD, augment, edm_loss_weight, sample_edm_sigma
 from training.precond import SIGMA_DATA
 from warm.blur import blur_and_rest
@@ -35,7 +36,7 @@ class WarmLoss:
 
     def __call__(self, net, images, labels=None, augment_pipe=None):
         """Loss of each element, float32 like `images` [B, C, N, N] in [−1, 1]; `net` may be wrapped in DDP."""
-        bare = getattr(net, 'module', net)
+        bare = unwrapped(net)
         sigma = sample_edm_sigma(images.shape[0], images.device, self.P_mean, self.P_std)
         alpha = bare.family.draw_alpha(sigma)
         y, augment_labels = augment(images, augment_pipe)

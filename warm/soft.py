@@ -20,6 +20,7 @@ import math
 
 import torch
 
+from torch_utils.distributed import unwrapped
 from training.loss import P_MEAN, P_STD, augment, sample_edm_sigma
 from training.precond import SIGMA_DATA, Precond, edm_scalings
 from training.samplers import edm_sigma_steps
@@ -69,7 +70,7 @@ class SoftLoss:
 
     def __call__(self, net, images, labels=None, augment_pipe=None):
         """Loss of each element, float32 like `images` [B, C, N, N] in [−1, 1]; `net` may be wrapped in DDP."""
-        path = getattr(net, 'module', net).path
+        path = unwrapped(net).path
         sigma = sample_edm_sigma(len(images), images.device, self.P_mean, self.P_std)
         y, augment_labels = augment(images, augment_pipe)
         x = diffuse(y, torch.randn_like(y), soft_bands(path, sigma.to(torch.float64), y.shape[-1]))

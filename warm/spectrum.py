@@ -20,6 +20,7 @@ import torch
 
 from dnnlib import UserError
 from training.dataset import EMBEDDED, ImageFolderDataset
+from training.pixels import to_float
 from warm.blur import blur_mask, dct2, frequencies, rest_mask
 from warm.blurring import BLUR_SCHEDULES, BlurringProcess
 from warm.figures import draw
@@ -68,7 +69,7 @@ def band_power(dataset, max_images=None, seed=0):
 
     def power(batch):
         images = torch.from_numpy(np.stack([dataset[i][0] for i in batch]))
-        return dct2(images.to(torch.float32) / 127.5 - 1).square().sum((0, 1))
+        return dct2(to_float(images)).square().sum((0, 1))
 
     # Decoding in one thread overlaps with another's transforms. The sum goes in the order of the batches.
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:

@@ -11,6 +11,7 @@ import torch
 
 from dnnlib import UserError
 from training.dataset import EMBEDDED, ImageFolderDataset
+from training.pixels import to_float
 from training.system import Option
 
 DATA = Option('data', None, 'Data set whose images, blurred, sampling starts from', shown='the embedded digits, '
@@ -79,7 +80,7 @@ class TrainingImages:
 
 
 def _scaled(pixels):
-    return torch.from_numpy(pixels).to(torch.float64) / 127.5 - 1
+    return to_float(torch.from_numpy(pixels), torch.float64)
 
 
 def data_for(snapshot, path=None):

@@ -10,7 +10,8 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write
-from training.generation import generate_batch, tile, to_uint8
+from training.generation import generate_batch, tile
+from training.pixels import to_uint8
 
 ROWS = ('x', 'D', 'R', 'x̂₀')
 MAX_COLUMNS = 9  # noise levels in a still picture

@@ -1,0 +1,13 @@
+"""The scale of pixels: 0…255 in files and data sets, [−1, 1] in networks (EDM's)."""
+
+import torch
+
+
+def to_float(pixels, dtype=torch.float32):
+    """uint8 0…255 of any shape → [−1, 1]: x/127.5 − 1."""
+    return pixels.to(dtype).div_(127.5).sub_(1)  # in place: `to` has made a copy
+
+
+def to_uint8(images):
+    """[−1, 1] → 0…255: x·127.5 + 128, clipped, truncated."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
