@@ -46,13 +46,14 @@ class Evaluator:
         sampler = self.system.make_sampler(net, self.sample_options)
         source = NetworkImages(net, sampler, range(self.num))
         values, facts = self.scorer(source, default_batch(net), progress=False)
-        if dist.get_rank() > 0:
-            return {}
-        facts.update(training_facts(net, self.system, self.dataset_name), kimg=nimg / 1000, network=None,
-                     **sampling_facts(net, self.system, self.sample_options, sampler), **source.record)
-        log_scores(os.path.join(self.run_dir, LOG_NAME), values, self.scorer.detector, facts)
         named = {m.label(name, self.scorer.detector): value for name, value in values.items()}
-        print('  '.join([f'scores of {self.num} images:', *(f'{name} {value:.5g}' for name, value in named.items())]))
+        if dist.get_rank() == 0:
+            facts.update(training_facts(net, self.system, self.dataset_name), kimg=nimg / 1000, network=None,
+                         **sampling_facts(net, self.system, self.sample_options, sampler), **source.record)
+            log_scores(os.path.join(self.run_dir, LOG_NAME), values, self.scorer.detector, facts)
+            shown = (f'{name} {value:.5g}' for name, value in named.items())
+            print('  '.join([f'scores of {self.num} images:', *shown]))
+        dist.barrier()  # the others wait for rank 0 here, where no watchdog takes that for a hang
         return {f'Metrics/{name}-{self.num}': value for name, value in named.items()}
 
 

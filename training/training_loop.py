@@ -167,10 +167,10 @@ def training_loop(
                     if dist.get_rank() == 0:
                         save_grid(name_in(run_dir, 'fakes', progress), images)
                         system.draw_process(name_in(run_dir, 'process', progress), ema)
+                dist.barrier()  # the others wait for rank 0 here, where no watchdog takes that for a hang
             if tick_ends:
                 if not health.stopping:  # time may be short
                     status.add(evaluate(ema, tick, progress.nimg, done))
-                dist.barrier()  # rank 0 may still be saving or scoring: no watchdog may count that as a hang
                 status.start_tick(progress.nimg)
             if done or health.stopping:
                 break
