@@ -152,27 +152,19 @@ def training_loop(
                 training_stats.report('Timing/data_wait', batches.take_wait() / max(status.tick_seconds(), 1e-8))
                 status.end_tick(tick, progress.nimg)
                 progress.tick, progress.tick_nimg, health.count = tick + 1, progress.nimg, 0
-            dump = done or health.stopping or (tick != 0 and is_due(tick, state_dump_ticks))
             leaving = done or health.stopping
+            dump = leaving or (tick != 0 and is_due(tick, state_dump_ticks))
             if (dump or is_due(tick, snapshot_ticks)) and worth_saving(health, progress, ema, leaving):
                 progress.seconds, progress.nonfinite = status.elapsed(), health.count
-                weights = ema.state_dict()
-                snapshot = dict(tensors=weights, network_kwargs=ema.init_kwargs, system=system.name,
-                                dataset=facts(dataset), kimg=progress.nimg / 1000)
-                state = run_state(net, weights, optimizer, progress, settings, status.last_line()) if dump else None
-                if dist.get_rank() == 0:
-                    saver.save(progress.nimg, snapshot, state)
+                save_run(saver, net, ema, optimizer, progress, settings, facts(dataset), status.last_line(), dump)
                 if grid_images and not health.stopping:
-                    images = gather_images(ema, list(range(grid_images)), grid_sampler)
-                    if dist.get_rank() == 0:
-                        save_grid(name_in(run_dir, 'fakes', progress), images)
-                        system.draw_process(name_in(run_dir, 'process', progress), ema)
+                    draw_images(run_dir, ema, system, grid_sampler, grid_images, progress)
                 dist.barrier()  # the others wait for rank 0 here, where no watchdog takes that for a hang
             if tick_ends:
                 if not health.stopping:  # time may be short
                     status.add(evaluate(ema, tick, progress.nimg, done))
                 status.start_tick(progress.nimg)
-            if done or health.stopping:
+            if leaving:
                 break
         dist.on_rank0(saver.finish)
     dist.barrier()
@@ -232,6 +224,29 @@ def worth_saving(health, progress, ema, leaving):
         raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; the '
                         'states saved before are good: resume from the last with a lower --lr')
     return True
+
+
+def save_run(saver, net, ema, optimizer, progress, settings, dataset_facts, last_line, dump):
+    """Hand a snapshot, and with `dump` a training state, to rank 0's saver. Call on all ranks.
+
+    Args:
+        settings, last_line: As of training.progress.run_state.
+        dataset_facts: From `facts`.
+    """
+    weights = ema.state_dict()
+    snapshot = dict(tensors=weights, network_kwargs=ema.init_kwargs, system=settings['system'], dataset=dataset_facts,
+                    kimg=progress.nimg / 1000)
+    state = run_state(net, weights, optimizer, progress, settings, last_line) if dump else None
+    if dist.get_rank() == 0:
+        saver.save(progress.nimg, snapshot, state)
+
+
+def draw_images(run_dir, ema, system, sampler, count, progress):
+    """The pictures beside a snapshot: a grid of `count` images, and the system's reverse process. Call on all ranks."""
+    images = gather_images(ema, list(range(count)), sampler)
+    if dist.get_rank() == 0:
+        save_grid(name_in(run_dir, 'fakes', progress), images)
+        system.draw_process(name_in(run_dir, 'process', progress), ema)
 
 
 def name_in(run_dir, kind, progress):
