@@ -232,11 +232,9 @@ def measure(study, run, score):
     source = NetworkImages(drawn.net, drawn.sampler, range(scale.num), facts=drawn.facts)
     values, facts = study.scorer(source, scale.batch, progress=False)
     study.speed = facts['seconds'] / scale.num / drawn.facts['nfe']
-    record = dict(study=scale.name, run=run.name, seed=run.seed, point=score.kimg, options=score.options,
-                  flags=run.flags, parent=run.parent, **training_facts(study.folder(run.name), drawn),
-                  **source.record, **{**facts, 'ref': pathlib.Path(facts['ref']).name},
-                  hardware=f'{provenance.hardware(dist.device())}, {torch.get_num_threads()} thread(s)')
-    provenance.log_scores(study.results, values, study.scorer.detector, record)
+    log(study, study.scorer, values, facts, run=run.name, seed=run.seed, point=score.kimg, options=score.options,
+        flags=run.flags, parent=run.parent, **training_facts(study.folder(run.name), drawn), **source.record,
+        hardware=f'{provenance.hardware(dist.device())}, {torch.get_num_threads()} thread(s)')
     shown = ', '.join(f'{label(name, study.scorer.detector)} {value:.4g}' for name, value in values.items())
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
 
@@ -246,13 +244,18 @@ def score_real_images(study, scorer):
 
     A network can hardly do better, and their spread is what chance does in drawing the images alone.
     """
-    done = {line['seed'] for line in read_lines(study.results) if line.get('run') == REAL}
-    for seed in set(range(REAL_DRAWS)) - done:
+    done = {line['seed'] for line in read_lines(study.results)
+            if line.get('run') == REAL and line.get('num_images') == study.scale.num}
+    for seed in sorted(set(range(REAL_DRAWS)) - done):
         source = DrawnImages(study.images(), study.scale.num, seed)
         values, facts = scorer(source, study.scale.batch, progress=False)
-        record = dict(study=study.scale.name, run=REAL, point=0, options=(), seed=seed, **source.record,
-                      **{**facts, 'ref': pathlib.Path(facts['ref']).name})
-        provenance.log_scores(study.results, values, scorer.detector, record)
+        log(study, scorer, values, facts, run=REAL, point=0, options=(), seed=seed, **source.record)
+
+
+def log(study, scorer, values, facts, **record):
+    """Append scores to the results with what `record` says of them; of the reference, its file's name alone."""
+    facts = {**facts, 'ref': pathlib.Path(facts['ref']).name}
+    provenance.log_scores(study.results, values, scorer.detector, dict(study=study.scale.name, **record, **facts))
 
 
 def training_facts(folder, drawn):
