@@ -4,7 +4,7 @@ import re
 
 from dnnlib.errors import UserError
 
-
+NUMBER = r'\d{1,18}'  # of a seed, say: what 64 bits hold
 MAX_INTS = 10_000_000  # in a list; far more than anyone draws, and all of them still fit into memory
 
 
@@ -20,7 +20,7 @@ def parse_int_list(text):
     text = str(text)
     values, shown = [], text if len(text) <= 100 else f'{text[:100]}…'
     for part in text.split(','):
-        m = re.fullmatch(r'\s*(\d{1,18})(?:-(\d{1,18}))?\s*', part)
+        m = re.fullmatch(rf'\s*({NUMBER})(?:-({NUMBER}))?\s*', part)
         if not m or (m[2] and int(m[2]) < int(m[1])):
             raise UserError(f"'{shown}' is not a list of integers such as 1,2,5-10: '{part[:100]}' cannot be read")
         span = range(int(m[1]), int(m[2] or m[1]) + 1)

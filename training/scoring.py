@@ -15,7 +15,7 @@ import tqdm
 
 from dnnlib.download import local_path
 from dnnlib.files import file_sha256
-from dnnlib.text import check_once, format_int_list
+from dnnlib.text import NUMBER, check_once, format_int_list
 from torch_utils import distributed as dist
 from training import metrics as m
 from training.detectors import Detector, load_detector
@@ -23,8 +23,6 @@ from training.generation import BATCH, generate_batch
 from training.metric_images import image_batches
 from training.metric_resume import Unfinished
 from training.pixels import to_uint8
-
-SEED = r'\d{1,18}'  # as dnnlib.text.parse_int_list reads it
 
 
 class ImageFiles:
@@ -48,7 +46,7 @@ class ImageFiles:
     def _seeds(self):
         """The seeds that generate.py's file names tell; None for other names."""
         stems = [pathlib.PurePosixPath(name).stem for name, *_ in self.dataset.file_stamps()]
-        return seeds_text(map(int, stems)) if all(re.fullmatch(SEED, stem) for stem in stems) else None
+        return seeds_text(map(int, stems)) if all(re.fullmatch(NUMBER, stem) for stem in stems) else None
 
     def batches(self, indices, batch):
         """Yield the images of `indices` in batches, uint8 [≤ batch, C, H, W]."""

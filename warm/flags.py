@@ -64,7 +64,7 @@ class SystemFlag(click.Option):
     """A flag made from an Option. One whose name the command has already would hide the command's own.
 
     Raises:
-        UserError: so it is; when the command runs, as its flags are complete only then.
+        UserError: it has; raised when the command runs, since its flags are complete only then.
     """
 
     def add_to_parser(self, parser, ctx):
