@@ -19,11 +19,11 @@ from training.generation import generate_batch
 from training.loss import EDMLoss
 from training.precond import Precond
 from training.snapshot import build_network, read_snapshot, save_snapshot
-from training.system import GRID_OPTIONS, Option, own_options
+from training.system import EDM_SYSTEMS, GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
 from warm import flags
-from warm.samplers import SOLVERS
-from warm.systems import SYSTEMS
+from warm.samplers import SOLVERS, Solver
+from warm.systems import SYSTEMS, with_multistep
 
 TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
@@ -148,6 +148,24 @@ def test_every_solver_serves_every_system_that_takes_one(name, solver):
     net = short_network(name) if SYSTEMS[name].trainable else tiny_network(name)
     images = generate_batch(net, [0], SYSTEMS[name].make_sampler(net, dict(num_steps=3, solver=solver)))
     assert torch.isfinite(images.float()).all()
+
+
+def test_a_solvers_option_reaches_edm_networks(monkeypatch):
+    """One line in SOLVERS: the flag is EDM's too, and other solvers refuse it."""
+    def damped_step(denoise, x, D, R, here, there, z, memory, damping):
+        return x + (1 - damping) * (there.beta - here.beta) * (x - D) / here.beta
+    option = Option('damping', 0.0, 'Of every step', type=float)
+    monkeypatch.setitem(SOLVERS, 'damped', Solver(damped_step, order=1, options=(option,)))
+    net, system = short_network('edm'), with_multistep(EDM_SYSTEMS[-1])
+    assert option in system.own_sample_options
+
+    def draw(**options):
+        return generate_batch(net, [0], system.make_sampler(net, dict(num_steps=3, **options)))
+    assert not torch.equal(draw(solver='damped', damping=0.5), draw(solver='damped'))
+    assert torch.equal(draw(damping=0.0), draw())
+    for other in ({}, {'solver': 'heun'}):
+        with pytest.raises(UserError, match='--damping is not an option of the solver heun; use it with.*damped'):
+            draw(damping=0.5, **other)
 
 
 def test_options_of_a_loss(tmp_path, monkeypatch):

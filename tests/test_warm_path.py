@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from warm.path import PATHS, BlurringSchedule, BNRList, BNRRange, ConstantBNR, OnePath, parse_family, parse_path
+from warm.path import (PATHS, BlurringSchedule, BNRList, BNRRange, ConstantBNR, OnePath, parse_family, parse_path,
+                       schedule_texts)
 
 LOW, HIGH = 0.002, 80.0
 
@@ -134,3 +135,16 @@ def test_a_single_path_draws_nothing():
     torch.manual_seed(0)
     parse_family('0.5').draw_alpha(torch.ones([4, 1, 1, 1]))
     assert torch.equal(torch.rand([3]), expected)
+
+
+def test_a_schedule_without_a_number(monkeypatch):
+    class Straight(ConstantBNR):
+        def __init__(self):
+            super().__init__(1)
+
+    Straight.__dataclass_fields__ = {}
+    monkeypatch.setitem(PATHS, 'straight', Straight)
+    assert schedule_texts() == ['constant', 'blurring[:SIGMA_B_MAX]', 'straight']
+    assert parse_path(None, 'straight').alpha(2.0) == 2.0
+    with pytest.raises(UserError, match="'straight:3' takes no number; give --bnr-schedule=straight"):
+        parse_path(None, 'straight:3')

@@ -12,7 +12,7 @@ from warm.epsilon_scaling import with_epsilon_scaling
 from warm.ihdm import IHDM
 from warm.lee import LEE
 from warm.pfgmpp import PFGMPP, with_heavy_tails
-from warm.samplers import SOLVERS, options_of, warm_sampler, with_defaults
+from warm.samplers import SAMPLER_DEFAULTS, SOLVERS, check_foreign, options_of, warm_sampler, with_defaults
 from warm.soft import SOFT
 from warm.stf import STF
 from warm.warm import WARM
@@ -22,17 +22,16 @@ def with_multistep(system):
     """An EDM system with those solvers of warm.samplers, at BNR 0, that EDM has not: dpmpp2m."""
     added = [name for name in SOLVERS if name not in EDM_SOLVERS]
     own = options_of(added)
+    own_names = [option.name for option in own]
 
     def sampler(net, **options):
         solver = options.get('solver')
         if solver not in added:
-            for option in own:
-                if option.name in options:
-                    raise UserError(f"{option.flag} has no effect with {solver or 'the default solver'}; leave it "
-                                    f"out, or choose --solver from {', '.join(added)}")
+            for name in options.keys() & own_names:
+                check_foreign(name, options.pop(name), solver or SAMPLER_DEFAULTS['solver'])
             return system.sampler(net, **options)
         for name in options:
-            if name not in (*COMMON_SAMPLE_OPTIONS, 'solver', *(option.name for option in own)):
+            if name not in (*COMMON_SAMPLE_OPTIONS, 'solver', *own_names):
                 raise UserError(f'--solver={solver} has no {flag_of(name)}; leave it out or choose '
                                 f"{' or '.join(EDM_SOLVERS)}")
         with_defaults(options)
