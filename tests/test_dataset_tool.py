@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -141,9 +142,9 @@ def test_workers_do_not_change_a_byte(tmp_path):
     for i in range(150):
         save(tmp_path / 'src' / f'{i % 2}' / f'{i}.jpg', pixels(i, 20, 16))
     source = open_source(tmp_path / 'src')
-    for workers in (1, 2):
+    for workers in (1, 2, 3):
         convert(source, tmp_path / f'{workers}.zip', 'center-crop', (16, 16), workers=workers)
-    assert (tmp_path / '1.zip').read_bytes() == (tmp_path / '2.zip').read_bytes()
+    assert (tmp_path / '1.zip').read_bytes() == (tmp_path / '2.zip').read_bytes() == (tmp_path / '3.zip').read_bytes()
     (tmp_path / 'src' / '1' / '41.jpg').write_bytes(b'damaged')
     save(tmp_path / 'src' / '0' / '80.jpg', pixels(0, 32, 32))
     messages = []
@@ -152,11 +153,18 @@ def test_workers_do_not_change_a_byte(tmp_path):
             convert(source, tmp_path / 'bad.zip', workers=workers)
         messages.append(e.value.message)
     assert messages[0] == messages[1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['1.zip', '2.zip', 'src']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['1.zip', '2.zip', '3.zip', 'src']
+
+
+def exit_in_a_worker(item):
+    """Ends every process but the first, which is a worker too."""
+    if multiprocessing.parent_process() is not None:
+        os._exit(3)
+    return PIL.Image.new('L', (8, 8), item)
 
 
 def test_worker_that_dies(tmp_path):
-    source = dataset_sources.Source('src', [3] * 200, os._exit)
+    source = dataset_sources.Source('src', [3] * 200, exit_in_a_worker)
     with pytest.raises(UserError, match='--workers=1'):
         convert(source, tmp_path / 'out.zip', workers=2)
     assert os.listdir(tmp_path) == []

@@ -21,6 +21,7 @@ from dnnlib.files import atomic_write, make_dirs
 from training.image_codec import encode_png
 
 CHUNK = 64  # images handed to a worker process at once
+AHEAD = 2  # chunks that wait for each worker process
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can state; a fixed one keeps equal input equal output
 
 
@@ -102,7 +103,7 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
         dest: Folder, new or empty, or a file ending in .zip (replaced if it exists). It appears when all is done.
         transform, resolution: See `make_transform`.
         max_images: Read only so many images of the source.
-        workers: Processes that decode and encode; the output is the same for any number.
+        workers: Processes that decode and encode, this one included; the output is the same for any number.
 
     Returns:
         A `Summary`.
@@ -189,21 +190,31 @@ def _convert_in_worker(items):
 
 
 def _run(job, chunks, workers):
-    """Results of `_convert_chunk` in order; few chunks are under way at a time, so memory stays bounded."""
+    """Results of `_convert_chunk` in order; few chunks are under way at a time, so memory stays bounded.
+
+    This process is one of the workers: it converts whenever the next result is not there yet, and so from the start.
+    """
     if workers == 1:
         yield from (_convert_chunk(job, items) for items in chunks)
         return
+    chunks, pending = iter(chunks), collections.deque()  # in order: the others' futures, or this process's results
     # Spawned rather than forked: forking a process that has threads (PyTorch's, tqdm's) may deadlock.
     context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _init_worker, (job,)) as pool:
-        pending = collections.deque()
+    with concurrent.futures.ProcessPoolExecutor(workers - 1, context, _init_worker, (job,)) as pool:
         try:
-            for items in chunks:
-                pending.append(pool.submit(_convert_in_worker, items))
-                if len(pending) > 4 * workers:
+            while True:
+                waiting = sum(isinstance(result, concurrent.futures.Future) and not result.done() for result in pending)
+                for items in itertools.islice(chunks, max(AHEAD * (workers - 1) - waiting, 0)):
+                    pending.append(pool.submit(_convert_in_worker, items))
+                if not pending:
+                    return
+                if isinstance(pending[0], list):
+                    yield pending.popleft()
+                elif (pending[0].done() or len(pending) >= 2 * AHEAD * workers
+                      or (items := next(chunks, None)) is None):
                     yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+                else:
+                    pending.append(_convert_chunk(job, items))
         except concurrent.futures.process.BrokenProcessPool as e:
             raise UserError('a worker process died, perhaps for lack of memory; run again with --workers=1') from e
         finally:
