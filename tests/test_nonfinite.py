@@ -18,8 +18,8 @@ from training.saving import saved_files
 from training.snapshot import read_snapshot
 from training.state import load_state
 from training.status import trim_records
-from warm.report_data import read_run
-from warm.report_plots import training_curves
+from warm.report.data import read_run
+from warm.report.plots import training_curves
 
 RUN = [*SMALL, '--grid=0', '--augment=0', '--dropout=0', '--tick=0.032', '--snap=1', '--dump=1', '--seed=3',
        '--nosubdir', '--lr-rampup=0']

@@ -5,10 +5,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from warm import report
-from warm.report_data import best_match, measurements_of, read_run, sampler_flags
-from warm.report_plots import fid_against_bnr, fid_against_nfe, training_curves
-from warm.report_tables import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
+from warm.report import page as report
+from warm.report.data import best_match, measurements_of, read_run, sampler_flags
+from warm.report.plots import fid_against_bnr, fid_against_nfe, training_curves
+from warm.report.tables import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
 from warm.systems import SYSTEMS
 
 PAPER = dict(metric='FID', detector='inception-2015-12-05', detector_sha256='a', ref='r.npz', ref_sha256='b',

@@ -16,8 +16,8 @@ from warm.systems import SYSTEMS
 
 LAYERS = ['dnnlib', 'torch_utils', 'training', 'warm', 'scripts']  # each may import those before it
 SCRIPTS = ['train', 'generate', 'fid', 'dataset_tool']
-MODULE_COMMANDS = {'classifier': 'training.classifier', 'study': 'warm.study'}  # run by python -m
-MODULES = [*(p for layer in LAYERS[:-1] for p in sorted((ROOT / layer).glob('*.py'))),
+MODULE_COMMANDS = {'classifier': 'training.classifier', 'study': 'warm.study.run'}  # run by python -m
+MODULES = [*(p for layer in LAYERS[:-1] for p in sorted((ROOT / layer).rglob('*.py'))),
            *(ROOT / f'{name}.py' for name in SCRIPTS)]
 
 
@@ -62,7 +62,7 @@ def test_public_names_have_docstrings(path):
 
 def test_lines_fit():
     """120 columns, tests and benchmarks too."""
-    paths = [path for pattern in ('*.py', *(f'{layer}/*.py' for layer in LAYERS[:-1]), 'tests/**/*.py')
+    paths = [path for pattern in ('*.py', *(f'{layer}/**/*.py' for layer in LAYERS[:-1]), 'tests/**/*.py')
              for path in ROOT.glob(pattern)]
     long = [f'{path.relative_to(ROOT)}:{number}' for path in paths
             for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1) if len(line) > 120]
@@ -112,7 +112,8 @@ def commands():
 def test_help_texts_in_docs(name):
     """docs/NAME-help.txt is what --help prints. UPDATE_DOCS=1 pytest tests/test_structure.py rewrites them."""
     path = ROOT / 'docs' / f'{name}-help.txt'
-    program = f'python -m {MODULE_COMMANDS[name]}' if name in MODULE_COMMANDS else f'python {name}.py'
+    module = MODULE_COMMANDS.get(name, '').removesuffix('.run')
+    program = f'python -m {module}' if module else f'python {name}.py'
     shown = CliRunner().invoke(commands()[name], ['--help'], terminal_width=120, prog_name=program).output
     if os.environ.get('UPDATE_DOCS') == '1':
         path.write_text(shown)

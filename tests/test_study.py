@@ -12,9 +12,12 @@ from click.testing import CliRunner
 
 from tests.commands import ROOT, invoke
 from training.dataset import EMBEDDED
-from warm import study, study_page, study_pieces, study_plan
-from warm.study_data import Scores, compare, shown
-from warm.study_plan import CHOICES, PAPER_BNRS, QUESTIONS, REAL, REAL_DRAWS, SCALES, choice_name, plan, run_name
+from warm.study import page as study_page
+from warm.study import pieces as study_pieces
+from warm.study import plan as study_plan
+from warm.study import run as study
+from warm.study.data import Scores, compare, shown
+from warm.study.plan import CHOICES, PAPER_BNRS, QUESTIONS, REAL, REAL_DRAWS, SCALES, choice_name, plan, run_name
 
 CLI = CliRunner()
 TINY = dict(main=(4, 8), side=4, transfer=(4,), main_seeds=(0,), side_seeds=(0,), num=16, batch=16,
@@ -298,7 +301,7 @@ def test_hours_at_full_size(tmp_path, measured):
 
 
 def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
-    """docs/results.md is what `python -m warm.study_page` writes."""
+    """docs/results.md is what `python -m warm.study.page` writes."""
     notes = (ROOT / 'results' / 'notes.md').read_text(encoding='utf-8')
     text = study_page.page(ROOT / 'results', notes, study_page.Figures(tmp_path))
     assert (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8') == text

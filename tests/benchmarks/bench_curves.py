@@ -20,8 +20,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.report import ROOT, report  # noqa: E402
 from training.precond import PRECISIONS  # noqa: E402
-from warm.report_data import read_lines  # noqa: E402
-from warm.study_plan import CIFAR10_REF  # noqa: E402
+from warm.report.data import read_lines  # noqa: E402
+from warm.study.plan import CIFAR10_REF  # noqa: E402
 
 REFERENCE, YARDSTICK = 'fp32', 'fp32, another seed'
 CPU_FLAGS = ('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01', '--dropout=0',

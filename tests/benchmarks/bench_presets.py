@@ -4,7 +4,7 @@
 
 Each preset and its EDM twin, with the options that train.py says it would use (`train.py --preset=NAME -n`). The
 arithmetic is counted, not measured, and needs no GPU. Images/s are those of one GPU with an eighth of the batch, in
-bf16, compiled; hours are 200 Mimg on eight such GPUs, without what they lose to each other. `python -m warm.study_page`
+bf16, compiled; hours are 200 Mimg on eight such GPUs, without what they lose to each other. `python -m warm.study.page`
 shows the file. With --tiny a small network is measured in the place of each, to try the script on a CPU.
 """
 
@@ -23,7 +23,7 @@ from tests.benchmarks.bench_train import Trainer, step_flops, write_zip  # noqa:
 from tests.benchmarks.report import ROOT, alternate, report, select  # noqa: E402
 from training.augment import AugmentPipe  # noqa: E402
 from warm.presets import PRESETS  # noqa: E402
-from warm.report_data import PAPER_GPUS, PAPER_KIMG  # noqa: E402
+from warm.report.data import PAPER_GPUS, PAPER_KIMG  # noqa: E402
 from warm.systems import SYSTEMS  # noqa: E402
 
 FAST = dict(precision='bf16', compile=True, channels_last=True)

@@ -10,9 +10,9 @@ import os
 import click
 
 from dnnlib.files import atomic_write, make_dirs
-from warm.report_data import measurements_of, read_run
-from warm.report_plots import draw_all
-from warm.report_tables import all_scores, tables
+from warm.report.data import measurements_of, read_run
+from warm.report.plots import draw_all
+from warm.report.tables import all_scores, tables
 
 
 @click.command(context_settings=dict(show_default=True))
@@ -34,7 +34,7 @@ def markdown(runs, measurements, plots):
     """The whole report.
 
     Args:
-        runs: `report_data.Run`s.
+        runs: `warm.report.data.Run`s.
         measurements: Their `Measurement`s.
         plots: [(caption, path without ending)] of figures that lie beside the report.
     """
@@ -54,7 +54,3 @@ def markdown(runs, measurements, plots):
         'None. `fid.py calc --network=SNAPSHOT` and `train.py --eval=TICKS` make some.',
     ]
     return '\n\n'.join(blocks) + '\n'
-
-
-if __name__ == '__main__':
-    main()

@@ -1,11 +1,11 @@
-"""Carry out the plan of `warm.study_plan`: train, score, record; in pieces, by as many workers as there are.
+"""Carry out the plan of `warm.study.plan`: train, score, record; in pieces, by as many workers as there are.
 
     python -m warm.study --scale=digits                    everything, in order of worth
     python -m warm.study --scale=cifar10 --minutes=9       what fits into 9 minutes; the same command goes on
     python -m warm.study --scale=cifar10 --prepare         make the data and the detector first, if they are missing
     python -m warm.study --scale=digits -n                 what is done and what is left
 
-Each run has a folder in --outdir, each score a line in SCALE.jsonl in --results, from which `python -m warm.study_page`
+Each run has a folder in --outdir, each score a line in SCALE.jsonl in --results, from which `python -m warm.study.page`
 makes the page. A run is one worker's at a time, so the command may be started several times at once, also on several
 machines that share the folder. With --tidy, a folder keeps only what is still needed, so that an unfinished study is
 small enough to be moved.
@@ -38,12 +38,12 @@ from training.metrics import label
 from training.saving import saved_files
 from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
 from training.state import parse_kimg
-from warm.report_data import read_lines
+from warm.report.data import read_lines
 from warm.sources import open_network
-from warm.study_pieces import Clock, OutOfTime, claimed
-from warm.study_plan import QUESTIONS, REAL, REAL_DRAWS, SCALES, plan
+from warm.study.pieces import Clock, OutOfTime, claimed
+from warm.study.plan import QUESTIONS, REAL, REAL_DRAWS, SCALES, plan
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SAVE_SEC = 20  # of the piece's time left for a stopped training to save its state
 STOP_SEC = 120  # after which a training that does not stop is killed
 POLL_SEC = 0.2
@@ -376,7 +376,3 @@ def check_prepared(scale):
         if path and not os.path.exists(path):
             commands = '\n'.join(f'  {command}' for command in scale.prepare)
             raise UserError(f'{path} is missing; make it with --prepare, or by hand:\n{commands}')
-
-
-if __name__ == '__main__':
-    main()

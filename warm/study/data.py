@@ -7,8 +7,8 @@ import statistics
 import scipy.special
 
 from training.metrics import STD
-from warm.report_data import DISTANCES, read_lines
-from warm.study_plan import REAL, drawn, run_name
+from warm.report.data import DISTANCES, read_lines
+from warm.study.plan import REAL, drawn, run_name
 
 LEVEL = 0.05  # of the test that decides a difference
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from warm.report_data import PAPER_IMAGES, best_match, differences, sampler_flags
+from warm.report.data import PAPER_IMAGES, best_match, differences, sampler_flags
 
 NONE = '–'
 

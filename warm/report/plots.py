@@ -5,8 +5,8 @@ import re
 from matplotlib.ticker import LogLocator
 
 from warm.figures import draw
-from warm.report_data import DISTANCES, best_match, is_plain, sampler_flags
-from warm.report_tables import CIFAR10, TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
+from warm.report.data import DISTANCES, best_match, is_plain, sampler_flags
+from warm.report.tables import CIFAR10, TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
 
 PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='paper')
 

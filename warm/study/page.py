@@ -1,6 +1,6 @@
 """docs/results.md from the numbers in results/: what was asked, the paper's answer, and ours.
 
-    python -m warm.study_page
+    python -m warm.study.page
 
 What the numbers mean is written by hand, in results/notes.md, and stands at the top of the page.
 """
@@ -15,11 +15,11 @@ import click
 from dnnlib.files import atomic_write
 from warm.figures import draw
 from warm.presets import PRESETS
-from warm.report_data import PAPER_GPUS, PAPER_KIMG
-from warm.report_plots import lines as draw_lines
-from warm.report_tables import TABLE_3, TABLE_4, TABLE_5, rows_of
-from warm.study_data import Scores, compare, mean_and_spread, shown
-from warm.study_plan import (CHOICES, EVALUATIONS, OTHER_BNRS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS, STEPS,
+from warm.report.data import PAPER_GPUS, PAPER_KIMG
+from warm.report.plots import lines as draw_lines
+from warm.report.tables import TABLE_3, TABLE_4, TABLE_5, rows_of
+from warm.study.data import Scores, compare, mean_and_spread, shown
+from warm.study.plan import (CHOICES, EVALUATIONS, OTHER_BNRS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS, STEPS,
                              choice_name, drawn)
 
 WARM, EDM = 'warm', 'edm'
@@ -212,7 +212,7 @@ def setup(scores):
         seconds[line['run']] = line.get('train_seconds')
     timed = scale.timed and all(seconds.values())
     hours = f', {sum(seconds.values()) / 3600:.1f} hours of training in all' if timed else ''
-    commands = (*scale.prepare, f'python -m warm.study --scale={scale.name}', 'python -m warm.study_page')
+    commands = (*scale.prepare, f'python -m warm.study --scale={scale.name}', 'python -m warm.study.page')
     no_fid = '' if scores.label() == 'FID' else ', which is no FID and compares with nothing outside its table'
     return '\n'.join([
         f'**{scale.note}**', '',
