@@ -11,7 +11,8 @@ import warm
 from dnnlib import UserError
 from tests.commands import SMALL, invoke, refused
 from training.dataset import EMBEDDED
-from training.snapshot import read_snapshot
+from training.snapshot import read_snapshot, save_snapshot
+from warm.systems import SYSTEMS
 from warm.targets import TARGETS
 
 # Flags of train.py → paths that the network then knows, and some that it doesn't, as flags of generate.py.
@@ -91,6 +92,19 @@ def test_library_with_edm(root):
     net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
     assert net.system == 'edm'
     assert warm.sample(net, [1, 2], class_idx=3, num_steps=2).shape == (2, 3, 16, 16)
+
+
+def test_transfer_of_less_than_half(tmp_path):
+    """Every tensor that matches is copied, where a deeper network has more than twice as many, too."""
+    import training.training_loop as loop
+    kwargs = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=[1])
+    parent, child = (SYSTEMS['edm'].network_class(**kwargs, model_type='SongUNet', num_blocks=n) for n in (1, 4))
+    save_snapshot(tmp_path / 'network-snapshot-000001.safetensors', parent, 'edm')
+    copied = loop.transfer_weights(tmp_path / 'network-snapshot-000001.safetensors', child)
+    source, result = parent.state_dict(), child.state_dict()
+    alike = [name for name in result if name in source and source[name].shape == result[name].shape]
+    assert copied == len(alike) < len(result) / 2
+    assert all(torch.equal(source[name], result[name]) for name in alike)
 
 
 def test_transfer_keeps_the_classes(tmp_path, root):

@@ -26,6 +26,8 @@ from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.status import Status
 
+MIN_TRANSFER = 0.1  # of a network's tensors; other architectures share up to 0.02, other sizes of one 0.3 and more
+
 
 def training_loop(
     run_dir,                    # Folder of this run; exists already.
@@ -258,10 +260,10 @@ def transfer_weights(path, net):
     """Start `net` from the EMA weights of a snapshot (Precond.transfer); returns how many of its tensors were set.
 
     Raises:
-        UserError: it is no snapshot, or most of the network would keep its random weights.
+        UserError: it is no snapshot, or one of another architecture, with which hardly a tensor is shared.
     """
     copied, total = net.transfer(read_snapshot(path).state_dict), len(net.state_dict())
-    if len(copied) < total / 2:
+    if len(copied) < MIN_TRANSFER * total:
         raise UserError(f'only {len(copied)} of the {total} tensors of this network find their like in {path}; use the '
                         '--arch, --cbase and --cres of its training')
     return len(copied)
