@@ -98,7 +98,7 @@ def test_transfer_of_less_than_half(tmp_path):
     """Every tensor that matches is copied, where a deeper network has more than twice as many, too."""
     import training.training_loop as loop
     kwargs = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=[1])
-    parent, child = (SYSTEMS['edm'].network_class(**kwargs, model_type='SongUNet', num_blocks=n) for n in (1, 4))
+    parent, child = (SYSTEMS['edm'].network_class(**kwargs, model_type='SongUNet', num_blocks=n) for n in (1, 6))
     save_snapshot(tmp_path / 'network-snapshot-000001.safetensors', parent, 'edm')
     copied = loop.transfer_weights(tmp_path / 'network-snapshot-000001.safetensors', child)
     source, result = parent.state_dict(), child.state_dict()

@@ -70,6 +70,7 @@ FROM_DATA = 'starts from blurred training images, so part of the score is theirs
 NOTES = {
     've': 'has not converged: D = x + σF has to cancel noise of σ = 100 with an F that is not scaled for it',
     'ihdm': f'{FROM_DATA}; blur scaled to 8 pixels, and fewer levels for so short a training',
+    'lee': "our kernel blurs about twice as much per unit of f as the paper's code",
     'cold': f'{FROM_DATA}; restoration, not generation',
 }
 VARIANTS = (
