@@ -7,7 +7,6 @@ import sys
 
 import click
 
-from dnnlib import UserError
 from dnnlib.flags import Text
 from training.dataset_convert import TRANSFORMS, convert
 from training.dataset_sources import open_source
@@ -16,10 +15,10 @@ MAX_WORKERS = 16  # one process writes the output; more than this only wait for 
 
 
 def parse_resolution(ctx, param, text):
-    """'64x48' → (64, 48); None stays None."""
+    """'64x48' → (64, 48); None stays None. For click: `BadParameter` otherwise."""
     match = re.fullmatch(r'(\d{1,6})x(\d{1,6})', text or '')
     if text is not None and not match:
-        raise UserError(f"--resolution='{text}' is not of the form WxH; write for example --resolution=64x64")
+        raise click.BadParameter(f"'{text}' is not of the form WxH, such as 64x64")
     return match and (int(match[1]), int(match[2]))
 
 
@@ -47,6 +46,8 @@ def main(source, dest, max_images, transform, resolution, workers):
     Both transforms give RGB images: center-crop the largest centred square, center-crop-wide the full width
     in WxH on a black WxW square, leaving out images that are too small. Resizing is by Lanczos.
     """
+    if int(os.environ.get('RANK', '0')) > 0:
+        return  # under torchrun: the first of its processes does all, with --workers of its own
     summary = convert(open_source(source), dest, transform, resolution, max_images, workers)
     skipped = f', {summary.num_skipped} too small and left out' if summary.num_skipped else ''
     click.echo(f'{dest}: {summary.num_images} images of {summary.size}x{summary.size}, {summary.channels} channel(s), '

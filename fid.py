@@ -31,7 +31,6 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     Returns:
         {name: value}, of several rounds the best; {} on ranks other than 0.
     """
-    sampler_options = {name: value for name, value in sampler_options.items() if value is not None}
     network_only = dict(seeds=seeds, rounds=rounds, **{'class': class_idx}, **sampler_options)
     check_exclusive(images, network, {flag_of(k): v for k, v in network_only.items()}, {'--num': num})
     if log:
@@ -114,36 +113,24 @@ def ref(data, dest, batch, detector, metrics):
     dist.print0(f'Wrote {dest}')
 
 
-# ---- Flags.
+# -- flags
 
-METRICS_HELP = 'Comma-separated: ' + ', '.join(f'{name} ({metric.title})' for name, metric in m.METRICS.items())
-DETECTOR_HELP = f'{", ".join(DETECTORS)}, or a TorchScript or .pth file'
-
-common = [
-    click.option('--batch', help=f'Images per batch and process  [default: {BATCH}; up to {GPU_BATCH} on a GPU]',
-                 metavar='INT', type=click.IntRange(min=1), default=None),
-    click.option('--detector', help=DETECTOR_HELP, metavar='NAME|PATH|URL', type=Text(), default=next(iter(DETECTORS)),
-                 show_default=True),
-    click.option('--metrics', help=METRICS_HELP, metavar='LIST', type=Text(), default=next(iter(m.METRICS)),
-                 show_default=True),
-]
+NAMES = ', '.join(f'{name} ({metric.title})' for name, metric in m.METRICS.items())
+COMMON = (
+    click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=None,
+                 help=f'Images per batch and process  [default: {BATCH}; up to {GPU_BATCH} on a GPU]'),
+    click.option('--detector', metavar='NAME|PATH|URL', type=Text(), default=next(iter(DETECTORS)), show_default=True,
+                 help=f'{", ".join(DETECTORS)}, or a TorchScript or .pth file'),
+    click.option('--metrics', metavar='LIST', type=Text(), default=next(iter(m.METRICS)), show_default=True,
+                 help=f'Comma-separated: {NAMES}'),
+)
 
 
 def with_common(command):
     """Decorator that adds the flags of both commands."""
-    for option in reversed(common):
+    for option in reversed(COMMON):
         command = option(command)
     return command
-
-
-def under_ranks(work):
-    """Run `work` inside the process group, and leave the group whatever happens."""
-    dist.init()
-    try:
-        work()
-        dist.barrier()
-    finally:
-        dist.cleanup()
 
 
 @click.group()
@@ -170,19 +157,19 @@ def main():
 
 
 @main.command('calc', context_settings=dict(max_content_width=120))
-@click.option('--images', help='Images to score', metavar='PATH|ZIP', type=Text())
-@click.option('--network', help='Snapshot whose images to score; none are written', metavar='FILE|URL', type=Text())
-@click.option('--ref', help='Reference statistics', metavar='NPZ|URL', type=Text())
-@click.option('--num', help='Number of images of --images to score; a random subset if there are more'
-              f'  [default: {NUM}]', metavar='INT', type=click.IntRange(min=2))
-@click.option('--seed', help='Chooses the random subsets', metavar='INT', type=click.IntRange(min=0), default=0,
-              show_default=True)
-@click.option('--seeds', help=f'Random seeds of the images of --network  [default: 0-{NUM - 1}]', metavar='LIST',
-              type=parse_seeds)
-@click.option('--rounds', help='Score as many consecutive ranges of seeds and print the best  [default: 1]',
-              metavar='INT', type=click.IntRange(min=1))
-@click.option('--log', help=f'File to append the scores to  [default: {LOG_NAME} beside the images or the snapshot]',
-              metavar='JSONL', type=Text())
+@click.option('--images', metavar='PATH|ZIP', type=Text(), help='Images to score')
+@click.option('--network', metavar='FILE|URL', type=Text(), help='Snapshot whose images to score; none are written')
+@click.option('--ref', metavar='NPZ|URL', type=Text(), help='Reference statistics')
+@click.option('--num', metavar='INT', type=click.IntRange(min=2),
+              help=f'Number of images of --images to score; a random subset if there are more  [default: {NUM}]')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True,
+              help='Chooses the random subsets')
+@click.option('--seeds', metavar='LIST', type=parse_seeds,
+              help=f'Random seeds of the images of --network  [default: 0-{NUM - 1}]')
+@click.option('--rounds', metavar='INT', type=click.IntRange(min=1),
+              help='Score as many consecutive ranges of seeds and print the best  [default: 1]')
+@click.option('--log', metavar='JSONL', type=Text(),
+              help=f'File to append the scores to  [default: {LOG_NAME} beside the images or the snapshot]')
 @with_common
 @class_flag
 @sampler_flags
@@ -192,16 +179,20 @@ def calc_command(**options):
     The score of a network is that of the images that generate.py writes with the same --batch (and, on the CPU, the
     same OMP_NUM_THREADS). An interrupted run continues with the same command.
     """
-    under_ranks(lambda: calc(**options))
+    with dist.process_group():
+        calc(**options)
+        dist.barrier()
 
 
 @main.command('ref')
-@click.option('--data', help='Images of the reference', metavar='PATH|ZIP', type=Text(), required=True)
-@click.option('--dest', help='File to write', metavar='NPZ', type=Text(), required=True)
+@click.option('--data', metavar='PATH|ZIP', type=Text(), required=True, help='Images of the reference')
+@click.option('--dest', metavar='NPZ', type=Text(), required=True, help='File to write')
 @with_common
 def ref_command(**options):
     """Compute reference statistics of a folder or zip of images."""
-    under_ranks(lambda: ref(**options))
+    with dist.process_group():
+        ref(**options)
+        dist.barrier()
 
 
 if __name__ == '__main__':

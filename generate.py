@@ -47,11 +47,8 @@ def main(**options):
     # 50,000 images on 8 GPUs; after an interruption the same command continues
     torchrun --standalone --nproc_per_node=8 generate.py --network=… --outdir=out --seeds=0-49999 --subdirs
     """
-    dist.init()
-    try:
+    with dist.process_group():
         run(**options)
-    finally:
-        dist.cleanup()
 
 
 def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajectory, overwrite, **sampler_options):

@@ -16,7 +16,7 @@ from training.augment import TRAIN_AUGMENT, TRANSFORMS
 from training.batches import DATA_DEVICES
 from training.detectors import DETECTORS
 from training.metrics import METRICS
-from training.precond import PRECISIONS
+from torch_utils.precision import PRECISIONS
 from training.training_loop import open_dataset, training_loop
 from warm import config as cfg
 from warm.flags import compile_flag, given_flags, system_flags, typed_flags
@@ -147,12 +147,8 @@ def main(**options):
     # Warm Diffusion on CIFAR-10 with 8 GPUs
     torchrun --standalone --nproc_per_node=8 train.py --data=datasets/cifar10-32x32.zip --precond=warm --bnr=0.5
     """
-    dist.init()
-    try:
-        with dist.lost_ranks_named():
-            run(options)
-    finally:
-        dist.cleanup()
+    with dist.process_group(), dist.lost_ranks_named():
+        run(options)
 
 
 def run(options):

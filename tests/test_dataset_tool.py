@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 import dataset_tool
 from dnnlib import UserError, download
-from tests.commands import refused
+from tests.commands import refused, torchrun
 from training import dataset_sources
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import TRANSFORMS, convert, open_dest
@@ -250,8 +250,6 @@ def test_images_that_do_not_fit(tmp_path, arrays, words):
 
 
 @pytest.mark.parametrize('args, words', [
-    (['--resolution=64'], ['WxH']),
-    (['--resolution=axb'], ['WxH']),
     (['--resolution=0x0'], ['power of two']),
     (['--resolution=24x24'], ['power of two']),
     (['--resolution=32x16'], ['square']),
@@ -261,6 +259,12 @@ def test_images_that_do_not_fit(tmp_path, arrays, words):
 ])
 def test_bad_options(folder, tmp_path, args, words):
     fails(folder, tmp_path / 'out.zip', *args, words=words)
+
+
+@pytest.mark.parametrize('text', ['64', 'axb', '64x', ''])
+def test_bad_resolution(folder, tmp_path, text):
+    args = f'--source={folder}', f'--dest={tmp_path / "out.zip"}', f'--resolution={text}'
+    refused(CliRunner().invoke(dataset_tool.main, args), "'--resolution'", f"'{text}' is not of the form WxH")
 
 
 def test_bad_sources(tmp_path):
@@ -524,6 +528,15 @@ def test_the_command_itself(folder, tmp_path, root):
     assert (result.returncode, result.stderr) == (0, '')
     assert result.stdout == 'out.zip: 6 images of 8x8, 3 channel(s), with labels\n'
     assert len(ImageFolderDataset(tmp_path / 'out.zip', use_labels=True)) == 6
+
+
+def test_under_torchrun(folder, tmp_path):
+    """The first of two ranks converts, into a folder too; if it fails, so does the job."""
+    done = torchrun('dataset_tool.py', f'--source={folder}', f'--dest={tmp_path / "out"}', '--workers=1')
+    assert done.stdout.count('6 images of 8x8') == 1
+    assert len(ImageFolderDataset(tmp_path / 'out', use_labels=True)) == 6
+    done = torchrun('dataset_tool.py', f'--source={folder}', f'--dest={tmp_path / "out"}', '--workers=1', ok=False)
+    assert done.returncode != 0 and done.stderr.count('Error: the folder') == 1 and 'is not empty' in done.stderr
 
 
 @pytest.mark.parametrize('option', ['--source', '--dest'])

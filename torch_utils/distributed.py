@@ -42,32 +42,42 @@ def init():
 
 
 def fresh_store(store, rank, ranks):
-    """A part of the ranks' common store that no earlier life of theirs has used.
+    """A prefix of the rendezvous store that no earlier start of these ranks has used.
 
-    When torchrun restarts the ranks it may give them the same store again, in which one of them can find the address
-    where another was before. So rank 0 makes up a name, and tells it to everyone who asks with a word of its own.
+    When torchrun restarts the ranks it may give them the same store again, in which one of them would find the stale
+    address of another. So rank 0 draws a random prefix and sends it to each rank, which asks with a random token.
     """
-    own = secrets.token_hex(8)
+    token = secrets.token_hex(8)
     if rank > 0:
-        store.set(f'asking/{rank}', own)
-        name = store.get(f'answer/{own}').decode()
-        store.set(f'{name}/heard/{rank}', 'yes')
-        return torch.distributed.PrefixStore(name, store)
+        store.set(f'asking/{rank}', token)
+        prefix = store.get(f'answer/{token}').decode()
+        store.set(f'{prefix}/heard/{rank}', 'yes')
+        return torch.distributed.PrefixStore(prefix, store)
     end = time.monotonic() + TIMEOUT.total_seconds()
     for r in range(1, ranks):
-        while not store.check([f'{own}/heard/{r}']):
-            if store.check([f'asking/{r}']):  # perhaps by an earlier life
-                store.set(f"answer/{store.get(f'asking/{r}').decode()}", own)
+        while not store.check([f'{token}/heard/{r}']):
+            if store.check([f'asking/{r}']):  # perhaps from an earlier start
+                store.set(f"answer/{store.get(f'asking/{r}').decode()}", token)
             if time.monotonic() > end:
                 raise UserError(f'rank {r} of {ranks} has not come within {TIMEOUT}; see what it has printed')
             time.sleep(0.01)
-    return torch.distributed.PrefixStore(own, store)
+    return torch.distributed.PrefixStore(token, store)
 
 
 def cleanup():
     """Leave the process group, if there is one."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def process_group():
+    """Within it, this process is one of the ranks (`init`); it leaves the group however the block ends."""
+    init()
+    try:
+        yield
+    finally:
+        cleanup()
 
 
 def local_rank():

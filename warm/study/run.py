@@ -319,15 +319,13 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
         check_prepared(scale)
         make_dirs(study.outdir)
         make_dirs(results)
-        dist.init()
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
         try:
-            while any([work_on(study, run) for run in runs]):  # again: what others held, parents that became ready
-                pass
+            with dist.process_group():
+                while any([work_on(study, run) for run in runs]):  # again: what others held, parents that became ready
+                    pass
         except OutOfTime:
             print('Time is up; the same command goes on from here.')
-        finally:
-            dist.cleanup()
         if tidies:
             tidy(study, runs)
     print(overview(study, runs))
