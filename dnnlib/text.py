@@ -8,6 +8,12 @@ NUMBER = r'\d{1,18}'  # of a seed, say: what 64 bits hold
 MAX_INTS = 10_000_000  # in a list; far more than anyone draws, and all of them still fit into memory
 
 
+def excerpt(text, limit=80):
+    """Text from outside as a sentence may quote it: its first `limit` characters ('…' for the rest), all printable."""
+    text = str(text)
+    return text[:limit].encode('unicode_escape').decode('ascii') + ('…' if len(text) > limit else '')
+
+
 def parse_int_list(text):
     """'1,2,5-10' → [1, 2, 5, 6, 7, 8, 9, 10]; a list of ints is returned as it is.
 
@@ -18,14 +24,16 @@ def parse_int_list(text):
     if isinstance(text, (list, tuple)):
         return list(text)
     text = str(text)
-    values, shown = [], text if len(text) <= 100 else f'{text[:100]}…'
+    values = []
     for part in text.split(','):
         m = re.fullmatch(rf'\s*({NUMBER})(?:-({NUMBER}))?\s*', part)
         if not m or (m[2] and int(m[2]) < int(m[1])):
-            raise UserError(f"'{shown}' is not a list of integers such as 1,2,5-10: '{part[:100]}' cannot be read")
+            raise UserError(f"'{excerpt(text, 100)}' is not a list of integers such as 1,2,5-10: "
+                            f"'{excerpt(part, 100)}' cannot be read")
         span = range(int(m[1]), int(m[2] or m[1]) + 1)
         if len(values) + len(span) > MAX_INTS:
-            raise UserError(f"'{shown}' names more than {MAX_INTS:,} numbers; give a shorter list, such as 0-49999")
+            raise UserError(f"'{excerpt(text, 100)}' names more than {MAX_INTS:,} numbers; give a shorter list, "
+                            'such as 0-49999')
         values.extend(span)
     return values
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from training.edm_pickle import MAX_STEPS, Refused, Storage, load_edm_pickle, rebuild_tensor
+from training.edm_pickle import load_edm_pickle
+from training.pickle_machine import MAX_STEPS, Refused, Storage, rebuild_tensor
 
 P = b'\x80\x04'
 
@@ -153,7 +154,7 @@ def test_keys_follow_the_nesting_of_modules(good):
 
 @pytest.mark.parametrize('module, name', [('os', 'system'), ('builtins', 'eval'), ('builtins', 'getattr'),
                                           ('torch', 'load'), ('torch_utils.persistence', 'persistent_class'),
-                                          ('numpy', 'load'), ('training.edm_pickle', 'Machine')])
+                                          ('numpy', 'load'), ('training.pickle_machine', 'Machine')])
 def test_unknown_globals_are_refused_by_name(module, name):
     assert f'{module}.{name}' in refusal(P + call(module, name) + b'.')
     assert f'{module}.{name}' in refusal(P + b'c' + f'{module}\n{name}\n'.encode() + b')R.')

@@ -92,7 +92,7 @@ def test_seeds_that_train_can_be_resumed(cut):
         save_state(path, state)
         assert load_run_state(path)['settings']['seed'] == seed
     for seed in (-1, 1 << 32, 0.5):
-        with pytest.raises(UserError, match='give such a one'):
+        with pytest.raises(UserError, match='choose one in that range'):
             checked_seed(seed)
         state['settings']['seed'] = seed
         save_state(path, state)

@@ -5,6 +5,7 @@ import io
 import pickle
 import random
 import struct
+import sys
 import time
 import zipfile
 
@@ -145,6 +146,29 @@ def test_code_in_a_state_does_not_run(tmp_path, good):
     (tmp_path / 'plain.pt').write_bytes(pickle.dumps(Exploit()))
     refusal(tmp_path / 'plain.pt')
     assert not (tmp_path / 'ran').exists()
+
+
+class EdmNetwork:
+    """What EDM's persistent classes are in a pickle: a call of their own function, which nobody has here."""
+
+    def __reduce__(self):
+        return _reconstruct_persistent_obj, (dict(type='class', class_name='EDMPrecond', module_src='raise SystemExit',
+                                                  state={'_modules': torch.nn.Linear(2, 2)}),)
+
+
+def _reconstruct_persistent_obj(meta):
+    raise AssertionError('called for real')
+
+
+def test_a_state_of_edm_says_where_to_go_on_instead(tmp_path, monkeypatch):
+    module = type(torch)('torch_utils.persistence')
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, 'torch_utils.persistence', module)
+    monkeypatch.setattr(_reconstruct_persistent_obj, '__module__', 'torch_utils.persistence')
+    state = {'net': EdmNetwork(), 'optimizer_state': {'state': {}, 'param_groups': []}}
+    message = refusal(write(tmp_path / 'training-state-002500.pt', state))
+    assert "EDM's own program" in message and f'--transfer={tmp_path}/network-snapshot-002500.pkl' in message
+    assert '--transfer=network-snapshot-KIMG.pkl' in refusal(write(tmp_path / 's.pt', state))
 
 
 def rebuilt(good, change, compression=zipfile.ZIP_STORED):

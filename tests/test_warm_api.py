@@ -111,7 +111,7 @@ def test_data_is_no_option_of_other_systems(root):
 
 
 @pytest.mark.parametrize('seeds, options, said', [
-    ([], {}, 'there are no seeds'), ('0-3', {}, 'the seeds 0-3 are no integers'), (3, {}, 'no integers'),
+    ([], {}, 'there are no seeds'), ('0-3', {}, 'the seeds 0-3 are not integers'), (3, {}, 'not integers'),
     ([0.5], {}, 'no integers'), ([1], {'batch': 0}, 'batch is 0'),
     ([1], {'batch': 2.5}, 'batch is 2.5'),
     ([1], {'steps': 2}, '^steps is not an option .* it takes num_steps, sigma_min'),

@@ -14,7 +14,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs
-from dnnlib.text import format_int_list
+from dnnlib.text import excerpt, format_int_list
 from training.image_archive import find_images, open_archive
 from training.pixels import to_uint8
 from training.samplers import StackedRandomGenerator
@@ -159,7 +159,7 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
     """The seeds whose images OUTDIR still lacks, after checking that all images there were made in the same way.
 
     `settings` (plain JSON values: everything that decides the images) is kept in OUTDIR/generation.json, and holds for
-    every image of the folder: fid.py copies it beside their score. A record that tells of the same images stays.
+    every image of the folder: fid.py copies it beside their score. A record of the same images is kept as it is.
 
     Args:
         outdir, subdirs: As for `image_path`.
@@ -225,8 +225,7 @@ def _check_all_replaced(outdir, present, wanted, reason, overwrite):
         remedy = ', or replace them with --overwrite'
     elif all(SEED_NAME.fullmatch(name) for name in left):
         text = format_int_list(sorted(int(SEED_NAME.fullmatch(name)[1]) for name in left))
-        text = text if len(text) <= 100 else f'{text[:100]}…'
-        remedy = f', or replace all of them: --overwrite with --seeds that include {text}'
+        remedy = f', or replace all of them: --overwrite with --seeds that include {excerpt(text, 100)}'
     else:
         remedy = f', one without such images as {left[0]}'
     raise UserError(f'{outdir} holds {len(present)} images that were made with {reason}; '

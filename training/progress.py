@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from dnnlib.text import excerpt
 from torch_utils import distributed as dist
 from torch_utils import training_stats
 from training.compact import MOMENTS, expand, is_compact
-from training.edm_pickle import shown
 from training.state import load_state
 
 # What Python and PyTorch say to values of another kind, or of another shape, than expected.
@@ -44,10 +44,10 @@ def checked_seed(seed):
     """`seed` as a plain int, such as states hold.
 
     Raises:
-        UserError: it is none from 0 to MAX_SEED.
+        UserError: it is not a whole number from 0 to MAX_SEED.
     """
     if not isinstance(seed, numbers.Integral) or not 0 <= seed <= MAX_SEED:
-        raise UserError(f'the seed {seed} is no whole number from 0 to {MAX_SEED}; give such a one')
+        raise UserError(f'the seed {seed} is not a whole number from 0 to {MAX_SEED}; choose one in that range')
     return int(seed)
 
 
@@ -135,7 +135,7 @@ def check_origin(state, path, system):
     """
     before = state['settings'].get('system', system)
     if before != system:
-        raise UserError(f'{path} is of a run with --precond={shown(before)}, not {system}; resume with that, '
+        raise UserError(f'{path} is of a run with --precond={excerpt(before)}, not {system}; resume with that, '
                         'or start from a snapshot of it with --transfer')
 
 
@@ -147,7 +147,7 @@ def check_optimizer(state, path, optimizer):
     """
     before, now = state['settings'].get('optimizer', 'Adam'), type(optimizer).__name__
     if before != now:
-        raise UserError(f'{path} is of a run with the optimizer {shown(before)}, not {now}; resume with that, '
+        raise UserError(f'{path} is of a run with the optimizer {excerpt(before)}, not {now}; resume with that, '
                         'or start from a snapshot of it with --transfer')
 
 
@@ -155,7 +155,7 @@ def tell_other_data(state, dataset):
     """Say so where a run goes on with a data set, here its name, that is not the one it began with."""
     before = state['settings'].get('dataset', dataset)
     if before != dataset:
-        dist.print0(f'Warning: this run was trained on {shown(before)} and goes on with {dataset}.')
+        dist.print0(f'Warning: this run was trained on {excerpt(before)} and goes on with {dataset}.')
 
 
 def check_network(state, path, network_kwargs):
@@ -192,11 +192,11 @@ def restore(state, path, net, ema, optimizer):
 
 @contextlib.contextmanager
 def _refusing(path):
-    """Whatever goes wrong with the content of a state, it is to blame."""
+    """Turns any failure on a state's content into a UserError that names the file."""
     try:
         yield
     except MALFORMED as e:
-        reason = shown(' '.join(str(e).split()), 200)
+        reason = excerpt(' '.join(str(e).split()), 200)
         raise UserError(f'{path} does not fit this run ({type(e).__name__}: {reason}); resume from another '
                         'training-state-*.pt, or with the versions of this program and PyTorch that wrote it') from e
 

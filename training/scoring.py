@@ -15,7 +15,7 @@ import tqdm
 
 from dnnlib.download import local_path
 from dnnlib.files import file_sha256
-from dnnlib.text import NUMBER, check_once, format_int_list
+from dnnlib.text import NUMBER, check_once, excerpt, format_int_list
 from torch_utils import distributed as dist
 from training import metrics as m
 from training.detectors import Detector, load_detector
@@ -94,8 +94,7 @@ class NetworkImages:
 
 def seeds_text(seeds):
     """'0-49999' for increasing seeds; long lists without order are cut off."""
-    text = format_int_list(seeds)
-    return text if len(text) <= 200 else text[:200] + '…'
+    return excerpt(format_int_list(seeds), 200)
 
 
 def scoring_batch(device):

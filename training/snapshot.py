@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from dnnlib import UserError
 from dnnlib.download import local_path
 from dnnlib.files import atomic_write
-from training.edm_pickle import load_edm_pickle, shown
+from dnnlib.text import excerpt
+from training.edm_pickle import load_edm_pickle
 from training.state import content_digest, parse_kimg
 
 SNAPSHOT_FORMAT = 1
@@ -156,7 +157,7 @@ def _check_header(text, path):
 def _read_edm_pickle(path):
     content = load_edm_pickle(path)
     if content['class_name'] not in EDM_SYSTEMS:
-        raise UserError(f"{path} holds a network of the class {shown(content['class_name'])}; "
+        raise UserError(f"{path} holds a network of the class {excerpt(content['class_name'])}; "
                         f"EDM snapshots of {', '.join(EDM_SYSTEMS)} can be read")
     kimg = None
     with contextlib.suppress(UserError):  # published networks carry other names
@@ -182,7 +183,7 @@ def build_network(snapshot, systems, device='cpu', **overrides):
         UserError: unknown system; arguments that its network does not accept; tensors that do not fit it.
     """
     if snapshot.system not in systems:
-        raise UserError(f"{snapshot.path} is of the system '{shown(snapshot.system)}', which this version does not "
+        raise UserError(f"{snapshot.path} is of the system '{excerpt(snapshot.system)}', which this version does not "
                         f"know; it knows {', '.join(systems)}")
     network_class = systems[snapshot.system].network_class
     kwargs = {**snapshot.network_kwargs, **overrides}
@@ -200,7 +201,7 @@ def _construct(network_class, kwargs, path):
     try:
         return network_class(**kwargs)
     except Exception as e:
-        reason = shown((str(e).splitlines() or [type(e).__name__])[0], 200)
+        reason = excerpt((str(e).splitlines() or [type(e).__name__])[0], 200)
         raise UserError(f'the network arguments in {path} do not suit {network_class.__name__} ({reason}); '
                         'use another snapshot, or the version that wrote this one') from e
 
@@ -243,7 +244,7 @@ def _check_tensors(snapshot, net):
     for problem, names in problems.items():
         if names:
             others = f' and {len(names) - 1} more' if len(names) > 1 else ''
-            raise UserError(f'{snapshot.path} {problem} {shown(names[0], 200)}{others}: its weights are not those of '
+            raise UserError(f'{snapshot.path} {problem} {excerpt(names[0], 200)}{others}: its weights are not those of '
                             f'the {type(net).__name__} that it describes; use another snapshot')
 
 

@@ -10,12 +10,18 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write
-from training.edm_pickle import MAX_STEPS, TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id, shown
+from dnnlib.text import excerpt
+from training.pickle_machine import (MAX_STEPS, SCALARS, TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id,
+                                     require)
 
 STATE_FORMAT = 1
 MAX_REPEATS = 4  # how often a state may hold the same tensors, weights and their average before the first step, say
-PLAIN = (str, int, float, bool, type(None))
 KIND = 'warm-diffusion training state'
+EDM_WORDS = (b'optimizer_state', b'torch_utils.persistence')  # a key, and a module, that are in all states of EDM's
+
+
+class StateOfEdm(Refused):
+    """A training state of EDM's own program: a pickle of its network as an object, which only that program can load."""
 
 
 def parse_kimg(path):
@@ -74,6 +80,11 @@ def load_state(path):
             intact = isinstance(content, dict) and content.get('sha256') == content_digest(content.get('state'))
     except FileNotFoundError as e:
         raise UserError(f'there is no training state {path}; check the path') from e
+    except StateOfEdm as e:
+        snapshot = re.sub(r'training-state-(\d+)\.pt$', r'network-snapshot-\1.pkl', str(path))
+        snapshot = snapshot if snapshot != str(path) else 'network-snapshot-KIMG.pkl'
+        raise UserError(f"{path} is a training state of EDM's own program, which cannot be continued here; start from "
+                        f'the snapshot beside it with --transfer={snapshot}') from e
     except Refused as e:
         raise UserError(f'{path} was refused as a training state: {e}; {_remedy()}') from e
     except OSError as e:
@@ -81,7 +92,7 @@ def load_state(path):
     except Exception as e:  # zipfile and torch have many ways to stumble over a damaged file
         raise UserError(f'{path} is not a training state, or it is damaged or cut off; {_remedy()}') from e
     if damaged is not None:
-        raise UserError(f'{path} is damaged: the checksum of its part {shown(damaged)} is wrong; {_remedy()}')
+        raise UserError(f'{path} is damaged: the checksum of its part {excerpt(damaged)} is wrong; {_remedy()}')
     state = _unwrap(content, path)
     if not intact:
         raise UserError(f'{path} is damaged: the checksum of its content is wrong; {_remedy()}')
@@ -126,7 +137,7 @@ def _checked_copy(value, where):
     """The tree with its tensors detached and freed of larger storages that they are views of."""
     if isinstance(value, dict):
         for key in value:
-            if type(key) not in PLAIN:
+            if type(key) not in SCALARS:
                 raise TypeError(f'{where} has a key of type {type(key).__name__}, which a training state cannot hold')
         return {key: _checked_copy(item, f'{where}[{key!r}]') for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -135,7 +146,7 @@ def _checked_copy(value, where):
         value = value.detach()
         fits = value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous()
         return value if fits else value.clone(memory_format=torch.contiguous_format)
-    if type(value) not in PLAIN:
+    if type(value) not in SCALARS:
         raise TypeError(f'{where} is a {type(value).__name__}, which a training state cannot hold')
     return value
 
@@ -144,20 +155,26 @@ def _check_archive(archive, total_bytes):
     """Refuse an archive that is not exactly what torch.save makes of tensors and plain values."""
     infos = archive.infolist()
     sizes = {info.filename: info.file_size for info in infos}
-    _refuse_if(len(sizes) != len(infos), 'it has two parts of the same name')
+    require(len(sizes) == len(infos), 'it has two parts of the same name')
     stored = all(i.compress_type == zipfile.ZIP_STORED and i.compress_size == i.file_size for i in infos)
-    _refuse_if(not stored, 'its parts are compressed')
-    _refuse_if(sum(sizes.values()) > total_bytes, 'its parts overlap')
+    require(stored, 'its parts are compressed')
+    require(sum(sizes.values()) <= total_bytes, 'its parts overlap')
     pickles = [name for name in sizes if name.endswith('/data.pkl')]
-    _refuse_if(len(pickles) != 1, 'it has no description of its content')
+    require(len(pickles) == 1, 'it has no description of its content')
     prefix = pickles[0].removesuffix('data.pkl')
 
     def check_storage(pid):
         dtype, length = parse_storage_id(pid)
-        _refuse_if(sizes.get(f'{prefix}data/{pid[2]}') != length * dtype.itemsize, 'a tensor in it has a wrong size')
+        require(sizes.get(f'{prefix}data/{pid[2]}') == length * dtype.itemsize, 'a tensor in it has a wrong size')
         return Storage(torch.empty(length, dtype=dtype, device='meta'))
 
-    tree = Machine(archive.read(pickles[0]), TENSOR_GLOBALS, check_storage).load()
+    program = archive.read(pickles[0])
+    try:
+        tree = Machine(program, TENSOR_GLOBALS, check_storage).load()
+    except Refused as e:
+        if all(word in program for word in EDM_WORDS):
+            raise StateOfEdm from e
+        raise
     _check_size(tree, MAX_REPEATS * total_bytes)
 
 
@@ -174,9 +191,4 @@ def _check_size(tree, max_bytes):
             size += value.nbytes
         elif isinstance(value, str):
             size += len(value)
-        _refuse_if(parts + len(waiting) > MAX_STEPS or size > max_bytes, 'it repeats its own content')
-
-
-def _refuse_if(condition, reason):
-    if condition:
-        raise Refused(reason)
+        require(parts + len(waiting) <= MAX_STEPS and size <= max_bytes, 'it repeats its own content')

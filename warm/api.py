@@ -7,6 +7,7 @@ import operator
 import torch
 
 from dnnlib import UserError
+from dnnlib.text import excerpt
 from torch_utils import distributed as dist
 from training.generation import check_class, generate_batch
 from training.pixels import to_uint8
@@ -86,7 +87,7 @@ def _integers(seeds):
     try:
         integers = [operator.index(seed) for seed in seeds]
     except TypeError as e:
-        raise UserError(f'the seeds {str(seeds)[:100]} are no integers; give one per image, such as range(16)') from e
+        raise UserError(f'the seeds {excerpt(seeds)} are not integers; give one per image, such as range(16)') from e
     if not integers:
         raise UserError('there are no seeds, hence no images; give one per image, such as range(16)')
     return integers

@@ -11,12 +11,12 @@ from dnnlib import UserError
 from dnnlib.download import is_url, local_path
 from dnnlib.files import atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
+from torch_utils.precision import PRECISIONS
 from training.augment import training_strengths
 from training.batches import check_data_device
 from training.dataset import EMBEDDED, ImageFolderDataset, name_of
 from training.detectors import DETECTORS, Detector, PixelDetector, load_detector
 from training.metrics import METRICS, check_images, load_reference, parse_metrics
-from training.precond import PRECISIONS
 from training.progress import check_network, check_origin, load_run_state
 from training.saving import find_states, newest_good, saved_files
 from training.status import check_tensorboard, trim_records
@@ -241,8 +241,8 @@ def start_point(o, name):
             load_run_state(states[0])  # says what is wrong with it
         path, state, complaints = newest_good(states)
         if path is None:
-            raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read; '
-                            'resume from another run')
+            raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read '
+                            f'({complaints[0]}); resume from another run')
     if path is None:
         return run_dir, dict(path=None, settings={}, network_kwargs={}, tick=0, last_tick='{}',
                              complaints=complaints)
