@@ -11,12 +11,12 @@ from dnnlib import UserError
 from dnnlib.files import Tee
 from dnnlib.flags import NumberRange, Text
 from torch_utils import distributed as dist
+from torch_utils.precision import PRECISIONS
 from torch_utils.signals import EXIT_STOPPED
 from training.augment import TRAIN_AUGMENT, TRANSFORMS
 from training.batches import DATA_DEVICES
 from training.detectors import DETECTORS
 from training.metrics import METRICS
-from torch_utils.precision import PRECISIONS
 from training.training_loop import open_dataset, training_loop
 from warm import config as cfg
 from warm.flags import compile_flag, given_flags, system_flags, typed_flags
@@ -148,11 +148,22 @@ def main(**options):
     torchrun --standalone --nproc_per_node=8 train.py --data=datasets/cifar10-32x32.zip --precond=warm --bnr=0.5
     """
     with dist.process_group(), dist.lost_ranks_named():
-        run(options)
+        with Tee() if dist.get_rank() == 0 else contextlib.nullcontext() as log:
+            done = run(options, log)
+    if not done:
+        sys.exit(EXIT_STOPPED)
 
 
-def run(options):
-    """Flags → dict → one call."""
+def run(options, log):
+    """Flags → dict → one call.
+
+    Args:
+        options: Values of the flags, by name.
+        log: On rank 0 the `Tee` that is given the run folder's log.txt once there is one.
+
+    Returns:
+        False where a signal stopped the training.
+    """
     unused = typed_flags('eval_num', 'eval_ref', 'eval_detector', 'eval_metrics')
     if unused and not typed_flags('eval_ticks') and not options['eval_ticks']:
         raise UserError(f'{unused[0]} has no effect without scores; add --eval=TICKS, or leave it out')
@@ -176,17 +187,16 @@ def run(options):
     if options['dry_run']:
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
-        return
+        return True
     # Before the run folder is made: an unreadable image must not leave an empty one behind.
     dataset = open_dataset(**config['dataset_kwargs'])
     dist.on_rank0(lambda: cfg.create_run_dir(run_dir, config, start if options['auto_resume'] else None))
-    with Tee(os.path.join(run_dir, 'log.txt')) if dist.get_rank() == 0 else contextlib.nullcontext():
-        dist.print0(cfg.summary(config, run_dir))
-        for complaint in start['complaints']:
-            dist.print0(f'Warning: passing over a damaged state: {complaint}')
-        done = training_loop(run_dir=run_dir, systems=SYSTEMS, dataset=dataset, **config)
-    if not done:
-        sys.exit(EXIT_STOPPED)
+    if log is not None:
+        log.open(os.path.join(run_dir, 'log.txt'))
+    dist.print0(cfg.summary(config, run_dir))
+    for complaint in start['complaints']:
+        dist.print0(f'Warning: passing over a damaged state: {complaint}')
+    return training_loop(run_dir=run_dir, systems=SYSTEMS, dataset=dataset, **config)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,32 @@
-"""How CUDA rounds float32 products. The setting is the whole process's, so it is made where it is needed and undone."""
+"""The precisions that a network can run in, and how CUDA rounds float32 products.
+
+The latter's setting is the whole process's, so it is made where it is needed and undone.
+"""
 
 import contextlib
+from typing import NamedTuple
 
 import torch
+
+
+class Precision(NamedTuple):
+    """How a network is computed: the dtype of its features; whether CUDA rounds float32 products to TF32."""
+
+    dtype: torch.dtype
+    tf32: bool = False
+    cuda_only: bool = False  # elsewhere float32, as in EDM
+
+    def dtype_on(self, device):
+        """The dtype on a torch.device."""
+        return torch.float32 if self.cuda_only and device.type != 'cuda' else self.dtype
+
+
+PRECISIONS = {
+    'fp32': Precision(torch.float32),
+    'tf32': Precision(torch.float32, tf32=True),
+    'bf16': Precision(torch.bfloat16),
+    'fp16': Precision(torch.float16, cuda_only=True),
+}
 
 
 @contextlib.contextmanager
