@@ -173,6 +173,29 @@ def test_options_that_change_nothing_are_no_difference(tmp_path):
     assert sampler_flags(dict(system='unheard of', sampler={'x': 1})) == ['--x=1'] and sampler_flags({}) == []
 
 
+COLD = dict(system='cold', nfe=50, bnr=None, path=None, trained_on=None, targets=None, solver=None)
+
+
+def test_whose_prior_a_score_measures_is_said(tmp_path):
+    """Blurred training images, their colours, the blur: never rounds of each other; older records say nothing."""
+    blurred = dict(COLD, prior='blurred training images', cold_blur='paper', cold_start='blurred')
+    colours = dict(COLD, prior='mean colours of training images', cold_blur='strong', cold_start='colours')
+    given = {'cold_start': 'colours'}
+    lines = rounds([80.0] * 3, **blurred) + rounds([90.0] * 3, **colours, sampler=given)
+    text = report_of(tmp_path, lines)
+    assert found_row(text, 'Cold Diffusion (Blur)')[5:] == ['80.00', '–', 'starts from blurred training images']
+    assert found_row(text, 'Cold Diffusion (Blur), from colours')[5:] == [
+        '90.00', '–', '`--cold-start=colours`; starts from mean colours of training images; `--cold-blur=strong`']
+    paths, options = zip(*[(row[3], row[6]) for row in rows(all_scores(measured(tmp_path, lines)))[2:]])
+    assert paths == ('cold from blurred training images', 'cold from mean colours of training images')
+    assert options == ('`--cold-blur=paper`', '`--cold-start=colours --cold-blur=strong`')
+    text = report_of(tmp_path, rounds([80.0] * 3, **COLD) + rounds([90.0] * 3, **COLD, sampler=given))
+    assert found_row(text, 'Cold Diffusion (Blur)')[5:] == ['80.00', '–', 'nothing']
+    assert found_row(text, 'Cold Diffusion (Blur), from colours')[5:] == ['90.00', '–', '`--cold-start=colours`']
+    text = report_of(tmp_path, rounds([18.0] * 3, **{**COLD, 'system': 'ihdm', 'nfe': 200}, prior=blurred['prior']))
+    assert found_row(text, 'IHDM')[5:] == ['18.00', '–', 'starts from blurred training images']
+
+
 def test_precisions_are_not_rounds_of_each_other(tmp_path):
     """The same seeds twice: two measurements, and float32 is shown though bf16 came out better."""
     lines = rounds([2.0], precision='fp32') + rounds([1.5], precision='bf16')

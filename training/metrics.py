@@ -215,7 +215,12 @@ def label(name, detector):
     return base + detector.suffix + mark + rest
 
 
-# ---- Statistics as files.
+def kind_of(label):
+    """The kind of score that a `label` names: 'FD' of 'FD-pixels'; a name without a detector's is its own."""
+    return label.split('-')[0]
+
+
+# -- statistics as files
 
 def check_destination(path):
     """Raise UserError where `save_statistics` could not write, before the slow part of the work."""

@@ -6,10 +6,11 @@ import json
 import pathlib
 
 from dnnlib import UserError
-from training.metrics import METRICS, STD
+from training.metrics import METRICS, STD, kind_of
 from training.provenance import LOG_NAME, read_facts
 from training.samplers import ablation_sampler
 from training.system import flag_of
+from warm.cold import ColdProcess
 from warm.samplers import SAMPLER_DEFAULTS
 from warm.systems import SYSTEMS
 
@@ -19,7 +20,8 @@ BETTER = {name: metric.best for metric in METRICS.values() for name in metric.sc
 DISTANCES = ('FID', 'FD')  # how a distance's label begins: Inception's, any other detector's
 # What makes two scores rounds of one measurement; everything else may differ between rounds.
 SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'precision', 'bnr', 'path',
-        'trained_on', 'targets', 'sampler', 'class_idx', 'detector', 'detector_sha256', 'ref_sha256', 'num_images')
+        'trained_on', 'targets', 'prior', 'cold_blur', 'cold_start', 'sampler', 'class_idx', 'detector',
+        'detector_sha256', 'ref_sha256', 'num_images')
 # Of the sampler's options, those that are in the facts by another name: NFE, solver, path; data is the training set's.
 NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data')
 ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
@@ -77,7 +79,7 @@ class Measurement:
         """(label, value) of the distance ('FID') or of 'IS', with whatever detector; None without."""
         names = DISTANCES if kind == 'FID' else (kind,)
         for label, value in self.values.items():
-            if label.split('-')[0] in names:
+            if kind_of(label) in names:
                 return label, value
         return None
 
@@ -129,7 +131,7 @@ def measurements_of(runs):
 def _measurement(run, lines):
     values = {}
     for line in lines:
-        base = line['metric'].split('-')[0]
+        base = kind_of(line['metric'])
         best = BETTER.get('FID' if base == 'FD' else base)
         if best is not None:
             values[line['metric']] = best(line['value'], values.get(line['metric'], line['value']))
@@ -206,6 +208,10 @@ def differences(m, nfe=None, dataset=None, images=PAPER_IMAGES):
         words.append(f'precision {f["precision"]}')
     if f['trained_on'] not in (None, f['path']):
         words.append(f'network for {f["trained_on"]}')
+    if f['prior'] is not None:
+        words.append(f'starts from {f["prior"]}')
+    if f['cold_blur'] not in (None, ColdProcess.blur):
+        words.append(f'`--cold-blur={f["cold_blur"]}`')
     if f['class_idx'] is not None:
         words.append(f'class {f["class_idx"]} alone')
     return '; '.join(words)

@@ -4,6 +4,7 @@ import re
 
 from matplotlib.ticker import LogLocator
 
+from training.metrics import kind_of
 from warm.figures import draw
 from warm.report.data import DISTANCES, best_match, is_plain, sampler_flags
 from warm.report.tables import CIFAR10, TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
@@ -130,7 +131,7 @@ def training_curves(runs):
             losses.append(dict(x=xs, y=ys, label=run.label, marker='', color=colour))
         curves = {}
         for line in run.scores:
-            if str(line.get('metric')).split('-')[0] in DISTANCES and None not in (line.get('kimg'), line.get('value')):
+            if kind_of(str(line.get('metric'))) in DISTANCES and None not in (line.get('kimg'), line.get('value')):
                 key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'),
                        line.get('precision'), line.get('class_idx'), *sampler_flags(line))
                 curves.setdefault(key, {})[line['kimg']] = line['value']

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from warm.cold import DEFAULT_START, STARTS
 from warm.report.data import PAPER_IMAGES, best_match, differences, sampler_flags
 
 NONE = '–'
@@ -50,6 +51,12 @@ def of_system(name):
     return lambda f: f['system'] == name and 'epsilon_scale' not in (f['sampler'] or {})
 
 
+def of_cold(start):
+    """Facts of Cold Diffusion with this start (--cold-start); older records name it only where it was given."""
+    return lambda f: (f['system'] == 'cold'
+                      and (f['cold_start'] or (f['sampler'] or {}).get('cold_start', DEFAULT_START)) == start)
+
+
 def of_epsilon_scaling(f):
     """Facts of EDM-ES."""
     return f['system'] == 'edm' and 'epsilon_scale' in (f['sampler'] or {})
@@ -88,7 +95,7 @@ def at_paper_bnr(matches):
 WARM = of_bnr(0.5)
 TABLE_1 = {
     'Unconditional CIFAR-10': (CIFAR10, [
-        Row('Cold Diffusion (Blur)', 50, 80.08, None, of_system('cold')),
+        Row('Cold Diffusion (Blur)', 50, 80.08, None, of_cold(DEFAULT_START)),
         Row('IHDM', 200, 18.96, None, of_system('ihdm')),
         Row('Blurring Diffusion', 1000, 3.17, 9.51, of_blurring_diffusion),
         Row('EDM', 35, 1.97, 9.78, of_system('edm')),
@@ -128,7 +135,10 @@ TABLE_5 = [
     Row('(c) R: x₀, D: V M Vᵀx₀', 35, 1.98, None, at_paper_bnr(of_targets('clean-blurred'))),
     Row('(d) R: x_rest, D: V M Vᵀx₀', 35, 1.85, None, at_paper_bnr(of_targets('residual')))]
 # What is looked for in any data, whether or not the paper has numbers for it.
-METHODS = [*TABLE_1['Unconditional CIFAR-10'][1], Row('Denoising Diffusion', None, None, None, of_denoising_diffusion)]
+METHODS = [*TABLE_1['Unconditional CIFAR-10'][1],
+           *(Row(f'Cold Diffusion (Blur), from {start}', None, None, None, of_cold(start))
+             for start in STARTS if start != DEFAULT_START),
+           Row('Denoising Diffusion', None, None, None, of_denoising_diffusion)]
 HEADS = {'Table 3. Blur-to-Noise Ratios at NFE 35': ('BNR', TABLE_3),
          "Table 4. Blurring Diffusion's schedule in Warm's parametrisation": ('BNR schedule', TABLE_4),
          'Table 5. Training objectives at BNR 0.5, NFE 35': ('Branches', TABLE_5)}
@@ -268,14 +278,19 @@ def all_scores(measurements):
     for m in measurements:
         f = m.facts
         scores = ', '.join(f'{label} {value:.5g}' for label, value in m.values.items())
-        lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), f['path'] or f['system'] or NONE,
+        lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), _path(f),
                       f['solver'] or NONE, _number(f['nfe'], 'd'), _other_options(f), _number(f['num_images'], ',d'),
                       str(m.rounds), f['seeds'], scores,
                       f['detector'] or NONE, f['device'] or NONE, f'{m.seconds:.0f}', f['commit'] or NONE])
     return rows_of(heads, ['---'] * len(heads), lines)
 
 
+def _path(facts):
+    """Warm's path, or another system and what its samples start from where that is no noise."""
+    return facts['path'] or f"{facts['system'] or NONE}{' from ' + facts['prior'] if facts['prior'] else ''}"
+
+
 def _other_options(facts):
-    given = [('precision', facts['precision']), ('class', facts['class_idx'])]
+    given = [('precision', facts['precision']), ('class', facts['class_idx']), ('cold-blur', facts['cold_blur'])]
     flags = sampler_flags(facts) + [f'--{name}={value}' for name, value in given if value is not None]
     return f"`{' '.join(flags)}`" if flags else NONE

@@ -6,7 +6,7 @@ import statistics
 
 import scipy.special
 
-from training.metrics import STD
+from training.metrics import STD, kind_of
 from warm.report.data import DISTANCES, read_lines
 from warm.study.plan import REAL, drawn, run_name
 
@@ -37,21 +37,21 @@ class Scores:
         for line in read_lines(path):
             counts = line.get('num_images') == scale.num and isinstance(line.get('value'), (int, float))
             if counts and not line['metric'].endswith(STD):
-                kind = line['metric'].split('-')[0]
+                kind = kind_of(line['metric'])
                 lines[line['run'], line['seed'], line['point'], str(line['options']), kind] = line
         real = tuple(line['value'] for line in lines.values()
-                     if line['run'] == REAL and line['metric'].split('-')[0] in DISTANCES)
+                     if line['run'] == REAL and kind_of(line['metric']) in DISTANCES)
         return cls(scale, [line for line in lines.values() if line['run'] != REAL], real)
 
     def label(self, kinds=DISTANCES):
         """'FD-cifar' or the like: how the scores of these kinds are called; None without any."""
-        return next((line['metric'] for line in self.lines if line['metric'].split('-')[0] in kinds), None)
+        return next((line['metric'] for line in self.lines if kind_of(line['metric']) in kinds), None)
 
     def lookup(self, what, kimg, seed=0, cond=False, kinds=DISTANCES, **options):
         """The line of a run's score, drawn in some way, or None."""
         wanted = [list(pair) for pair in sorted(options.items())]
         return next((line for line in self.lines if line['run'] == run_name(what, cond, seed) and line['point'] == kimg
-                     and line['options'] == wanted and line['metric'].split('-')[0] in kinds), None)
+                     and line['options'] == wanted and kind_of(line['metric']) in kinds), None)
 
     def values(self, what, kimg, cond=False, kinds=DISTANCES, **options):
         """{seed: score} over the seeds of training."""
@@ -134,5 +134,3 @@ def mean_and_spread(numbers):
     numbers = list(numbers)
     spread = f' ± {statistics.stdev(numbers):.2g}' if len(numbers) > 1 else ''
     return f'{statistics.mean(numbers):.3g}{spread}'
-
-
