@@ -84,8 +84,9 @@ GRID = 64 if torch.cuda.is_available() else 16
 @click.option('--fp16', metavar='BOOL', type=bool, default=None,
               help="EDM's name of --precision=fp16 (CUDA; float32 on the CPU)")
 @compile_flag
-@click.option('--channels-last', metavar='BOOL', type=bool, default=False,
-              help="Keep the channels of a pixel side by side in the network's memory")
+@click.option('--channels-last', metavar='BOOL', type=bool, default=None,
+              help="Keep the channels of a pixel side by side in the network's memory  "
+                   '[default: on a GPU with --compile and 16 bits]')
 @click.option('--checkpoint-activations', is_flag=True,
               help='Compute the network twice instead of keeping its features: less memory, a third more work')
 @click.option('--ls', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=1, help='Loss scaling')

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError
 from tests.commands import SMALL, invoke, refused, run_command
+from torch_utils.precision import PRECISIONS
 from training import layers
 from training.augment import TRAIN_AUGMENT, AugmentPipe
 from training.loss import EDMLoss
 from training.networks import EDMPrecond
-from training.precond import PRECISIONS
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from warm.loss import WarmLoss
 from warm.precond import WarmPrecond
@@ -26,7 +26,9 @@ NETWORKS = {
     'DhariwalUNet': dict(model_type='DhariwalUNet', model_channels=64),
 }
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))]
-TOLERANCE = {'tf32': 2e-3, 'bf16': 2e-2, 'fp16': 2e-3}  # ‖difference‖/‖F‖ of outputs; gradients: three times that
+# ‖difference‖/‖F‖ of outputs; gradients: three times that. Twice what float16, bfloat16 and rounding of all products to
+# TF32's 10 bits gave on a CPU at most, over eight seeds: 2.2e-3, 1.7e-2, 1.3e-3.
+TOLERANCE = {'tf32': 3e-3, 'bf16': 3e-2, 'fp16': 5e-3}
 
 
 def make_net(model_type='SongUNet', network_class=EDMPrecond, device='cpu', **kwargs):

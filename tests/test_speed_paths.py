@@ -35,12 +35,17 @@ STEPS = {**{name: (name, {}) for name, system in SYSTEMS.items() if system.train
          'warm-list': ('warm', dict(bnr='0,0.1,0.5')), 'warm-range': ('warm', dict(bnr='0.1-2'))}
 
 
-# ---- The network.
+# -- the network
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('model_type', NETWORKS)
 def test_channels_last_is_as_exact(model_type, device):
-    """Sums in another order: at most three times as far from float64 as the plain layout is, outputs and gradients."""
+    """Sums in another order: not much farther from float64 than the plain layout is, outputs and gradients.
+
+    On a GPU the two layouts may be convolved by other algorithms (Winograd's, for one), but never in TF32, which would
+    be 1e-3 away.
+    """
+    factor, limit = (3, 1e-5) if device == 'cpu' else (5, 5e-5)
     net = make_net(model_type, device=device)
     x, c_noise = torch.randn([4, 3, 8, 8], device=device), torch.randn([4], device=device)
     exact = copy.deepcopy(net).double()
@@ -49,10 +54,17 @@ def test_channels_last_is_as_exact(model_type, device):
     exact = [out], [p.grad for p in exact.parameters()]
     plain = outputs_and_gradients(net, x, c_noise)
     other = outputs_and_gradients(accelerate(net, channels_last=True), x, c_noise)
-    assert all(distance(a, e) <= 3 * distance(p, e) < 1e-5 for a, p, e in zip(other, plain, exact))
+    assert all(distance(a, e) <= factor * distance(p, e) < limit for a, p, e in zip(other, plain, exact))
     assert other[0][0].is_contiguous() and all(p.is_contiguous() for p in net.parameters())
     features = net.model.enc['8x8_conv'](x.contiguous(memory_format=torch.channels_last))
     assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('device, precision, compile, wanted', [
+    ('cuda', 'bf16', True, True), ('cuda', 'fp16', True, True), ('cuda', 'tf32', True, False),
+    ('cuda', 'fp32', True, False), ('cuda', 'bf16', False, False), ('cpu', 'bf16', True, False)])
+def test_layout_where_nobody_asks(device, precision, compile, wanted):
+    assert acceleration.wants_channels_last(torch.device(device), precision, compile) is wanted
 
 
 class NormLayouts(TorchDispatchMode):
@@ -176,7 +188,7 @@ def test_compilers_absence_is_a_sentence(monkeypatch):
         acceleration.check_compiler(torch.device('cpu'))
 
 
-# ---- A step without waiting.
+# -- a step without waiting
 
 class Waits(TorchDispatchMode):
     """Lists what reads values back, for which the host would wait for a GPU."""
@@ -296,7 +308,7 @@ def test_optimizer_states_move_between_devices():
     torch.testing.assert_close(results[2], results[0])
 
 
-# ---- Data.
+# -- data
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -424,7 +436,7 @@ def test_data_device_needs_a_gpu(monkeypatch):
     refused(invoke('train.py', '-n', '--data-device=cuda'), '--data-device=cuda needs a GPU')
 
 
-# ---- Sampling.
+# -- sampling
 
 def test_writing_goes_on_behind(tmp_path, monkeypatch):
     """Batches are drawn while earlier ones are written, but only so many; all are there in the end."""
@@ -467,7 +479,7 @@ def test_default_batch():
     assert generation.default_batch(net) == generation.BATCH == 64
 
 
-# ---- Benchmarks that count.
+# -- benchmarks that count
 
 SMALL_NETWORK = dict(img_resolution=8, model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1)
 COUNT = f'''

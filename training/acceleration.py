@@ -3,18 +3,19 @@
 import torch
 
 from dnnlib import UserError
+from torch_utils.precision import PRECISIONS
 
 RUN_OPTIONS = ('precision', 'compile')  # what commands that draw images offer of `accelerate`'s arguments
 
 
-def accelerate(net, precision=None, channels_last=False, recompute=False, compile=False, cuda_graphs=False):
+def accelerate(net, precision=None, channels_last=None, recompute=False, compile=False, cuda_graphs=False):
     """Set how a preconditioned network runs from now on; its weights stay as they are.
 
     Args:
         net: training.precond.Precond, on its device.
-        precision: A name in training.precond.PRECISIONS; None leaves the network's own.
-        channels_last: Lay features out with the channels of a pixel side by side. Off by default: on the CPUs
-            measured it is no faster (docs/performance.md).
+        precision: A name in torch_utils.precision.PRECISIONS; None leaves the network's own.
+        channels_last: Lay features out with the channels of a pixel side by side; None does where it should pay
+            (`wants_channels_last`).
         recompute: Keep only the inputs of the blocks for the backward pass: less memory, a third more work.
         compile: torch.compile F, once for every shape of its input.
         cuda_graphs: When compiled for CUDA, replay each call as one graph; for drawing, without gradients.
@@ -27,18 +28,30 @@ def accelerate(net, precision=None, channels_last=False, recompute=False, compil
     """
     if precision is not None:
         net.precision = precision
+    device = next(net.parameters()).device
+    if channels_last is None:
+        channels_last = wants_channels_last(device, net.precision, compile)
     if channels_last:
         net.model.set_memory_format(torch.channels_last)
     if recompute:
         net.model.check_recompute()
     net.model.recompute = recompute
     if compile:
-        device = next(net.parameters()).device
         check_compiler(device)
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 32)
         graphs = cuda_graphs and device.type == 'cuda'
         net.model.compile(dynamic=False, mode='reduce-overhead' if graphs else None)
     return net
+
+
+def wants_channels_last(device, precision, compile):
+    """Whether features are laid out by pixels where nobody says so: on a GPU, compiled, in 16 bits.
+
+    There cuDNN's 16-bit convolutions take that layout alone, and the compiler, which would choose it for most networks,
+    leaves training in the other one if a single convolution has less than half as many outputs as inputs, as the last
+    of these has. On the CPUs measured it is no faster (docs/performance.md).
+    """
+    return device.type == 'cuda' and compile and PRECISIONS[precision].dtype != torch.float32
 
 
 def check_compiler(device):

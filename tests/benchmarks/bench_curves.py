@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.report import ROOT, report  # noqa: E402
-from training.precond import PRECISIONS  # noqa: E402
+from torch_utils.precision import PRECISIONS  # noqa: E402
 from warm.report.data import read_lines  # noqa: E402
 from warm.study.plan import CIFAR10_REF  # noqa: E402
 

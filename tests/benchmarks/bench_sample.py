@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_sample.py [--cbase=128] [--batch=64,512] [--compile] [--out=FILE.json]
 
 A random network of EDM's CIFAR-10 size is drawn from with Heun's sampler, float64 state. `ratio` is against float32
-without TF32, `floor` the network's arithmetic at the measured peak of a matrix product over the time taken. On a CPU,
-times are processor time, so that what writers in the background take is seen in full.
+without TF32 at the first batch size (larger ones leave it out: it takes minutes), `floor` the network's arithmetic at
+the measured peak of a matrix product over the time taken. On a CPU, times are processor time, so that what writers in
+the background take is seen in full.
 """
 
 import json
@@ -20,9 +21,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
 from tests.benchmarks.bench_train import matrix_peak  # noqa: E402
 from tests.benchmarks.report import alternate, report  # noqa: E402
+from torch_utils.precision import PRECISIONS  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
 from training.generation import generate_batch, generate_images, save_png, to_uint8, write_images  # noqa: E402
-from training.precond import PRECISIONS  # noqa: E402
 from warm.config import ARCHITECTURES  # noqa: E402
 from warm.systems import SYSTEMS  # noqa: E402
 
@@ -73,12 +74,13 @@ def main(arch, cbase, size, batches, steps, repeats, compile, out):
     names = [name for name, p in PRECISIONS.items() if cuda or not (p.cuda_only or p.tf32)]
     options = {name: dict(precision=name) for name in names}
     if compile:
-        options.update({f'{name}, compiled': dict(precision=name, compile=True) for name in ('fp32', 'bf16')})
+        options['bf16, compiled'] = dict(precision='bf16', compile=True)
     peaks = {name: matrix_peak(name, device) for name in names}
     rows = []
     for batch in batches:
         seeds = list(range(2 * batch))
-        nets = {('edm', name): build(network_kwargs, 'edm', device, **o) for name, o in options.items()}
+        nets = {('edm', name): build(network_kwargs, 'edm', device, **o) for name, o in options.items()
+                if name != 'fp32' or batch == batches[0]}
         nets['warm', 'bf16'] = build(network_kwargs, 'warm', device, precision='bf16')
         samplers = {key: SYSTEMS[key[0]].make_sampler(net, {'num_steps': steps}) for key, net in nets.items()}
 
@@ -95,7 +97,8 @@ def main(arch, cbase, size, batches, steps, repeats, compile, out):
             seconds = alternate(tasks, repeats, device)
         for name, s in seconds.items():
             precision = name.split(', ')[1]
-            rows.append(dict(batch=batch, way=name, images_per_second=len(seeds) / s, ratio=seconds['edm, fp32'] / s,
+            rows.append(dict(batch=batch, way=name, images_per_second=len(seeds) / s,
+                             ratio=len(seeds) / s / (rows[0]['images_per_second'] if rows else len(seeds) / s),
                              floor=flops * len(seeds) / peaks[precision] / s))
             if cuda:
                 print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next batch does not suffice

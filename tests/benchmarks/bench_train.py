@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
 from tests.benchmarks.report import alternate, report, select  # noqa: E402
-from torch_utils.precision import float32_products  # noqa: E402
+from torch_utils.precision import PRECISIONS, float32_products  # noqa: E402
 from training import layers  # noqa: E402
 from training import training_loop as tl  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
@@ -33,7 +33,6 @@ from training.augment import TRAIN_AUGMENT, AugmentPipe  # noqa: E402
 from training.batches import Batches  # noqa: E402
 from training.dataset import ImageFolderDataset  # noqa: E402
 from training.image_codec import encode_png  # noqa: E402
-from training.precond import PRECISIONS  # noqa: E402
 from warm.config import ARCHITECTURES  # noqa: E402
 from warm.systems import SYSTEMS  # noqa: E402
 
@@ -66,11 +65,11 @@ def ways(device, compile):
                   if cuda or not (p.cuda_only or p.tf32)})
     found['bf16, channels-last'] = 'edm', dict(precision='bf16', channels_last=True)
     if compile:
-        found['bf16, compiled'] = 'edm', dict(precision='bf16', compile=True)
         found['bf16, compiled, channels-last'] = 'edm', dict(precision='bf16', compile=True, channels_last=True)
+        found['bf16, compiled'] = 'edm', dict(precision='bf16', compile=True, channels_last=False)
     found['bf16, Warm'] = 'warm', dict(precision='bf16')
     if compile:
-        found['bf16, compiled, Warm'] = 'warm', dict(precision='bf16', compile=True)
+        found['bf16, compiled, channels-last, Warm'] = 'warm', dict(precision='bf16', compile=True, channels_last=True)
     return found
 
 
@@ -216,7 +215,8 @@ def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
         if cuda:  # one after the other: their memory together would be too much
             for name, (system, options) in chosen.items():
                 trainer = Trainer(system, options, network_kwargs, data, batch, device)
-                seconds[name] = alternate({name: trainer.step}, repeats, device)[name]
+                slow = (options or {}).get('precision', 'fp32') == 'fp32'  # over a second a step
+                seconds[name] = alternate({name: trainer.step}, min(repeats, 3) if slow else repeats, device)[name]
                 rows.append(row(name, trainer, options, seconds, flops, peaks))
                 print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next one does not suffice
                 trainer.batches.close()

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
 from tests.benchmarks.report import alternate, report  # noqa: E402
+from torch_utils.precision import PRECISIONS  # noqa: E402
 from training.loss import EDMLoss  # noqa: E402
 from training.networks import EDMPrecond  # noqa: E402
 from training.samplers import edm_sampler  # noqa: E402
@@ -41,9 +42,10 @@ class Trivial(torch.nn.Module):
         return out if extra_embedding is None else out + extra_embedding.sum() * 0
 
 
-def build(name, network_kwargs, device, trivial=False):
+def build(name, network_kwargs, device, precision='fp32', trivial=False):
     """The system's network; with `trivial`, its U-Net replaced."""
     net = SYSTEMS[name][0](img_channels=3, **network_kwargs)
+    net.precision = precision
     if trivial:
         net.model = Trivial(2 if name == 'warm' else 1, net.model.noise_channels)
     return net.to(device)
@@ -73,12 +75,13 @@ def sampling(name, net, latents, steps):
     return draw
 
 
-def measure(make, network_kwargs, device, repeats):
+def measure(make, network_kwargs, device, precision, repeats):
     """Rows for one kind of work; make(name, net) gives what is measured."""
-    whole = alternate({name: make(name, build(name, network_kwargs, device)) for name in SYSTEMS}, repeats, device)
+    whole = alternate({name: make(name, build(name, network_kwargs, device, precision)) for name in SYSTEMS}, repeats,
+                      device)
     # A network whose U-Net is replaced may as well be small.
     small = dict(network_kwargs, model_channels=32, channel_mult=[1], num_blocks=1)
-    around = alternate({name: make(name, build(name, small, device, trivial=True)) for name in SYSTEMS},
+    around = alternate({name: make(name, build(name, small, device, precision, trivial=True)) for name in SYSTEMS},
                        max(repeats, 20), device)
     return dict(edm_seconds=whole['edm'], warm_seconds=whole['warm'], ratio=whole['warm'] / whole['edm'],
                 edm_around_ms=1e3 * around['edm'], warm_around_ms=1e3 * around['warm'],
@@ -97,15 +100,15 @@ def measure(make, network_kwargs, device, repeats):
 @click.option('--steps', metavar='INT', type=int, default=None, help="Heun's steps  [default: CPU 2, CUDA 18]")
 @click.option('--repeats', metavar='INT', type=int, default=5, help='Of each measurement; medians count')
 @click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='Where to run')
-@click.option('--fp16', is_flag=True, help='Run the networks in float16 (CUDA only)')
+@click.option('--precision', type=click.Choice(list(PRECISIONS)), default='fp32', help='Of the networks')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
-def main(arch, cbase, cres, resolution, batch, sample_batch, steps, repeats, device, fp16, out):
+def main(arch, cbase, cres, resolution, batch, sample_batch, steps, repeats, device, precision, out):
     """Measure what Warm costs over EDM."""
     cuda = torch.device(device).type == 'cuda'
     torch.set_num_threads(1)  # threads that wait for each other would count as processor time
     batch, sample_batch = batch or (512 if cuda else 4), sample_batch or (64 if cuda else 4)
     steps = steps or (18 if cuda else 2)
-    network_kwargs = dict(ARCHITECTURES[arch], img_resolution=resolution, dropout=0.13, use_fp16=fp16)
+    network_kwargs = dict(ARCHITECTURES[arch], img_resolution=resolution, dropout=0.13)
     network_kwargs.update({'model_channels': cbase} if cbase else {}, **({'channel_mult': cres} if cres else {}))
     torch.manual_seed(0)
     parameters = sum(p.numel() for p in build('edm', network_kwargs, 'meta').parameters())
@@ -113,12 +116,14 @@ def main(arch, cbase, cres, resolution, batch, sample_batch, steps, repeats, dev
     latents = torch.randn([sample_batch, 3, resolution, resolution], device=device)
     rows = [
         dict(work=f'training step, batch {batch}',
-             **measure(lambda name, net: training_step(name, net, images), network_kwargs, device, repeats)),
+             **measure(lambda name, net: training_step(name, net, images), network_kwargs, device, precision,
+                       repeats)),
         dict(work=f'sampling, batch {sample_batch}, {steps} steps',
-             **measure(lambda name, net: sampling(name, net, latents, steps), network_kwargs, device, repeats)),
+             **measure(lambda name, net: sampling(name, net, latents, steps), network_kwargs, device, precision,
+                       repeats)),
     ]
     settings = dict(network=network_kwargs, parameters=parameters, batch=batch, sample_batch=sample_batch,
-                    steps=steps, repeats=repeats, device=device)
+                    steps=steps, repeats=repeats, device=device, precision=precision)
     report(f'Warm against EDM, {arch}, {parameters / 1e6:.1f} M parameters, {device}', rows, settings, out, device)
 
 

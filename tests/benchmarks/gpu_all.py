@@ -1,8 +1,8 @@
-"""All that needs a GPU, in one command of at most ten minutes: the CUDA tests and every benchmark, into one JSON file.
+"""All that needs a GPU, in three commands of at most ten minutes each: the CUDA tests and every benchmark.
 
-    python tests/benchmarks/gpu_all.py --out=gpu.json [--seconds=570] [--only=fid,data] [--tiny]
+    python tests/benchmarks/gpu_all.py --call=1 --out=gpu-1.json [--seconds=570] [--only=fid,data] [--tiny]
 
-What no longer fits into the time is left out and named in the file; a second call with --only makes up for it. With
+What no longer fits into the time is left out and named in the file; another call with --only makes up for it. With
 --tiny everything runs at a small size, on the CPU too, to try the script itself.
 """
 
@@ -23,18 +23,22 @@ HERE = pathlib.Path(__file__).resolve().parent
 CUDA_TESTS = ['tests/test_precision.py', 'tests/test_speed_paths.py', 'tests/test_warm_blur.py']
 TINY = ['--cbase=16', '--cres=1,1', '--batch=4', '--repeats=1']
 
-# name → (script, options, options of --tiny, seconds it may take), most wanted first
+# name → (script, options, options of --tiny, seconds it may take)
 RUNS = {
-    'train': ('bench_train.py', [], TINY + ['--images=64', '--size=8'], 150),
-    'train-compiled': ('bench_train.py', ['--compile', '--only=compiled'], None, 240),
-    'sample': ('bench_sample.py', ['--repeats=1'], ['--cbase=16', '--batch=4', '--repeats=1', '--size=8'], 120),
+    'train': ('bench_train.py', [], TINY + ['--images=64', '--size=8'], 200),
+    'warm': ('bench_warm.py', ['--precision=bf16'], TINY + ['--resolution=8'], 90),
     'data': ('bench_data.py', ['--images=20000'], ['--images=64', '--repeats=1', '--size=8'], 60),
-    'warm': ('bench_warm.py', [], TINY + ['--resolution=8'], 60),
+    'train-compiled': ('bench_train.py', ['--compile', '--only=compiled'], None, 540),
+    'sample-compiled': ('bench_sample.py', ['--compile', '--repeats=1'], None, 240),
+    'sample': ('bench_sample.py', ['--repeats=1'], ['--cbase=16', '--batch=4', '--repeats=1', '--size=8'], 120),
+    'fid': ('bench_fid.py', ['--images=2048', '--repeats=1'], ['--images=8', '--dims=32', '--repeats=1'], 90),
     'train-64-a-gpu': ('bench_train.py', ['--batch=64', '--only=bf16'], None, 90),
-    'sample-compiled': ('bench_sample.py', ['--compile', '--batch=64'], None, 150),
-    'fid': ('bench_fid.py', ['--images=2048'], ['--images=8', '--dims=32', '--repeats=1'], 90),
-    'presets': ('bench_presets.py', ['--repeats=5'], ['--only=ffhq', '--tiny'], 400),
+    'presets': ('bench_presets.py', ['--repeats=5', '--only=cifar10'], ['--only=ffhq', '--tiny'], 540),
 }
+TESTS = 'tests', 240  # the CUDA part of the suite, and its seconds
+# Most wanted first; a compiled network takes minutes to compile.
+CALLS = {'1': ('tests', 'train', 'warm', 'data'), '2': ('train-compiled',),
+         '3': ('sample-compiled', 'fid', 'train-64-a-gpu', 'presets')}
 
 
 def run_one(command, limit):
@@ -53,14 +57,15 @@ def run_one(command, limit):
 @click.option('--out', metavar='FILE.json', required=True, help='Where all results go')
 @click.option('--seconds', type=float, default=570, show_default=True, help='Time for everything')
 @click.option('--tiny', is_flag=True, help='Small sizes, on the CPU too')
-@click.option('--tests/--no-tests', default=True, help='Run the tests as well')
-@click.option('--only', metavar='LIST', default=','.join(RUNS), show_default=True, help='Which benchmarks')
-def main(out, seconds, tiny, tests, only):
+@click.option('--call', type=click.Choice(list(CALLS)), default='1', show_default=True, help='Which of the commands')
+@click.option('--only', metavar='LIST', default=None, help=f'These instead: some of tests, {", ".join(RUNS)}')
+def main(out, seconds, tiny, call, only):
     """Measure everything."""
     import torch
-    unknown = [name for name in only.split(',') if name not in RUNS]
+    names = only.split(',') if only else CALLS[call]
+    unknown = [name for name in names if name not in (*RUNS, TESTS[0])]
     if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(RUNS)}", param_hint='--only')
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from tests, {', '.join(RUNS)}", param_hint='--only')
     end, device = time.monotonic() + seconds, 'cuda' if torch.cuda.is_available() else 'cpu'
     results = dict(environment=environment(device), tiny=tiny, runs={})
 
@@ -69,14 +74,16 @@ def main(out, seconds, tiny, tests, only):
         pathlib.Path(out).write_text(json.dumps(results, indent=2))  # whatever happens next, this is kept
         print(f'== {name}: rc {result.get("rc")}, {result.get("seconds", 0)} s\n{result.get("output", "")}', flush=True)
 
-    if tests:
-        words = 'near_float32' if tiny else 'cuda or gpu'
-        record('tests', run_one(['-m', 'pytest', '-q', *CUDA_TESTS, '-k', words], min(120, end - time.monotonic())))
     with tempfile.TemporaryDirectory() as folder:
-        for name in only.split(','):
+        for name in names:
+            left = end - time.monotonic()
+            if name == TESTS[0]:
+                words = 'near_float32' if tiny else 'cuda or gpu'
+                record(name, run_one(['-m', 'pytest', '-q', '--durations=5', *CUDA_TESTS, '-k', words],
+                                     min(TESTS[1], left)))
+                continue
             script, options, tiny_options, limit = RUNS[name]
             options = tiny_options if tiny else options
-            left = end - time.monotonic()
             if options is None or left < 20:
                 record(name, dict(rc=None, left_out='no tiny form' if options is None else 'no time left'))
                 continue
