@@ -1,5 +1,5 @@
 """Plumbing that knows nothing about images or networks: files, downloads, messages."""
 
-from dnnlib.errors import UserError
+from dnnlib.errors import UserError, chosen
 
-__all__ = ['UserError']
+__all__ = ['UserError', 'chosen']

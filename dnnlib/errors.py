@@ -1,4 +1,4 @@
-"""The one exception for what the user can mend."""
+"""The one exception for what the user can mend, and what most often raises it: a choice that is not on offer."""
 
 import click
 
@@ -9,11 +9,27 @@ MAX_LENGTH = 1500
 class UserError(click.ClickException):
     """Bad input: one sentence that names the thing and the remedy.
 
-    As a ``click.ClickException`` it ends a command with ``Error: …`` and exit code 1, without a
-    traceback; in library use it is an ordinary exception whose ``str()`` is the sentence. What it quotes of a file
+    As a click.ClickException it ends a command with `Error: …` and exit code 1, without a
+    traceback; in library use it is an ordinary exception whose str() is the sentence. What it quotes of a file
     may be anything: it is kept to one line of printable characters, and short.
     """
 
     def __init__(self, message):
         text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(message))
         super().__init__(text if len(text) <= MAX_LENGTH else f'{text[:MAX_LENGTH]} …')
+
+
+def chosen(what, name, table):
+    """table[name]; of names alone, such as a tuple's, the name.
+
+    Args:
+        what: What is chosen, for the message: 'solver'.
+        name: The choice.
+        table: {name: value}, or names.
+
+    Raises:
+        UserError: the name is not in the table.
+    """
+    if name not in table:
+        raise UserError(f"there is no {what} '{name}'; choose one of {', '.join(table)}")
+    return table[name] if isinstance(table, dict) else name

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from training.loss import EDMLoss, VELoss, VPLoss, edm_loss_weight, sample_edm_sigma
-from training.precond import edm_scalings, vp_sigma
+from training.precond import edm_scalings
+from training.schedules import vp_sigma
 
 LOSSES = {'vp': VPLoss, 've': VELoss, 'edm': EDMLoss}
 

@@ -3,20 +3,24 @@
 Random numbers come from the images' device's global generator in this order: the noise-level
 variate [B, 1, 1, 1], the augmentation, the noise.
 
-Each loss is called as ``loss(net, images, labels=None, augment_pipe=None)``:
+Each loss is called as loss(net, images, labels=None, augment_pipe=None).
 
-- net: a preconditioned denoiser (see training.precond);
-- images: float32 [B, C, H, W] in [−1, 1]; labels: [B, label_dim] or None;
-- augment_pipe: images → (images, augment_labels), or None;
-- result: float32, shaped like images, not reduced.
+Args:
+    net: A preconditioned denoiser (see training.precond).
+    images: float32 [B, C, H, W] in [−1, 1].
+    labels: [B, label_dim], or None.
+    augment_pipe: images → (images, augment_labels), or None.
+
+Returns:
+    float32, shaped like images, not reduced.
 """
 
 import dataclasses
 
 import torch
 
-from training.precond import (SIGMA_DATA, VE_SIGMA_MAX, VE_SIGMA_MIN, VP_BETA_D, VP_BETA_MIN, VP_EPSILON_T,
-                              vp_sigma)
+from training.precond import SIGMA_DATA
+from training.schedules import VE_SIGMA_MAX, VE_SIGMA_MIN, VP_BETA_D, VP_BETA_MIN, VP_EPSILON_T, vp_sigma
 
 # EDM's training noise levels, of ln σ.
 P_MEAN, P_STD = -1.2, 1.2

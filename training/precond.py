@@ -1,72 +1,20 @@
 """Preconditioned denoisers D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise) (Karras et al. 2022, Eq. 7 and Table 1).
 
-One class a column of that table; what differs between them is ``scalings`` and the range of σ.
+One class a column of that table; what differs between them is `scalings` and the range of σ.
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 
-from dnnlib import UserError
-from torch_utils.precision import float32_products
+from dnnlib import UserError, chosen
+from torch_utils.precision import PRECISIONS, float32_products
+from training.schedules import (IDDPM_C_1, IDDPM_C_2, IDDPM_M, VE_SIGMA_MAX, VE_SIGMA_MIN, VP_BETA_D, VP_BETA_MIN,
+                                VP_EPSILON_T, iddpm_noise_levels, vp_sigma, vp_sigma_inv)
 from training.snapshot import copy_matching_tensors
-from training.unet import MODELS, require_choice
+from training.unet import MODELS
 
-# Constants that a preconditioner shares with its loss.
-VP_BETA_D, VP_BETA_MIN, VP_EPSILON_T = 19.9, 0.1, 1e-5
-VE_SIGMA_MIN, VE_SIGMA_MAX = 0.02, 100
-SIGMA_DATA = 0.5
-
-
-# ------------------------------------------------------------------------------------- formulas
-
-def vp_sigma(t, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN):
-    """Noise level of the VP process at time t (a tensor, 0…1): σ(t) = √(e^{β_d t²/2 + β_min t} − 1)."""
-    return torch.expm1(0.5 * beta_d * t ** 2 + beta_min * t).sqrt()
-
-
-def vp_sigma_inv(sigma, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN):
-    """Time at which the VP process reaches noise level σ (a tensor): the inverse of ``vp_sigma``."""
-    return ((beta_min ** 2 + 2 * beta_d * torch.log1p(sigma ** 2)).sqrt() - beta_min) / beta_d
-
-
-def iddpm_ratios(C_1, C_2, M):
-    """max(ᾱ_{j−1}/ᾱ_j, C_1) for j = 1…M with ᾱ_j = sin²(½π·j/M/(C_2 + 1)): float32 [M], as iDDPM was trained."""
-    j = torch.arange(M + 1, dtype=torch.float32, device='cpu')
-    alpha_bar = (0.5 * torch.pi * j / M / (C_2 + 1)).sin() ** 2
-    return (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1)
-
-
-def iddpm_noise_levels(C_1, C_2, M):
-    """iDDPM's noise levels u_0 > … > u_M = 0, float32 [M + 1] (Karras et al. 2022, Table 1).
-
-    u_{j−1} = √((u_j² + 1) / max(ᾱ_{j−1}/ᾱ_j, C_1) − 1), all in float32.
-    """
-    ratio = iddpm_ratios(C_1, C_2, M)
-    u = torch.zeros(M + 1, dtype=torch.float32, device='cpu')
-    for i in range(M, 0, -1):
-        u[i - 1] = ((u[i] ** 2 + 1) / ratio[i - 1] - 1).sqrt()
-    return u
-
-
-class Precision(NamedTuple):
-    """How F is computed: the dtype of its features; whether CUDA rounds float32 products to TF32."""
-    dtype: torch.dtype
-    tf32: bool = False
-    cuda_only: bool = False  # elsewhere float32, as in EDM
-
-    def dtype_on(self, device):
-        """The dtype on a torch.device."""
-        return torch.float32 if self.cuda_only and device.type != 'cuda' else self.dtype
-
-
-PRECISIONS = {
-    'fp32': Precision(torch.float32),
-    'tf32': Precision(torch.float32, tf32=True),
-    'bf16': Precision(torch.bfloat16),
-    'fp16': Precision(torch.float16, cuda_only=True),
-}
+SIGMA_DATA = 0.5  # standard deviation of images in [−1, 1]: EDM's assumption
 
 
 def edm_scalings(sigma, sigma_data=SIGMA_DATA):
@@ -79,26 +27,33 @@ def edm_scalings(sigma, sigma_data=SIGMA_DATA):
     return c_skip, c_out, c_in, c_noise
 
 
-# ----------------------------------------------------------------------------------------- base
+# -- base
 
 class Precond(torch.nn.Module):
     """A U-Net F and what surrounds it: the noise level, the labels, the precision.
 
-    A subclass gives ``scalings``, or a ``forward`` of its own that calls ``run_model``.
+    A subclass gives `scalings`, or a `forward` of its own that calls `run_model`.
 
     Args:
-        img_resolution, img_channels: of the images.
-        label_dim: width of the class labels, 0 for none.
-        use_fp16: EDM's switch: the default of ``precision`` is fp16 instead of fp32.
-        model_type: one of training.unet.MODELS; model_kwargs: its further arguments.
-        constants: the subclass's own arguments by name; they become attributes.
-        sigma_min, sigma_max: range of noise levels the network supports.
-        out_channels: of F, img_channels unless given; F's first img_channels are the image.
+        img_resolution, img_channels: Of the images.
+        label_dim: Width of the class labels, 0 for none.
+        use_fp16: EDM's switch: the default of `precision` is fp16 instead of fp32.
+        model_type: A name in training.unet.MODELS.
+        model_kwargs: Its further arguments.
+        constants: The subclass's own arguments by name; they become attributes.
+        sigma_min, sigma_max: Range of noise levels the network supports.
+        out_channels: Of F, img_channels unless given; F's first img_channels are the image.
 
-    Attributes: all of these, ``model`` (F) and ``init_kwargs``, the subclass's constructor arguments
-    as a dict that JSON can hold; ``type(net)(**net.init_kwargs)`` has the same architecture.
-    ``precision``, a name in PRECISIONS, is how F runs; it may be set at any time and is not part of a snapshot.
-    Weights, embeddings, group norms' statistics, softmax and all that surrounds F are float32 in any case.
+    Attributes: All of these, and
+        model: F.
+        init_kwargs: The subclass's constructor arguments as a dict that JSON can hold; type(net)(**net.init_kwargs)
+            has the same architecture.
+        precision: A name in torch_utils.precision.PRECISIONS: how F runs. It may be set at any time and is not part of
+            a snapshot. Weights, embeddings, group norms' statistics, softmax and all that surrounds F are float32 in
+            any case.
+
+    Raises:
+        UserError: an argument that is not in its table, or that the network cannot be built with.
     """
 
     _precision = None
@@ -106,7 +61,6 @@ class Precond(torch.nn.Module):
     def __init__(self, img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
                  sigma_min, sigma_max, out_channels=None):
         super().__init__()
-        require_choice('model_type', model_type, MODELS)
         self.init_kwargs = copy.deepcopy(dict(
             img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, use_fp16=use_fp16,
             **constants, model_type=model_type, **model_kwargs))
@@ -115,9 +69,9 @@ class Precond(torch.nn.Module):
         for name, value in constants.items():
             setattr(self, name, value)
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
-        self.model = MODELS[model_type](img_resolution=img_resolution, in_channels=img_channels,
-                                        out_channels=out_channels or img_channels, label_dim=label_dim,
-                                        **model_kwargs)
+        self.model = chosen('model_type', model_type, MODELS)(
+            img_resolution=img_resolution, in_channels=img_channels, out_channels=out_channels or img_channels,
+            label_dim=label_dim, **model_kwargs)
 
     @property
     def precision(self):
@@ -125,11 +79,11 @@ class Precond(torch.nn.Module):
 
     @precision.setter
     def precision(self, name):
-        require_choice('precision', name, PRECISIONS)
+        chosen('precision', name, PRECISIONS)
         self._precision = name
 
     def products(self):
-        """Context in which CUDA rounds float32 products as ``precision`` says; F runs in it, backward passes should."""
+        """Context in which CUDA rounds float32 products as `precision` says; F runs in it, backward passes should."""
         return float32_products(PRECISIONS[self.precision].tf32)
 
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
@@ -137,13 +91,16 @@ class Precond(torch.nn.Module):
 
         Args:
             x: [B, img_channels, img_resolution, img_resolution], of any float dtype.
-            sigma: noise level > 0, in units of the images: a number or tensor of 1 or B values.
+            sigma: Noise level > 0, in units of the images: a number or tensor of 1 or B values.
             class_labels: [B, label_dim] or [1, label_dim]; None means zeros.
-            force_fp32: take fp32 instead of ``precision``.
-            model_kwargs: passed on to F, such as augment_labels.
+            force_fp32: Take fp32 instead of `precision`.
+            model_kwargs: Passed on to F, such as augment_labels.
 
         Returns:
-            float32, shaped like x. Raises UserError for an image or labels of the wrong shape.
+            float32, shaped like x.
+
+        Raises:
+            UserError: images, noise levels or labels of the wrong shape.
         """
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
@@ -151,7 +108,7 @@ class Precond(torch.nn.Module):
         return c_skip * x + c_out * F_x[:, :self.img_channels]
 
     def scalings(self, sigma):
-        """(c_skip, c_out, c_in, c_noise) at σ, float32 [B or 1, 1, 1, 1]."""
+        """(c_skip, c_out, c_in, c_noise) at σ, each float32 [B or 1, 1, 1, 1]; the first three may be plain numbers."""
         raise NotImplementedError
 
     def run_model(self, c_in_x, c_noise, class_labels=None, force_fp32=False, **model_kwargs):
@@ -164,7 +121,7 @@ class Precond(torch.nn.Module):
 
     def transfer(self, source):
         """Copy every tensor of state dict `source` whose name and shape match; returns their names."""
-        return copy_matching_tensors(source, self)[0]
+        return copy_matching_tensors(source, self)
 
     def round_sigma(self, sigma):
         """The noise level nearest to σ that the network knows: a tensor like σ."""
@@ -174,15 +131,15 @@ class Precond(torch.nn.Module):
         """x in float32; UserError unless its shape is the network's."""
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
         if tuple(x.shape[1:]) != expected:
-            raise UserError(f'The network works on images [channels, height, width] = {list(expected)} but got '
-                            f'{list(x.shape[1:])}: resize the images, or use a network made for them.')
+            raise UserError(f'images of [channels, height, width] = {list(x.shape[1:])} do not fit a network for '
+                            f'{list(expected)}; resize the images, or use a network made for them')
         return x.to(torch.float32)
 
     def as_sigma(self, sigma, x):
         """σ as float32 [B or 1, 1, 1, 1] on x's device."""
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         if len(sigma) not in (1, len(x)):
-            raise UserError(f'Got {len(sigma)} noise levels for {len(x)} images: give one in all, or one an image.')
+            raise UserError(f'there are {len(sigma)} noise levels for {len(x)} images; give one in all, or one an image')
         return sigma
 
     def check_labels(self, class_labels, x):
@@ -191,18 +148,20 @@ class Precond(torch.nn.Module):
             return torch.zeros([1, self.label_dim], device=x.device) if self.label_dim else None
         shape = list(class_labels.shape)
         if shape[-1:] != [self.label_dim] or class_labels.ndim > 2 or (len(shape) == 2 and shape[0] not in (1, len(x))):
-            raise UserError(f'Class labels of shape {shape} do not fit {len(x)} images and a network with label '
-                            f'dimension {self.label_dim}: give shape {[len(x), self.label_dim]}, or none at all.')
+            raise UserError(f'class labels of shape {shape} do not fit {len(x)} images and a network with label '
+                            f'dimension {self.label_dim}; give shape {[len(x), self.label_dim]}, or none at all')
         return class_labels.to(torch.float32).reshape(-1, self.label_dim) if self.label_dim else None
 
 
-# ----------------------------------------------------------------------------- the four columns
+# -- the four columns
 
 class VPPrecond(Precond):
     """Variance preserving (Song et al. 2021): F predicts the unit noise, time stands for σ.
 
-    Own arguments: beta_d, beta_min: of the noise schedule; M: number of steps the time is
-    expressed in; epsilon_t: smallest time.
+    Args, beyond those of `Precond`:
+        beta_d, beta_min: Of the noise schedule.
+        M: Number of steps that time is expressed in.
+        epsilon_t: Smallest time.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, beta_d=VP_BETA_D,
@@ -226,7 +185,8 @@ class VPPrecond(Precond):
 class VEPrecond(Precond):
     """Variance exploding (Song et al. 2021): F predicts (D − x)/σ from the unscaled image.
 
-    Own arguments: sigma_min, sigma_max: range of the noise levels.
+    Args, beyond those of `Precond`:
+        sigma_min, sigma_max: Range of the noise levels.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=VE_SIGMA_MIN,
@@ -241,11 +201,14 @@ class VEPrecond(Precond):
 class iDDPMPrecond(Precond):
     """Improved DDPM (Nichol & Dhariwal 2021): a grid of noise levels, F's second half of channels unused.
 
-    Own arguments: C_1, C_2, M: of the grid, see ``iddpm_noise_levels``. Its buffer ``u`` is the grid.
+    Args, beyond those of `Precond`:
+        C_1, C_2, M: Of the grid, see training.schedules.iddpm_noise_levels.
+
+    Its buffer `u` is the grid.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, C_1=0.001, C_2=0.008, M=1000,
-                 model_type='DhariwalUNet', **model_kwargs):
+    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, C_1=IDDPM_C_1, C_2=IDDPM_C_2,
+                 M=IDDPM_M, model_type='DhariwalUNet', **model_kwargs):
         u = iddpm_noise_levels(C_1, C_2, M)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
                          dict(C_1=C_1, C_2=C_2, M=M), sigma_min=u[M - 1], sigma_max=u[0],
@@ -268,7 +231,9 @@ class iDDPMPrecond(Precond):
 class EDMPrecond(Precond):
     """EDM's own (Karras et al. 2022): unit variance of F's input and target at every σ.
 
-    Own arguments: sigma_min, sigma_max: supported range; sigma_data: standard deviation of the data.
+    Args, beyond those of `Precond`:
+        sigma_min, sigma_max: Supported noise levels.
+        sigma_data: Standard deviation of the data.
     """
 
     def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0,

@@ -1,6 +1,7 @@
-"""What a diffusion sampler chooses about time: noise schedule σ(t), signal scaling s(t), discretisation.
+"""Noise levels: the constants and formulas of the VP, VE, iDDPM and EDM processes, and what a sampler chooses of time.
 
-Karras et al. 2022, table 1 and appendix C. All functions take and give float64 tensors on the CPU.
+Karras et al. 2022, table 1 and appendix C. The choices (noise schedule σ(t), signal scaling s(t), discretisation) take
+and give float64 tensors on the CPU.
 """
 
 import math
@@ -9,7 +10,42 @@ from typing import Callable, NamedTuple
 import torch
 
 from dnnlib import UserError
-from training.precond import VP_BETA_D, VP_BETA_MIN, iddpm_ratios
+
+NUM_STEPS, SIGMA_MIN, SIGMA_MAX, RHO = 18, 0.002, 80, 7  # EDM's time grid (Karras et al. 2022, Table 1)
+VP_BETA_D, VP_BETA_MIN, VP_EPSILON_T = 19.9, 0.1, 1e-5
+VE_SIGMA_MIN, VE_SIGMA_MAX = 0.02, 100
+IDDPM_C_1, IDDPM_C_2, IDDPM_M = 0.001, 0.008, 1000
+
+
+# -- the processes that networks are trained on
+
+def vp_sigma(t, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN):
+    """Noise level of the VP process at time t (a tensor, 0…1): σ(t) = √(e^{β_d t²/2 + β_min t} − 1).
+
+    With expm1 and log1p, which networks and losses need in float32; samplers have `vp_schedule`, which must not have
+    them.
+    """
+    return torch.expm1(0.5 * beta_d * t ** 2 + beta_min * t).sqrt()
+
+
+def vp_sigma_inv(sigma, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN):
+    """Time at which the VP process reaches noise level σ (a tensor): the inverse of `vp_sigma`."""
+    return ((beta_min ** 2 + 2 * beta_d * torch.log1p(sigma ** 2)).sqrt() - beta_min) / beta_d
+
+
+def iddpm_noise_levels(C_1, C_2, M, dtype=torch.float32):
+    """iDDPM's noise levels u_0 > … > u_M = 0, [M + 1] on the CPU (Karras et al. 2022, Table 1).
+
+    u_{j−1} = √((u_j² + 1) / max(ᾱ_{j−1}/ᾱ_j, C_1) − 1) in `dtype`, ᾱ_j = sin²(½π·j/M/(C_2 + 1)). The ratios of ᾱ are
+    in float32 whatever the dtype, as iDDPM was trained.
+    """
+    j = torch.arange(M + 1, dtype=torch.float32, device='cpu')
+    alpha_bar = (0.5 * torch.pi * j / M / (C_2 + 1)).sin() ** 2
+    ratio = (alpha_bar[:-1] / alpha_bar[1:]).clamp(min=C_1).to(dtype)
+    u = torch.zeros(M + 1, dtype=dtype, device='cpu')
+    for i in range(M, 0, -1):
+        u[i - 1] = ((u[i] ** 2 + 1) / ratio[i - 1] - 1).sqrt()
+    return u
 
 
 # -- noise schedules σ(t)
@@ -116,15 +152,10 @@ def ve_sigmas(num_steps, sigma_min, sigma_max, **_):
 def iddpm_sigmas(num_steps, sigma_min, sigma_max, *, C_1, C_2, M, **_):
     """Evenly chosen among those of iDDPM's levels u_0…u_M that lie between sigma_min and sigma_max.
 
-    The ratios of ᾱ are in float32, as the networks trained on these levels have them; u is in float64.
-
     Raises:
         UserError: no level is in the range.
     """
-    u = [0.0]  # from u_M upwards
-    for ratio in reversed(iddpm_ratios(C_1, C_2, M).tolist()):
-        u.append(math.sqrt((u[-1] ** 2 + 1) / ratio - 1))
-    kept = [level for level in reversed(u) if sigma_min <= level <= sigma_max]
+    kept = [u for u in iddpm_noise_levels(C_1, C_2, M, torch.float64).tolist() if sigma_min <= u <= sigma_max]
     if not kept:
         raise UserError(f'none of the {M} noise levels of iDDPM lies between sigma_min {sigma_min} and '
                         f'sigma_max {sigma_max}; widen the range')
@@ -140,7 +171,7 @@ def _vp_range(epsilon_s):
 
 DISCRETIZATIONS = {
     'vp': Discretization(vp_sigmas, _vp_range),
-    've': Discretization(ve_sigmas, lambda epsilon_s: (0.02, 100.0)),
+    've': Discretization(ve_sigmas, lambda epsilon_s: (VE_SIGMA_MIN, VE_SIGMA_MAX)),
     'iddpm': Discretization(iddpm_sigmas, lambda epsilon_s: (0.002, 81.0)),
-    'edm': Discretization(edm_sigmas, lambda epsilon_s: (0.002, 80.0)),
+    'edm': Discretization(edm_sigmas, lambda epsilon_s: (SIGMA_MIN, SIGMA_MAX)),
 }

@@ -252,14 +252,13 @@ def copy_matching_tensors(src_state, dst_module):
     """Copy every parameter and buffer whose name and shape match, for `--transfer`.
 
     Returns:
-        (copied, skipped): the names in `dst_module` that were overwritten, and those that were left as they are.
+        The names in `dst_module` that were overwritten.
     """
-    copied, skipped = [], []
+    copied = []
     with torch.no_grad():
         for name, target in dst_module.state_dict().items():
             source = src_state.get(name)
-            fits = source is not None and source.shape == target.shape
-            if fits:
+            if source is not None and source.shape == target.shape:
                 target.copy_(source)
-            (copied if fits else skipped).append(name)
-    return copied, skipped
+                copied.append(name)
+    return copied
