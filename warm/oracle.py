@@ -20,13 +20,13 @@ import torch
 
 from dnnlib.files import atomic_write
 from training.dataset import ImageFolderDataset
+from training.schedules import SIGMA_MAX, SIGMA_MIN
 from warm.blur import blur_mask, dct2, idct2, prior_spectrum, rest_mask
+from warm.bnr import band_power
 from warm.figures import draw
 from warm.path import BlurringSchedule, ConstantBNR
-from warm.samplers import SAMPLER_DEFAULTS, SOLVERS, warm_sampler
-from warm.spectrum import band_power
+from warm.samplers import SOLVERS, warm_sampler
 
-SIGMA_MIN, SIGMA_MAX = SAMPLER_DEFAULTS['sigma_min'], SAMPLER_DEFAULTS['sigma_max']
 RESOLUTION = 32
 COMPARED = (*map(ConstantBNR, (0, 0.1, 0.5, 1, 2)), BlurringSchedule())
 CURVE_NFE = (7, 9, 13, 19, 25, 35, 51, 79, 113, 159)

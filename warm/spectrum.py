@@ -1,16 +1,10 @@
-"""Choosing the Blur-to-Noise Ratio by the spectrum of the data (Sec. 2.4), with the paper's Fig. 3 and Fig. 6.
+"""The command that recommends a Blur-to-Noise Ratio for a data set, with the paper's Fig. 3 and Fig. 6.
 
-The paper takes 0.5, up to which what is observed stays comparable to hot diffusion. The rule that makes this a number
-is ours: the largest BNR at which the observed spectrum M²S + β² stays within 0.5 dB of hot diffusion's S + β², over all
-bands and noise levels. On CIFAR-10 that is the paper's 0.5. S is taken per band [k, l] of the DCT. After averaging over
-rings k² + l² ≈ r², the gap would be about half as large, since the power in a ring is uneven: the bands with k = 0 or
-l = 0 hold most, and they decide. For the same reason the fitted power law is only printed: it would allow CIFAR-10 a
-BNR of 0.86.
+The measuring and the rule stand in warm.bnr.
 
     python -m warm.spectrum --data=datasets/cifar10-32x32.zip --outdir=spectrum
 """
 
-import concurrent.futures
 import math
 import os
 
@@ -18,131 +12,18 @@ import click
 import numpy as np
 import torch
 
-from dnnlib import UserError
 from training.dataset import EMBEDDED, ImageFolderDataset
-from training.pixels import to_float
-from warm.blur import blur_mask, dct2, frequencies, rest_mask
+from training.schedules import SIGMA_MAX, SIGMA_MIN
+from warm.blur import blur_mask, rest_mask
 from warm.blurring import BLUR_SCHEDULES, BlurringProcess
+from warm.bnr import BETAS, TOLERANCE, band_power, fit_power_law, radius, recommended_bnr, spectral_gap
 from warm.figures import draw
 from warm.ihdm import HeatLevels
 from warm.path import PAPER_BNR, PATHS, ConstantBNR, parse_path
-from warm.samplers import SAMPLER_DEFAULTS
 
-TOLERANCE = 0.5  # dB; gives the paper's BNR on CIFAR-10
 TABLE = (0.1, 0.3, 0.5, 0.65, 1, 2, 10)  # the BNRs of the paper's Table 3
 SHOWN = (0, 0.5, 2, 10)  # the columns of Fig. 3
 GUIDES = (0.1, 1, 10)  # the thin lines of Fig. 6
-MAX_BNR = 100  # beyond it there is nothing left to blur
-MIN_RESOLUTION = 4  # below it a spectrum has no shape
-WORKERS = 2
-BATCH_ELEMENTS = 1 << 21  # pixel values in memory per worker: 16 MB as float64
-BETAS = torch.logspace(*(math.log10(SAMPLER_DEFAULTS[name]) for name in ('sigma_min', 'sigma_max')), 400,
-                       dtype=torch.float64)  # finer ones change a gap by less than 0.001 dB
-
-
-# -- measuring
-
-def band_power(dataset, max_images=None, seed=0):
-    """Mean power of each DCT band over images and channels, in one pass.
-
-    Args:
-        dataset: training.dataset.ImageFolderDataset (items (uint8 [C, N, N], label)).
-        max_images: Take a random subset of this many, chosen by `seed`; None takes all.
-
-    Returns:
-        float64 [N, N]: mean of (Vᵀx)², x in [−1, 1]; its mean over the bands is the mean square of a pixel.
-
-    Raises:
-        UserError: images below 4×4, damaged images, a subset of none.
-    """
-    n = dataset.resolution
-    if n < MIN_RESOLUTION:
-        raise UserError(f'images of {n}x{n} pixels are too small for a spectrum; '
-                        f'give at least {MIN_RESOLUTION}x{MIN_RESOLUTION}')
-    if max_images is not None and max_images < 1:
-        raise UserError(f'a spectrum of {max_images} images cannot be measured; give --max-images of at least 1')
-    indices = np.arange(len(dataset))
-    if max_images is not None and max_images < len(dataset):
-        indices = np.sort(np.random.default_rng(seed).choice(len(dataset), max_images, replace=False))
-    size = max(1, BATCH_ELEMENTS // math.prod(dataset.image_shape))
-    batches = [indices[start:start + size] for start in range(0, len(indices), size)]
-
-    def power(batch):
-        images = torch.from_numpy(np.stack([dataset[i][0] for i in batch]))
-        return dct2(to_float(images)).square().sum((0, 1))
-
-    # Decoding in one thread overlaps with another's transforms. The sum goes in the order of the batches.
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        return sum(pool.map(power, batches)) / (len(indices) * dataset.num_channels)
-
-
-# -- the rule
-
-def spectral_gap(power, bnr):
-    """Largest distance in dB between M²S + β² and hot diffusion's S + β², over all bands and β in 0.002…80.
-
-    Args:
-        power: S, float64 [N, N], as from `band_power`.
-        bnr: Blur-to-Noise Ratio α/β ≥ 0.
-    """
-    S, rate = undominated(power)
-    beta = BETAS[:, None]
-    noise, squared_mask = beta.square(), torch.exp(-rate * (bnr * beta).square())
-    ratio = (S + noise) / (squared_mask * S + noise)
-    return 10 * ratio.log10().max().item()
-
-
-def undominated(power):
-    """(S [K], λ [K]) of those bands that no other surpasses in both, float64.
-
-    A band which another surpasses in both S and λ never has the largest gap: M² = exp(−λα²), so that a gap grows with
-    either.
-    """
-    rate = frequencies(len(power)).flatten()
-    order = torch.argsort(rate, descending=True, stable=True)
-    S, rate = power.to(torch.float64).flatten()[order], rate[order]
-    kept = S.cummax(0).indices == torch.arange(len(S))
-    return S[kept], rate[kept]
-
-
-def recommended_bnr(power, tolerance=TOLERANCE):
-    """The largest BNR, in hundredths, whose `spectral_gap` is at most `tolerance` dB; 0 if even 0.01 is too much.
-
-    Raises:
-        UserError: tolerance not above 0, or so large (or images so even) that every BNR would do.
-    """
-    if not (tolerance > 0 and math.isfinite(tolerance)):
-        raise UserError(f'a tolerance of {tolerance} dB allows no blur at all; give a number above 0, '
-                        f'such as {TOLERANCE}')
-    low, high = 0, MAX_BNR * 100  # the gap grows with the BNR
-    if spectral_gap(power, MAX_BNR) <= tolerance:
-        raise UserError(f'every BNR up to {MAX_BNR} stays within {tolerance:g} dB on these images; '
-                        'give a smaller --tolerance, or images with more detail')
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if spectral_gap(power, middle / 100) <= tolerance else (low, middle)
-    return low / 100
-
-
-def fit_power_law(power):
-    """(c, γ) of S ≈ c·(k² + l² + 1)^−γ, the form of warm.blur.prior_spectrum; at high frequencies that is 1/f^2γ.
-
-    Least squares of ln S over all bands with power but the mean, each octave of frequency counting alike.
-    """
-    r2 = _radius(len(power)).square()
-    used = (r2 > 0) & (power > 0)
-    if len(r2[used].unique()) < 2:
-        raise UserError('the images have no detail, so their spectrum has no power law; give other images')
-    root_weight = 1 / r2[used].sqrt()
-    unknowns = torch.stack([torch.ones_like(r2[used]), -(r2[used] + 1).log()], 1) * root_weight[:, None]
-    log_c, gamma = torch.linalg.lstsq(unknowns, (power[used].log() * root_weight)[:, None]).solution[:, 0].tolist()
-    return math.exp(log_c), gamma
-
-
-def _radius(n):
-    """√(k² + l²) [n, n], float64."""
-    k = torch.arange(n, dtype=torch.float64).square()
-    return (k[:, None] + k).sqrt()
 
 
 # -- figures
@@ -150,7 +31,7 @@ def _radius(n):
 def ring_mean(bands):
     """Mean of bands [N, N] over rings k² + l² ≈ r², r = 1…N−1: float64 [N−1]."""
     n = len(bands)
-    ring = _radius(n).round().long().flatten()
+    ring = radius(n).round().long().flatten()
     return (torch.bincount(ring, bands.flatten()) / torch.bincount(ring))[1:n]
 
 
@@ -170,10 +51,9 @@ def spectra(power, bnr, beta):
     return {name: ring_mean(bands) for name, bands in curves.items()}
 
 
-LOOKS = dict(zip(('signal S', 'noise β²', 'hot diffusion S + β²', 'observed M²S + β²', 'denoising target M²S',
-                  'deblurring target (1−M)²S'),
-                 (dict(color='0.45', ls='--'), dict(color='0.45', ls=':'), dict(color='tab:orange', lw=4, alpha=0.35),
-                  dict(color='black'), dict(color='tab:red'), dict(color='tab:blue'))))
+# The curves of `spectra`, in its order.
+LOOKS = (dict(color='0.45', ls='--'), dict(color='0.45', ls=':'), dict(color='tab:orange', lw=4, alpha=0.35),
+         dict(color='black'), dict(color='tab:red'), dict(color='tab:blue'))
 
 
 def draw_spectra(figure, power, beta=None):
@@ -185,9 +65,9 @@ def draw_spectra(figure, power, beta=None):
     top, bottom = levels.max().item() + 8, min(levels.min().item(), 20 * math.log10(beta)) - 12
     axes = figure.subplots(1, len(SHOWN), sharey=True)
     for ax, bnr in zip(axes, SHOWN):
-        for name, values in spectra(power, bnr, beta).items():
+        for (name, values), look in zip(spectra(power, bnr, beta).items(), LOOKS, strict=True):
             # What is exactly 0 has no place on a scale in dB.
-            ax.plot(cycles, 10 * values.where(values > 0, math.nan).log10(), label=name, **LOOKS[name])
+            ax.plot(cycles, 10 * values.where(values > 0, math.nan).log10(), label=name, **look)
         ax.set(xscale='log', ylim=(bottom, top), xlabel='frequency (cycles per pixel)', title=f'BNR {bnr:g}')
         ticks = [f for f in (0.02, 0.05, 0.1, 0.2, 0.5) if cycles[0] <= f <= 0.5]
         ax.set_xticks(ticks, [f'{f:g}' for f in ticks])
@@ -248,7 +128,7 @@ def report(power, tolerance, recommended):
     c, gamma = fit_power_law(power)
     lines = [f'mean power {power.mean():.4f} (EDM takes 0.5² = 0.25)',
              f'power law S = {c:.4g}·(k² + l² + 1)^−{gamma:.3f}, at high frequencies 1/f^{2 * gamma:.2f}',
-             '', 'largest gap between M²S + β² and S + β² over all DCT bands and β in 0.002…80:',
+             '', f'largest gap between M²S + β² and S + β² over all DCT bands and β in {SIGMA_MIN}…{SIGMA_MAX}:',
              '   BNR  gap (dB)']
     lines += [f'{bnr:6g} {spectral_gap(power, bnr):9.3f}' for bnr in TABLE]
     return [*lines, '', f'the largest gap within {tolerance:g} dB is '
