@@ -262,8 +262,8 @@ def test_augment_with(flags, expected):
 
 
 def test_augment_with_refuses():
-    refused(invoke('train.py', '-n', '--augment-with=xflip,blur'), "no augmentation 'blur'; choose from xflip,",
-            ',saturation')
+    refused(invoke('train.py', '-n', '--augment-with=xflip,blur'), "no augmentation 'blur'; choose one of xflip,",
+            ', saturation')
     refused(invoke('train.py', '-n', '--augment=0', '--augment-with=xflip'), '--augment-with has no effect')
     refused(invoke('train.py', '-n', '--preset=digits', '--augment-with=xflip'), 'add --augment=PROB')
 
@@ -296,7 +296,7 @@ def test_only_the_global_generator_is_used():
 @pytest.mark.parametrize('settings, message', [
     (dict(p=1.5), 'p is 1.5'), (dict(p=-0.1), 'p is -0.1'), (dict(xflip=-1), 'xflip is -1'),
     (dict(scale=math.nan), 'scale is nan'), (dict(hue_max=math.inf), 'hue_max is inf'),
-    (dict(translate_int_max=0), 'translate_int_max is 0'), (dict(cutout=1), 'no augmentation setting cutout; .*hue')])
+    (dict(translate_int_max=0), 'translate_int_max is 0'), (dict(cutout=1), "no augmentation setting 'cutout'; .*hue")])
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         AugmentPipe(**settings)

@@ -11,6 +11,7 @@ import torch
 
 from dnnlib import UserError
 from tests.commands import invoke, refused
+from torch_utils.precision import PRECISIONS
 from train import main
 from training import architecture, networks
 from training.acceleration import accelerate
@@ -19,7 +20,8 @@ from training.generation import BATCH, default_batch
 from training.layers import (INIT_MODES, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding,
                              attend, draw_parameters, filter_down, filter_up, make_resample_filter, plain_attention,
                              split_heads)
-from training.precond import PRECISIONS, Precond, edm_scalings, vp_sigma, vp_sigma_inv
+from training.precond import Precond, edm_scalings
+from training.schedules import vp_sigma, vp_sigma_inv
 from training.unet import DECODERS, EMBEDDINGS, ENCODERS, MODELS, UNet
 from warm.config import ARCHITECTURES
 
@@ -83,12 +85,12 @@ def batch_of(n=4, label_dim=3):
 
 
 def assert_close(actual, expected, rel=1e-5):
-    """Largest difference within ``rel`` of the largest expected value."""
+    """Largest difference within `rel` of the largest expected value."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert (actual - expected).abs().max() <= rel * expected.abs().max()
 
 
-# --------------------------------------------------------------------------------------- records
+# -- records
 
 def load_record(golden, name):
     record = golden(name)
@@ -129,7 +131,7 @@ def test_layout_of_published_networks(root, name):
     assert sum(p.numel() for p in net.parameters()) == layout['params']
 
 
-# ---------------------------------------------------------------------------------------- layers
+# -- layers
 
 @pytest.mark.parametrize('mode', INIT_MODES)
 @pytest.mark.parametrize('shape', [(40, 90), (24, 30, 3, 3)])
@@ -191,7 +193,7 @@ def test_resampling(taps):
 def test_fused_resampling(taps, direction):
     torch.manual_seed(0)
     kwargs = {'init': Init('kaiming_normal', bias=1.0), direction: True, 'resample_filter': taps}
-    fused = Conv2d(2, 5, 3, fused=True, **kwargs)
+    fused = Conv2d(2, 5, 3, fused_resample=True, **kwargs)
     apart = Conv2d(2, 5, 3, **kwargs)
     apart.load_state_dict(fused.state_dict())
     x = torch.randn([1, 2, 16, 16])
@@ -246,7 +248,7 @@ def test_embeddings():
     assert torch.allclose(fourier(x[:2]).square().sum(1), torch.tensor([1000.0, 1000.0]))
 
 
-# ----------------------------------------------------------------------------------- whole networks
+# -- whole networks
 
 @pytest.mark.parametrize('embedding, encoder, decoder', list(itertools.product(EMBEDDINGS, ENCODERS, DECODERS)))
 def test_every_song_variant_runs_and_learns(embedding, encoder, decoder):
@@ -400,7 +402,7 @@ def test_narrow_adm_levels_have_no_attention():
     assert not hasattr(net.model.enc['8x8_block0'], 'qkv') and hasattr(net.model.enc['4x4_block0'], 'qkv')
 
 
-# ------------------------------------------------------------------------- a network through the commands
+# -- a network through the commands
 
 @pytest.fixture
 def patches_offered(monkeypatch):
@@ -432,7 +434,7 @@ def test_flags_that_a_new_network_does_not_take(patches_offered, flag, sentence)
     refused(invoke('train.py', '-n', '--arch=patches', flag), sentence)
 
 
-# ---------------------------------------------------------------------------------- preconditioning
+# -- preconditioning
 
 def test_edm_scalings_give_unit_variance():
     """Karras et al. 2022, Eq. 131–138: F's input and target have unit variance, c_out is least."""
@@ -480,7 +482,7 @@ def test_float16_only_on_cuda():
     assert small_net().precision == 'fp32'
 
 
-# -------------------------------------------------------------------------------------- bad input
+# -- bad input
 
 @pytest.mark.parametrize('kwargs, names', [
     (dict(model_type='NoUNet'), ['NoUNet', 'SongUNet', 'DhariwalUNet']),

@@ -1,4 +1,4 @@
-"""What the program asks of a network F, whatever is inside: the base class of all architectures."""
+"""The interface of a network F: the base class of all architectures."""
 
 import torch
 from torch.utils.checkpoint import checkpoint

@@ -9,7 +9,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
 from training import affine
 
 
@@ -36,8 +36,7 @@ class AugmentPipe:
         for transform in TRANSFORMS:
             self.init_kwargs.update(transform.settings)
         for name, value in settings.items():
-            if name not in self.init_kwargs:
-                raise UserError(f'there is no augmentation setting {name}; choose from {", ".join(self.init_kwargs)}')
+            chosen('augmentation setting', name, self.init_kwargs)
             self.init_kwargs[name] = value
         vars(self).update(self.init_kwargs)
         for name, value in self.init_kwargs.items():
@@ -258,9 +257,8 @@ def training_strengths(names):
     """
     wanted = [part.strip() for part in names.split(',')]
     known = {t.name: t.strength for t in TRANSFORMS}
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise UserError(f"there is no augmentation '{unknown[0]}'; choose from {','.join(known)}")
+    for name in wanted:
+        chosen('augmentation', name, known)
     return {name: strength for name, strength in known.items() if name in wanted}
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dnnlib import UserError
 
 
-# ------------------------------------------------------------------------------ initialisation
+# -- initialisation
 
 class Init(typing.NamedTuple):
     """How a layer draws its first weights: a mode of INIT_MODES and a gain for weight and bias."""
@@ -46,11 +46,11 @@ def draw_parameters(shape, init, bias=True):
 
     Args:
         shape: [out, in] or [out, in, k, k]; fans count the kernel's area.
-        init: an ``Init``. The bias has the weight's distribution and fans, with its own gain.
+        init: An `Init`. The bias has the weight's distribution and fans, with its own gain.
         bias: False returns None for the bias and draws nothing for it.
 
     Returns:
-        (weight, bias) as ``torch.nn.Parameter``; a gain of zero still uses up the draws.
+        (weight, bias) as torch.nn.Parameter; a gain of zero still uses up the draws.
     """
     distribution, variance_of = INIT_MODES[init.mode]
     area = math.prod(shape[2:])
@@ -61,10 +61,10 @@ def draw_parameters(shape, init, bias=True):
     return weight, torch.nn.Parameter(distribution(shape[:1], variance) * init.bias)
 
 
-# -------------------------------------------------------------------------------------- layers
+# -- layers
 
 def cast(parameter, like):
-    """The parameter in the dtype of ``like``; None stays None."""
+    """The parameter in the dtype of `like`; None stays None."""
     return None if parameter is None else parameter.to(like.dtype)
 
 
@@ -125,15 +125,16 @@ def _sizes(x):
 class GroupNorm(torch.nn.Module):
     """Group normalisation with min(32, C // 4) groups; its statistics are float32 at least.
 
-    Raises UserError if C channels cannot be divided into that many groups.
+    Raises:
+        UserError: C channels cannot be divided into that many groups.
     """
 
     def __init__(self, channels, eps=1e-5):
         super().__init__()
         self.num_groups = min(32, channels // 4)
         if self.num_groups == 0 or channels % self.num_groups:
-            raise UserError(f'A group norm of {channels} channels is impossible: choose model_channels and '
-                            'channel_mult so that all widths are multiples of 4, and above 128 multiples of 32.')
+            raise UserError(f'a group norm of {channels} channels is impossible; choose model_channels and '
+                            'channel_mult so that all widths are multiples of 4, and above 128 multiples of 32')
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(channels))
         self.bias = torch.nn.Parameter(torch.zeros(channels))
@@ -166,25 +167,27 @@ def filter_up(x, low_pass, padding):
 
 
 class Conv2d(torch.nn.Module):
-    """Same-size convolution, optionally preceded by a 2× resampling; ``kernel=0`` only resamples.
+    """Same-size convolution, optionally preceded by a 2× resampling; kernel = 0 only resamples.
 
-    With ``fused`` the two share one padding. Going down the convolution then comes first, at full
+    With `fused_resample` the two share one padding. Going down the convolution then comes first, at full
     resolution, and only its result is low-passed.
 
-    ``memory_format`` is the layout the weight is handed over in, and with it that of the result; the parameter
-    itself keeps its own.
+    Attributes:
+        memory_format: The layout the weight is handed over in, and with it that of the result; the parameter itself
+            keeps its own.
 
-    Raises UserError if both ``up`` and ``down`` are set.
+    Raises:
+        UserError: both `up` and `down` are set.
     """
 
     memory_format = torch.preserve_format
 
     def __init__(self, in_channels, out_channels, kernel, init=None, up=False, down=False, resample_filter=(1, 1),
-                 fused=False):
+                 fused_resample=False):
         super().__init__()
         if up and down:
-            raise UserError('A convolution resamples up or down, not both: choose one of up and down.')
-        self.up, self.down, self.fused = up, down, fused
+            raise UserError('a convolution resamples up or down, not both; choose one of up and down')
+        self.up, self.down, self.fused_resample = up, down, fused_resample
         if kernel:
             self.weight, self.bias = draw_parameters([out_channels, in_channels, kernel, kernel], init)
         else:
@@ -194,7 +197,7 @@ class Conv2d(torch.nn.Module):
         self.filter_pad = (len(resample_filter) - 1) // 2
 
     def forward(self, x):
-        if self.fused and self.weight is not None:
+        if self.fused_resample and self.weight is not None:
             return self._fused(x)
         if self.up:
             x = filter_up(x, self.resample_filter, self.filter_pad)
@@ -215,13 +218,13 @@ class Conv2d(torch.nn.Module):
         return filter_down(x, self.resample_filter, 0) if self.down else x
 
 
-# ------------------------------------------------------------------------------------ embeddings
+# -- embeddings
 
 class PositionalEmbedding(torch.nn.Module):
     """Sinusoids of a number [B] → [B, num_channels], frequencies falling geometrically from 1.
 
-    They reach 1/10000 in the last channel with ``endpoint``, otherwise stop one step before it.
-    ``sin_first`` puts the sines into the first half of the channels, otherwise the cosines.
+    They reach 1/10000 in the last channel with `endpoint`, otherwise stop one step before it.
+    `sin_first` puts the sines into the first half of the channels, otherwise the cosines.
     """
 
     def __init__(self, num_channels, endpoint, sin_first):
@@ -249,7 +252,7 @@ def _sinusoids(phase, sin_first):
     return torch.cat([sin, cos] if sin_first else [cos, sin], dim=1)
 
 
-# ------------------------------------------------------------------------------------- attention
+# -- attention
 
 def split_heads(qkv, num_heads):
     """[B, 3C, H, W] → query, key, value, each [B, heads, H·W, C/heads], contiguous as fused kernels need them.
@@ -271,30 +274,30 @@ def plain_attention(q, k, v):
 def attend(qkv, num_heads):
     """Self-attention over the pixels: [B, 3C, H, W] → [B, C, H, W].
 
-    Equals ``plain_attention`` on ``split_heads``; the fused kernel keeps no [H·W, H·W] matrix.
+    Equals `plain_attention` on `split_heads`; the fused kernel keeps no [H·W, H·W] matrix.
     """
     batch, channels, height, width = qkv.shape
     a = F.scaled_dot_product_attention(*split_heads(qkv, num_heads))
     return a.transpose(-1, -2).reshape(batch, channels // 3, height, width)
 
 
-# ----------------------------------------------------------------------------------------- block
+# -- block
 
 @dataclasses.dataclass(frozen=True)
 class BlockStyle:
     """What all blocks of one network share.
 
     Attributes:
-        emb_channels: width of the embedding that modulates the blocks.
-        dropout: probability, before the second convolution.
-        skip_scale: factor on every residual sum.
-        eps: of the group norms.
-        init, init_zero, init_attn: first weights of most layers; of the last layer of each
-            residual branch; of the attention's query, key and value.
+        emb_channels: Width of the embedding that modulates the blocks.
+        dropout: Probability, before the second convolution.
+        skip_scale: Factor on every residual sum.
+        eps: Of the group norms.
+        init, init_zero, init_attn: First weights of most layers; of the last layer of each residual branch; of the
+            attention's query, key and value.
         resample_filter: 1-D filter of the resampling blocks.
-        resample_proj: resampling blocks also project their skip by a 1×1 convolution.
-        adaptive_scale: the embedding scales and shifts the second norm, instead of being added before it.
-        channels_per_head: of the attention; None means a single head.
+        resample_proj: Resampling blocks also project their skip by a 1×1 convolution.
+        adaptive_scale: The embedding scales and shifts the second norm, instead of being added before it.
+        channels_per_head: Of the attention; None means a single head.
     """
     emb_channels: int
     dropout: float
@@ -312,15 +315,15 @@ class BlockStyle:
         """Attention heads for that many channels; 0, no attention, if they do not fill one (as in EDM)."""
         heads = 1 if self.channels_per_head is None else channels // self.channels_per_head
         if heads and channels % heads:
-            raise UserError(f'{channels} channels cannot be divided among {heads} attention heads: make them a '
-                            f'multiple of {self.channels_per_head}, or leave that level out of attn_resolutions.')
+            raise UserError(f'{channels} channels cannot be divided among {heads} attention heads; make them a '
+                            f'multiple of {self.channels_per_head}, or leave that level out of attn_resolutions')
         return heads
 
 
 class UNetBlock(torch.nn.Module):
     """Residual block with optional 2× resampling, modulated by an embedding, then optional self-attention.
 
-    ``forward(x [B, in_channels, H, W], emb [B or 1, emb_channels])`` → [B, out_channels, H', W'].
+    forward(x [B, in_channels, H, W], emb [B or 1, emb_channels]) → [B, out_channels, H′, W′].
     """
 
     def __init__(self, in_channels, out_channels, style, up=False, down=False, attention=False):

@@ -172,7 +172,7 @@ EDM_SYSTEMS = (
 
 
 def flag_of(name):
-    """generate.py's flag for a sampler's keyword; EDM's own keep their underscores."""
+    """The command-line flag of an option's name; EDM's own keep their underscores."""
     edm = (*COMMON_SAMPLE_OPTIONS, *ABLATION_OPTIONS)
     return '--' + (FLAG_NAMES.get(name, name) if name in edm else name.replace('_', '-'))
 

@@ -1,6 +1,6 @@
 """The U-Nets F of EDM: SongUNet (DDPM++, NCSN++; Song et al. 2021) and DhariwalUNet (ADM; Dhariwal & Nichol 2021).
 
-What they take and give is said in training.architecture.Network.
+Their interface is described in training.architecture.Network.
 """
 
 import math
@@ -8,20 +8,14 @@ import math
 import torch
 from torch.nn import functional as F
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
 from training.architecture import Network
 from training.layers import (BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding,
                              UNetBlock)
 
 
-def require_choice(what, value, choices):
-    """Raise UserError unless ``value`` is one of ``choices``; ``what`` names it in the sentence."""
-    if value not in choices:
-        raise UserError(f'Unknown {what} {value!r}: choose one of {", ".join(choices)}.')
-
-
 def drop_labels(labels, probability, batch):
-    """Zero each of ``batch`` images' labels with that probability, for classifier-free guidance."""
+    """Zero each of `batch` images' labels with that probability, for classifier-free guidance."""
     keep = torch.rand([batch, 1], device=labels.device) >= probability
     return labels * keep.to(labels.dtype)
 
@@ -29,8 +23,8 @@ def drop_labels(labels, probability, batch):
 class UNet(Network):
     """What the two networks share: levels of blocks going down, then up with the skips joined.
 
-    A subclass sets up its embedding (``embed``), calls ``build``, and says how images pass through
-    ``enc`` and ``dec`` (``encode``, ``decode``). Keys of ``enc`` and ``dec`` are ``{R}x{R}_{kind}``,
+    A subclass sets up its embedding (`embed`), calls `build`, and says how images pass through
+    `enc` and `dec` (`encode`, `decode`). Keys of `enc` and `dec` are `{R}x{R}_{kind}`,
     in order of execution.
     """
 
@@ -42,12 +36,12 @@ class UNet(Network):
         super().__init__(img_resolution, in_channels, out_channels, noise_channels)
         coarsest = 2 ** (len(channel_mult) - 1)
         if img_resolution % coarsest:
-            raise UserError(f'Images of {img_resolution}x{img_resolution} pixels cannot be halved '
-                            f'{len(channel_mult) - 1} times: use a size divisible by {coarsest}, or shorten '
-                            'channel_mult (--cres).')
+            raise UserError(f'images of {img_resolution}x{img_resolution} pixels cannot be halved '
+                            f'{len(channel_mult) - 1} times; use a size divisible by {coarsest}, or shorten '
+                            'channel_mult (--cres)')
         if noise_channels % 2 or noise_channels < 4:
-            raise UserError(f'The noise embedding needs an even number of channels, at least 4, not '
-                            f'{noise_channels}: change model_channels (--cbase).')
+            raise UserError(f'the noise embedding needs an even number of channels, at least 4, not '
+                            f'{noise_channels}; change model_channels (--cbase)')
         self.model_channels, self.num_blocks = model_channels, num_blocks
         self.level_channels = [model_channels * mult for mult in channel_mult]
         self.attn_resolutions = list(attn_resolutions)
@@ -72,10 +66,10 @@ class UNet(Network):
             return self.run_block(block, x, emb)
         return self.run_block(lambda *inputs: block(torch.cat(inputs[:2], dim=1), inputs[2]), x, skips.pop(), emb)
 
-    # ---- construction
+    # -- construction
 
     def build(self, style, stem_channels):
-        """Create ``enc`` and ``dec`` from blocks of that style, the first convolution giving stem_channels."""
+        """Create `enc` and `dec` from blocks of that style, the first convolution giving stem_channels."""
         self.enc, self.dec = torch.nn.ModuleDict(), torch.nn.ModuleDict()
         skip_channels = self._build_encoder(style, stem_channels)
         self._build_decoder(style, skip_channels)
@@ -123,14 +117,14 @@ class UNet(Network):
         return True
 
     def add_encoder_aux(self, style, level, channels):
-        """Called after each down block; a subclass may add layers of its own to ``enc``."""
+        """Called after each down block; a subclass may add layers of its own to `enc`."""
 
     def add_decoder_aux(self, style, level, channels):
-        """Called after each level's blocks; a subclass may add layers of its own to ``dec``."""
+        """Called after each level's blocks; a subclass may add layers of its own to `dec`."""
 
 
 def kinds(layers):
-    """(kind, layer) of every entry of ``enc`` or ``dec``, the key's resolution left out."""
+    """(kind, layer) of every entry of `enc` or `dec`, the key's resolution left out."""
     return ((name.split('_', 1)[1], layer) for name, layer in layers.items())
 
 
@@ -147,19 +141,19 @@ class SongUNet(UNet):
     """DDPM++ (positional, standard, standard), NCSN++ (fourier, residual, standard) and kin.
 
     Args:
-        img_resolution, in_channels, out_channels: of the images.
-        label_dim, augment_dim: width of the labels, 0 for none.
-        model_channels, channel_mult: channels of level i are model_channels·channel_mult[i].
-        channel_mult_emb, channel_mult_noise: width of the embedding, and of the noise embedding,
-            in model_channels.
-        num_blocks, attn_resolutions: blocks a level, and the resolutions with attention.
-        dropout, label_dropout: probabilities, active in training only.
-        embedding_type: one of EMBEDDINGS. encoder_type: one of ENCODERS: plain; the downsampled
-            image added at each level (skip); a residual pyramid. decoder_type: one of DECODERS:
-            output at the highest resolution, or a sum over all (skip).
+        img_resolution, in_channels, out_channels: Of the images.
+        label_dim, augment_dim: Width of the labels, 0 for none.
+        model_channels, channel_mult: Channels of level i are model_channels·channel_mult[i].
+        channel_mult_emb, channel_mult_noise: Width of the embedding, and of the noise embedding, in model_channels.
+        num_blocks, attn_resolutions: Blocks a level, and the resolutions with attention.
+        dropout, label_dropout: Probabilities, active in training only.
+        embedding_type: A name in EMBEDDINGS.
+        encoder_type: One of ENCODERS: plain; the downsampled image added at each level (skip); a residual pyramid.
+        decoder_type: One of DECODERS: output at the highest resolution, or a sum over all (skip).
         resample_filter: 1-D filter of all resampling: [1, 1] DDPM++, [1, 3, 3, 1] NCSN++.
 
-    Raises UserError for an unknown type or an image size the levels do not fit.
+    Raises:
+        UserError: an unknown type, or an image size that the levels do not fit.
     """
 
     small = dict(model_channels=8, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
@@ -168,9 +162,9 @@ class SongUNet(UNet):
                  channel_mult=(1, 2, 2, 2), channel_mult_emb=4, num_blocks=4, attn_resolutions=(16,), dropout=0.10,
                  label_dropout=0, embedding_type='positional', channel_mult_noise=1, encoder_type='standard',
                  decoder_type='standard', resample_filter=(1, 1)):
-        require_choice('embedding_type', embedding_type, EMBEDDINGS)
-        require_choice('encoder_type', encoder_type, ENCODERS)
-        require_choice('decoder_type', decoder_type, DECODERS)
+        make_embedding = chosen('embedding_type', embedding_type, EMBEDDINGS)
+        chosen('encoder_type', encoder_type, ENCODERS)
+        chosen('decoder_type', decoder_type, DECODERS)
         super().__init__(img_resolution, in_channels, out_channels, model_channels, channel_mult, num_blocks,
                          attn_resolutions, noise_channels=model_channels * channel_mult_noise)
         self.label_dim, self.label_dropout = label_dim, label_dropout
@@ -178,7 +172,7 @@ class SongUNet(UNet):
         emb_channels = model_channels * channel_mult_emb
         init = Init('xavier_uniform')
 
-        self.map_noise = EMBEDDINGS[embedding_type](self.noise_channels)
+        self.map_noise = make_embedding(self.noise_channels)
         self.map_label = Linear(label_dim, self.noise_channels, init) if label_dim else None
         self.map_augment = Linear(augment_dim, self.noise_channels, init, bias=False) if augment_dim else None
         self.map_layer0 = Linear(self.noise_channels, emb_channels, init)
@@ -213,7 +207,7 @@ class SongUNet(UNet):
         if self.encoder_type == 'residual':
             # The pyramid starts from the image; from then on it is the level's own feature map.
             aux_channels = self.in_channels if level == 1 else self.level_channels[level - 2]
-            self.enc[self._key(level, 'aux_residual')] = Conv2d(aux_channels, channels, 3, style.init, fused=True,
+            self.enc[self._key(level, 'aux_residual')] = Conv2d(aux_channels, channels, 3, style.init, fused_resample=True,
                                                                 **resampling)
 
     def add_decoder_aux(self, style, level, channels):

@@ -19,9 +19,8 @@ import math
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
 from training.system import flag_of
-from training.unet import require_choice
 from warm.blur import residual_scale
 from warm.path import OnePath
 
@@ -77,26 +76,26 @@ def checked_choices(choices, family, targets, branches):
     Raises:
         UserError: an unknown or impossible value; one without effect on this network.
     """
-    require_choice('rest_scale', choices['rest_scale'], REST_SCALES)
-    require_choice('blur_embedding', choices['blur_embedding'], BLUR_EMBEDDINGS)
+    chosen('rest_scale', choices['rest_scale'], REST_SCALES)
+    feature = chosen('blur_embedding', choices['blur_embedding'], BLUR_EMBEDDINGS)
     if not 0 < choices['rest_weight'] < math.inf:
         raise UserError(f"--rest-weight={choices['rest_weight']} is no factor of a loss; give a number > 0, such as "
                         f"{DEFAULTS['rest_weight']:g}")
-    chosen = {name: value for name, value in choices.items() if value != DEFAULTS[name]}
-    for flag, name in zip(flags_of(chosen), chosen):
+    others = {name: value for name, value in choices.items() if value != DEFAULTS[name]}
+    for flag, name in zip(flags_of(others), others):
         if family.is_hot:
             raise UserError(f"{flag} has no effect at BNR 0, where the network is EDM's; leave it out or choose "
                             'another BNR')
         if name.startswith('rest_') and REST not in branches:
             raise UserError(f"{flag} is about the branch for the rest, which --targets={targets} doesn't have; "
                             'leave it out or choose --targets=residual')
-    if BLUR_EMBEDDINGS[choices['blur_embedding']] is None and not isinstance(family, OnePath):
+    if feature is None and not isinstance(family, OnePath):
         raise UserError(f"--blur-embedding={choices['blur_embedding']} would leave a network for {family} without "
                         'knowledge of its blur; choose log or linear, or a single BNR')
-    return chosen
+    return others
 
 
-def flags_of(chosen):
+def flags_of(choices):
     """['--rest-scale=edm', …] for {name: value}."""
     return [f'{flag_of(name)}={value:g}' if isinstance(value, float) else f'{flag_of(name)}={value}'
-            for name, value in chosen.items()]
+            for name, value in choices.items()]

@@ -2,10 +2,9 @@
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
 from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings
-from training.unet import require_choice
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
 from warm.path import parse_family
 from warm.targets import TARGETS, Hot, Point
@@ -44,9 +43,10 @@ class WarmPrecond(Precond):
                  sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None, targets='residual',
                  rest_weight=DEFAULTS['rest_weight'], rest_scale=DEFAULTS['rest_scale'],
                  blur_embedding=DEFAULTS['blur_embedding'], model_type='SongUNet', **model_kwargs):
-        require_choice('targets', targets, TARGETS)
+        parametrisation = chosen('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
-        parametrisation = Hot() if family.is_hot else TARGETS[targets]
+        if family.is_hot:
+            parametrisation = Hot()
         choices = checked_choices(dict(rest_weight=rest_weight, rest_scale=rest_scale, blur_embedding=blur_embedding),
                                   family, targets, parametrisation.names)
         super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
@@ -62,60 +62,58 @@ class WarmPrecond(Precond):
         """EDM's coefficients at σ = β."""
         return edm_scalings(sigma, self.sigma_data)
 
-    def estimates(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
-        """What the branches estimate (the loss compares it with `parametrisation.targets`).
-
-        Args:
-            x: Blurred and noisy images [B, C, N, N], x = V M_α Vᵀ x₀ + β ε.
-            sigma: Noise level β > 0: a number, or one per image.
-            class_labels: [B, label_dim], or None.
-            alpha: Blur in pixels ≥ 0: a number, or one per image; None: that of the network's default path.
-
-        Returns:
-            Tuple of float32 tensors like x, one per branch.
-
-        Raises:
-            UserError: images, noise levels or blur of another number or shape; blur that is negative or not finite
-                (the values of a tensor are not looked at).
-        """
-        return self.estimates_at(self.point(x, sigma, alpha), class_labels, force_fp32, **model_kwargs)
-
     def point(self, x, sigma, alpha=None):
-        """The Point of warm.targets that `estimates`' arguments mean, checked as it says."""
+        """The Point of warm.targets that `forward`'s arguments mean, checked as it says."""
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
         return Point(x, sigma, self.as_alpha(alpha, sigma, x), *self.scalings(sigma), self.sigma_data, self.rest_scale)
 
-    def estimates_at(self, point, class_labels=None, force_fp32=False, **model_kwargs):
-        """`estimates` at a point."""
+    def estimates(self, point, class_labels=None, force_fp32=False, **model_kwargs):
+        """What the branches estimate at a Point: float32 tensors like x, one per branch."""
         if self.map_blur is not None:
             model_kwargs['extra_embedding'] = self.map_blur(point.alpha.flatten().to(torch.float32))
         F = self.run_model(point.c_in * point.x, point.c_noise, class_labels, force_fp32, **model_kwargs)
         return self.parametrisation.estimates(F.split(self.img_channels, dim=1), point)
 
     def as_alpha(self, alpha, sigma, x):
-        """α as [B or 1, 1, 1, 1] on x's device; checked as `estimates` says."""
+        """α as [B or 1, 1, 1, 1] on x's device; checked as `forward` says."""
         if alpha is None:
             alpha = self.family.default.alpha(sigma)
         if not isinstance(alpha, torch.Tensor):  # a tensor's values would have to be waited for on a GPU
             given = torch.as_tensor(alpha, dtype=torch.float64)
             if not (given.isfinite() & (given >= 0)).all():
-                raise UserError(f'Got the blur {str(given.flatten().tolist())[:100]} in pixels: give numbers ≥ 0.')
+                raise UserError(f'{str(given.flatten().tolist())[:100]} is no blur in pixels; give numbers ≥ 0')
         alpha = torch.as_tensor(alpha, device=x.device).reshape(-1, 1, 1, 1)
         if len(alpha) not in (1, len(x)):
-            raise UserError(f'Got {len(alpha)} blur levels for {len(x)} images: give one in all, or one an image.')
+            raise UserError(f'there are {len(alpha)} blur levels for {len(x)} images; give one in all, or one an image')
         return alpha
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
-        """(D, R): the blurred image without noise (Eq. 5) and what the blur took away (Eq. 6), as `estimates`."""
+        """(D, R): the blurred image without noise (Eq. 5) and what the blur took away (Eq. 6); as `forward`."""
         point = self.point(x, sigma, alpha)
-        estimates = self.estimates_at(point, class_labels, force_fp32, **model_kwargs)
-        return self.parametrisation.parts(estimates, point)
+        return self.parametrisation.parts(self.estimates(point, class_labels, force_fp32, **model_kwargs), point)
 
     def forward(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, return_estimates=False,
                 **model_kwargs):
-        """x̂₀ = D + R, float32 like x; with `return_estimates` what `estimates` gives (for losses, through DDP)."""
+        """The clean image x̂₀ = D + R.
+
+        Args:
+            x: Blurred and noisy images [B, C, N, N], x = V M_α Vᵀ x₀ + β ε.
+            sigma: Noise level β > 0: a number, or one per image.
+            class_labels: [B, label_dim], or None.
+            alpha: Blur in pixels ≥ 0: a number, or one per image; None: that of the network's default path.
+            force_fp32, model_kwargs: As in training.precond.Precond.
+            return_estimates: Give a tuple of what the branches estimate instead, which a loss compares with
+                `parametrisation.targets`. It is asked for here since DDP only wraps `forward`.
+
+        Returns:
+            float32, like x.
+
+        Raises:
+            UserError: images, noise levels or blur of another number or shape; blur that is negative or not finite
+                (the values of a tensor are not looked at).
+        """
         if return_estimates:
-            return self.estimates(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
+            return self.estimates(self.point(x, sigma, alpha), class_labels, force_fp32, **model_kwargs)
         D, R = self.denoise_deblur(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
         return D + R
 
