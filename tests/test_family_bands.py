@@ -116,7 +116,7 @@ class Denoiser:
 
 def test_edms_euler_sampler_is_the_implicit_step_all_along():
     net, latents = Denoiser(), normal(2, 1, N, N)
-    sigmas = edm_sigma_steps(6, 0.002, 80, 7, net, 'cpu').tolist()
+    sigmas = edm_sigma_steps(6, 0.002, 80, 7, net).tolist()
     x = latents * sigmas[0]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
         x = implicit_step(x, net(x, sigma), warm_bands(0, sigma), warm_bands(0, sigma_next))

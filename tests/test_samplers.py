@@ -138,7 +138,7 @@ def test_network_is_called_2n_minus_1_times():
 
 
 def test_sigma_steps_follow_equation_5():
-    steps = edm_sigma_steps(5, 0.002, 80, 7, toy(), 'cpu')
+    steps = edm_sigma_steps(5, 0.002, 80, 7, toy())
     assert steps.dtype == torch.float64 and steps.shape == (6,)
     expected = [(80 ** (1 / 7) + i / 4 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(5)] + [0]
     np.testing.assert_allclose(steps, expected, rtol=1e-13)
@@ -148,7 +148,7 @@ def test_sigma_steps_keep_to_the_network():
     net = toy()
     net.sigma_min, net.sigma_max = 0.4, 20.2
     net.round_sigma = lambda sigma: torch.as_tensor(sigma).round(decimals=1)
-    steps = edm_sigma_steps(4, 0.002, 80, 7, net, 'cpu')
+    steps = edm_sigma_steps(4, 0.002, 80, 7, net)
     assert steps[0] == 20.2 and steps[-2] == 0.4 and torch.equal(steps, steps.round(decimals=1))
     ablation_sampler(net, latents(), num_steps=4, S_churn=3)
     edm_sampler(net, latents(), num_steps=4, S_churn=3)
@@ -168,7 +168,7 @@ def test_levels_decrease_over_the_default_range(discretization):
 
 def test_a_single_step_denoises_the_latents():
     x = latents()
-    assert edm_sigma_steps(1, 0.002, 80, 7, toy(), 'cpu').tolist() == pytest.approx([80, 0])
+    assert edm_sigma_steps(1, 0.002, 80, 7, toy()).tolist() == pytest.approx([80, 0])
     samples = edm_sampler(gaussian(), x, num_steps=1)
     np.testing.assert_allclose(samples, 80 * x.double() * 0.25 / (0.25 + 80 ** 2), rtol=1e-9)
     for discretization in DISCRETIZATIONS:

@@ -69,7 +69,7 @@ def test_levels_that_are_rounded_to_one(record, path, solver):
     net, latents = Coarse(torch.tensor(record.spectrum)), torch.tensor(record.latents)
     many = warm_sampler(net, latents, num_steps=100, path=PATHS[path], solver=solver)
     assert torch.isfinite(many).all()
-    levels = Coarse.round_sigma(net, edm_sigma_steps(100, 0.002, 80, 7, net, 'cpu'))
+    levels = Coarse.round_sigma(net, edm_sigma_steps(100, 0.002, 80, 7, net))
     assert len(levels.unique()) < 50
 
 

@@ -10,8 +10,9 @@ import numbers
 
 import torch
 
-from dnnlib import UserError
-from training.schedules import DISCRETIZATIONS, SCALINGS, SCHEDULES, edm_sigmas
+from dnnlib import UserError, chosen
+from training.schedules import (DISCRETIZATIONS, IDDPM_C_1, IDDPM_C_2, IDDPM_M, NUM_STEPS, RHO, SCALINGS, SCHEDULES,
+                                SIGMA_MAX, SIGMA_MIN, edm_sigmas)
 
 
 class StackedRandomGenerator:
@@ -77,18 +78,21 @@ SOLVERS = {'euler': euler_step, 'heun': heun_step}
 
 # -- noise levels
 
-def edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net, device):
-    """EDM's time grid (equation 5) within the network's range: float64 [num_steps + 1], decreasing to a final 0.
+def edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net):
+    """EDM's time grid (equation 5) within the network's range, decreasing to a final 0.
 
     A single step leads from sigma_max to 0.
 
+    Returns:
+        float64 [num_steps + 1] on the CPU.
+
     Raises:
-        UserError: a setting out of range, or nothing left within the network's range.
+        UserError: a setting out of range, or no overlap with the network's range.
     """
     _check_grid(num_steps, rho)
     sigma_min, sigma_max = _clipped(net, sigma_min, sigma_max)
     sigmas = rounded(net, edm_sigmas(num_steps, sigma_min, sigma_max, rho=rho))
-    return torch.cat([sigmas, sigmas.new_zeros([1])]).to(device)
+    return torch.cat([sigmas, sigmas.new_zeros([1])])
 
 
 def churned(sigma, num_steps, S_churn, S_min, S_max):
@@ -110,20 +114,23 @@ def noise_spread(sigma, sigma_hat):
 def rounded(net, sigmas):
     """Noise levels (float64 tensor on the CPU) as the network takes them, likewise.
 
-    Best called once for many levels: a network that looks them up on a GPU has to be waited for.
+    Call it once with all levels: looking them up on a GPU makes the host wait.
     """
     return net.round_sigma(sigmas).to('cpu', torch.float64)
 
 
-def _denoised(net, x, sigma, class_labels):
-    """D(x; σ) in float64; the float σ is filled in on the device, which a copy would wait for."""
-    return net(x, x.new_full([], sigma), class_labels).to(torch.float64)
+def evaluate(net, x, level, class_labels=None):
+    """The network's answer to x [B, C, H, W] at the number `level`, such as σ: float64 like x.
+
+    The level is filled in on the device, since a copy of it would be waited for.
+    """
+    return net(x, x.new_full([], level), class_labels).to(torch.float64)
 
 
 # -- samplers
 
-def edm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=18, sigma_min=0.002,
-                sigma_max=80, rho=7, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1):
+def edm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
+                sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1):
     """EDM's stochastic sampler (algorithm 2).
 
     Args:
@@ -142,13 +149,13 @@ def edm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
     Raises:
         UserError: a setting out of range.
     """
-    t_steps = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net, 'cpu')
+    t_steps = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net)
     check_churn(S_churn, S_noise)
     t_hats = _churned_levels(net, t_steps[:-1], num_steps, S_churn, S_min, S_max)
     noise_stds = S_noise * noise_spread(t_steps[:-1], t_hats)
 
     def slope(x, t):
-        return (x - _denoised(net, x, t, class_labels)) / t
+        return (x - evaluate(net, x, t, class_labels)) / t
 
     x = latents.to(torch.float64) * t_steps[0].item()
     for t_hat, t_next, noise_std in zip(t_hats.tolist(), t_steps[1:].tolist(), noise_stds.tolist()):
@@ -157,10 +164,10 @@ def edm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
     return x
 
 
-def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=18, sigma_min=None,
-                     sigma_max=None, rho=7, solver='heun', discretization='edm', schedule='linear', scaling='none',
-                     epsilon_s=1e-3, C_1=0.001, C_2=0.008, M=1000, alpha=1, S_churn=0, S_min=0,
-                     S_max=float('inf'), S_noise=1):
+def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
+                     sigma_min=None, sigma_max=None, rho=RHO, solver='heun', discretization='edm', schedule='linear',
+                     scaling='none', epsilon_s=1e-3, C_1=IDDPM_C_1, C_2=IDDPM_C_2, M=IDDPM_M, alpha=1, S_churn=0,
+                     S_min=0, S_max=float('inf'), S_noise=1):
     """The general sampler (algorithm 1 with the steps of algorithm 3), churn included.
 
     Args, beyond those of `edm_sampler`:
@@ -176,10 +183,10 @@ def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
     Raises:
         UserError: a setting out of range or a choice that is not in its table.
     """
-    step = _chosen('solver', solver, SOLVERS)
-    grid = _chosen('discretization', discretization, DISCRETIZATIONS)
-    make_schedule = _chosen('schedule', schedule, SCHEDULES)
-    scaling = _chosen('scaling', scaling, SCALINGS)
+    step = chosen('solver', solver, SOLVERS)
+    grid = chosen('discretization', discretization, DISCRETIZATIONS)
+    make_schedule = chosen('schedule', schedule, SCHEDULES)
+    scaling = chosen('scaling', scaling, SCALINGS)
     _check_grid(num_steps, rho)
     check_churn(S_churn, S_noise)
     _check_constants(epsilon_s, alpha, M)
@@ -200,7 +207,7 @@ def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
         t = torch.tensor(t, dtype=torch.float64)
         sigma_t, deriv_t = sigma(t), sigma_deriv(t)
         s_t, s_deriv_t = scaling.s(sigma_t), scaling.s_deriv(sigma_t, deriv_t)
-        D_x = _denoised(net, x / s_t, sigma_t.item(), class_labels)
+        D_x = evaluate(net, x / s_t, sigma_t.item(), class_labels)
         return (deriv_t / sigma_t + s_deriv_t / s_t) * x - (deriv_t * s_t / sigma_t) * D_x
 
     x = latents.to(torch.float64) * (sigmas[0] * s[0]).item()
@@ -212,12 +219,6 @@ def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
 
 
 # -- checks
-
-def _chosen(what, name, table):
-    if name not in table:
-        raise UserError(f"there is no {what} '{name}'; choose one of {', '.join(table)}")
-    return table[name]
-
 
 def check_steps(num_steps, at_most=None):
     """Refuse a number of sampling steps that is not a whole number from 1 up to `at_most` (UserError)."""

@@ -1,4 +1,4 @@
-"""The one family that all these systems belong to: x_t = V (a_t ∘ Vᵀx₀) + V (s_t ∘ Vᵀε), a and s per DCT band.
+"""The family of blur–noise processes that the systems here share: x_t = V (a_t ∘ Vᵀx₀) + V (s_t ∘ Vᵀε), a and s per DCT band.
 
 Those that blur say what their `Bands` (a_t, s_t) are at each time; cold ones have s = 0. What they need of them stands
 here once: the marginal that their losses draw from, and for ancestral sampling the transition q(z_t|z_s) and the
@@ -13,10 +13,7 @@ import dataclasses
 
 import torch
 
-from training.samplers import edm_sigma_steps
-from training.system import GRID_OPTIONS
 from warm.blur import dct2, idct2
-from warm.samplers import SAMPLER_DEFAULTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,20 +93,6 @@ def ancestral_noise_step(x, eps, here, there, z=None, delta=0):
     u = dct2(x)
     u = weight_x * u + weight_0 / ratio * (u - here.noise * dct2(eps))
     return idct2(u if z is None else u + variance.sqrt() * dct2(z))
-
-
-# -- what the samplers of these systems share
-
-def predict(net, x, level, class_labels=None):
-    """The network's prediction in float64; the number `level` is filled in on the device, without a copy."""
-    return net(x, x.new_full([], level), class_labels).to(torch.float64)
-
-
-def grid_options(net, options):
-    """Options of EDM's grid of noise levels, defaults filled in, after checking that they suit `net` (UserError)."""
-    options = {**{name: SAMPLER_DEFAULTS[name] for name in GRID_OPTIONS}, **options}
-    edm_sigma_steps(**options, net=net, device='cpu')
-    return options
 
 
 def spread_levels(num_steps, last):

@@ -15,6 +15,7 @@ import math
 import torch
 
 from dnnlib import UserError
+from training.precond import SIGMA_DATA
 
 
 def constant(function):
@@ -45,8 +46,7 @@ def dct2(x):
         UserError: images that are not square.
     """
     if x.shape[-1] != x.shape[-2]:
-        raise UserError(f'Got images of {x.shape[-1]}×{x.shape[-2]} pixels: blur is defined for square ones here; crop '
-                        'them first.')
+        raise UserError(f'blur is defined for square images here, not for {x.shape[-1]}×{x.shape[-2]} pixels; crop them first')
     matrix = dct_matrix(x.shape[-1], x.device)
     return matrix @ x.to(torch.float64) @ matrix.T
 
@@ -126,7 +126,7 @@ def _on(alpha, x):
         alpha, dtype=torch.float64, device=x.device)
 
 
-def prior_spectrum(n, sigma_data=0.5):
+def prior_spectrum(n, sigma_data=SIGMA_DATA):
     """Natural-image prior S ∝ (k² + l² + 1)^−1.2 of mean σ_data² over the bands: [n, n], float64 (ours)."""
     k = torch.arange(n, dtype=torch.float64).square()
     s = (k[:, None] + k + 1) ** -1.2
@@ -138,7 +138,7 @@ def _prior_on(n, sigma_data, device):
     return prior_spectrum(n, sigma_data).to(device)
 
 
-def residual_scale(alpha, n, sigma_data=0.5):
+def residual_scale(alpha, n, sigma_data=SIGMA_DATA):
     """s_R(α) = √mean((1−M)² S): expected magnitude of the rest under the prior spectrum (ours).
 
     Args:

@@ -24,13 +24,13 @@ import math
 import click
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
 from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
-from training.samplers import check_steps
+from training.samplers import check_steps, evaluate
 from training.system import Option, System
-from warm.bands import Bands, ancestral_noise_step, diffuse, predict
+from warm.bands import Bands, ancestral_noise_step, diffuse
 from warm.blur import blur_mask
 
 NUM_STEPS = 1000
@@ -60,9 +60,7 @@ class BlurringProcess:
     def __post_init__(self):
         if not (math.isfinite(self.sigma_blur_max) and self.sigma_blur_max >= 0):
             raise UserError(f'--sigma-blur-max={self.sigma_blur_max} is no blur; give a number of pixels ≥ 0')
-        if self.blur_schedule not in BLUR_SCHEDULES:
-            raise UserError(f"--blur-schedule={self.blur_schedule} is not known; choose one of "
-                            f"{', '.join(BLUR_SCHEDULES)}")
+        chosen('--blur-schedule', self.blur_schedule, BLUR_SCHEDULES)
         if not 0 < self.d_min <= 1:
             raise UserError(f'--d-min={self.d_min} must be above 0 and at most 1, since sampling divides by it')
 
@@ -123,7 +121,7 @@ def blurring_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
     x = latents.to(torch.float64)
     for i in range(num_steps, 0, -1):
         here, there = (net.process.at(x.new_full([], j / num_steps), x.shape[-1]) for j in (i, i - 1))
-        eps = predict(net, x, i / num_steps, class_labels)
+        eps = evaluate(net, x, i / num_steps, class_labels)
         x = ancestral_noise_step(x, eps, here, there, randn_like(x), delta)
     return x
 

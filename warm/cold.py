@@ -26,15 +26,15 @@ import math
 import click
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
 from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
-from training.samplers import check_steps
+from training.samplers import check_steps, evaluate
 from training.system import Option, System
-from warm.bands import Bands, diffuse, predict, spread_levels
+from warm.bands import Bands, diffuse, spread_levels
 from warm.blur import constant, dct2, filter_bands, idct2, log_blur_mask
-from warm.starts import DATA, TrainingImages
+from warm.starts import BLURRED_IMAGES, DATA, TrainingImages
 
 KERNEL_REACH = 5  # an 11×11 kernel
 COLOUR_NOISE = 0.002
@@ -82,8 +82,7 @@ class ColdProcess:
     num_steps: int = 50
 
     def __post_init__(self):
-        if self.blur not in BLURS:
-            raise UserError(f"--cold-blur={self.blur} is not known; choose one of {', '.join(BLURS)}")
+        chosen('--cold-blur', self.blur, BLURS)
         if self.num_steps < 2:
             raise UserError(f'--cold-steps={self.num_steps} are too few; give at least 2')
 
@@ -164,6 +163,7 @@ def colour_start(images, last):
 
 
 STARTS = {'blurred': blurred_start, 'colours': colour_start}
+PRIORS = {'blurred': BLURRED_IMAGES, 'colours': 'mean colours of training images'}  # for records of scores
 DEFAULT_START = 'blurred'
 
 
@@ -186,7 +186,7 @@ def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, s
     x = start(latents, class_labels, randn_like)
     for s, s_next in zip(steps[:-1], steps[1:]):
         here, there = (net.process.at(torch.full([], j, device=x.device), x.shape[-1]) for j in (s, s_next))
-        x = restoration_step(x, predict(net, x, s, class_labels), here, there)
+        x = restoration_step(x, evaluate(net, x, s, class_labels), here, there)
     return x
 
 
@@ -195,14 +195,18 @@ def cold_samplers(net, num_steps=None, data=None, cold_start=DEFAULT_START):
     process = net.process
     num_steps = process.num_steps if num_steps is None else num_steps
     check_steps(num_steps, at_most=process.num_steps)
-    if cold_start not in STARTS:
-        raise UserError(f"--cold-start={cold_start} is not known; choose one of {', '.join(STARTS)}")
+    make_start = chosen('--cold-start', cold_start, STARTS)
     if cold_start == 'colours' and process.blur == 'paper':
         raise UserError("--cold-start=colours needs a blur that leaves nothing but a colour; train with "
                         '--cold-blur=strong, or use --cold-start=blurred')
     last = process.at(torch.full([], process.num_steps), net.img_resolution)
-    return functools.partial(cold_sampler, start=STARTS[cold_start](TrainingImages(data, net), last),
-                             num_steps=num_steps)
+    return functools.partial(cold_sampler, start=make_start(TrainingImages(data, net), last), num_steps=num_steps)
+
+
+def cold_facts(net, options):
+    """What the samples start from, and the blur and the start chosen, the default too."""
+    start = options.get('cold_start', DEFAULT_START)
+    return dict(prior=PRIORS[start], cold_blur=net.process.blur, cold_start=start)
 
 
 COLD = System(
@@ -213,6 +217,7 @@ COLD = System(
     loss=lambda net: cold_loss,
     sampler=cold_samplers,
     sample_options=('num_steps',),
+    describe=cold_facts,
     own_sample_options=(
         DATA,
         Option('cold_start', DEFAULT_START, 'What Cold Diffusion starts from', type=click.Choice(list(STARTS))),

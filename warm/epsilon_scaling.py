@@ -15,9 +15,10 @@ import math
 import torch
 
 from dnnlib import UserError
-from training.samplers import edm_sigma_steps, heun_step
+from training.samplers import edm_sigma_steps, evaluate, heun_step
+from training.schedules import NUM_STEPS, RHO, SIGMA_MAX, SIGMA_MIN
 from training.system import GRID_OPTIONS, Option, flag_of
-from warm.bands import grid_options
+from warm.samplers import grid_options
 
 EPSILON_SCALE = Option('epsilon_scale', None, 'Epsilon scaling: divide the predicted noise by this, such as 1.0006, '
                                               'or from the first to the last step by 1.0002:1.001', shown='none')
@@ -39,8 +40,8 @@ def parse_scale(text):
     return ends[0], ends[-1]
 
 
-def scaled_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=18, sigma_min=0.002,
-                   sigma_max=80, rho=7, scale=(1, 1)):
+def scaled_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
+                   sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO, scale=(1, 1)):
     """EDM's deterministic sampler with the slope (x − D)/(σ·factor).
 
     Args:
@@ -51,12 +52,12 @@ def scaled_sampler(net, latents, class_labels=None, randn_like=torch.randn_like,
     Returns:
         float64 images [B, C, H, W].
     """
-    sigmas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net, 'cpu').tolist()
+    sigmas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net).tolist()
     factors = torch.linspace(*scale, num_steps, dtype=torch.float64).tolist()
     x = latents.to(torch.float64) * sigmas[0]
     for sigma, sigma_next, factor in zip(sigmas, sigmas[1:], factors):
         def slope(x, t, factor=factor):
-            return (x - net(x, x.new_full([], t), class_labels).to(torch.float64)) / t / factor
+            return (x - evaluate(net, x, t, class_labels)) / t / factor
         x = heun_step(slope, x, sigma, sigma_next)
     return x
 

@@ -27,10 +27,11 @@ from dnnlib import UserError
 from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
+from training.samplers import evaluate
 from training.system import Option, System
-from warm.bands import Bands, diffuse, predict
+from warm.bands import Bands, diffuse
 from warm.blur import blur, constant, log_blur_mask
-from warm.starts import DATA, TrainingImages
+from warm.starts import BLURRED_IMAGES, DATA, TrainingImages
 
 DELTA = 0.0125
 
@@ -130,7 +131,7 @@ def ihdm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, i
     u = (images.draw(latents, class_labels, randn_like) + 1) / 2
     u = blur(u, process.alphas[-1].item())
     for k in range(process.num_levels, 0, -1):
-        mean = predict(net, u, k, class_labels)
+        mean = evaluate(net, u, k, class_labels)
         u = mean + delta * randn_like(u)
     return 2 * mean - 1
 
@@ -150,6 +151,7 @@ IHDM = System(
     loss=lambda net: ihdm_loss,
     sampler=ihdm_samplers,
     sample_options=(),
+    describe=lambda net, options: {'prior': BLURRED_IMAGES},
     own_sample_options=(
         DATA,
         Option('ihdm_delta', DELTA, "IHDM's noise at sampling, for images in [0, 1]", type=float),

@@ -24,13 +24,13 @@ import math
 import click
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
 from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
-from training.samplers import check_steps
+from training.samplers import check_steps, evaluate
 from training.system import Option, System
-from warm.bands import Bands, ancestral_noise_step, diffuse, predict, spread_levels, transition_moments
+from warm.bands import Bands, ancestral_noise_step, diffuse, spread_levels, transition_moments
 from warm.blur import constant, dct2, frequencies, idct2
 
 # f(i)/f(N) at level i of N (appendix B), i = 1 … N.
@@ -67,8 +67,7 @@ class LeeChain:
     beta_max: float = 0.02
 
     def __post_init__(self):
-        if self.f_type not in F_TYPES:
-            raise UserError(f"--f-type={self.f_type} is not known; choose one of {', '.join(F_TYPES)}")
+        chosen('--f-type', self.f_type, F_TYPES)
         if self.f_final is not None and not (math.isfinite(self.f_final) and self.f_final >= 0):
             raise UserError(f'--f-final={self.f_final} is no amount of blur; give a number ≥ 0, such as 0.14')
 
@@ -165,7 +164,7 @@ def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
     for i, i_next in zip(levels[:-1], levels[1:]):
         here, there = (net.process.at(torch.full([], j, device=x.device), x.shape[-1]) for j in (i, i_next))
         z = randn_like(x)
-        x = REVERSE_STEPS[reverse_step](x, predict(net, x, i, class_labels), here, there, z if i_next else None)
+        x = REVERSE_STEPS[reverse_step](x, evaluate(net, x, i, class_labels), here, there, z if i_next else None)
     return x
 
 
@@ -183,8 +182,7 @@ def lee_samplers(net, num_steps=None, reverse_step=DEFAULT_STEP):
     """`lee_sampler` with its options checked; by default as many steps as the chain has."""
     num_steps = net.process.num_levels if num_steps is None else num_steps
     check_steps(num_steps, at_most=net.process.num_levels)
-    if reverse_step not in REVERSE_STEPS:
-        raise UserError(f"--reverse-step={reverse_step} is not known; choose one of {', '.join(REVERSE_STEPS)}")
+    chosen('--reverse-step', reverse_step, REVERSE_STEPS)
     if reverse_step == 'ancestral':
         check_gain(net, num_steps)
     return functools.partial(lee_sampler, num_steps=num_steps, reverse_step=reverse_step)

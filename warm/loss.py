@@ -21,7 +21,8 @@ class WarmLoss:
     D, since Ṁ/(1−M) tends to −2/β there; `rest_weight` multiplies R's. Random numbers are drawn in this
     order: β's variate [B, 1, 1, 1], the BNR's [B, 1, 1, 1] if the network is trained on several, the
     augmentation, the noise. The blur comes after the augmentation. Each branch's term is also reported by
-    itself, as `Loss/denoise`, `Loss/deblur`, without `rest_weight`, so that runs of different weights compare.
+    itself, as `Loss/` and its name, by default `Loss/denoise` and `Loss/deblur`, without `rest_weight`, so that runs
+    of different weights compare.
 
     Args:
         P_mean, P_std: EDM's distribution of ln β.

@@ -14,7 +14,9 @@ import re
 
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
+
+PAPER_BNR = 0.5  # the paper's choice (Table 3), and the default everywhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class ConstantBNR:
 
     def __post_init__(self):
         if not (math.isfinite(self.bnr) and self.bnr >= 0):
-            raise UserError(f'a Blur-to-Noise Ratio of {self.bnr} makes no sense; give a number ≥ 0, such as 0.5')
+            raise UserError(f'a Blur-to-Noise Ratio of {self.bnr} makes no sense; give a number ≥ 0, such as {PAPER_BNR}')
 
     @property
     def is_hot(self):
@@ -171,9 +173,6 @@ class BNRRange:
         return f'BNRs from {self.low:g} to {self.high:g}'
 
 
-PAPER_BNR = 0.5  # the paper's choice (Table 3), and the default everywhere
-
-
 def _join(values):
     return ','.join(f'{v:g}' for v in values)
 
@@ -189,8 +188,8 @@ def _number(text, what):
     return value
 
 
-ONE_BNR = 'a single Blur-to-Noise Ratio, which one path has; give a number ≥ 0, such as 0.5'
-ANY_BNR = ('a Blur-to-Noise Ratio; give a number ≥ 0 such as 0.5, a list such as 0,0.1,0.5 or, without exponents, a '
+ONE_BNR = f'a single Blur-to-Noise Ratio, which one path has; give a number ≥ 0, such as {PAPER_BNR}'
+ANY_BNR = (f'a Blur-to-Noise Ratio; give a number ≥ 0 such as {PAPER_BNR}, a list such as 0,0.1,0.5 or, without exponents, a '
            'range such as 0.1-2')
 
 
@@ -203,8 +202,7 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
         UserError: unknown schedule, bad number, or a BNR together with a schedule that has none.
     """
     name, _, argument = (schedule or 'constant').partition(':')
-    if name not in PATHS:
-        raise UserError(f"'{schedule}' is not a BNR schedule; choose one of {', '.join(PATHS)}")
+    make_path = chosen('BNR schedule', name, PATHS)
     if name == 'constant':
         if argument:
             raise UserError(f"the schedule '{schedule}' takes no argument; give the ratio as --bnr={argument}")
@@ -212,11 +210,11 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
     if bnr is not None:
         raise UserError(f'--bnr={bnr} does not go with --bnr-schedule={schedule}, which sets α itself; give one')
     if not argument:
-        return PATHS[name]()
+        return make_path()
     field = argument_of(name)
     if field is None:
         raise UserError(f"the schedule '{schedule}' takes no number; give --bnr-schedule={name}")
-    return PATHS[name](_number(argument, f'{field.name} of the schedule {name}; give a number, such as '
+    return make_path(_number(argument, f'{field.name} of the schedule {name}; give a number, such as '
                                          f'--bnr-schedule={name}:{field.default:g}'))
 
 

@@ -24,7 +24,7 @@ from training.loss import P_MEAN, P_STD, SIGMA_DATA, augment, edm_loss_weight, s
 from training.precond import Precond, edm_scalings
 from training.samplers import edm_sampler
 from training.system import GRID_OPTIONS, Option, System, loss_for
-from warm.bands import grid_options
+from warm.samplers import grid_options
 
 AUG_DIM = 2048  # the paper's best on CIFAR-10
 

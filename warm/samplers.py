@@ -25,9 +25,10 @@ from collections.abc import Callable
 
 import torch
 
-from dnnlib import UserError
-from training.samplers import check_churn, churned, edm_sigma_steps, rounded
-from training.system import Option, flag_of
+from dnnlib import UserError, chosen
+from training.samplers import check_churn, churned, edm_sigma_steps, evaluate, rounded
+from training.schedules import NUM_STEPS, RHO, SIGMA_MAX, SIGMA_MIN
+from training.system import GRID_OPTIONS, Option, flag_of
 from warm.blur import blur_mask, dct2, filter_bands, idct2, log_mask_ratio, mask_difference, rest_mask
 from warm.path import ConstantBNR
 
@@ -203,18 +204,17 @@ def make_denoiser(net, class_labels=None):
     def denoise(x, level):
         if not (level.hot or knows_blur):
             raise UserError('this network only denoises (its BNR is 0) and cannot be sampled with blur; use --bnr=0')
-        beta = x.new_full([], level.beta)
-        if has_parts:
-            D, R = net.denoise_deblur(x, beta, class_labels, alpha=level.alpha)
-            R = R.to(torch.float64)
-            return D.to(torch.float64), R - R.mean(dim=(2, 3), keepdim=True)
-        return net(x, beta, class_labels).to(torch.float64), torch.zeros_like(x)
+        if not has_parts:
+            return evaluate(net, x, level.beta, class_labels), torch.zeros_like(x)
+        D, R = net.denoise_deblur(x, x.new_full([], level.beta), class_labels, alpha=level.alpha)
+        R = R.to(torch.float64)
+        return D.to(torch.float64), R - R.mean(dim=(2, 3), keepdim=True)
     return denoise
 
 
-def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=18, sigma_min=0.002,
-                 sigma_max=80, rho=7, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1, solver='heun', path=None,
-                 **solver_options):
+def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
+                 sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1,
+                 solver='heun', path=None, **solver_options):
     """Draw images by running a network from noise to data along a path.
 
     Args:
@@ -236,7 +236,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     """
     own = check_options(num_steps, S_churn, S_noise, solver, solver_options)
     path = sampling_path(net, path)
-    betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net, 'cpu').tolist()
+    betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net).tolist()
     raised = [churned(beta, num_steps, S_churn, S_min, S_max) for beta in betas[:-1]]
     raised = rounded(net, torch.tensor(raised, dtype=torch.float64)).tolist()
     denoise, step, memory = make_denoiser(net, class_labels), SOLVERS[solver].step, {}
@@ -257,21 +257,19 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
 def check_options(num_steps, S_churn, S_noise, solver, solver_options):
     """The solver's own options, defaults filled in; refuse options that do not go together (UserError)."""
     check_churn(S_churn, S_noise)
-    if solver not in SOLVERS:
-        raise UserError(f"'{solver}' is not a solver for these networks; choose one of {', '.join(SOLVERS)}")
-    chosen = SOLVERS[solver]
-    defaults = {option.name: option.default for option in chosen.options}
+    kind = chosen('solver', solver, SOLVERS)
+    defaults = {option.name: option.default for option in kind.options}
     for name in solver_options.keys() - defaults.keys():
         check_foreign(name, solver_options[name], solver)
     own = {name: solver_options.get(name, default) for name, default in defaults.items()}
-    chosen.check(**own)
-    if chosen.multistep and S_churn > 0:
+    kind.check(**own)
+    if kind.multistep and S_churn > 0:
         others = [name for name, other in SOLVERS.items() if not other.multistep and other.order is not None]
         raise UserError(f'{solver} carries its last evaluation from step to step, which churn would make stale; '
                         f"use --solver={' or '.join(others)} with --S_churn")
-    if chosen.multistep and num_steps < 2:
+    if kind.multistep and num_steps < 2:
         raise UserError(f'{solver} needs at least 2 steps; raise --steps')
-    if chosen.adds_noise(**own) and S_churn > 0:
+    if kind.adds_noise(**own) and S_churn > 0:
         source = [flag_of(name) for name in own if own[name] != defaults[name]] or [f'--solver={solver}']
         raise UserError(f"{' and '.join([*source, '--S_churn'])} both add noise; give one of them")
     return own
@@ -298,3 +296,10 @@ def with_defaults(options):
     solver_options = {name: value for name, value in options.items() if name not in full}
     own = check_options(full['num_steps'], full['S_churn'], full['S_noise'], full['solver'], solver_options)
     return {**full, **own}
+
+
+def grid_options(net, options):
+    """Options of EDM's grid of noise levels, defaults filled in, after checking that they suit `net` (UserError)."""
+    options = {**{name: SAMPLER_DEFAULTS[name] for name in GRID_OPTIONS}, **options}
+    edm_sigma_steps(**options, net=net)
+    return options

@@ -23,12 +23,13 @@ import torch
 from torch_utils.distributed import unwrapped
 from training.loss import P_MEAN, P_STD, augment, sample_edm_sigma
 from training.precond import SIGMA_DATA, Precond, edm_scalings
-from training.samplers import edm_sigma_steps
+from training.samplers import edm_sigma_steps, evaluate
+from training.schedules import RHO, SIGMA_MAX, SIGMA_MIN
 from training.system import GRID_OPTIONS, Option, System
-from warm.bands import Bands, diffuse, grid_options, predict
+from warm.bands import Bands, diffuse
 from warm.blur import blur, blur_mask, dct2, idct2, log_blur_mask, mask_difference
 from warm.path import PAPER_BNR, ConstantBNR
-from warm.samplers import SAMPLER_DEFAULTS
+from warm.samplers import grid_options
 
 NUM_STEPS = 200
 
@@ -87,8 +88,7 @@ def momentum_step(x, x0, alpha, sigma, alpha_next, sigma_next, z=None):
 
 
 def soft_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
-                 sigma_min=SAMPLER_DEFAULTS['sigma_min'], sigma_max=SAMPLER_DEFAULTS['sigma_max'],
-                 rho=SAMPLER_DEFAULTS['rho']):
+                 sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):
     """Momentum sampling on EDM's grid, one evaluation a step.
 
     Args:
@@ -99,12 +99,12 @@ def soft_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     Returns:
         float64 images [B, C, N, N].
     """
-    sigmas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net, 'cpu').tolist()
+    sigmas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net).tolist()
     x = latents.to(torch.float64) * sigmas[0]
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
         alpha, alpha_next = (x.new_full([], net.path.alpha(s)) for s in (sigma, sigma_next))
         z = randn_like(x)
-        x = momentum_step(x, predict(net, x, sigma, class_labels), alpha, sigma, alpha_next, sigma_next,
+        x = momentum_step(x, evaluate(net, x, sigma, class_labels), alpha, sigma, alpha_next, sigma_next,
                           z if sigma_next else None)
     return x
 

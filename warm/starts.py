@@ -16,6 +16,7 @@ from training.system import Option
 
 DATA = Option('data', None, 'Data set whose images, blurred, sampling starts from', shown='the embedded digits, '
               'if the network was trained on them')
+BLURRED_IMAGES = 'blurred training images'  # the prior, in records of scores
 
 
 class TrainingImages:

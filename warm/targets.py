@@ -112,7 +112,7 @@ class Residual(Parametrisation):
 def rest_estimate(F_R, point):
     """R = s_R·F_R without its mean per channel; s_R is REST_SCALES[rest_scale].
 
-    At λ = 0 there is nothing to restore, and Heun's corrector would amplify a stray mean.
+    Blur keeps the mean, so the rest has none; a stray one would enter x̂₀ = D + R, which the last step and dpmpp2m take.
     """
     s_R = REST_SCALES[point.rest_scale](point)
     R = s_R.to(F_R.dtype) * F_R

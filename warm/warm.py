@@ -9,13 +9,13 @@ import functools
 import click
 
 from dnnlib import UserError
-from training.samplers import edm_sigma_steps
-from training.system import COMMON_SAMPLE_OPTIONS, Option, System
+from training.system import COMMON_SAMPLE_OPTIONS, GRID_OPTIONS, Option, System
+from warm.bnr import band_power, recommended_bnr
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES, flags_of
 from warm.loss import WarmLoss
-from warm.path import parse_path, schedule_texts
+from warm.path import PAPER_BNR, parse_path, schedule_texts
 from warm.precond import WarmPrecond
-from warm.samplers import SOLVERS, options_of, warm_sampler, with_defaults
+from warm.samplers import SOLVERS, grid_options, options_of, warm_sampler, with_defaults
 from warm.targets import TARGETS
 from warm.trajectory import save_trajectory, watch
 
@@ -30,7 +30,7 @@ def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
         UserError: a path that the network was not trained for; options that do not go together.
     """
     full = with_defaults(options)
-    edm_sigma_steps(*(full[name] for name in ('num_steps', 'sigma_min', 'sigma_max', 'rho')), net, 'cpu')
+    grid_options(net, {name: full[name] for name in GRID_OPTIONS})
     path = None
     if bnr is not None or bnr_schedule is not None:
         path = parse_path(bnr, bnr_schedule)
@@ -41,9 +41,7 @@ def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
 
 
 def measured_bnr(bnr, dataset):
-    """--bnr as given, or for 'auto' the largest that the spectrum of the data allows (warm.spectrum)."""
-    # Not at the top: `python -m warm.spectrum` imports the package, which must not import that module first.
-    from warm.spectrum import band_power, recommended_bnr
+    """--bnr as given, or for 'auto' the largest that the spectrum of the data allows (warm.bnr)."""
     return f'{recommended_bnr(band_power(dataset)):.2f}' if bnr == 'auto' else bnr
 
 
@@ -78,7 +76,7 @@ WARM = System(
     network_options=(
         Option('bnr', None, 'Blur-to-Noise Ratio: a number, a list such as 0,0.1,0.5 or a log-uniform range '
                             'such as 0.1-2, drawn per image; auto measures the data (warm.spectrum)',
-               shown='0.5', from_data=measured_bnr),
+               shown=str(PAPER_BNR), from_data=measured_bnr),
         Option('bnr_schedule', None, SCHEDULES, shown='constant'),
         Option('targets', 'residual', 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
         Option('rest_weight', DEFAULTS['rest_weight'], "Factor of R's term in the loss", type=float),
