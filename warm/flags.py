@@ -4,7 +4,7 @@ import click
 
 from dnnlib import UserError
 from dnnlib.flags import Number, NumberRange, Text
-from training.precond import PRECISIONS
+from torch_utils.precision import PRECISIONS
 from training.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from training.system import own_options
 from warm.presets import preset_option
