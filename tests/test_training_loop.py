@@ -41,6 +41,7 @@ def test_files_of_a_run(warm_run):
     options = json.loads((warm_run / 'training_options.json').read_text())
     assert options['system'] == 'warm' and options['network_kwargs']['model_channels'] == 8
     log = (warm_run / 'log.txt').read_text()
+    assert log.startswith('No --data given') and 'Loading dataset...' in log
     assert 'Training options' in log and re.search(r'^tick 0 +kimg 0\.0 +time .* sec/tick .* sec/kimg .* '
                                                    r'maintenance .* cpumem .* gpumem .* reserved', log, re.M)
 
@@ -321,6 +322,10 @@ def test_what_does_not_fit_leaves_no_folder(tmp_path):
     net = SYSTEMS['edm'].network_class(img_resolution=8, img_channels=3, model_type='DhariwalUNet', model_channels=16,
                                        channel_mult=[1])
     snapshot = tmp_path / 'network-snapshot-000001.safetensors'
+    save_snapshot(snapshot, net, 'edm')
+    refused(invoke('train.py', *runs, f'--transfer={snapshot}'), 'only 0 of the', '8 pixels and 3 channels, the data')
+    net = SYSTEMS['edm'].network_class(img_resolution=8, img_channels=1, model_type='DhariwalUNet', model_channels=16,
+                                       channel_mult=[1])
     save_snapshot(snapshot, net, 'edm')
     refused(invoke('train.py', *runs, f'--transfer={snapshot}'), 'only 0 of the', '--arch')
     (tmp_path / 'mixed').mkdir()

@@ -262,10 +262,14 @@ def transfer_weights(path, net):
     Raises:
         UserError: it is no snapshot, or one of another architecture, with which hardly a tensor is shared.
     """
-    copied, total = net.transfer(read_snapshot(path).state_dict), len(net.state_dict())
+    snapshot = read_snapshot(path)
+    copied, total = net.transfer(snapshot.state_dict), len(net.state_dict())
     if len(copied) < MIN_TRANSFER * total:
-        raise UserError(f'only {len(copied)} of the {total} tensors of this network find their like in {path}; use the '
-                        '--arch, --cbase and --cres of its training')
+        theirs, ours = ('{img_resolution} pixels and {img_channels} channels'.format(**kwargs)
+                        for kwargs in (snapshot.network_kwargs, net.init_kwargs))
+        remedy = ('use the --arch, --cbase and --cres of its training' if theirs == ours else
+                  f'it is for images of {theirs}, the data here have {ours}: convert them with dataset_tool.py')
+        raise UserError(f'only {len(copied)} of the {total} tensors of this network find their like in {path}; {remedy}')
     return len(copied)
 
 
