@@ -113,7 +113,8 @@ def test_help_texts_in_docs(name):
     """docs/NAME-help.txt is what --help prints. UPDATE_DOCS=1 pytest tests/test_structure.py rewrites them."""
     path = ROOT / 'docs' / f'{name}-help.txt'
     module = MODULE_COMMANDS.get(name, '').removesuffix('.run')
-    program = f'python -m {module}' if module else f'python {name}.py'
+    script, _, sub = name.partition('-')
+    program = f'python -m {module}' if module else f'python {script}.py {sub}'.strip()
     shown = CliRunner().invoke(commands()[name], ['--help'], terminal_width=120, prog_name=program).output
     if os.environ.get('UPDATE_DOCS') == '1':
         path.write_text(shown)
