@@ -12,12 +12,14 @@ from dnnlib import UserError
 from tests.commands import SMALL, invoke, refused
 from tests.family_oracle import LinearOracle, spectrum
 from training.dataset import EMBEDDED, ImageFolderDataset
+from training.provenance import sampling_facts
 from warm.bands import diffuse
 from warm.blur import blur, dct2, idct2
-from warm.cold import (BLURS, ColdPrecond, ColdProcess, cold_loss, cold_sampler, cold_samplers, colour_start,
-                       restoration_step)
-from warm.ihdm import HeatLevels, ihdm_loss, ihdm_sampler, ihdm_samplers
+from warm.cold import (BLURS, PRIORS, STARTS, ColdPrecond, ColdProcess, cold_loss, cold_sampler, cold_samplers,
+                       colour_start, restoration_step)
+from warm.ihdm import HeatLevels, IHDMPrecond, ihdm_loss, ihdm_sampler, ihdm_samplers
 from warm.starts import TrainingImages, data_for
+from warm.systems import SYSTEMS
 
 S = spectrum() / 4  # of images in [0, 1]
 ONES = torch.ones(8, 8, dtype=torch.float64)
@@ -305,6 +307,27 @@ def test_colour_start_has_the_datas_mean_and_spread():
     assert x.mean().item() == pytest.approx(means.mean(), abs=4 * means.std() / 4000 ** 0.5)
     assert x.mean(dim=(1, 2, 3)).std().item() == pytest.approx(means.std(), rel=0.05)
     assert (x - x.mean(dim=(2, 3), keepdim=True)).std().item() == pytest.approx(0.002, rel=0.05)
+
+
+@pytest.mark.parametrize('system, options, expected', [
+    ('ihdm', {}, dict(prior='blurred training images')),
+    ('cold', {}, dict(prior='blurred training images', cold_blur='strong', cold_start='blurred')),
+    ('cold', dict(cold_start='colours'),
+     dict(prior='mean colours of training images', cold_blur='strong', cold_start='colours'))])
+def test_records_say_what_samples_start_from(system, options, expected):
+    """Beside every score and in generation.json, the choices that are defaults too."""
+    size = dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1], num_blocks=1)
+    net = IHDMPrecond(ihdm_levels=2, **size) if system == 'ihdm' else ColdPrecond(cold_blur='strong', cold_steps=2,
+                                                                                  **size)
+    system, options = SYSTEMS[system], {**options, 'data': EMBEDDED}
+    assert system.describe(net, options) == expected
+    recorded = sampling_facts(net, system, options, system.make_sampler(net, options))
+    assert recorded == dict(nfe=2, solver=None, precision='fp32', **expected, sampler=options)
+    json.dumps(recorded)
+
+
+def test_every_start_has_its_prior():
+    assert PRIORS.keys() == STARTS.keys()
 
 
 def facts(**changed):

@@ -1,6 +1,6 @@
 """The precisions that a network can run in, and how CUDA rounds float32 products.
 
-The latter's setting is the whole process's, so it is made where it is needed and undone.
+That setting is the whole process's, so it is made where it is needed and undone.
 """
 
 import contextlib

@@ -112,7 +112,7 @@ def noise_spread(sigma, sigma_hat):
 
 
 def rounded(net, sigmas):
-    """Noise levels (float64 tensor on the CPU) as the network takes them, likewise.
+    """Noise levels as the network takes them: float64 on the CPU, in and out.
 
     Call it once with all levels: looking them up on a GPU makes the host wait.
     """
@@ -122,7 +122,7 @@ def rounded(net, sigmas):
 def evaluate(net, x, level, class_labels=None):
     """The network's answer to x [B, C, H, W] at the number `level`, such as σ: float64 like x.
 
-    The level is filled in on the device, since a copy of it would be waited for.
+    The level is filled in on the device: for a copy the host would wait.
     """
     return net(x, x.new_full([], level), class_labels).to(torch.float64)
 

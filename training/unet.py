@@ -23,9 +23,8 @@ def drop_labels(labels, probability, batch):
 class UNet(Network):
     """What the two networks share: levels of blocks going down, then up with the skips joined.
 
-    A subclass sets up its embedding (`embed`), calls `build`, and says how images pass through
-    `enc` and `dec` (`encode`, `decode`). Keys of `enc` and `dec` are `{R}x{R}_{kind}`,
-    in order of execution.
+    A subclass sets up its embedding (`embed`), calls `build`, and says how images pass through `enc` and `dec`
+    (`encode`, `decode`). Their keys are {R}x{R}_{kind}, in order of execution.
     """
 
     can_recompute = True

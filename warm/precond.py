@@ -63,7 +63,7 @@ class WarmPrecond(Precond):
         return edm_scalings(sigma, self.sigma_data)
 
     def point(self, x, sigma, alpha=None):
-        """The Point of warm.targets that `forward`'s arguments mean, checked as it says."""
+        """The Point of warm.targets that the arguments of `forward` name, checked as described there."""
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
         return Point(x, sigma, self.as_alpha(alpha, sigma, x), *self.scalings(sigma), self.sigma_data, self.rest_scale)
 
@@ -75,7 +75,7 @@ class WarmPrecond(Precond):
         return self.parametrisation.estimates(F.split(self.img_channels, dim=1), point)
 
     def as_alpha(self, alpha, sigma, x):
-        """α as [B or 1, 1, 1, 1] on x's device; checked as `forward` says."""
+        """α as [B or 1, 1, 1, 1] on x's device; checked as `forward` describes."""
         if alpha is None:
             alpha = self.family.default.alpha(sigma)
         if not isinstance(alpha, torch.Tensor):  # a tensor's values would have to be waited for on a GPU

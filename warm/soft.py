@@ -5,7 +5,7 @@ asked to be right where the corruption left something: the loss compares C x̂�
 
     x′ = x + (C′ − C) x̂₀ + (σ²−σ′²)/σ²·(C x̂₀ − x) + √(σ²−σ′²) z.
 
-The paper itself was not at hand; what is ours, then:
+The paper itself was not at hand, so these are ours:
 - The schedule of blur and noise: Warm's constant BNR, α = BNR·σ, over EDM's noise levels in training and EDM's grid
   in sampling. The step above was checked on the Gaussian oracle: first order, to the data's covariance.
 - The correction is σ·F with EDM's c_in and ln(σ)/4, so that F has unit scale where noise dominates; the loss is
