@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from dnnlib.files import cpu_cores
 from dnnlib.flags import Text
 from training.dataset_convert import TRANSFORMS, convert
 from training.dataset_sources import open_source
@@ -22,12 +23,6 @@ def parse_resolution(ctx, param, text):
     return match and (int(match[1]), int(match[2]))
 
 
-def default_workers():
-    """How many CPU cores this process may use, up to `MAX_WORKERS`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
-
-
 @click.command()
 @click.option('--source', required=True, metavar='PATH', type=Text(),
               help='Folder or zip of images, cifar-10-python.tar.gz, train-images-idx3-ubyte.gz (MNIST), '
@@ -37,7 +32,7 @@ def default_workers():
 @click.option('--max-images', type=click.IntRange(min=1), metavar='INT', help='Read only so many images. [all]')
 @click.option('--transform', type=click.Choice(list(TRANSFORMS)), help='How to crop; needs --resolution. [none]')
 @click.option('--resolution', metavar='WxH', callback=parse_resolution, help='Size to resize to. [as it is]')
-@click.option('--workers', type=click.IntRange(min=1), metavar='INT', default=default_workers,
+@click.option('--workers', type=click.IntRange(min=1), metavar='INT', default=lambda: min(cpu_cores(), MAX_WORKERS),
               help='Processes that decode and encode; the result is the same. [CPU cores]')
 def main(source, dest, max_images, transform, resolution, workers):
     """Convert images into a dataset: square PNG files of one size and dataset.json with their labels.

@@ -1,7 +1,8 @@
-"""Writing files so that a crash, a full disk or a second reader never meets half of one."""
+"""Writing files so that a crash, a full disk or a second reader never meets half of one; logs; the machine's cores."""
 
 import contextlib
 import hashlib
+import io
 import os
 import pathlib
 import secrets
@@ -51,6 +52,11 @@ def _sync_folder(folder):
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def cpu_cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def remove_temporary_files(folder):
@@ -105,14 +111,26 @@ def file_sha256(path):
 
 
 class Tee:
-    """Copy everything printed to stdout and stderr into a log file, until closed."""
+    """Copies everything printed to stdout and stderr, until closed: into memory, and from `open` on into a log file."""
 
-    def __init__(self, path):
-        self._file = open(path, 'a', encoding='utf-8', errors='replace')
+    def __init__(self):
+        self._file = io.StringIO()
         self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_TeeStream(s, self._file) for s in self._streams)
+        sys.stdout, sys.stderr = (_TeeStream(stream, self) for stream in self._streams)
+
+    def open(self, path):
+        """Append to this file what has been printed so far and whatever follows."""
+        held, self._file = self._file, open(path, 'a', encoding='utf-8', errors='replace')
+        self.write(held.getvalue())
+
+    def write(self, text):
+        """Put text into the log alone."""
+        with contextlib.suppress(OSError):  # on a full disk, what matters will say so
+            self._file.write(text)
+            self._file.flush()
 
     def close(self):
+        """Stop copying."""
         sys.stdout, sys.stderr = self._streams
         self._file.close()
 
@@ -131,15 +149,13 @@ class Tee:
 class _TeeStream:
     """One duplicated stream; lines that rewrite themselves on a terminal stay out of the log."""
 
-    def __init__(self, stream, file):
-        self._stream, self._file = stream, file
+    def __init__(self, stream, log):
+        self._stream, self._log = stream, log
 
     def write(self, text):
         self._stream.write(text)
         if '\r' not in text:
-            with contextlib.suppress(OSError):  # on a full disk, what matters will say so
-                self._file.write(text)
-                self._file.flush()
+            self._log.write(text)
         return len(text)
 
     def __getattr__(self, name):

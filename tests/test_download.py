@@ -219,11 +219,24 @@ def test_atomic_write_leaves_the_umask_to_the_process(tmp_path, monkeypatch):
                                           'Error: the disk is full; free some space'),
                                          (ValueError('a mistake'), 'ValueError: a mistake')])
 def test_the_log_tells_what_ended_the_program(tmp_path, error, last):
-    with pytest.raises(type(error)), Tee(tmp_path / 'log.txt'):
+    with pytest.raises(type(error)), Tee() as log:
+        log.open(tmp_path / 'log.txt')
         print('tick 0')
         raise error
     lines = (tmp_path / 'log.txt').read_text().splitlines()
     assert lines[0] == 'tick 0' and lines[-1] == last
+
+
+def test_the_log_begins_before_there_is_a_file(tmp_path, capsys):
+    (tmp_path / 'log.txt').write_text('an earlier start\n')
+    with Tee() as log:
+        print('No --data given')
+        print('1 of 2\r', end='', file=sys.stderr)
+        log.open(tmp_path / 'log.txt')
+        print('tick 0')
+    print('after it')
+    assert (tmp_path / 'log.txt').read_text() == 'an earlier start\nNo --data given\ntick 0\n'
+    assert capsys.readouterr() == ('No --data given\ntick 0\nafter it\n', '1 of 2\r')
 
 
 @pytest.mark.parametrize('name, said', [('', "'' names no file"), ('new/', 'names no file'), ('.', 'is a folder')])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.files import make_dirs
+from dnnlib.files import cpu_cores, make_dirs
 from dnnlib.flags import NumberRange
 from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch, tile
@@ -24,12 +24,13 @@ from training.pixels import to_uint8
 from training.snapshot import build_network, read_snapshot
 from training.state import parse_kimg
 from warm.figures import draw
+from warm.path import PAPER_BNR
 from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 from warm.trajectory import ROWS, pick, visible, watch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-RUNS = {'edm': ['--precond=edm'], 'warm': ['--precond=warm', '--bnr=0.5']}
+RUNS = {'edm': ['--precond=edm'], 'warm': ['--precond=warm', f'--bnr={PAPER_BNR:g}']}
 TRAINING = ['--preset=digits', '--seed=0', '--grid=0']
 SHOWN = 4  # rows of digits in the picture
 STEPS_SHOWN = 9
@@ -64,8 +65,7 @@ def is_trained(outdir, name, duration):
 
 def train(outdir, duration):
     """Train both, side by side on the CPU, one after the other on a GPU; a finished run is kept."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    threads = None if torch.cuda.is_available() else str(max(cores // len(RUNS), 1))
+    threads = None if torch.cuda.is_available() else str(max(cpu_cores() // len(RUNS), 1))
     running = []
     for name, options in RUNS.items():
         if is_trained(outdir, name, duration):
@@ -142,7 +142,7 @@ def draw_outcome(path, outdir):
     """Draw what came of the runs in `outdir` to `path`.png and `path`.svg; returns their paths."""
     nets = {name: build_network(read_snapshot(last_snapshot(outdir, name)), SYSTEMS) for name in RUNS}
     digits = {'Real digits': reals_by_class(SHOWN), 'EDM': samples_by_class(nets['edm'], 'edm', SHOWN),
-              'Warm, BNR 0.5': samples_by_class(nets['warm'], 'warm', SHOWN)}
+              f'Warm, BNR {PAPER_BNR:g}': samples_by_class(nets['warm'], 'warm', SHOWN)}
     frames = pick(watch(nets['warm'], SYSTEMS['warm'], [0], class_idx=3), STEPS_SHOWN)
     return draw(str(path), (11, 5.6), lambda figure: draw_panels(figure, digits, frames))
 

@@ -25,12 +25,11 @@ from training.generation import generate_images, tile
 from training.provenance import count_evaluations
 from training.snapshot import build_network, read_snapshot
 from training.system import flag_of
-from warm.demo import finish, is_trained, last_snapshot, start
+from warm.demo import TRAINING, finish, is_trained, last_snapshot, start
 from warm.figures import draw
 from warm.starts import data_for
 from warm.systems import SYSTEMS
 
-TRAINING = ['--preset=digits', '--seed=0', '--grid=0']
 COLUMNS = 20  # images of each system in the contact sheet
 BATCH = 250
 
