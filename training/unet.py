@@ -206,8 +206,8 @@ class SongUNet(UNet):
         if self.encoder_type == 'residual':
             # The pyramid starts from the image; from then on it is the level's own feature map.
             aux_channels = self.in_channels if level == 1 else self.level_channels[level - 2]
-            self.enc[self._key(level, 'aux_residual')] = Conv2d(aux_channels, channels, 3, style.init, fused_resample=True,
-                                                                **resampling)
+            self.enc[self._key(level, 'aux_residual')] = Conv2d(aux_channels, channels, 3, style.init,
+                                                                fused_resample=True, **resampling)
 
     def add_decoder_aux(self, style, level, channels):
         if level > 0 and self.decoder_type != 'skip':

@@ -1,10 +1,10 @@
-"""The family of blur–noise processes that the systems here share: x_t = V (a_t ∘ Vᵀx₀) + V (s_t ∘ Vᵀε), a and s per DCT band.
+"""The family of blur–noise processes that the systems here share: x_t = V (a_t ∘ Vᵀx₀) + V (s_t ∘ Vᵀε).
 
-Those that blur say what their `Bands` (a_t, s_t) are at each time; cold ones have s = 0. What they need of them stands
-here once: the marginal that their losses draw from, and for ancestral sampling the transition q(z_t|z_s) and the
-posterior q(z_s|z_t, x₀). EDM is a = 1, s = σ, and Warm is a = M_α, s = β, but both have losses and samplers of their
-own, which tests/test_family_bands.py holds against the family's. Equation numbers are Blurring Diffusion's (Hoogeboom
-and Salimans 2023).
+a and s are per DCT band. Systems that blur say what their `Bands` (a_t, s_t) are at each time; cold ones have s = 0.
+What they need of them stands here once: the marginal that their losses draw from, and for ancestral sampling the
+transition q(z_t|z_s) and the posterior q(z_s|z_t, x₀). EDM is a = 1, s = σ, and Warm is a = M_α, s = β, but both have
+losses and samplers of their own, which tests/test_family_bands.py holds against the family's. Equation numbers are
+Blurring Diffusion's (Hoogeboom and Salimans 2023).
 
 a is kept as its logarithm: at strong blur it underflows, and only ratios of it matter then.
 """

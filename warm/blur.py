@@ -46,7 +46,8 @@ def dct2(x):
         UserError: images that are not square.
     """
     if x.shape[-1] != x.shape[-2]:
-        raise UserError(f'blur is defined for square images here, not for {x.shape[-1]}×{x.shape[-2]} pixels; crop them first')
+        raise UserError(f'blur is defined for square images here, not for {x.shape[-1]}×{x.shape[-2]} pixels; '
+                        'crop them first')
     matrix = dct_matrix(x.shape[-1], x.device)
     return matrix @ x.to(torch.float64) @ matrix.T
 

@@ -27,7 +27,8 @@ class ConstantBNR:
 
     def __post_init__(self):
         if not (math.isfinite(self.bnr) and self.bnr >= 0):
-            raise UserError(f'a Blur-to-Noise Ratio of {self.bnr} makes no sense; give a number ≥ 0, such as {PAPER_BNR}')
+            raise UserError(f'a Blur-to-Noise Ratio of {self.bnr} makes no sense; '
+                            f'give a number ≥ 0, such as {PAPER_BNR}')
 
     @property
     def is_hot(self):
@@ -189,8 +190,8 @@ def _number(text, what):
 
 
 ONE_BNR = f'a single Blur-to-Noise Ratio, which one path has; give a number ≥ 0, such as {PAPER_BNR}'
-ANY_BNR = (f'a Blur-to-Noise Ratio; give a number ≥ 0 such as {PAPER_BNR}, a list such as 0,0.1,0.5 or, without exponents, a '
-           'range such as 0.1-2')
+ANY_BNR = (f'a Blur-to-Noise Ratio; give a number ≥ 0 such as {PAPER_BNR}, a list such as 0,0.1,0.5 or, without '
+           'exponents, a range such as 0.1-2')
 
 
 def parse_path(bnr=None, schedule=None, expected=ONE_BNR):

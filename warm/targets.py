@@ -112,7 +112,8 @@ class Residual(Parametrisation):
 def rest_estimate(F_R, point):
     """R = s_R·F_R without its mean per channel; s_R is REST_SCALES[rest_scale].
 
-    Blur keeps the mean, so the rest has none; a stray one would enter x̂₀ = D + R, which the last step and dpmpp2m take.
+    Blur keeps the mean, so the rest has none; a stray one would enter x̂₀ = D + R, which the last step and dpmpp2m
+    take.
     """
     s_R = REST_SCALES[point.rest_scale](point)
     R = s_R.to(F_R.dtype) * F_R
