@@ -17,7 +17,8 @@ from warm.study import pieces as study_pieces
 from warm.study import plan as study_plan
 from warm.study import run as study
 from warm.study.data import Scores, compare, shown
-from warm.study.plan import CHOICES, PAPER_BNRS, QUESTIONS, REAL, REAL_DRAWS, SCALES, choice_name, plan, run_name
+from warm.study.plan import (CHOICES, PAPER_BNRS, QUESTIONS, REAL, REAL_DRAWS, SCALES, bnr_name, choice_name, plan,
+                             run_name)
 
 CLI = CliRunner()
 TINY = dict(main=(4, 8), side=4, transfer=(4,), main_seeds=(0,), side_seeds=(0,), num=16, batch=16,
@@ -46,7 +47,7 @@ def lines_of(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-# ---- The plan.
+# -- the plan
 
 @pytest.mark.parametrize('scale', SCALES.values(), ids=list(SCALES))
 def test_plan(scale):
@@ -73,8 +74,10 @@ def test_every_row_of_the_paper_is_asked():
     """Table 3's BNRs by separate networks and by one; Table 5; each of our choices with each alternative."""
     scale = SCALES['cifar10']
     names = {run.name: run for run in plan(scale)}
+    assert [bnr_name(bnr) for bnr in PAPER_BNRS] == ['edm', 'warm-bnr0.1', 'warm-bnr0.3', 'warm', 'warm-bnr0.65',
+                                                     'warm-bnr1', 'warm-bnr2', 'warm-bnr10']  # as recorded in results/
     for bnr in PAPER_BNRS:
-        own = run_name({0: 'edm', 0.5: 'warm'}.get(bnr, f'warm-bnr{bnr:g}'))
+        own = run_name(bnr_name(bnr))
         assert any(score.kimg == scale.side and not score.options for score in names[own].scores)
         assert any(('bnr', f'{bnr:g}') in score.options for score in names[run_name('warm-all')].scores)
     assert all(run_name(f'warm-{targets}') in names for targets in ('clean', 'blurred', 'clean-blurred'))
@@ -89,7 +92,7 @@ def test_the_choices_are_the_systems_defaults():
                       '-n').output == plain, flag
 
 
-# ---- Carrying it out.
+# -- carrying it out
 
 def test_a_study_in_pieces(tiny, tmp_path, monkeypatch):
     """Stopped in the middle of a training, and again between scores; the numbers are those without a stop."""
@@ -230,7 +233,7 @@ def test_a_failed_training_is_said(tiny, tmp_path, monkeypatch):
     assert result.exit_code == 1 and 'the training edm-cond-s0 failed with exit code 2' in result.output
 
 
-# ---- The page.
+# -- the page
 
 def line(run, point, value, seed=0, options=()):
     return dict(run=run, seed=seed, point=point, options=[list(pair) for pair in options], metric='FD-pixels',

@@ -20,8 +20,9 @@ from warm.bnr import BETAS, TOLERANCE, band_power, fit_power_law, radius, recomm
 from warm.figures import draw
 from warm.ihdm import HeatLevels
 from warm.path import PAPER_BNR, PATHS, ConstantBNR, parse_path
+from warm.report.tables import BNR_SCORES
 
-TABLE = (0.1, 0.3, 0.5, 0.65, 1, 2, 10)  # the BNRs of the paper's Table 3
+TABLE = tuple(bnr for bnr in BNR_SCORES if bnr)  # the BNRs of the paper's Table 3
 SHOWN = (0, 0.5, 2, 10)  # the columns of Fig. 3
 GUIDES = (0.1, 1, 10)  # the thin lines of Fig. 6
 

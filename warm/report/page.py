@@ -26,11 +26,11 @@ def main(runs, outdir):
     plots = draw_all(outdir, runs, measurements)
     path = os.path.join(outdir, 'report.md')
     with atomic_write(path, 'w') as f:
-        f.write(markdown(runs, measurements, plots))
+        f.write(report_page(runs, measurements, plots))
     print(f'Wrote {path} with {len(measurements)} measurements of {len(runs)} runs and {len(plots)} plots.')
 
 
-def markdown(runs, measurements, plots):
+def report_page(runs, measurements, plots):
     """The whole report.
 
     Args:

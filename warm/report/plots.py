@@ -7,7 +7,7 @@ from matplotlib.ticker import LogLocator
 from training.metrics import kind_of
 from warm.figures import draw
 from warm.report.data import DISTANCES, best_match, is_plain, sampler_flags
-from warm.report.tables import CIFAR10, TABLE_3, TABLE_4, is_dataset, of_bnr, title_of
+from warm.report.tables import BNR_SCORES, CIFAR10, TABLE_4, is_dataset, of_bnr, title_of
 
 PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='paper')
 
@@ -23,7 +23,7 @@ def draw_all(folder, runs, measurements):
             curves = plot(group)
             if curves:
                 path = f'{folder}/{name}{slug}'
-                draw(path, (5.6, 3.6), lambda figure: lines(figure, curves, title_of(dataset)))
+                draw(path, (5.6, 3.6), lambda figure: draw_curves(figure, curves, title_of(dataset)))
                 plots.append((f'{caption}, {title_of(dataset)}', path))
     losses, scores = training_curves(runs)
     if losses:
@@ -78,7 +78,7 @@ def fid_against_bnr(measurements):
                               solver='heun')
             if best:
                 points.setdefault(nfe, {})[bnr] = best.value('FID')[1]
-    paper = {float(row.title.split()[0]): row.fid for row in TABLE_3} if is_paper_data(label, measurements) else {}
+    paper = {bnr: fid for bnr, (fid, _) in BNR_SCORES.items()} if is_paper_data(label, measurements) else {}
     bnrs = sorted({bnr for curve in points.values() for bnr in curve})
     if len(bnrs) < 2:
         return None
@@ -145,7 +145,7 @@ def training_curves(runs):
             dict(curves=scores, xlabel='thousands of images (kimg)', ylabel='distance ↓') if scores else None)
 
 
-def lines(figure, plot, title, axis=None):
+def draw_curves(figure, plot, title, axis=None):
     """Draw one plot's curves."""
     axis = axis or figure.subplots()
     for curve in plot['curves']:
@@ -171,6 +171,6 @@ def lines(figure, plot, title, axis=None):
 def two_panels(figure, losses, scores):
     """Loss, and score if there is one, side by side."""
     axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
-    lines(figure, losses, 'Loss', axes[0])
+    draw_curves(figure, losses, 'Loss', axes[0])
     if scores:
-        lines(figure, scores, 'Score', axes[1])
+        draw_curves(figure, scores, 'Score', axes[1])

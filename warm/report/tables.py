@@ -3,6 +3,7 @@
 import dataclasses
 
 from warm.cold import DEFAULT_START, STARTS
+from warm.path import PAPER_BNR
 from warm.report.data import PAPER_IMAGES, best_match, differences, sampler_flags
 
 NONE = '–'
@@ -88,11 +89,11 @@ def of_targets(name):
 
 
 def at_paper_bnr(matches):
-    """The same at BNR 0.5."""
-    return lambda f: matches(f) and f['bnr'] == 0.5
+    """The same at the paper's BNR, 0.5."""
+    return lambda f: matches(f) and f['bnr'] == PAPER_BNR
 
 
-WARM = of_bnr(0.5)
+WARM, WARM_TITLE = of_bnr(PAPER_BNR), f'Warm (BNR {PAPER_BNR:g})'
 TABLE_1 = {
     'Unconditional CIFAR-10': (CIFAR10, [
         Row('Cold Diffusion (Blur)', 50, 80.08, None, of_cold(DEFAULT_START)),
@@ -102,29 +103,29 @@ TABLE_1 = {
         Row('EDM-ES', 35, 1.95, None, of_epsilon_scaling),
         Row('STF', 35, 1.92, 9.79, of_system('stf')),
         Row('PFGM++', 35, 1.91, None, of_system('pfgmpp')),
-        Row('Warm (BNR 0.5)', 35, 1.85, 10.02, WARM)]),
+        Row(WARM_TITLE, 35, 1.85, 10.02, WARM)]),
     'Class-conditional CIFAR-10': (CIFAR10_CLASSES, [
         Row('EDM', 35, 1.79, None, of_system('edm')),
         Row('EDM-ES', 35, 1.80, None, of_epsilon_scaling),
         Row('PFGM++', 35, 1.74, None, of_system('pfgmpp')),
-        Row('Warm (BNR 0.5)', 35, 1.68, 10.19, WARM)]),
+        Row(WARM_TITLE, 35, 1.68, 10.19, WARM)]),
     'FFHQ 64×64': (FFHQ, [
         Row('EDM', 79, 2.53, None, of_system('edm')),
         Row('PFGM++', 79, 2.43, None, of_system('pfgmpp')),
-        Row('Warm (BNR 0.5)', 79, 2.29, 3.41, WARM)]),
+        Row(WARM_TITLE, 79, 2.29, 3.41, WARM)]),
 }
 TABLE_2 = {  # as many images as in the papers that it compares with
     '10,000 images': (LSUN_CHURCH, [
         Row('Denoising Diffusion', 1000, 4.68, None, of_denoising_diffusion, 10_000),
         Row('Blurring Diffusion', 1000, 3.88, None, of_blurring_diffusion, 10_000),
-        Row('Warm (BNR 0.5)', 511, 3.47, None, WARM, 10_000)]),
+        Row(WARM_TITLE, 511, 3.47, None, WARM, 10_000)]),
     '50,000 images': (LSUN_CHURCH, [
         Row('IHDM', 400, 45.06, None, of_system('ihdm')),
-        Row('Warm (BNR 0.5)', 511, 2.56, None, WARM)]),
+        Row(WARM_TITLE, 511, 2.56, None, WARM)]),
 }
-TABLE_3 = [Row('0 (EDM)' if bnr == 0 else f'{bnr:g}', 35, fid, score, of_bnr(bnr)) for bnr, fid, score in (
-    (0, 1.97, 9.78), (0.1, 1.97, 9.96), (0.3, 1.90, 10.02), (0.5, 1.85, 10.02), (0.65, 1.91, 10.00), (1, 2.01, 9.96),
-    (2, 2.57, 9.89), (10, 11.97, 8.51))]
+BNR_SCORES = {0: (1.97, 9.78), 0.1: (1.97, 9.96), 0.3: (1.90, 10.02), 0.5: (1.85, 10.02), 0.65: (1.91, 10.00),
+              1: (2.01, 9.96), 2: (2.57, 9.89), 10: (11.97, 8.51)}  # of Table 3: {BNR: (FID, IS)}
+TABLE_3 = [Row('0 (EDM)' if bnr == 0 else f'{bnr:g}', 35, *scores, of_bnr(bnr)) for bnr, scores in BNR_SCORES.items()]
 TABLE_4 = [*(Row('Blurring Diffusion', nfe, fid, score, of_blurring_schedule(nfe)) for nfe, fid, score in (
     (35, 12.97, 8.57), (79, 4.13, 9.27), (159, 2.91, 9.46), (239, 2.77, 9.52), (319, 2.73, 9.54), (399, 2.71, 9.54),
     (999, 2.68, 9.56))),
@@ -141,7 +142,7 @@ METHODS = [*TABLE_1['Unconditional CIFAR-10'][1],
            Row('Denoising Diffusion', None, None, None, of_denoising_diffusion)]
 HEADS = {'Table 3. Blur-to-Noise Ratios at NFE 35': ('BNR', TABLE_3),
          "Table 4. Blurring Diffusion's schedule in Warm's parametrisation": ('BNR schedule', TABLE_4),
-         'Table 5. Training objectives at BNR 0.5, NFE 35': ('Branches', TABLE_5)}
+         f'Table 5. Training objectives at BNR {PAPER_BNR:g}, NFE 35': ('Branches', TABLE_5)}
 
 
 def is_dataset(facts, data):
@@ -168,17 +169,17 @@ def title_of(dataset):
 def tables(measurements):
     """All five tables of `Measurement`s, as Markdown."""
     blocks = ['## Table 1. Methods on CIFAR-10 and FFHQ',
-              markdown('Method', sections(TABLE_1, measurements) + other_sections(measurements)),
-              '## Table 2. Methods on LSUN-church 128×128', markdown('Method', sections(TABLE_2, measurements))]
+              paper_table('Method', sections(TABLE_1, measurements) + other_sections(measurements)),
+              '## Table 2. Methods on LSUN-church 128×128', paper_table('Method', sections(TABLE_2, measurements))]
     unconditional = [m for m in measurements if is_dataset(m.facts, CIFAR10)]
     sets = {None: unconditional, **others(measurements)}
     for title, (head, rows) in HEADS.items():
         for dataset, group in sets.items():
             answered = extended(head, rows, group)
-            if dataset is None or any(answer for _, answer in answered):
+            if dataset is None or any(found for _, found in answered):
                 blocks.append(f'## {title}' + (f' – {title_of(dataset)}' if dataset else ''))
-                blocks.append(markdown(head, [line(row, answer, 'CIFAR-10' if dataset else None)
-                                              for row, answer in answered]))
+                blocks.append(paper_table(head, [cells_of(row, found, 'CIFAR-10' if dataset else None)
+                                                 for row, found in answered]))
     return '\n\n'.join(blocks)
 
 
@@ -214,7 +215,7 @@ def sections(table, measurements):
     lines = []
     for title, (data, rows) in table.items():
         group = [m for m in measurements if is_dataset(m.facts, data)]
-        lines += [[f'**{title}**']] + [line(row, answer(row, group)) for row in rows]
+        lines += [[f'**{title}**']] + [cells_of(row, answer(row, group)) for row in rows]
         listed = {row.title for other, listed_rows in table.values() if other == data for row in listed_rows}
         if rows[0].images == PAPER_IMAGES:
             lines += scored([row for row in METHODS if row.title not in listed], group)
@@ -231,11 +232,11 @@ def other_sections(measurements):
 
 def scored(rows, measurements):
     """Lines of those rows that have an answer, without numbers of the paper, which are of other data."""
-    return [line(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
+    return [cells_of(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
             for row in rows if (m := answer(row, measurements)) is not None]
 
 
-def line(row, m, paper_data=None):
+def cells_of(row, m, paper_data=None):
     """Cells of a row with its measurement; `paper_data` names the paper's data set if ours is another."""
     paper = [_number(row.nfe, 'd'), _number(row.fid, '.2f'), _number(row.inception_score, '.2f')]
     if m is None:
@@ -256,7 +257,7 @@ def _labelled(score, plain):
     return f'{value:.2f}' if label == plain else f'{value:.4g} ({label})'
 
 
-def markdown(head, lines):
+def paper_table(head, lines):
     """A table in the paper's layout; a line of one cell is a heading across."""
     heads = [head, 'NFE ↓ (paper)', 'FID ↓ (paper)', 'IS ↑ (paper)', 'NFE (ours)', 'FID (ours)', 'IS (ours)',
              'What differs']

@@ -14,19 +14,20 @@ import click
 
 from dnnlib.files import atomic_write
 from warm.figures import draw
+from warm.path import PAPER_BNR
 from warm.presets import PRESETS
 from warm.report.data import PAPER_GPUS, PAPER_KIMG
-from warm.report.plots import lines as draw_lines
+from warm.report.plots import draw_curves
 from warm.report.tables import TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study.data import Scores, compare, mean_and_spread, shown
-from warm.study.plan import (CHOICES, EVALUATIONS, OTHER_BNRS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS, STEPS,
-                             choice_name, drawn)
+from warm.study.plan import (CHOICES, EVALUATIONS, METHODS, OTHER_BNRS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS,
+                             STEPS, TARGETS, bnr_name, choice_name, drawn, targets_name)
 
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
 NOTHING = 'Not measured at this scale.'
 EXPECTED_TFLOPS = 355  # of a GPU, until images/s are measured
-TITLES = {WARM: 'Warm, BNR 0.5', EDM: 'EDM'}
+TITLES = {WARM: f'Warm, BNR {PAPER_BNR:g}', EDM: 'EDM'}
 
 
 def table(heads, rows):
@@ -50,7 +51,7 @@ def mimg(kimg):
     return f'{kimg / 1000:g} Mimg' if kimg >= 1000 else f'{kimg:g} kimg'
 
 
-# ---- The questions. Each returns Markdown.
+# -- the questions; each returns Markdown
 
 def question_1(scores, figures):
     """Warm against EDM over images seen and time."""
@@ -87,14 +88,15 @@ def seconds(number):
 
 def question_2(scores, figures):
     """Table 3."""
-    kimg, paper = scores.scale.side, dict(zip(PAPER_BNRS, (row.fid for row in TABLE_3)))
+    kimg = scores.scale.side
     reference = scores.values(EDM, kimg)
-    separate = {bnr: scores.values({0: EDM, 0.5: WARM}.get(bnr, f'warm-bnr{bnr:g}'), kimg) for bnr in PAPER_BNRS}
+    separate = {bnr: scores.values(bnr_name(bnr), kimg) for bnr in PAPER_BNRS}
     joint = {bnr: scores.values('warm-all', kimg, bnr=f'{bnr:g}') for bnr in PAPER_BNRS}
-    if not any(joint.values()) and not any(separate[bnr] for bnr in PAPER_BNRS if bnr not in (0, 0.5)):
+    if not any(joint.values()) and not any(separate[bnr] for bnr in PAPER_BNRS if bnr_name(bnr) not in METHODS):
         return NOTHING  # those two are question 1's
-    rows = [['0 (EDM)' if bnr == 0 else f'{bnr:g}', f'{paper[bnr]:.2f}', shown(separate[bnr]),
-             *(against(separate[bnr], reference) if bnr else [NONE, NONE]), shown(joint[bnr])] for bnr in PAPER_BNRS]
+    rows = [[row.title, f'{row.fid:.2f}', shown(separate[bnr]),
+             *(against(separate[bnr], reference) if bnr else [NONE, NONE]), shown(joint[bnr])]
+            for bnr, row in zip(PAPER_BNRS, TABLE_3)]
     curves = [dict(x=[i for i, bnr in enumerate(PAPER_BNRS) if values[bnr]],
                    y=[mean(values[bnr]) for bnr in PAPER_BNRS if values[bnr]], label=label)
               for values, label in ((separate, 'a network each'), (joint, 'one network for all'))]
@@ -106,7 +108,7 @@ def question_2(scores, figures):
 def question_3(scores, figures):
     """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35; networks of seed 0 alone."""
     main, kimg = scores.longest(drawn('heun', STEPS[0])), scores.scale.side
-    kinds = [('EDM', EDM, main, {}), ('Warm, BNR 0.5', WARM, main, {}),
+    kinds = [*((TITLES[name], name, main, {}) for name in (EDM, WARM)),
              *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in OTHER_BNRS)]
     heads = [f'{2 * n - 1} / {e}' if 2 * n - 1 != e else str(e) for n, e in zip(STEPS, EVALUATIONS)]
     rows, curves = [], []
@@ -134,19 +136,19 @@ def question_4(scores, figures):
     """Tables 5 and 4."""
     kimg, rows = scores.scale.side, []
     ours = scores.values(WARM, kimg)
-    for row, what in zip(TABLE_5, ('warm-clean', 'warm-blurred', 'warm-clean-blurred', WARM)):
+    names = [*map(targets_name, TARGETS), WARM]
+    for row, what in zip(TABLE_5, names):
         values = scores.values(what, kimg)
         rows.append([row.title, f'{row.fid:.2f}', shown(values),
                      *(against(values, ours) if what != WARM else ['', ''])])
-    if not any(scores.values(what, kimg) for what in ('warm-clean', 'warm-blurred', 'warm-clean-blurred',
-                                                      'warm-blurring')):
+    if not any(scores.values(what, kimg) for what in (*names[:-1], 'warm-blurring')):
         return NOTHING
     first = table([f'Parametrisation, {mimg(kimg)}', "paper's FID", scores.label(), 'minus (d)', 'verdict'], rows)
     paper = {row.nfe: row.fid for row in TABLE_4}
     rows = [[str(2 * n - 1), f'{paper[2 * n - 1]:.2f}', *(shown(of_seed_0(scores.solved(what, kimg, 'heun', n)))
                                                           for what in ('warm-blurring', WARM))] for n in SCHEDULE_STEPS]
     second = table([f'NFE, {mimg(kimg)}, seed 0', "paper's FID, blurring schedule", 'blurring schedule',
-                    'constant BNR 0.5'], rows)
+                    f'constant BNR {PAPER_BNR:g}'], rows)
     return f'{first}\n\n{second}'
 
 
@@ -179,7 +181,7 @@ def question_6(scores, figures):
 
 
 QUESTIONS = {
-    '1. Warm at BNR 0.5 against EDM': question_1,
+    f'1. Warm at BNR {PAPER_BNR:g} against EDM': question_1,
     '2. Which BNR (Table 3)': question_2,
     '3. Fewer evaluations (Fig. 5)': question_3,
     '4. Parametrisations and schedules (Tables 5 and 4)': question_4,
@@ -198,7 +200,7 @@ def mean(values):
     return sum(values.values()) / len(values)
 
 
-# ---- The page.
+# -- the page
 
 def setup(scores):
     """What was trained and scored, on what, and how to read the tables."""
@@ -315,7 +317,7 @@ class Figures:
         if curves:
             content = dict(curves=curves, xlabel=xlabel, ylabel=ylabel, log=log, **({'ticks': ticks} if ticks else {}))
             path = f'results-{file}-{name}'
-            draw(os.path.join(self.folder, path), (5.6, 3.6), lambda f: draw_lines(f, content, ''))
+            draw(os.path.join(self.folder, path), (5.6, 3.6), lambda f: draw_curves(f, content, ''))
             self.drawn.append(path)
 
 

@@ -7,7 +7,14 @@ says how large all of that is. To ask something else: a function that returns `R
 import dataclasses
 import math
 
-PAPER_BNRS = (0, 0.1, 0.3, 0.5, 0.65, 1, 2, 10)  # Table 3
+from training.system import flag_of
+from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES
+from warm.path import PAPER_BNR
+from warm.report.tables import BNR_SCORES
+from warm.samplers import SAMPLER_DEFAULTS
+from warm.targets import TARGETS as PARAMETRISATIONS
+
+PAPER_BNRS = tuple(BNR_SCORES)  # Table 3
 STEPS = (5, 10, 18, 40)  # Heun's steps n for NFE 2n − 1 = 9, 19, 35, 79 (Fig. 5)
 EVALUATIONS = (9, 18, 35, 79)  # steps of the solvers that evaluate the network once a step
 OTHER_BNRS = ('1', '2')  # in Fig. 5, by one network for all
@@ -102,12 +109,22 @@ class Run:
         return math.gcd(*(round(score.kimg * 1000) for score in self.scores)) / 1000
 
 
+def bnr_name(bnr):
+    """What the run at one BNR is called: 'edm' and 'warm' are question 1's, then there are 'warm-bnr2' and so on."""
+    return {0: 'edm', PAPER_BNR: 'warm'}.get(bnr, f'warm-bnr{bnr:g}')
+
+
+def targets_name(targets):
+    """The same of a parametrisation, at the paper's BNR: 'warm-clean' and so on."""
+    return f'warm-{targets}'
+
+
 def run_name(what, cond=False, seed=0):
     """'warm-uncond-s0' and so on."""
     return f"{what}-{'cond' if cond else 'uncond'}-s{seed}"
 
 
-METHODS = {'edm': ('--precond=edm',), 'warm': ('--precond=warm', '--bnr=0.5')}
+METHODS = {'edm': ('--precond=edm',), 'warm': ('--precond=warm', f'--bnr={PAPER_BNR:g}')}
 SOLVERS = {'heun': STEPS, 'euler': EVALUATIONS, 'dpmpp2m': EVALUATIONS}
 
 
@@ -119,13 +136,13 @@ def at(kimg, *options):
 def over_evaluations(kimg, solvers=SOLVERS, **fixed):
     """Fig. 5: the solvers at every number of evaluations; the default, 18 steps of Heun, is not among them."""
     return at(kimg, *(drawn(solver, steps, **fixed) for solver in solvers for steps in SOLVERS[solver]
-                      if (solver, steps) != ('heun', 18)))
+                      if drawn(solver, steps)))
 
 
 def drawn(solver, steps, **fixed):
     """Options of a solver; the defaults are left out, so that a score has one name."""
     return {**fixed, **({'solver': solver} if solver != 'heun' else {}),
-            **({'num_steps': steps} if (solver, steps) != ('heun', 18) else {})}
+            **({'num_steps': steps} if (solver, steps) != ('heun', SAMPLER_DEFAULTS['num_steps']) else {})}
 
 
 def question_1(scale):
@@ -137,7 +154,7 @@ def question_1(scale):
                 if seed == 0 and not cond:
                     scores += over_evaluations(scale.main[-1])
                     if name == 'warm':  # Table 4's other half: constant BNR over NFE
-                        scores += at(scale.side, *({'num_steps': n} for n in SCHEDULE_STEPS if n != 18))
+                        scores += at(scale.side, *(drawn('heun', n) for n in SCHEDULE_STEPS))
                 scores = tuple(dict.fromkeys(scores))  # where `side` is the end of `main`, some are asked for twice
                 yield Run(run_name(name, cond, seed), seed, (*flags, f'--cond={cond:d}'), scores)
 
@@ -146,8 +163,8 @@ def question_2(scale):
     """Table 3: a network for each BNR, and one network for all of them. Seed 0 of the latter answers question 3."""
     for seed in scale.side_seeds:
         for bnr in PAPER_BNRS:
-            if bnr not in (0, 0.5):  # question 1 has these
-                yield side(scale, f'warm-bnr{bnr:g}', seed, '--precond=warm', f'--bnr={bnr:g}')
+            if bnr_name(bnr) not in METHODS:  # question 1 has these
+                yield side(scale, bnr_name(bnr), seed, '--precond=warm', f'--bnr={bnr:g}')
         scores = at(scale.side, *({'bnr': f'{bnr:g}'} for bnr in PAPER_BNRS))
         if seed == 0:
             for bnr in OTHER_BNRS:
@@ -160,21 +177,22 @@ def side(scale, what, seed, *flags):
     return Run(run_name(what, seed=seed), seed, flags, (Score(scale.side),))
 
 
-TARGETS = ('clean', 'blurred', 'clean-blurred')  # (a), (b), (c) of Table 5; (d) is question 1's
+TARGETS = tuple(name for name in PARAMETRISATIONS if name != 'residual')  # Table 5's (a), (b), (c); (d) is question 1's
 
 
 def question_4(scale):
     """Table 5's parametrisations, and Table 4's schedule of Blurring Diffusion over NFE."""
     for seed in scale.side_seeds:
         for targets in TARGETS:
-            yield side(scale, f'warm-{targets}', seed, '--precond=warm', '--bnr=0.5', f'--targets={targets}')
-        scores = at(scale.side, {}, *({'num_steps': n} for n in SCHEDULE_STEPS if n != 18))
+            yield side(scale, targets_name(targets), seed, *METHODS['warm'], f'--targets={targets}')
+        scores = at(scale.side, *(drawn('heun', n) for n in SCHEDULE_STEPS))
         yield Run(run_name('warm-blurring', seed=seed), seed, ('--precond=warm', '--bnr-schedule=blurring'), scores)
 
 
 # What we chose where the paper is silent: {flag: (our choice, its alternatives)}.
-CHOICES = {'--rest-weight': ('1', ('0.25', '4')), '--rest-scale': ('prior', ('edm', 'unit')),
-           '--blur-embedding': ('log', ('linear', 'none'))}
+CHOICES = {'--rest-weight': (f"{DEFAULTS['rest_weight']:g}", ('0.25', '4')),
+           **{flag_of(name): (DEFAULTS[name], tuple(value for value in values if value != DEFAULTS[name]))
+              for name, values in (('rest_scale', REST_SCALES), ('blur_embedding', BLUR_EMBEDDINGS))}}
 
 
 def choice_name(flag, value):
@@ -187,7 +205,7 @@ def question_5(scale):
     for seed in scale.side_seeds:
         for flag, (_, alternatives) in CHOICES.items():
             for value in alternatives:
-                yield side(scale, choice_name(flag, value), seed, '--precond=warm', '--bnr=0.5', f'{flag}={value}')
+                yield side(scale, choice_name(flag, value), seed, *METHODS['warm'], f'{flag}={value}')
 
 
 def question_6(scale):

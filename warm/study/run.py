@@ -140,7 +140,7 @@ def key_of(line):
     return line.get('run'), line.get('point'), tuple((name, value) for name, value in line.get('options', ()))
 
 
-# ---- One run.
+# -- one run
 
 def work_on(study, run):
     """Train a run as far as its missing scores need, and score it. Returns whether anything was done.
@@ -233,7 +233,7 @@ def measure(study, run, score):
     values, facts = study.scorer(source, scale.batch, progress=False)
     study.speed = facts['seconds'] / scale.num / drawn.facts['nfe']
     log(study, study.scorer, values, facts, run=run.name, seed=run.seed, point=score.kimg, options=score.options,
-        flags=run.flags, parent=run.parent, **training_facts(study.folder(run.name), drawn), **source.record,
+        flags=run.flags, parent=run.parent, **training_cost(study.folder(run.name), drawn), **source.record,
         hardware=f'{provenance.hardware(dist.device())}, {torch.get_num_threads()} thread(s)')
     shown = ', '.join(f'{label(name, study.scorer.detector)} {value:.4g}' for name, value in values.items())
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
@@ -258,7 +258,7 @@ def log(study, scorer, values, facts, **record):
     provenance.log_scores(study.results, values, scorer.detector, dict(study=study.scale.name, **record, **facts))
 
 
-def training_facts(folder, drawn):
+def training_cost(folder, drawn):
     """Parameters of the network, and the seconds of training up to it."""
     ticks = [(line['Progress/kimg']['mean'], line['Timing/total_sec']['mean'])
              for line in read_lines(folder / 'stats.jsonl') if 'Timing/total_sec' in line]
@@ -267,7 +267,7 @@ def training_facts(folder, drawn):
                 train_seconds=seconds and round(seconds, 1))
 
 
-# ---- All runs.
+# -- all runs
 
 def tidy(study, runs):
     """Delete the networks and states of runs that are measured and whose network starts no other that is not."""
