@@ -26,14 +26,14 @@ def cache_dir():
     return pathlib.Path(os.environ.get('DNNLIB_CACHE_DIR') or pathlib.Path.home() / '.cache' / 'warm-diffusion')
 
 
-def local_path(path_or_url, **fetch_kwargs):
+def local_path(path_or_url):
     """A file on this machine: the path itself, or the cached download of an address (see `fetch`).
 
     Raises:
         UserError: there is no such file, or the download failed.
     """
     if is_url(path_or_url):
-        return fetch(path_or_url, **fetch_kwargs)
+        return fetch(path_or_url)
     path = pathlib.Path(path_or_url)
     if not path.is_file():
         raise UserError(f'there is no file {path_or_url}; check the path')

@@ -128,10 +128,9 @@ def test_max_size_is_the_sorted_random_subset(place):
     assert len(ImageFolderDataset(place, max_size=50)) == 20
 
 
-@pytest.mark.parametrize('cache', [False, True])
-def test_xflip_appends_mirrored_copies(place, cache):
+def test_xflip_appends_mirrored_copies(place):
     write(place, small_set(5, labels=[0, 1, 2, 3, 4]))
-    ds = ImageFolderDataset(place, use_labels=True, max_size=3, xflip=True, cache=cache)
+    ds = ImageFolderDataset(place, use_labels=True, max_size=3, xflip=True)
     assert len(ds) == 6
     for i in range(3):
         np.testing.assert_array_equal(ds[i + 3][0], ds[i][0][:, :, ::-1])
@@ -143,16 +142,13 @@ def test_xflip_appends_mirrored_copies(place, cache):
         ds[6]
 
 
-def test_cache_reads_each_image_once_and_hands_out_copies(place, monkeypatch):
+def test_decoded_images_are_handed_out_as_copies(place, monkeypatch):
     write(place, small_set(4))
-    ds = ImageFolderDataset(place, cache=True, xflip=True)
-    reads = []
-    read = ds._archive.read
-    monkeypatch.setattr(ds._archive, 'read', lambda name: reads.append(name) or read(name))
-    for _ in range(3):
-        for i in range(len(ds)):
-            ds[i][0][:] = 0
-    assert len(reads) == 4
+    ds = ImageFolderDataset(place, xflip=True)
+    ds.use_decoded(np.stack([ds.decode_file(i) for i in range(4)]))
+    monkeypatch.setattr(ds._archive, 'read', None)  # nothing is read any more
+    for i in range(len(ds)):
+        ds[i][0][:] = 0
     np.testing.assert_array_equal(ds[2][0], chw(picture(2)))
 
 
@@ -206,7 +202,7 @@ def _batches(ds, context):
 @pytest.mark.filterwarnings('ignore:This DataLoader will create:UserWarning')  # on a machine with one core
 def test_pickles_and_forks(place):
     write(place, small_set(12, labels=list(range(12))))
-    ds = ImageFolderDataset(place, use_labels=True, cache=True)
+    ds = ImageFolderDataset(place, use_labels=True)
     ds[0]
     copy = pickle.loads(pickle.dumps(ds))
     assert len(pickle.dumps(ds)) < 10_000

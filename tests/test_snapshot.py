@@ -96,12 +96,6 @@ def test_networks_of_every_system_round_trip(name, tmp_path):
         assert torch.equal(again(x, sigma), net(x, sigma))
 
 
-def test_overrides_replace_arguments(good):
-    snapshot = read_snapshot(good)
-    assert build_network(snapshot, TINY, use_fp16=True).init_kwargs == {'width': 4, 'use_fp16': True}
-    assert snapshot.network_kwargs == {'width': 4}
-
-
 def test_the_built_network_does_not_depend_on_the_file(good, tmp_path):
     path = tmp_path / 'copy.safetensors'
     path.write_bytes(good.read_bytes())

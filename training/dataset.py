@@ -28,7 +28,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     """Square images of one size in a folder or zip, read recursively and sorted by name.
 
     Items are ``(image, label)``: a uint8 array [C, H, W] and a float32 vector [label_dim] (length 0
-    without labels). Objects pickle and fork: each process opens the zip for itself and fills its own cache.
+    without labels). Objects pickle and fork: each process opens the zip for itself.
     With `use_decoded`, pixels come from an array of all images (training.decoded), for which `batch` is the quick way.
 
     Args:
@@ -39,15 +39,13 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         max_size: Keep a random subset of this many images, in their order; None keeps all.
         xflip: Append the mirrored copy of every image.
         random_seed: Chooses the subset.
-        cache: Keep decoded images in memory.
 
     Raises:
         UserError: missing, damaged or mixed images or labels. Sizes of PNG files in a zip are all
             compared here, other files when they are read.
     """
 
-    def __init__(self, path, resolution=None, use_labels=False, max_size=None, xflip=False, random_seed=0,
-                 cache=False):
+    def __init__(self, path, resolution=None, use_labels=False, max_size=None, xflip=False, random_seed=0):
         self._archive = open_archive(path)
         self.name = name_of(path)
         names = image_names(self._archive)
@@ -61,7 +59,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         self._check_resolution(resolution)
         if isinstance(self._archive, ZipArchive):
             self._check_png_headers()
-        self._cache = {} if cache else None  # number at the path → pixels
         self._decoded = None
 
     @property
@@ -111,12 +108,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self._decoded
 
     def decode_file(self, raw_idx):
-        """Pixels of the image number `raw_idx` at the path, uint8 [C, H, W], checked; past the cache."""
+        """Pixels of file number `raw_idx` of the path, uint8 [C, H, W], checked; read, decoded before or not."""
         return self._decode(self._names[raw_idx])
 
     def use_decoded(self, images):
         """Take pixels from `images` from now on: uint8 [num_files, C, H, W], all at the path in their order."""
-        self._decoded, self._cache = images, None
+        self._decoded = images
 
     def batch(self, indices):
         """The items `indices`: images uint8 [B, C, H, W] and labels float32 [B, label_dim], both the caller's own."""
@@ -129,7 +126,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return images, self.labels_of_files(raw_idx)
 
     def locate(self, indices):
-        """(number at the path, whether mirrored) of each of the items `indices`, as arrays [B].
+        """(file number, whether mirrored) of each of the items `indices`, as arrays [B].
 
         Mirrored copies follow the originals; negative indices count from the end.
         """
@@ -144,7 +141,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self._raw_idx[k], flipped > 0
 
     def labels_of_files(self, raw_idx):
-        """Labels, float32 [B, label_dim], of the images with those numbers at the path; of a single one [label_dim]."""
+        """Labels, float32 [B, label_dim], of the files with those numbers; of a single one [label_dim]."""
         labels = self._labels[raw_idx]
         if not self.has_onehot_labels:
             return labels.copy()
@@ -165,7 +162,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self.labels_of_files(self.locate([idx])[0])[0]
 
     def file_stamps(self):
-        """(name, …) of every image file in order, with numbers that change with its content (the archive's `stamp`)."""
+        """[(name, *stamp), …] of the image files in order; a stamp is numbers that change with the content."""
         names = (self._names[i] for i in self._raw_idx)
         return [(name, *self._archive.stamp(name)) for name in names]
 
@@ -179,17 +176,11 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return types.SimpleNamespace(raw_idx=raw_idx, xflip=bool(flipped), raw_label=self._labels[raw_idx].copy())
 
     def __getstate__(self):
-        return {**self.__dict__, '_cache': None if self._cache is None else {}, '_decoded': None}
+        return {**self.__dict__, '_decoded': None}
 
     def _load(self, raw_idx):
-        """Pixels of the image number `raw_idx` at the path, decoded already or from the cache where there is such."""
-        if self._decoded is not None:
-            return self._decoded[raw_idx]
-        if self._cache is None:
-            return self.decode_file(raw_idx)
-        if raw_idx not in self._cache:
-            self._cache[raw_idx] = self.decode_file(raw_idx)
-        return self._cache[raw_idx]
+        """Pixels of file number `raw_idx` of the path, of the decoded ones where there are such."""
+        return self.decode_file(raw_idx) if self._decoded is None else self._decoded[raw_idx]
 
     def _decode(self, name):
         image = decode(self._archive.read(name), self._what(name))

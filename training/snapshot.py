@@ -168,7 +168,7 @@ def _read_edm_pickle(path):
                     extra=extra, path=path)
 
 
-def build_network(snapshot, systems, device='cpu', **overrides):
+def build_network(snapshot, systems, device='cpu'):
     """The snapshot's network, in evaluation mode, without gradients.
 
     The arguments in a file may ask for a network of any size. So it is first built without memory (device
@@ -177,7 +177,6 @@ def build_network(snapshot, systems, device='cpu', **overrides):
     Args:
         snapshot: From `read_snapshot`.
         systems: Registry {name: object with `network_class`}.
-        overrides: Constructor arguments to replace, e.g. use_fp16=True.
 
     Raises:
         UserError: unknown system; arguments that its network does not accept; tensors that do not fit it.
@@ -186,12 +185,11 @@ def build_network(snapshot, systems, device='cpu', **overrides):
         raise UserError(f"{snapshot.path} is of the system '{excerpt(snapshot.system)}', which this version does not "
                         f"know; it knows {', '.join(systems)}")
     network_class = systems[snapshot.system].network_class
-    kwargs = {**snapshot.network_kwargs, **overrides}
     with torch.device('meta'), _Bounded(snapshot.state_dict):
-        outline = _construct(network_class, kwargs, snapshot.path)
+        outline = _construct(network_class, snapshot.network_kwargs, snapshot.path)
     _check_tensors(snapshot, outline)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, but not from the caller's random numbers
-        net = _construct(network_class, kwargs, snapshot.path)
+        net = _construct(network_class, snapshot.network_kwargs, snapshot.path)
     net.load_state_dict(snapshot.state_dict)
     return net.eval().requires_grad_(False).to(device)
 

@@ -39,69 +39,69 @@ SIZE_FLAGS = ('cbase', 'cres')
 OPTIONS_NAME = 'training_options.json'  # in every run folder
 
 
-def training_config(o, system_options):
+def training_config(flags, system_options):
     """Arguments of `training_loop` (all but run_dir and systems), as plain JSON values.
 
     Args:
-        o: Values of train.py's flags, by name.
+        flags: Values of train.py's flags, by name.
         system_options: {name: value} of the flags that only some systems have, as far as the user gave them.
 
     Raises:
         UserError: options that do not go together, data that cannot be used.
     """
-    if o['transfer'] and o['resume']:
+    if flags['transfer'] and flags['resume']:
         raise UserError('--transfer starts a new run and --resume continues an old one; give one of them')
-    if o['tensorboard']:
+    if flags['tensorboard']:
         check_tensorboard()
-    precision = chosen_precision(o['precision'], o['fp16'])
-    check_data_device(o['data_device'])
-    strengths = training_strengths(o['augment_with'])
-    system = SYSTEMS[o['precond']]
+    precision = chosen_precision(flags['precision'], flags['fp16'])
+    check_data_device(flags['data_device'])
+    strengths = training_strengths(flags['augment_with'])
+    system = SYSTEMS[flags['precond']]
     own = system.network_kwargs(system_options)
-    if o['data'] is None:
+    if flags['data'] is None:
         dist.print0('No --data given: training on the embedded handwritten digits (8×8). '
                     f"For CIFAR-10: {PRESETS['cifar10'].data}")
-    dataset_kwargs = dict(path=EMBEDDED if o['data'] is None else o['data'], use_labels=o['cond'], xflip=o['xflip'],
-                          cache=o['cache'])
+    dataset_kwargs = dict(path=EMBEDDED if flags['data'] is None else flags['data'], use_labels=flags['cond'],
+                          xflip=flags['xflip'], cache=flags['cache'])
     own.update(measured(system, own, dataset_kwargs))
-    network_kwargs = dict(ARCHITECTURES[o['arch']], dropout=o['dropout'], use_fp16=precision == 'fp16', **own)
+    network_kwargs = dict(ARCHITECTURES[flags['arch']], dropout=flags['dropout'], use_fp16=precision == 'fp16', **own)
     for flag in SIZE_FLAGS:
-        if o[flag] is not None:
-            if flag not in size_arguments(o['arch']):
-                raise UserError(f"--arch={o['arch']} has no use for --{flag}; leave it out")
-            network_kwargs[size_arguments(o['arch'])[flag]] = o[flag]
+        if flags[flag] is not None:
+            if flag not in size_arguments(flags['arch']):
+                raise UserError(f"--arch={flags['arch']} has no use for --{flag}; leave it out")
+            network_kwargs[size_arguments(flags['arch'])[flag]] = flags[flag]
     return dict(
         system=system.name,
         dataset_kwargs=dataset_kwargs,
-        data_loader_kwargs=dict(num_workers=o['workers'], **({'prefetch_factor': 2} if o['workers'] else {})),
-        data_device=o['data_device'],
+        data_loader_kwargs=dict(num_workers=flags['workers'], **({'prefetch_factor': 2} if flags['workers'] else {})),
+        data_device=flags['data_device'],
         network_kwargs=network_kwargs,
         loss_kwargs=system.loss_kwargs(system_options),
-        accelerate_kwargs=dict(precision=precision, channels_last=o['channels_last'],
-                               recompute=o['checkpoint_activations'], compile=bool(o['compile'])),
-        optimizer_kwargs=dict(lr=o['lr'], betas=[0.9, 0.999], eps=1e-8),
-        augment_kwargs=dict(p=o['augment'], **strengths) if o['augment'] else None,
-        seed=dist.broadcast_object(secrets.randbelow(1 << 31)) if o['seed'] is None else o['seed'],
-        batch_size=o['batch'],
-        batch_gpu=o['batch_gpu'],
-        total_kimg=max(round(o['duration'] * 1000, 3), 0.001),
-        ema_halflife_kimg=o['ema'] * 1000,
-        lr_rampup_kimg=o['lr_rampup'] * 1000,
-        loss_scaling=o['ls'],
-        cudnn_benchmark=o['bench'],
-        kimg_per_tick=o['tick'],
-        snapshot_ticks=o['snap'],
-        state_dump_ticks=o['dump'],
-        grid_images=o['grid'],
-        eval_kwargs=dict(ticks=o['eval_ticks'], num=o['eval_num'], ref=o['eval_ref'], detector=o['eval_detector'],
-                         metrics=o['eval_metrics']) if o['eval_ticks'] else None,
-        tensorboard=o['tensorboard'],
-        transfer=o['transfer'],
-        resume=o['resume'],
-        compact_state=o['compact_state'],
-        keep=o['keep'],
-        max_nonfinite=o['max_nonfinite'],
-        timeout=o['timeout'],
+        accelerate_kwargs=dict(precision=precision, channels_last=flags['channels_last'],
+                               recompute=flags['checkpoint_activations'], compile=bool(flags['compile'])),
+        optimizer_kwargs=dict(lr=flags['lr'], betas=[0.9, 0.999], eps=1e-8),
+        augment_kwargs=dict(p=flags['augment'], **strengths) if flags['augment'] else None,
+        seed=dist.broadcast_object(secrets.randbelow(1 << 31)) if flags['seed'] is None else flags['seed'],
+        batch_size=flags['batch'],
+        batch_gpu=flags['batch_gpu'],
+        total_kimg=max(round(flags['duration'] * 1000, 3), 0.001),
+        ema_halflife_kimg=flags['ema'] * 1000,
+        lr_rampup_kimg=flags['lr_rampup'] * 1000,
+        loss_scaling=flags['ls'],
+        cudnn_benchmark=flags['bench'],
+        kimg_per_tick=flags['tick'],
+        snapshot_ticks=flags['snap'],
+        state_dump_ticks=flags['dump'],
+        grid_images=flags['grid'],
+        eval_kwargs={name: flags[f'eval_{name}'] for name in ('ticks', 'num', 'ref', 'detector', 'metrics')}
+        if flags['eval_ticks'] else None,
+        tensorboard=flags['tensorboard'],
+        transfer=flags['transfer'],
+        resume=flags['resume'],
+        compact_state=flags['compact_state'],
+        keep=flags['keep'],
+        max_nonfinite=flags['max_nonfinite'],
+        timeout=flags['timeout'],
     )
 
 
@@ -131,8 +131,13 @@ def measured(system, own, dataset_kwargs):
     return dist.on_rank0(measure) if wanted else {}
 
 
-def open_data(path, **kwargs):
-    """The data set; of one that belongs to a preset and is missing, the message says how it is made."""
+def open_data(path, cache=None, **kwargs):
+    """The data set, its images not decoded in advance; the message on a preset's missing one says how it is made.
+
+    Args:
+        path, kwargs: As for ImageFolderDataset.
+        cache: Without effect here: how training reads the images (training.training_loop.open_dataset).
+    """
     command = next((preset.data for preset in PRESETS.values() if preset.train.get('data') == path), None)
     if command and not os.path.exists(path):
         raise UserError(f'there is no data set {path}; make it with `{command}`, or name another with --data')
@@ -151,7 +156,7 @@ def check_config(config, start, fetch=True):
         UserError: whatever would stop the run before its first step.
     """
     split_batch(config['batch_size'], config['batch_gpu'])
-    dataset = open_data(**{**config['dataset_kwargs'], 'cache': False})
+    dataset = open_data(**config['dataset_kwargs'])
     system = SYSTEMS[config['system']]
     with torch.device('meta'):  # names and shapes, without the memory
         net = system.network_class(**interface_kwargs(dataset, config['augment_kwargs']), **config['network_kwargs'])
@@ -167,14 +172,14 @@ def check_config(config, start, fetch=True):
 
 
 def check_evaluation(num_files, num, ref, detector, metrics, ticks=None):
-    """Look through the --eval flags without fetching anything: detectors from elsewhere are known by name only.
+    """Check the --eval flags without downloading anything; of a detector that is downloaded, only the name is checked.
 
     Args:
         num_files: Images of the training data, of which the reference is made if there is no `ref`.
         num, ref, detector, metrics, ticks: As for training.evaluation.make_evaluator.
 
     Raises:
-        UserError: what that would refuse, as far as it can be told.
+        UserError: what `make_evaluator` would refuse, as far as that is known without the download.
     """
     names = parse_metrics(metrics)
     elsewhere = is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector
@@ -209,7 +214,7 @@ def next_run_dir(outdir, name):
     return os.path.join(outdir, f'{max(numbers, default=-1) + 1:05d}-{name}')
 
 
-def start_point(o, name):
+def start_point(flags, name):
     """(run folder, what to continue). Only looks; nothing is created.
 
     --auto-resume takes the run folder with the highest number and this run's name, whatever its number of ranks,
@@ -223,20 +228,20 @@ def start_point(o, name):
         UserError: --nosubdir without --auto-resume, and a run is there already; there is no state where --resume says,
             or none that can be read.
     """
-    if o['nosubdir'] and not o['auto_resume'] and not o['dry_run']:
-        if os.path.exists(os.path.join(o['outdir'], OPTIONS_NAME)):
-            raise UserError(f"{o['outdir']} holds a run already, over which --nosubdir would train; choose another "
+    if flags['nosubdir'] and not flags['auto_resume'] and not flags['dry_run']:
+        if os.path.exists(os.path.join(flags['outdir'], OPTIONS_NAME)):
+            raise UserError(f"{flags['outdir']} holds a run already, over which --nosubdir would train; choose another "
                             '--outdir, or continue that run with --auto-resume')
-    run_dir = o['outdir'] if o['nosubdir'] else next_run_dir(o['outdir'], name)
+    run_dir = flags['outdir'] if flags['nosubdir'] else next_run_dir(flags['outdir'], name)
     path, state, complaints = None, None, []
-    if o['auto_resume']:
-        run_dir = run_dir if o['nosubdir'] else same_run_dir(o['outdir'], name) or run_dir
+    if flags['auto_resume']:
+        run_dir = run_dir if flags['nosubdir'] else same_run_dir(flags['outdir'], name) or run_dir
         path, state, complaints = newest_good(saved_files(run_dir, 'training-state'))
-        if path is None and complaints and not o['resume']:  # starting over would write over what is there
+        if path is None and complaints and not flags['resume']:  # starting over would write over what is there
             raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are '
                             'lost, delete them to start over there, or start elsewhere with another --outdir or --desc')
-    if path is None and o['resume']:
-        states = find_states(o['resume'], o['outdir'])
+    if path is None and flags['resume']:
+        states = find_states(flags['resume'], flags['outdir'])
         if len(states) == 1:
             load_run_state(states[0])  # says what is wrong with it
         path, state, complaints = newest_good(states)
@@ -244,9 +249,8 @@ def start_point(o, name):
             raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read '
                             f'({complaints[0]}); resume from another run')
     if path is None:
-        return run_dir, dict(path=None, settings={}, network_kwargs={}, tick=0, last_tick='{}',
-                             complaints=complaints)
-    return run_dir, dict(path=str(path), settings=state['settings'], network_kwargs=state['network_kwargs'],
+        state = dict(settings={}, network_kwargs={}, progress={'tick': 0}, last_tick='{}')
+    return run_dir, dict(path=path and str(path), settings=state['settings'], network_kwargs=state['network_kwargs'],
                          tick=state['progress']['tick'], last_tick=state['last_tick'], complaints=complaints)
 
 

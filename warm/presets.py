@@ -14,48 +14,38 @@ class Preset:
     """An experiment.
 
     Attributes:
-        title: For help texts and the README.
         data: Command that prepares the data set.
         train, sample: {flag's Python name: value, as typed} for train.py and generate.py.
-        note: What the paper leaves open and was chosen here.
     """
 
-    title: str
     data: str
     train: dict
     sample: dict
-    note: str = ''
-
-    @property
-    def nfe(self):
-        """Network evaluations per image with Heun's solver."""
-        return 2 * self.sample['num_steps'] - 1
 
 
 CIFAR10 = dict(data='datasets/cifar10-32x32.zip', precond='warm')
 CIFAR10_TOOL = 'python dataset_tool.py --source=cifar10 --dest=datasets/cifar10-32x32.zip'
 
 PRESETS = {
-    'cifar10': Preset('CIFAR-10 32×32, unconditional', CIFAR10_TOOL, dict(CIFAR10, cond=False), dict(num_steps=18)),
-    'cifar10-cond': Preset('CIFAR-10 32×32, class-conditional', CIFAR10_TOOL, dict(CIFAR10, cond=True),
-                           dict(num_steps=18)),
-    'ffhq': Preset(
-        'FFHQ 64×64', 'python dataset_tool.py --source=downloads/ffhq/images1024x1024 --resolution=64x64 '
+    'cifar10': Preset(CIFAR10_TOOL, dict(CIFAR10, cond=False), dict(num_steps=18)),
+    'cifar10-cond': Preset(CIFAR10_TOOL, dict(CIFAR10, cond=True), dict(num_steps=18)),
+    'ffhq': Preset(  # EDM's options for FFHQ, as the paper keeps EDM's hyper-parameters
+        'python dataset_tool.py --source=downloads/ffhq/images1024x1024 --resolution=64x64 '
         '--dest=datasets/ffhq-64x64.zip',
         dict(data='datasets/ffhq-64x64.zip', precond='warm', batch=256, cres='1,2,2,2', lr=2e-4, dropout=0.05,
              augment=0.15),
-        dict(num_steps=40), "EDM's options for FFHQ, as the paper keeps EDM's hyper-parameters."),
-    'lsun-church': Preset(
-        'LSUN-church 128×128', 'python dataset_tool.py --source=downloads/lsun/church_outdoor_train_lmdb '
+        dict(num_steps=40)),
+    'lsun-church': Preset(  # the paper does not give its network: FFHQ's options with one more level are our choice
+        'python dataset_tool.py --source=downloads/lsun/church_outdoor_train_lmdb '
         '--transform=center-crop --resolution=128x128 --dest=datasets/lsun-church-128x128.zip',
         dict(data='datasets/lsun-church-128x128.zip', precond='warm', batch=256, cres='1,1,2,2,2', lr=2e-4,
              dropout=0.05, augment=0.15),
-        dict(num_steps=256), 'The paper does not give its network: FFHQ’s options with one more level are our choice.'),
-    'digits': Preset(
-        'the embedded digits 8×8, minutes on a laptop', '',
+        dict(num_steps=256)),
+    'digits': Preset(  # not in the paper: a network of 1.5 M parameters, a quick ramp and a short average
+        '',
         dict(precond='warm', cond=True, cbase=32, cres='1,2', batch=64, duration=0.08, lr=2e-3, lr_rampup=0.005,
              ema=0.005, dropout=0.0, augment=0.0, tick=4, snap=0, dump=0, workers=0),
-        dict(num_steps=18), 'Not in the paper: a network of 1.5 M parameters, a quick ramp and a short average.'),
+        dict(num_steps=18)),
 }
 
 
