@@ -79,7 +79,7 @@ def images_of(path, n=20):
     return torch.from_numpy(np.stack([dataset[i][0] for i in range(n)]))
 
 
-# ---- It learns.
+# -- it learns
 
 def test_it_learns_what_there_is_to_learn(halves, trained, tmp_path):
     """Held-out digits are told apart; with labels dealt out at random nothing is to be learned."""
@@ -137,7 +137,7 @@ def test_cutout_paints_squares():
     assert painted.any(dim=0).all()
 
 
-# ---- Its file.
+# -- its file
 
 def test_the_file_gives_what_the_network_gives(halves, trained):
     path, record = trained
@@ -241,7 +241,7 @@ def test_any_resolution(resolution, last):
     assert classifier_net.trunk(3, resolution, 2).eval()(x).shape == (1, 16, last, last)
 
 
-# ---- Bad input.
+# -- bad input
 
 def fails(folder, message, *args, **options):
     """The command ends with one sentence and leaves no file in `folder`."""

@@ -86,7 +86,7 @@ def test_resize_equals_the_plain_form(size, target):
         assert got[i, j].item() == pytest.approx(plain, abs=1e-6)
 
 
-# ---- Detectors.
+# -- detectors
 
 def test_features_are_of_full_float32():
     """Whatever the caller has allowed; it is allowed again afterwards, also after an error."""

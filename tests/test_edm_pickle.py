@@ -48,7 +48,7 @@ def refusal(data):
     return str(e.value)
 
 
-# ------------------------------------------------------------------------------------- reading
+# -- reading
 
 def test_reads_the_recorded_file(path, golden):
     content = load_edm_pickle(path)
@@ -150,7 +150,7 @@ def test_keys_follow_the_nesting_of_modules(good):
     assert 'model.enc.16x16_block0.norm0.weight' in names and len(names) == len(set(names))
 
 
-# ------------------------------------------------------------------------------------- refusing
+# -- refusing
 
 @pytest.mark.parametrize('module, name', [('os', 'system'), ('builtins', 'eval'), ('builtins', 'getattr'),
                                           ('torch', 'load'), ('torch_utils.persistence', 'persistent_class'),

@@ -241,13 +241,13 @@ def soft_error(bnr, num_steps):
 
 @pytest.mark.parametrize('bnr', [0, 0.5, 2])
 def test_soft_sampler_is_first_order(bnr):
-    """The formula of the specification gives the data's covariance, with blur as without."""
+    """The formula gives the data's covariance, with blur as without."""
     coarse, fine = soft_error(bnr, 100), soft_error(bnr, 200)
     assert 1.9 < coarse / fine < 2.2
     assert fine < 0.07
 
 
-def test_soft_step_is_the_specifications():
+def test_soft_step_by_its_formula():
     x, x0, z = torch.randn(3, 1, 1, 8, 8, dtype=torch.float64)
     step = momentum_step(x, x0, number(1.5), 3.0, number(0.5), 1.0, z)
     blurred, blurred_next = blur(x0, 1.5), blur(x0, 0.5)

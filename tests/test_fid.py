@@ -150,7 +150,7 @@ def test_batches_keep_the_order(folders):
     assert torch.equal(torch.cat(batches), expected)
 
 
-# ---- Straight from a network.
+# -- straight from a network
 
 class Scripted(torch.nn.Module):
     """Three features and three probabilities an image."""
@@ -259,7 +259,7 @@ def test_scores_are_printed_where_they_cannot_be_recorded(folders, reference, tm
           log=tmp_path / 'metrics.jsonl')
 
 
-# ---- Interruptions.
+# -- interruptions
 
 SLOW = """
 import sys, time
@@ -390,7 +390,7 @@ def test_exact_sum_does_not_depend_on_grouping():
     assert (terms[:, 0].sum() - terms.flip(0)[:, 0].cumsum(0)[-1]).abs() > 0  # the plain sum does depend on it
 
 
-# ---- Bad input.
+# -- bad input
 
 def test_too_few_images(folders, reference):
     fails('calc', 'has 50 images where 50000 are to be scored; make more, or give --num=50', images=folders[1],

@@ -36,7 +36,7 @@ def rotation(dims, seed=0):
     return np.linalg.qr(np.random.default_rng(seed).standard_normal([dims, dims]))[0]
 
 
-# ---- FID.
+# -- FID
 
 def test_frechet_distance_equals_record(golden):
     g = golden('fid')
@@ -81,7 +81,7 @@ def test_fast_singular_values_know_their_error():
         assert abs(values.sum() - exact) < 10 * error
 
 
-# ---- The pass over the images.
+# -- the pass over the images
 
 def test_statistics_equal_numpy_and_ignore_the_batch_size():
     x = torch.randn([301, 7], generator=torch.Generator().manual_seed(0)) * 3 + 5
@@ -110,7 +110,7 @@ def test_too_many_or_too_few_batches_are_a_programming_error():
         metrics.accumulate(numbered_images(30, 8), TableDetector(torch.randn([30, 2])), ['fid'], 31)
 
 
-# ---- IS.
+# -- IS
 
 def plain_inception_score(p, splits=10):
     scores = []
@@ -142,7 +142,7 @@ def test_inception_score_bounds():
         assert metric_is.score_is(sums.result()) == pytest.approx({'IS': expected, 'IS_std': 0}, abs=1e-12)
 
 
-# ---- KID.
+# -- KID
 
 def plain_mmd2(x, y):
     def k(a, b):
@@ -171,7 +171,7 @@ def test_kernel_distance_is_unbiased_and_grows_with_the_shift():
     assert abs(same) < 3 * std < far
 
 
-# ---- Precision and recall.
+# -- precision and recall
 
 def plain_precision_recall(generated, real, k):
     def radius(points, i):
@@ -195,7 +195,7 @@ def test_precision_recall_equals_the_plain_form(block):
     assert got == pytest.approx(expected, abs=1e-12)
 
 
-# ---- The registry, names, files.
+# -- the registry, names, files
 
 def test_every_metric_scores():
     g = torch.Generator().manual_seed(0)

@@ -298,7 +298,7 @@ def test_a_state_that_is_not_one_of_a_run_is_refused(change, cut, tmp_path):
     refused(train(tmp_path / 'new', f'--resume={path}'), str(path), 'resume')
 
 
-# ------------------------------------------------------------------------------------- what is on the disk
+# -- what is on the disk
 
 def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """Flushed, renamed, and then the folder's entry too: no loss of power leaves half a file under the name."""

@@ -55,7 +55,7 @@ def write(path, content):
     return path
 
 
-# ------------------------------------------------------------------------------------- round trip
+# -- round trip
 
 def test_round_trip_is_exact(good):
     assert equal(STATE, load_state(good))
@@ -93,7 +93,7 @@ def test_what_is_not_plain_is_a_mistake_of_the_program(tmp_path, value):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------- bad files
+# -- bad files
 
 def test_missing(tmp_path):
     assert 'no training state' in refusal(tmp_path / 'training-state-000001.pt')
@@ -291,7 +291,7 @@ def mutate(data, rng):
     return bytes(data)
 
 
-# ------------------------------------------------------------------------------------- writing
+# -- writing
 
 def test_a_full_disk_leaves_the_former_state(good, tmp_path):
     path = tmp_path / 'training-state-000001.pt'
@@ -302,7 +302,7 @@ def test_a_full_disk_leaves_the_former_state(good, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-# ------------------------------------------------------------------------------------- names
+# -- names
 
 @pytest.mark.parametrize('name, kimg', [('training-state-000012.pt', 12), ('network-snapshot-200000.pkl', 200_000),
                                         ('network-snapshot-1234567.safetensors', 1_234_567)])

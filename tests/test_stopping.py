@@ -21,7 +21,7 @@ RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0.12', '--dropout=0.1', '--t
        '--seed=3', '--nosubdir', '--auto-resume', '--duration=0.000768']
 
 
-# ------------------------------------------------------------------------------------- signals
+# -- signals
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
@@ -128,7 +128,7 @@ os._exit(0)
     assert code == 0 and said.split()[-1] == 'ended', said
 
 
-# ------------------------------------------------------------------------------------- ranks that die or hang
+# -- ranks that die or hang
 
 def two_ranks(folder, port, *options, on_rank1=()):
     """Two ranks without torchrun, started as Slurm's srun starts them; endless for the purpose."""

@@ -48,7 +48,7 @@ def refusal(function, *args, **kwargs):
     return str(e.value)
 
 
-# ------------------------------------------------------------------------------------- the fuzzer
+# -- the fuzzer
 
 def test_damaged_files_of_every_kind():
     """A sample; `python -m tests.fuzz.fuzz` reads 10,000 of each. In a process of its own, as a whole."""
@@ -85,7 +85,7 @@ print(json.dumps(fuzz.run_cases('bad', 0, 2, fuzz.Tripwire())))''')
         assert any(expected in failure for failure in failures), (expected, done.stderr)
 
 
-# ------------------------------------------------------------------------------------- bombs
+# -- bombs
 
 def png(width, height, data=b''):
     def chunk(kind, content):
@@ -202,7 +202,7 @@ def test_an_idx_file_that_asks_for_all_memory(tmp_path):
     assert 'header' in refusal(dataset_sources.read_mnist, str(tmp_path / 'train-images-idx3-ubyte.gz'))
 
 
-# ------------------------------------------------------------------------------------- whatever a user may type or have
+# -- whatever a user may type or have
 
 WORD = st.one_of(st.integers(-5, 600).map(str), st.floats().map(str),
                  st.text(string.printable.replace('\x00', ''), max_size=8),

@@ -148,7 +148,7 @@ def test_tf32_and_autocast_on_cuda_change_nothing(function):
 
 @pytest.mark.parametrize('alpha', [1e-3, 8e-5])
 def test_rest_of_a_slight_blur_is_precise_in_float32(alpha):
-    """The rest of a single band is 1 − exp(−λα²/2) ≈ λα²/2 of it; x − blurred is far off, as the spec warns."""
+    """The rest of a single band is 1 − exp(−λα²/2) ≈ λα²/2 of it; x − blurred is far off."""
     for k, l in ((0, 1), (3, 2), (15, 15)):
         bands = torch.zeros([1, 1, N, N], dtype=torch.float64)
         bands[..., k, l] = 1

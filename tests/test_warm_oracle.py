@@ -313,7 +313,7 @@ def test_an_edm_network_is_not_sampled_with_blur():
                                               (ConstantBNR(1), 0.39, 0.11), (ConstantBNR(2), 1.13, 0.33),
                                               (BlurringSchedule(20), 1.84, 0.84)], ids=str)
 def test_ratios_with_the_spectrum_of_cifar_10(golden, path, half, same):
-    """Those in the page's note, and with them the spec's: 0.6 and a seventh at BNR 0.5, 1.1 and 1.9."""
+    """Those in the page's note: 0.6 and a seventh at BNR 0.5, 1.1 and 1.9."""
     S = torch.tensor(golden('cifar10-spectrum').power)
     heun = oracle.solver_error(S, path, 'heun', 18)[0]
     ratios = [oracle.solver_error(S, path, 'dpmpp2m', steps)[0] / heun for steps in (19, 35)]

@@ -17,10 +17,11 @@ SECOND_SIGNAL_SEC = 1.0  # Ctrl-C reaches a rank twice at once, from the termina
 
 
 class StopRequest:
-    """Within it, SIGTERM, SIGINT and SIGUSR1 only set `name`; a second one, later than a second, ends the process.
+    """Within it, the first of SIGTERM, SIGINT and SIGUSR1 only sets `name`.
 
-    The second ends it with code 128 + number. A thread reads the signals, so that this works even while the
-    main thread waits inside PyTorch for a rank that is lost. Outside the main thread nothing is installed.
+    A repeat more than SECOND_SIGNAL_SEC later ends the process, with code 128 + number. A thread reads the signals, so
+    that this works even while the main thread waits inside PyTorch for a rank that is lost. Outside the main thread
+    nothing is installed.
 
     Attributes:
         name: Of the signal that came first, such as 'SIGTERM'; None before.

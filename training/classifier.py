@@ -46,7 +46,7 @@ EVAL_BATCH = 1000
 LOAD_BATCH = 500
 
 
-# ---- Data.
+# -- data
 
 @dataclasses.dataclass
 class LabelledImages:
@@ -151,7 +151,7 @@ def augmented(images, indices, generator, flip, cutout):
     return x.permute(0, 3, 1, 2)
 
 
-# ---- Training.
+# -- training
 
 def one_cycle(t):
     """Learning rate as a share of its highest value at t ∈ [0, 1] of the training: up in a line, down in a line."""
@@ -239,7 +239,7 @@ def compiled(net):
     return torch.compile(net.logits, dynamic=False)
 
 
-# ---- The command.
+# -- the command
 
 def find_device(name):
     """The torch.device of a name in DEVICES."""
@@ -304,24 +304,24 @@ def main(data, test, dest, device, seed, width, batch, lr, cutout, **options):
     began = time.monotonic()
     sets = [open_labelled(path) for path in (data, test)]
     check_alike(*sets)
-    chosen, device = device, find_device(device)
+    found = find_device(device)
     record_path = prepare_destination(dest)
     batch = min(batch, len(sets[0]))
     options.update(batch=batch, lr=lr or LR_PER_IMAGE * batch, seed=seed,
                    cutout=sets[0].resolution // 4 if cutout is None else cutout)
     print(f'Loading {len(sets[0])} images of {data} and {len(sets[1])} of {test} ...', flush=True)
-    loaded = [load_labelled(dataset).to(device) for dataset in sets]
-    net = new_classifier(loaded[0], sets[0].label_dim, width, seed).to(device, memory_format=torch.channels_last)
+    loaded = [load_labelled(dataset).to(found) for dataset in sets]
+    net = new_classifier(loaded[0], sets[0].label_dim, width, seed).to(found, memory_format=torch.channels_last)
     try:
         train(net, *loaded, **options)
     except torch.OutOfMemoryError as e:
         raise UserError(f'the GPU has too little free memory for --batch={batch} and --width={width}; give smaller '
                         'ones') from e
     scores = {half: round(accuracy(net, d), 6) for half, d in zip(('train', 'test'), loaded)}
-    given = dict(data=data, test=test, dest=dest, width=width, **options, device=chosen)
+    given = dict(data=data, test=test, dest=dest, width=width, **options, device=device)
     record = dict(accuracy=scores, data=describe_data(sets[0]), test=describe_data(sets[1]),
                   features=net.fc.in_features, width=width, **options, command=command_line(given),
-                  device=hardware(device), threads=torch.get_num_threads(), seconds=round(time.monotonic() - began, 1),
+                  device=hardware(found), threads=torch.get_num_threads(), seconds=round(time.monotonic() - began, 1),
                   torch=torch.__version__, python=platform.python_version(), commit=code_version())
     write_detector(dest, record_path, net, record)
     print(f'Wrote {dest}: {scores["test"]:.2%} of the test images right, {scores["train"]:.2%} of the training images.')

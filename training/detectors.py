@@ -153,7 +153,7 @@ class ScriptDetector(Detector):
         return out.to(torch.float32)
 
 
-# ---- Loading.
+# -- loading
 
 def _inception_script(device):
     """The default: NVIDIA's TorchScript file, downloaded once."""
@@ -186,8 +186,6 @@ def load_detector(spec='inception', device='cpu'):
     """
     if spec in DETECTORS:
         return DETECTORS[spec](device)
-    if spec == SCRIPT_URL:
-        return _inception_script(device)
     looks_like_file = is_url(spec) or any(c in spec for c in '/\\.') or pathlib.Path(spec).exists()
     if not looks_like_file:
         raise UserError(f"there is no detector '{spec}'; choose {', '.join(DETECTORS)}, or give the path or "

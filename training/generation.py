@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import io
 import json
 import os
 import pathlib
@@ -18,7 +17,7 @@ from dnnlib.text import excerpt, format_int_list
 from training.image_archive import find_images, open_archive
 from training.pixels import to_uint8
 from training.samplers import StackedRandomGenerator
-from torch_utils import distributed
+from torch_utils import distributed as dist
 
 
 def check_class(net, class_idx, name='--class'):
@@ -88,7 +87,7 @@ def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted
     batches = [seeds[i:i + max_batch] for i in range(0, len(seeds), max_batch)]
     if wanted is not None:
         batches = [batch for batch in batches if not wanted.isdisjoint(batch)]
-    for batch in batches[distributed.get_rank()::distributed.get_world_size()]:
+    for batch in batches[dist.get_rank()::dist.get_world_size()]:
         images = to_uint8(generate_batch(net, batch, sampler, class_idx))
         rows = [i for i, seed in enumerate(batch) if wanted is None or seed in wanted]
         yield [batch[i] for i in rows], images[rows]
@@ -96,16 +95,21 @@ def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted
 
 def gather_images(net, seeds, sampler, max_batch=BATCH, class_idx=None):
     """All images of `seeds` as one uint8 array [N, C, H, W] in the order of `seeds`, on every rank."""
-    share = -(-len(seeds) // distributed.get_world_size())  # every rank works, however few the seeds
+    share = -(-len(seeds) // dist.get_world_size())  # every rank works, however few the seeds
     parts = [(s, x.cpu().numpy()) for s, x in
              generate_images(net, seeds, sampler, max(min(max_batch, share), 1), class_idx)]
-    images = {seed: image for rank in distributed.gather_objects(parts) for s, x in rank for seed, image in zip(s, x)}
+    images = {seed: image for rank in dist.gather_objects(parts) for s, x in rank for seed, image in zip(s, x)}
     return np.stack([images[seed] for seed in seeds])
+
+
+def as_hwc(image):
+    """uint8 image [C, H, W] → [H, W] with one channel, [H, W, 3] with three."""
+    return image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
 
 
 def to_pil(image):
     """uint8 image [C, H, W] → Pillow image: one channel as L, three as RGB."""
-    return PIL.Image.fromarray(image[0] if image.shape[0] == 1 else np.ascontiguousarray(image.transpose(1, 2, 0)))
+    return PIL.Image.fromarray(as_hwc(image))
 
 
 def tile(images, columns=None, min_cell=64, gap=2):
@@ -127,10 +131,8 @@ def tile(images, columns=None, min_cell=64, gap=2):
 
 def save_grid(path, images, columns=None):
     """Write uint8 images [N, C, H, W] as one contact sheet (`tile`)."""
-    encoded = io.BytesIO()
-    to_pil(tile(images, columns)).save(encoded, format='PNG')
     with atomic_write(path) as f:
-        f.write(encoded.getvalue())
+        to_pil(tile(images, columns)).save(f, format='PNG')
 
 
 def image_path(outdir, seed, subdirs=False):

@@ -15,7 +15,7 @@ class Health:
     never waits for the step it has just begun.
 
     Args:
-        max_nonfinite: Bad steps in a row that end the run; 0: none do.
+        max_nonfinite: Number of bad steps in a row that ends the run; 0: no number does.
         count: Bad steps that the present tick had before.
 
     Attributes:

@@ -15,8 +15,10 @@ NUM_CLASSES = 1008
 BN_EPS = 1e-3
 
 
-# ---- The graph as data: a block is a list of branches whose outputs are concatenated; a branch is a list
-# ---- of stages; a stage is 'avg' or 'max', a layer, or a tuple of layers that share their input.
+# -- the graph as data
+#
+# A block is a list of branches whose outputs are concatenated; a branch is a list of stages; a stage is 'avg' or 'max',
+# a layer, or a tuple of layers that share their input.
 
 def layer(name, channels, kernel, stride=1):
     """A convolution with batch norm and ReLU: stride 1 keeps the size, stride 2 has no padding.
@@ -92,7 +94,7 @@ POOLS = {'avg': lambda x: torch.nn.functional.avg_pool2d(x, 3, stride=1, padding
          'max/2': lambda x: torch.nn.functional.max_pool2d(x, 3, stride=2)}
 
 
-# ---- The graph as modules.
+# -- the graph as modules
 
 class ConvBN(torch.nn.Module):
     """Convolution without bias, batch norm, ReLU."""

@@ -8,7 +8,7 @@ together. Its `state` between two batches can be stored, and `restore`d into a n
 import numpy as np
 import torch
 
-from torch_utils import distributed
+from torch_utils import distributed as dist
 from training.metric_is import NUM_SPLITS
 
 FEATURE_LIMIT = 50_000
@@ -20,15 +20,15 @@ def rank_share(total, batch=1, rank=None):
     The batches are those of a single process. What the network and the detector make of an image depends,
     in the last digit, on the batch it is in; so a score does not depend on the number of ranks.
     """
-    rank = distributed.get_rank() if rank is None else rank
-    batches, world = -(-total // batch), distributed.get_world_size()
+    rank = dist.get_rank() if rank is None else rank
+    batches, world = -(-total // batch), dist.get_world_size()
     first, last = (min(-(-batches * r // world) * batch, total) for r in (rank, rank + 1))
     return range(first, last)
 
 
 def rank_shares(total, batch=1):
     """`rank_share` of every rank. Rank 0's is never empty, others may be."""
-    return [rank_share(total, batch, rank) for rank in range(distributed.get_world_size())]
+    return [rank_share(total, batch, rank) for rank in range(dist.get_world_size())]
 
 
 class ExactSum:
@@ -60,15 +60,15 @@ class ExactSum:
 
     def over_ranks(self, shares):
         """On rank 0 the sum over all ranks whose share is not empty, as a float64 array; None on the others."""
-        rank = distributed.get_rank()
+        rank = dist.get_rank()
         if rank > 0:
             if len(shares[rank]):
                 for part in (self.high, self.low):
-                    torch.distributed.send(part.to(distributed.device()), dst=0)
+                    torch.distributed.send(part.to(dist.device()), dst=0)
             return None
         for source in range(1, len(shares)):
             for _ in range(2 if len(shares[source]) else 0):
-                part = torch.empty_like(self.high, device=distributed.device())
+                part = torch.empty_like(self.high, device=dist.device())
                 torch.distributed.recv(part, src=source)
                 self.add(part.to(self.high.device))
         return (self.high + self.low).cpu().numpy()
@@ -125,7 +125,7 @@ class Features:
 
     def _allocate(self, dim):
         """Room for this rank's rows; rank 0 has room for everyone's, so that they are never held twice."""
-        rank = distributed.get_rank()
+        rank = dist.get_rank()
         self.rows = torch.empty([sum(self.shares) if rank == 0 else self.shares[rank], dim])
 
     def update(self, features):
@@ -148,14 +148,14 @@ class Features:
 
     def result(self):
         """{'features': [min(total, limit), D] float32} on rank 0, {} on the others."""
-        if distributed.get_rank() > 0:
-            if self.shares[distributed.get_rank()]:
-                torch.distributed.send(self.rows.to(distributed.device()), dst=0)
+        if dist.get_rank() > 0:
+            if self.shares[dist.get_rank()]:
+                torch.distributed.send(self.rows.to(dist.device()), dst=0)
             return {}
         for rank, count in enumerate(self.shares):
             if rank == 0 or count == 0:
                 continue
-            part = torch.empty([count, self.rows.shape[1]], device=distributed.device())
+            part = torch.empty([count, self.rows.shape[1]], device=dist.device())
             torch.distributed.recv(part, src=rank)
             self.rows[self.filled:self.filled + count] = part.cpu()
             self.filled += count

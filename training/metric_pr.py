@@ -2,7 +2,7 @@
 
 import torch
 
-from torch_utils import distributed
+from torch_utils import distributed as dist
 
 NEIGHBOURS = 3
 BLOCK = 2048  # rows at a time: two float64 blocks of 2,048 features and a few of distances are 200 MiB
@@ -64,5 +64,5 @@ def precision_recall(generated, real, k=NEIGHBOURS, block=BLOCK, device='cpu'):
 def score_pr(stats, ref, seed=0):
     """{'precision': …, 'recall': …} of two statistics with `features`."""
     precision, recall = precision_recall(*(torch.from_numpy(s['features']) for s in (stats, ref)),
-                                         device=distributed.device())
+                                         device=dist.device())
     return {'precision': precision, 'recall': recall}

@@ -17,7 +17,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.download import cache_dir
 from dnnlib.files import atomic_write, make_dirs
-from torch_utils import distributed
+from torch_utils import distributed as dist
 
 FORMAT = 1  # to be raised whenever the same images would give other statistics, or other arrays are stored
 SAVE_SECONDS = 60  # between two stores
@@ -32,12 +32,12 @@ class Unfinished:
     """
 
     def __init__(self, identity):
-        device = distributed.device()
+        device = dist.device()
         threads = torch.get_num_threads() if device.type == 'cpu' else None  # they decide the last digit
-        computed_by = [FORMAT, torch.__version__, device.type, threads, distributed.get_world_size()]
+        computed_by = [FORMAT, torch.__version__, device.type, threads, dist.get_world_size()]
         text = json.dumps([computed_by, identity], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:24]
-        self.path = cache_dir() / 'unfinished-scores' / f'{digest}-rank{distributed.get_rank()}.npz'
+        self.path = cache_dir() / 'unfinished-scores' / f'{digest}-rank{dist.get_rank()}.npz'
         self.started = self.saved = time.monotonic()
         self.earlier_sec, self.pause, self.works = 0.0, SAVE_SECONDS, True
 

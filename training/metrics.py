@@ -71,7 +71,7 @@ def parse_metrics(text):
     return names
 
 
-# ---- One pass over the images.
+# -- one pass over the images
 
 class Accumulator:
     """Statistics of images for `metrics`, batch by batch; mu and sigma always. Made on all ranks together.
@@ -175,7 +175,7 @@ def _check_features(features, index, detector, num_features):
                         '(counted from 0); check that image and the detector file')
 
 
-# ---- Scores.
+# -- scores
 
 def score(metrics, stats, ref=None, seed=0):
     """{name: value} of all metrics in order, e.g. {'FID': 1.97, 'IS': 9.8, 'IS_std': 0.1}.

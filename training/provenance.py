@@ -54,7 +54,7 @@ class TracedModel(CountedModel):
 
 @contextlib.contextmanager
 def stand_in(net, kind):
-    """`net` with its U-Net replaced by a `CountedModel` or `TracedModel`, which is given."""
+    """Within it, a `kind` of model (CountedModel, TracedModel), which it yields, replaces the U-Net of `net`."""
     model = net.model
     net.model = kind(model, model.out_channels)
     try:

@@ -21,7 +21,7 @@ READERS = {'training-state': load_state, 'network-snapshot': read_snapshot}
 LATEST = 'latest'
 
 
-# ---- Writing.
+# -- writing
 
 class Saver:
     """Writes one run's snapshots and states in a background thread, in the order given. One on rank 0 is enough.
@@ -145,7 +145,7 @@ def prune(run_dir, keep, nimg):
                 path.unlink()
 
 
-# ---- Finding.
+# -- finding
 
 def find_states(where, outdir):
     """The states that `--resume=WHERE` may mean, best first: that file, those of a run folder, or of the latest run.

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from torch_utils import distributed
+from torch_utils import distributed as dist
 from training.acceleration import RUN_OPTIONS, accelerate
 from training.generation import check_class
 from training.provenance import difference, network_facts
@@ -46,8 +46,8 @@ def open_network(path_or_url, sampler_options, class_idx=None):
     Raises:
         UserError: a file that is no snapshot; an option or class that its system doesn't have.
     """
-    snapshot = distributed.first_on_rank0(lambda: read_snapshot(path_or_url))
-    net = build_network(snapshot, SYSTEMS, distributed.device())
+    snapshot = dist.first_on_rank0(lambda: read_snapshot(path_or_url))
+    net = build_network(snapshot, SYSTEMS, dist.device())
     system = SYSTEMS[snapshot.system]
     options = {name: value for name, value in sampler_options.items() if value is not None}
     run_options = {name: options.pop(name) for name in RUN_OPTIONS if name in options}

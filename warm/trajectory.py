@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write
-from training.generation import generate_batch, tile
+from training.generation import as_hwc, generate_batch, tile
 from training.pixels import to_uint8
 
 ROWS = ('x', 'D', 'R', 'x̂₀')
@@ -150,8 +150,3 @@ def save_trajectory(path, frames):
         imageio.mimwrite(encoded, pictures, format=ANIMATIONS[ending], **timing)
     with atomic_write(path) as f:
         f.write(encoded.getvalue())
-
-
-def as_hwc(image):
-    """uint8 [C, H, W] → [H, W, 3] or [H, W]."""
-    return image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))

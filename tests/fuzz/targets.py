@@ -30,7 +30,7 @@ SMALL = dict(img_resolution=8, img_channels=1, model_type='SongUNet', model_chan
              attn_resolutions=[], label_dim=2)
 
 
-# ---- Damage.
+# -- damage
 
 NUMBERS = [b'\xff' * 8, bytes(8), b'\xff\xff\xff\x7f', b'\0\0\0\x80', (2 ** 40).to_bytes(8, 'little'),
            (10 ** 9).to_bytes(4, 'big'), (10 ** 9).to_bytes(4, 'little')]
@@ -75,7 +75,7 @@ def rebuilt_zip(data, change):
     return out.getvalue()
 
 
-# ---- What is damaged, and how it is read.
+# -- what is damaged, and how it is read
 
 class Snapshot:
     """The project's snapshots; one in two without a checksum, to get behind it."""
