@@ -26,7 +26,8 @@ from training import training_loop as tl
 from training.acceleration import accelerate
 from training.augment import TRAIN_AUGMENT, AugmentPipe
 from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
-from training.layers import GroupNorm
+from training.layers import (GroupNorm, double, filter_down, filter_up, make_resample_filter, norm_gradients,
+                             norm_gradients_to_compile, pool)
 from training.progress import load_optimizer
 from warm.systems import SYSTEMS
 
@@ -97,6 +98,44 @@ def test_norms_of_short_types_with_channels_last(model_type, device):
     assert len(norms.found) == 2 * len(layouts) and all(norms.found)
     assert all(before == after for before, after in layouts) and torch.channels_last in dict(layouts)
     assert all(t.isfinite().all() for t in (*outputs, *grads))
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('silu', [False, True])
+@pytest.mark.parametrize('offset', [0, 30])
+def test_gradients_of_norms(offset, silu, memory_format):
+    """By PyTorch's kernel and written out: both those of float64, up to one rounding to bfloat16."""
+    torch.manual_seed(0)
+    x = (torch.randn([4, 64, 16, 16]) + offset).to(torch.bfloat16, memory_format=memory_format)
+    grad = torch.randn_like(x)
+    weight, bias = torch.randn(64), torch.randn(64)
+    _, mean, rstd = torch.native_group_norm(x.float().contiguous(), weight, bias, 4, 64, 256, 16, 1e-5)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y = torch.nn.functional.group_norm(exact[0], 16, *exact[1:], 1e-5)
+    (torch.nn.functional.silu(y) if silu else y).backward(grad.double())
+    for gradients in (norm_gradients, norm_gradients_to_compile):
+        found = gradients(grad, x, weight, bias, mean, rstd, 16, silu)
+        assert layout(found[0]) == memory_format and found[0].dtype == x.dtype
+        assert distance(found[:1], [exact[0].grad]) < 2e-3  # 2^−9 at most; 1.7e-3 on average
+        assert distance(found[1:], [t.grad for t in exact[1:]]) < 1e-5
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+def test_plain_resampling_to_the_bit(dtype, memory_format):
+    """Means and copies of pixels are what the convolutions with the taps [1, 1] give."""
+    taps = make_resample_filter([1, 1])
+    for quick, slow, size in ((pool, filter_down, 4), (double, filter_up, 16)):
+        x = torch.randn([2, 3, 8, 8]).to(dtype, memory_format=memory_format).requires_grad_()
+        grad = torch.randn([2, 3, size, size]).to(dtype)
+        results = []
+        for out in (quick(x), slow(x, taps, 0)):
+            x.grad = None
+            out.backward(grad)
+            results.append((out, x.grad))
+        (a, grad_a), (b, grad_b) = results
+        assert torch.equal(a, b) and layout(quick(x)) == memory_format
+        torch.testing.assert_close(grad_a, grad_b)
 
 
 def layout(x):

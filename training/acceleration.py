@@ -5,6 +5,9 @@ import torch
 from dnnlib import UserError
 from torch_utils.precision import PRECISIONS
 
+# Values that many others read are computed again where they are read: in the backward pass of the norms the compiler
+# would otherwise write float32 features to memory, which costs more than all their arithmetic.
+GPU_OPTIONS = {'realize_reads_threshold': 32, 'realize_opcount_threshold': 300}
 RUN_OPTIONS = ('precision', 'compile')  # what commands that draw images offer of `accelerate`'s arguments
 
 
@@ -39,8 +42,8 @@ def accelerate(net, precision=None, channels_last=None, recompute=False, compile
     if compile:
         check_compiler(device)
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 32)
-        graphs = cuda_graphs and device.type == 'cuda'
-        net.model.compile(dynamic=False, mode='reduce-overhead' if graphs else None)
+        options = {**GPU_OPTIONS, 'triton.cudagraphs': cuda_graphs} if device.type == 'cuda' else {}
+        net.model.compile(dynamic=False, options=options)
     return net
 
 

@@ -99,16 +99,54 @@ class ShortTypeNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        wide, grad = (t.to(torch.float32, memory_format=torch.contiguous_format) for t in (x, grad))
-        if ctx.silu:
-            y = (wide.unflatten(1, (ctx.num_groups, -1)) - mean[:, :, None, None, None]) * rstd[:, :, None, None, None]
-            y = torch.addcmul(bias[:, None, None], y.flatten(1, 2), weight[:, None, None])
-            gate = y.sigmoid()
-            grad = grad * (gate * (1 + y * (1 - gate)))
-        grads = torch.ops.aten.native_group_norm_backward(
-            grad, wide, mean, rstd, weight, *_sizes(x), ctx.num_groups, [True, True, True])
-        return grads[0].to(x.dtype, memory_format=_layout(x)), grads[1], grads[2], None, None, None
+        gradients = norm_gradients_to_compile if torch.compiler.is_compiling() else norm_gradients
+        return *gradients(grad, *ctx.saved_tensors, ctx.num_groups, ctx.silu), None, None, None
+
+
+def norm_gradients(grad, x, weight, bias, mean, rstd, num_groups, silu):
+    """Gradients of `ShortTypeNorm` with respect to x, weight and bias, by PyTorch's kernel.
+
+    Args:
+        grad: Of the result [B, C, H, W].
+        x, weight, bias: As given to the norm: [B, C, H, W], [C], [C].
+        mean, rstd: Mean and inverse standard deviation of the groups, float32 [B, num_groups].
+        num_groups, silu: As given to the norm.
+    """
+    wide, grad = (t.to(torch.float32, memory_format=torch.contiguous_format) for t in (x, grad))
+    if silu:
+        y = (wide.unflatten(1, (num_groups, -1)) - mean[:, :, None, None, None]) * rstd[:, :, None, None, None]
+        y = torch.addcmul(bias[:, None, None], y.flatten(1, 2), weight[:, None, None])
+        grad = grad * _silu_slope(y)
+    grad_x, *others = torch.ops.aten.native_group_norm_backward(
+        grad, wide, mean, rstd, weight, *_sizes(x), num_groups, [True, True, True])
+    return grad_x.to(x.dtype, memory_format=_layout(x)), *others
+
+
+def norm_gradients_to_compile(grad, x, weight, bias, mean, rstd, num_groups, silu):
+    """The same, written out: products and sums of a pixel, of which a compiler makes one pass for the sums and one more.
+
+    With â = x̂·weight + bias for x̂ = (x − mean)·rstd, every gradient follows from Σ grad and Σ grad·x̂ of each channel.
+    PyTorch's kernel would have float32 features written, and another layout, on both sides of it.
+    """
+    batch, channels, pixels = _sizes(x)
+
+    def spread(t):  # [B, num_groups, 1 or channels of a group] → [B, C, 1, 1]
+        return t.expand(batch, num_groups, channels // num_groups).reshape(batch, channels, 1, 1)
+    mean, rstd, weight, bias = mean[:, :, None], rstd[:, :, None], *(t.view(num_groups, -1) for t in (weight, bias))
+    wide, grad, scale = x.to(torch.float32), grad.to(torch.float32), spread(rstd * weight)
+    if silu:
+        grad = grad * _silu_slope(wide * scale + spread(bias - mean * rstd * weight))
+    grad_bias = grad.sum((2, 3)).view(batch, num_groups, -1)
+    grad_weight = ((grad * wide).sum((2, 3)).view(batch, num_groups, -1) - mean * grad_bias) * rstd
+    size = pixels * channels // num_groups
+    of_mean, of_std = ((t * weight).sum(2, keepdim=True) / size for t in (grad_bias, grad_weight))
+    grad_x = grad * scale - wide * spread(rstd ** 2 * of_std) + spread(mean * rstd ** 2 * of_std - rstd * of_mean)
+    return grad_x.to(x.dtype, memory_format=_layout(x)), grad_weight.sum(0).flatten(), grad_bias.sum(0).flatten()
+
+
+def _silu_slope(y):
+    gate = y.sigmoid()
+    return gate * (1 + y * (1 - gate))
 
 
 def _layout(x):
@@ -166,6 +204,18 @@ def filter_up(x, low_pass, padding):
     return F.conv_transpose2d(x, kernel, stride=2, padding=padding, groups=channels)
 
 
+def pool(x):
+    """`filter_down` with the taps [1, 1], bit for bit: the means of 2×2 pixels."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x):
+    """`filter_up` with the taps [1, 1], bit for bit: every pixel four times."""
+    batch, channels, height, width = x.shape
+    twice = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
+    return twice.reshape(batch, channels, 2 * height, 2 * width).contiguous(memory_format=_layout(x))
+
+
 class Conv2d(torch.nn.Module):
     """Same-size convolution, optionally preceded by a 2× resampling; kernel = 0 only resamples.
 
@@ -195,15 +245,23 @@ class Conv2d(torch.nn.Module):
         self.register_buffer('resample_filter', make_resample_filter(resample_filter) if up or down else None)
         self.pad = kernel // 2
         self.filter_pad = (len(resample_filter) - 1) // 2
+        self.plain = tuple(resample_filter) == (1, 1)
 
     def forward(self, x):
         if self.fused_resample and self.weight is not None:
             return self._fused(x)
         if self.up:
-            x = filter_up(x, self.resample_filter, self.filter_pad)
+            x = self._up(x, self.filter_pad)
         if self.down:
-            x = filter_down(x, self.resample_filter, self.filter_pad)
+            x = self._down(x, self.filter_pad)
         return x if self.weight is None else self._convolve(x, self.pad)
+
+    # Means and copies of pixels are a pass that fuses with its neighbours; a convolution by channel is neither.
+    def _up(self, x, padding):
+        return double(x) if self.plain else filter_up(x, self.resample_filter, padding)
+
+    def _down(self, x, padding):
+        return pool(x) if self.plain else filter_down(x, self.resample_filter, padding)
 
     def _convolve(self, x, padding):
         weight = self.weight.to(x.dtype, memory_format=self.memory_format)
@@ -211,11 +269,11 @@ class Conv2d(torch.nn.Module):
 
     def _fused(self, x):
         if self.up:
-            x = filter_up(x, self.resample_filter, max(self.filter_pad - self.pad, 0))
+            x = self._up(x, max(self.filter_pad - self.pad, 0))
             return self._convolve(x, max(self.pad - self.filter_pad, 0))
         x = self._convolve(x, self.pad + self.filter_pad)
         # The filter sums to one and meets no padding here, so it leaves the bias as it is.
-        return filter_down(x, self.resample_filter, 0) if self.down else x
+        return self._down(x, 0) if self.down else x
 
 
 # -- embeddings
