@@ -123,9 +123,9 @@ def norm_gradients(grad, x, weight, bias, mean, rstd, num_groups, silu):
 
 
 def norm_gradients_to_compile(grad, x, weight, bias, mean, rstd, num_groups, silu):
-    """The same, written out: products and sums of a pixel, of which a compiler makes one pass for the sums and one more.
+    """The same, written out: products and sums of a pixel. A compiler makes two passes of it, the first for the sums.
 
-    With â = x̂·weight + bias for x̂ = (x − mean)·rstd, every gradient follows from Σ grad and Σ grad·x̂ of each channel.
+    With â = x̂·weight + bias for x̂ = (x − mean)·rstd, all gradients follow from Σ grad and Σ grad·x̂ of each channel.
     PyTorch's kernel would have float32 features written, and another layout, on both sides of it.
     """
     batch, channels, pixels = _sizes(x)

@@ -269,7 +269,7 @@ def transfer_weights(path, net):
                         for kwargs in (snapshot.network_kwargs, net.init_kwargs))
         remedy = ('use the --arch, --cbase and --cres of its training' if theirs == ours else
                   f'it is for images of {theirs}, the data here have {ours}: convert them with dataset_tool.py')
-        raise UserError(f'only {len(copied)} of the {total} tensors of this network find their like in {path}; {remedy}')
+        raise UserError(f'only {len(copied)} of the {total} tensors of this network have a like one in {path}; {remedy}')
     return len(copied)
 
 
