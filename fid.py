@@ -105,7 +105,7 @@ def print_scores(scorer, values, prefix=''):
 def ref(data, dest, batch, detector, metrics):
     """Write reference statistics of a folder or zip of images to an .npz file."""
     metrics = m.parse_metrics(metrics)
-    m.check_destination(dest)
+    m.check_destination(dest, data)
     detector = open_detector(detector)
     source = ImageFiles(open_images(data), data)
     dist.print0(f'Reference statistics of {source.total} images of {data} ...')
@@ -186,7 +186,7 @@ def calc_command(**options):
 
 @main.command('ref')
 @click.option('--data', metavar='PATH|ZIP', type=Text(), required=True, help='Images of the reference')
-@click.option('--dest', metavar='NPZ', type=Text(), required=True, help='File to write')
+@click.option('--dest', metavar='NPZ', type=Text(), required=True, help='File to write; ends in .npz')
 @with_common
 def ref_command(**options):
     """Compute reference statistics of a folder or zip of images."""

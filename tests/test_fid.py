@@ -368,7 +368,7 @@ def test_full_disk_does_not_stop_the_score(folders, reference, monkeypatch):
 
 @pytest.mark.parametrize('total, batch, world', [(50, 8, 3), (5, 64, 4), (64, 64, 1), (100, 1, 7), (129, 64, 2)])
 def test_shares_are_whole_batches_in_order(total, batch, world, monkeypatch):
-    monkeypatch.setattr(metric_collectors.distributed, 'get_world_size', lambda: world)
+    monkeypatch.setattr(metric_collectors.dist, 'get_world_size', lambda: world)
     shares = metric_collectors.rank_shares(total, batch)
     assert [i for share in shares for i in share] == list(range(total)) and len(shares[0])
     assert all(share.start % batch == 0 for share in shares if share)
@@ -447,6 +447,12 @@ def test_options_that_make_no_sense(folders, reference, tmp_path):
     fails('calc', "'is' needs class probabilities", metrics='is', **images)
     fails('calc', 'there is no file nowhere.npz', ref='nowhere.npz', **images)
     fails('ref', 'is a folder', data=folders[0], dest=tmp_path)
+    with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as archive:
+        for i in range(2):
+            archive.write(folders[0] / f'{i:06d}.png', f'{i:06d}.png')
+    before = (tmp_path / 'set.zip').read_bytes()
+    fails('ref', 'set.zip is the data set itself', data=tmp_path / 'set.zip', dest=tmp_path / 'set.zip')
+    assert (tmp_path / 'set.zip').read_bytes() == before
     fails('ref', "new/' names no file", data=folders[0], dest=f'{tmp_path}/new/')
     fails('calc', 'new/ cannot be written', ref=reference, log=f'{tmp_path}/new/', **images)
     fails('ref', 'no file can be written in /proc.*choose another folder for e.npz', data=tmp_path, dest='/proc/e.npz')

@@ -275,6 +275,31 @@ def test_destination_that_is_a_folder(tmp_path):
         metrics.save_statistics(tmp_path, {})
 
 
+@pytest.mark.parametrize('name, said', [
+    ('set.zip', 'set.zip is the data set itself'),
+    ('link.npz', 'link.npz is the data set itself'),
+    ('network.safetensors', 'does not end in .npz, .* such as .*/network.npz$'),
+    ('new.txt', 'new.txt does not end in .npz'),
+    ('others.npz', 'others.npz exists and does not hold statistics'),
+    ('empty.npz', 'empty.npz exists and does not hold statistics'),
+])
+def test_destination_that_is_something_else(tmp_path, name, said):
+    """A slip in --dest costs no file."""
+    for other in ('set.zip', 'network.safetensors'):
+        (tmp_path / other).write_bytes(b'precious')
+    (tmp_path / 'link.npz').symlink_to(tmp_path / 'set.zip')
+    (tmp_path / 'empty.npz').touch()
+    np.savez(tmp_path / 'others.npz', images=np.zeros(3))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=said):
+        metrics.check_destination(tmp_path / name, tmp_path / 'set.zip')
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_statistics_may_be_replaced(statistics):
+    metrics.check_destination(statistics(), data=None)
+
+
 def test_edm_statistics_are_read(statistics):
     path = statistics()
     assert metrics.load_reference(path, ['fid'], PixelDetector('cpu'))['sigma'].shape == (192, 192)

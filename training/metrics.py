@@ -9,6 +9,7 @@ need besides (see `metric_collectors`). As .npz files they are readable as EDM's
 """
 
 import dataclasses
+import os
 import typing
 
 import numpy as np
@@ -222,9 +223,27 @@ def kind_of(label):
 
 # -- statistics as files
 
-def check_destination(path):
-    """Raise UserError where `save_statistics` could not write, before the slow part of the work."""
+def check_destination(path, data=None):
+    """Raise UserError where `save_statistics` could not write, before the slow part of the work.
+
+    Nor may it replace anything but statistics, least of all the images themselves, `data`.
+    """
     check_writable(path, 'an .npz file')
+    if data is not None and os.path.exists(data) and os.path.exists(path) and os.path.samefile(data, path):
+        raise UserError(f'{path} is the data set itself, which the statistics would replace; give another --dest, '
+                        'such as ref.npz')
+    if not os.fspath(path).lower().endswith('.npz'):
+        raise UserError(f'{path} does not end in .npz, as files of statistics do; give another --dest, such as '
+                        f'{os.path.splitext(path)[0]}.npz')
+    if os.path.exists(path) and not _holds_statistics(path):
+        raise UserError(f'{path} exists and does not hold statistics; give another --dest, or remove that file first')
+
+
+def _holds_statistics(path):
+    try:
+        return bool(read_npz(path, {'mu', 'features'}))
+    except (ValueError, OSError):
+        return False
 
 
 def save_statistics(path, stats):
