@@ -28,7 +28,7 @@ def parse_resolution(ctx, param, text):
               help='Folder or zip of images, cifar-10-python.tar.gz, train-images-idx3-ubyte.gz (MNIST), '
                    'a folder ending in _lmdb (LSUN), or cifar10 to download CIFAR-10; cifar10-test is its test half.')
 @click.option('--dest', required=True, metavar='PATH', type=Text(),
-              help='New or empty folder, or a file ending in .zip.')
+              help='New or empty folder, or a file ending in .zip, which is replaced if it exists.')
 @click.option('--max-images', type=click.IntRange(min=1), metavar='INT', help='Read only so many images. [all]')
 @click.option('--transform', type=click.Choice(list(TRANSFORMS)), help='How to crop; needs --resolution. [none]')
 @click.option('--resolution', metavar='WxH', callback=parse_resolution, help='Size to resize to. [as it is]')

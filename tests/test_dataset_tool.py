@@ -25,7 +25,7 @@ from dnnlib import UserError, download
 from tests.commands import refused, torchrun
 from training import dataset_sources
 from training.dataset import ImageFolderDataset
-from training.dataset_convert import TRANSFORMS, convert, open_dest
+from training.dataset_convert import ARCHIVES, TRANSFORMS, convert, open_dest
 from training.dataset_sources import open_source
 
 
@@ -298,6 +298,30 @@ def test_destination_in_the_way(folder, tmp_path):
     assert os.listdir(tmp_path / 'full') == ['x'] and (tmp_path / 'file').read_bytes() == b'x'
     (tmp_path / 'empty').mkdir()
     assert len(run(folder, tmp_path / 'empty')) == 6
+
+
+@pytest.mark.parametrize('kind', ['zip', 'link', 'folder', 'inside', 'deep inside'])
+def test_destination_that_is_the_source(folder, tmp_path, kind):
+    """Nothing is replaced by a smaller copy of itself, and no folder is converted twice over."""
+    source = {'zip': tmp_path / 'set.zip', 'link': tmp_path / 'set.zip'}.get(kind, folder)
+    run(folder, tmp_path / 'set.zip')
+    (tmp_path / 'link.zip').symlink_to(tmp_path / 'set.zip')
+    dest = {'zip': source, 'link': tmp_path / 'link.zip', 'folder': folder, 'inside': folder / 'out.zip',
+            'deep inside': folder / 'a' / 'new' / 'out'}[kind]
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    said = tool(f'--source={source}', f'--dest={dest}', '--workers=1', '--max-images=2', ok=False)
+    assert ('inside the source' if 'inside' in kind else 'is the source itself') in said and '--dest' in said
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
+
+
+@pytest.mark.parametrize('ending', ARCHIVES)
+def test_other_archives_are_not_written(folder, tmp_path, ending):
+    fails(folder, tmp_path / f'out{ending.upper()}', words=['ending of an archive', '.zip'])
+
+
+def test_links_to_nothing(folder, tmp_path):
+    (folder / 'a' / 'gone.png').symlink_to(tmp_path / 'nowhere.png')
+    fails(folder, tmp_path / 'out', words=['a/gone.png', 'is a link to nothing; remove it'])
 
 
 def test_old_zip_survives_a_failure(folder, tmp_path):

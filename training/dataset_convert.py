@@ -22,6 +22,7 @@ from training.image_codec import encode_png
 
 CHUNK = 64  # images handed to a worker process at once
 AHEAD = 2  # chunks that wait for each worker process
+ARCHIVES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar')  # endings of what is not written
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can state; a fixed one keeps equal input equal output
 
 
@@ -111,6 +112,7 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
     Raises:
         UserError: an image that does not decode or fit, or a destination that cannot be written.
     """
+    check_apart(source.path, dest)
     job = source.load, make_transform(transform, resolution)
     total = len(source.items) if max_images is None else min(max_images, len(source.items))
     chunks = (source.items[i:min(i + CHUNK, total)] for i in range(0, total, CHUNK))
@@ -221,6 +223,15 @@ def _run(job, chunks, workers):
             pool.shutdown(cancel_futures=True)
 
 
+def check_apart(source, dest):
+    """Raise UserError where writing `dest` would replace or enter what is being read."""
+    source, real = os.path.realpath(source), os.path.realpath(dest)
+    if source == real or os.path.exists(source) and os.path.exists(dest) and os.path.samefile(source, dest):
+        raise UserError(f'{dest} is the source itself, which the result would replace; give another --dest')
+    if os.path.isdir(source) and real.startswith(os.path.join(source, '')):
+        raise UserError(f'{dest} lies inside the source {source}, whose images it would join; give a --dest elsewhere')
+
+
 def image_name(idx):
     """Name of the idx-th image in a dataset, a folder for each thousand: 00001/img00001234.png."""
     return f'{idx // 1000:05d}/img{idx:08d}.png'
@@ -243,6 +254,9 @@ def open_dest(dest, compress=False):
         if os.path.isdir(dest):
             raise UserError(f'{dest} is a folder; choose another name for the zip')
         return _zip_dest(dest, zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED)
+    if dest.lower().endswith(ARCHIVES):
+        raise UserError(f'{dest} has the ending of an archive that is not written; give a name ending in .zip, or that '
+                        'of a folder')
     if os.path.exists(dest) and not os.path.isdir(dest):
         raise UserError(f'{dest} is a file; choose another folder, or a name ending in .zip')
     if os.path.isdir(dest) and os.listdir(dest):

@@ -51,8 +51,7 @@ class FolderArchive:
         try:
             status = os.stat(os.path.join(self.path, name))
         except OSError as e:
-            raise UserError(f'could not read {name} in {self.path}: {e.strerror}; '
-                            'check the file and its permissions') from e
+            raise self._unreadable(name, e) from e
         return status.st_size, status.st_mtime_ns
 
     def fingerprint(self, names):
@@ -65,11 +64,16 @@ class FolderArchive:
             with open(os.path.join(self.path, name), 'rb') as f:
                 data = f.read(MAX_FILE_BYTES + 1)
         except OSError as e:
-            raise UserError(f'could not read {name} in {self.path}: {e.strerror}; '
-                            'check the file and its permissions') from e
+            raise self._unreadable(name, e) from e
         if len(data) > MAX_FILE_BYTES:
             raise _too_large(name, self.path)
         return data
+
+    def _unreadable(self, name, error):
+        path = os.path.join(self.path, name)
+        if os.path.islink(path) and not os.path.exists(path):
+            return UserError(f'{name} in {self.path} is a link to nothing; remove it')
+        return UserError(f'could not read {name} in {self.path}: {error.strerror}; check the file and its permissions')
 
 
 class ZipArchive:
