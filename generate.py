@@ -1,5 +1,6 @@
 """Generate images from a snapshot: EDM's command, for EDM and Warm networks alike."""
 
+import os
 import pathlib
 
 import click
@@ -12,8 +13,8 @@ from dnnlib.files import check_writable
 from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
-from training.generation import (BATCH, GPU_BATCH, default_batch, generate_images, image_path, remaining_seeds,
-                                 save_grid, write_images)
+from training.generation import (BATCH, GPU_BATCH, check_kept, default_batch, generate_images, image_path,
+                                 remaining_seeds, save_grid, write_images)
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler  # noqa: F401  (as in EDM)
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network
@@ -34,7 +35,8 @@ MAX_WATCHED = 4  # images whose reverse process is shown
 @click.option('--grid', metavar='FILE.png', type=Text(), default=None, help='Also write a contact sheet of the images')
 @click.option('--trajectory', metavar='FILE', type=Text(), default=None,
               help='Also show x, D, R and D + R through the reverse process: .png, .gif or .mp4')
-@click.option('--overwrite', is_flag=True, help='Replace images that are there; otherwise they are kept')
+@click.option('--overwrite', is_flag=True, help='Replace images that are there; otherwise they are kept. Those made with other options are replaced all or '
+                   'none: --seeds has to include them')
 @sampler_flags
 def main(**options):
     """Generate images as OUTDIR/SEED.png. An image depends on its seed alone, whatever the batch and the ranks.
@@ -57,6 +59,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
         raise UserError(f'--grid={grid} does not end in .png; a contact sheet is written in this format only')
     if trajectory is not None:
         check_writer(trajectory)
+    check_outside(outdir, {'--grid': grid, '--trajectory': trajectory})
     dist.print0(f'Loading network from {network_path}...')
     source = open_network(network_path, sampler_options, class_idx)
     net, sampler = source.net, source.sampler
@@ -67,6 +70,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
         if path is not None:
             dist.on_rank0(lambda: check_writable(path))
     missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, source.facts, source.difference, overwrite))
+    dist.on_rank0(lambda: check_kept(outdir, set(seeds).difference(missing), subdirs, net))
     if len(missing) < len(seeds):
         dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images are there already and kept.')
     dist.print0(f'Generating {len(missing)} images to {outdir}...')
@@ -80,6 +84,14 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     if trajectory is not None and dist.get_rank() == 0:
         save_trajectory(trajectory, watch(net, source.system, seeds[:MAX_WATCHED], source.options, class_idx))
     dist.print0('Done.')
+
+
+def check_outside(outdir, pictures):
+    """Raise UserError for a picture {flag: path or None} within `outdir`, where it would pass for a generated image."""
+    for flag, path in pictures.items():
+        if path is not None and os.path.realpath(path).startswith(os.path.join(os.path.realpath(outdir), '')):
+            raise UserError(f'{flag}={path} lies inside --outdir={outdir}, where every picture counts as an image; '
+                            f'put it beside that folder')
 
 
 def read_images(outdir, seeds, subdirs):

@@ -186,6 +186,37 @@ def test_an_interrupted_replacement_does_not_mix(tmp_path, networks, monkeypatch
     assert invoke(*base, '--steps=3').exit_code == 0 and len(images_in(tmp_path)) == 4
 
 
+@pytest.mark.parametrize('flag', ['--grid=o/grid.png', '--grid=./o/deep/a.png', '--trajectory=o/000000.png',
+                                  '--trajectory=link/a.gif'])
+def test_pictures_stay_out_of_the_folder(tmp_path, networks, monkeypatch, flag):
+    """In it, a contact sheet would count as an image, or even take the place of one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'link').symlink_to('o')
+    base = ['generate.py', '--outdir=o', f'--network={networks["warm"]}', '--seeds=0-1', '--steps=2']
+    assert invoke(*base).exit_code == 0
+    state = state_of(tmp_path)
+    refused(invoke(*base, flag), f'{flag} lies inside --outdir=o', 'put it beside that folder')
+    assert state_of(tmp_path) == state
+    assert invoke(*base, '--grid=o.png').exit_code == 0  # a name that begins alike is another place
+
+
+@pytest.mark.parametrize('size', [16, None])
+def test_kept_images_have_the_networks_size(tmp_path, networks, size):
+    base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0-2', '--steps=2']
+    assert invoke(*base).exit_code == 0
+    first = images_in(tmp_path)
+    if size:
+        PIL.Image.new('RGB', [size, size]).save(tmp_path / '000001.png')
+    else:
+        (tmp_path / '000001.png').write_bytes(b'')  # after a power cut
+    state = state_of(tmp_path)
+    refused(invoke(*base), '000001.png is not an image of this network, which are 8x8 pixels with 3 channel(s)')
+    assert state_of(tmp_path) == state
+    (tmp_path / '000001.png').unlink()
+    assert invoke(*base).exit_code == 0
+    assert_same_images(images_in(tmp_path), first)
+
+
 def test_images_without_a_record(tmp_path, networks):
     """A folder of other images, or one whose record is gone: nobody knows how its images were made."""
     base = ['generate.py', f'--network={networks["warm"]}', '--steps=2', '--seeds=0-1']

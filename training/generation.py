@@ -15,6 +15,7 @@ from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs
 from dnnlib.text import excerpt, format_int_list
 from training.image_archive import find_images, open_archive
+from training.image_codec import PNG_HEADER_BYTES, png_shape
 from training.pixels import to_uint8
 from training.samplers import StackedRandomGenerator
 from torch_utils import distributed as dist
@@ -189,6 +190,21 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
         with atomic_write(record, 'w') as f:
             json.dump(settings, f, indent=2)
     return [s for name, s in wanted.items() if overwrite or name not in present]
+
+
+def check_kept(outdir, seeds, subdirs, net):
+    """Raise UserError if the image that is there of one of the seeds is not of the network's size."""
+    shape = [net.img_channels, net.img_resolution, net.img_resolution]
+    for seed in sorted(seeds):
+        path = image_path(outdir, seed, subdirs)
+        try:
+            with open(path, 'rb') as f:
+                found = png_shape(f.read(PNG_HEADER_BYTES))
+        except OSError as e:
+            raise UserError(f'could not read {path}: {e.strerror or e}; check its permissions') from e
+        if found != shape:
+            raise UserError(f'{path} is not an image of this network, which are {shape[2]}x{shape[1]} pixels with '
+                            f'{shape[0]} channel(s); remove it, and run the same command again')
 
 
 def _read_json(path):
