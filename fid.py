@@ -17,7 +17,7 @@ from training.metric_images import open_images
 from training.provenance import LOG_NAME, log_scores, read_facts
 from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, scoring_batch, unfinished_pass,
                               write_reference)
-from training.status import check_appendable
+from training.status import check_json_lines
 from training.system import flag_of
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network
@@ -34,7 +34,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     network_only = dict(seeds=seeds, rounds=rounds, **{'class': class_idx}, **sampler_options)
     check_exclusive(images, network, {flag_of(k): v for k, v in network_only.items()}, {'--num': num})
     if log:
-        check_appendable(log)
+        check_json_lines(log)
     scorer = load_scorer(m.parse_metrics(metrics), detector, ref, seed)
     if images:
         batch = batch or scoring_batch(scorer.detector.device)

@@ -526,6 +526,23 @@ def test_reference_address_that_fails(folders, tmp_path, monkeypatch):
           ref='https://example.org/cifar10-32x32.npz')
 
 
+@pytest.mark.parametrize('name, content, allowed', [
+    ('x.zip', b'PK\x03\x04', False), ('notes.txt', b'dear diary\n', False), ('new.txt', None, False),
+    ('empty.txt', b'', False), ('numbers.txt', b'1\n', False),
+    ('scores.txt', b'{"metric": "FID", "value": 2}\n', True), ('new.JSONL', None, True)])
+def test_only_json_lines_are_appended_to(folders, reference, tmp_path, name, content, allowed):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    options = dict(images=folders[1], num=50, ref=reference, log=path)
+    if allowed:
+        invoke('calc', **options)
+        assert path.read_bytes().startswith(content or b'') and logged(path)[-1]['metric'] == 'FD-pixels'
+    else:
+        fails('calc', f'{name} is no file of JSON lines; give a name ending in .jsonl', **options)
+        assert (path.read_bytes() if path.exists() else None) == content
+
+
 def test_full_disk_leaves_the_old_reference(folders, reference, monkeypatch):
     before = reference.read_bytes()
 

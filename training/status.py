@@ -18,6 +18,9 @@ from torch_utils import distributed as dist
 from torch_utils import training_stats
 
 
+MAX_LINE = 1 << 20  # bytes of a line of JSON; those written here are far shorter
+
+
 class Status:
     """Timing and statistics of one run: everything that happens at the end of a tick but the saving.
 
@@ -196,6 +199,23 @@ def check_appendable(path):
     named = os.path.basename(path) and not os.path.isdir(path)
     if not named or not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise UserError(f'{path} cannot be written; give a file in a folder that exists and may be written to')
+
+
+def check_json_lines(path):
+    """Raise UserError unless lines of JSON can be appended to `path`: .jsonl, or a file that already begins with one."""
+    check_appendable(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null
+        return
+    if not os.fspath(path).lower().endswith('.jsonl') and not _begins_with_json(path):
+        raise UserError(f'{path} is no file of JSON lines; give a name ending in .jsonl')
+
+
+def _begins_with_json(path):
+    try:
+        with open(path, 'rb') as f:
+            return isinstance(json.loads(f.readline(MAX_LINE)), dict)
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 class ProgressLine:
