@@ -232,13 +232,40 @@ def content(folder):
 
 
 @pytest.mark.parametrize('option, sentences', [
-    ('--cbase=16', ['model_channels', 'training_options.json']), ('--precond=stf', ['--precond=edm, not stf'])])
+    ('--cbase=16', ['--cbase was 8 there and is 16 here', '--desc=… or another --outdir']),
+    ('--precond=stf', ['--precond=edm, not stf'])])
 def test_another_network_or_system_is_refused_before_anything_is_written(option, sentences, cut):
     """What the message points to must still be that run's; the records past the state are there too."""
     before = content(cut)
     refused(train(cut, '--auto-resume', option), *sentences)
     assert content(cut) == before
     assert json.loads((cut / 'training_options.json').read_text())['network_kwargs']['model_channels'] == 8
+
+
+@pytest.mark.parametrize('first, second', [
+    ([], ['--bnr=0.5']), (['--bnr=0.50'], ['--bnr-schedule=constant']), (['--bnr=0.1,1'], ['--bnr=.1,1.0']),
+    (['--bnr-schedule=blurring'], ['--bnr-schedule=blurring:20'])])
+def test_another_spelling_of_the_same_option_resumes(first, second, tmp_path):
+    """A default given by hand among them; not the same numbers in another order, which are drawn differently."""
+    trained(tmp_path, '--precond=warm', *first, kimg=0.064)
+    assert 'Resuming' in trained(tmp_path, '--precond=warm', '--auto-resume', *second, kimg=0.128).output
+    refused(train(tmp_path, '--precond=warm', '--auto-resume', '--bnr=1,.1'), '--bnr was', 'there and is 1,0.1 here')
+
+
+@pytest.mark.parametrize('option, sentence', [
+    ('--bnr=1', '--bnr was 0.5 there and is 1 here'), ('--bnr-schedule=blurring', '--bnr was 0.5 there and is not set'),
+    ('--bnr-schedule=blurring', '--bnr-schedule was not set there and is blurring:20 here'),
+    ('--cres=1,2', '--cres was 1,1 there and is 1,2 here'), ('--dropout=0', '--dropout was 0.13 there and is 0.0 here'),
+    ('--arch=ncsnpp', '--arch (embedding_type) was positional there and is fourier here'),
+    ('--fp16=1', '--fp16 was 0 there and is 1'),
+    ('--cond=1', 'the number of classes (--cond) was 0 there and is 10 here'),
+    ('--targets=clean', '--targets was residual there and is clean here')])
+def test_another_network_is_named_by_its_options(option, sentence, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / 'warm-run'
+    if not folder.exists():
+        trained(folder, '--precond=warm', kimg=0.064)
+    refused(train(folder, '--precond=warm', f'--resume={folder}', option, '--auto-resume'), sentence,
+            "resume with that run's options")
 
 
 def test_nosubdir_does_not_train_over_a_run(cut):
@@ -253,7 +280,7 @@ def test_nosubdir_does_not_train_over_a_run(cut):
 def test_a_run_that_is_done_is_not_another_systems(whole, tmp_path):
     """Its length is looked at after its origin, by the command and by the loop."""
     refused(train(tmp_path / 'new', f'--resume={whole}', '--precond=stf', kimg=0.064), '--precond=edm, not stf')
-    refused(train(tmp_path / 'new', f'--resume={whole}', '--cbase=16', kimg=0.064), 'model_channels')
+    refused(train(tmp_path / 'new', f'--resume={whole}', '--cbase=16', kimg=0.064), '--cbase was 8')
     assert not (tmp_path / 'new').exists()
     options = json.loads((whole / 'training_options.json').read_text())
     options.update(system='stf', resume=str(saved_files(whole, 'training-state')[0]))

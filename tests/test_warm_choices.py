@@ -86,7 +86,7 @@ def test_state_from_before_the_choices():
     assert not set(state['network_kwargs']) & set(DEFAULTS)
     restore(state, 'x', net, copy.deepcopy(net), optimizer)
     other = warm_net(rest_weight=2.0)
-    with pytest.raises(UserError, match='rest_weight'):
+    with pytest.raises(UserError, match='rest_weight was not set there and is 2.0 here'):
         restore(state, 'x', other, copy.deepcopy(other), optimizer)
 
 

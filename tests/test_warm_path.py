@@ -73,12 +73,26 @@ def test_families_from_texts(text, family):
     (None, 'constant:3', '--bnr=3'), ('0.5', 'blurring', 'give one'), ('0.1,0.5', 'blurring', 'give one'),
     (None, 'blurring:0', 'largest blur'), (None, 'blurring:-2', 'largest blur'), (None, 'blurring:x', "'x'"),
     (None, 'blurring:x', 'sigma_b_max of the schedule blurring; give a number, such as --bnr-schedule=blurring:20'),
-    ('1e-2-1', None, 'without exponents'),
+    ('1e-2-1', None, 'without exponents'), ('1e30', None, '≤ 1000'), ('0.5,1001', None, '≤ 1000'),
+    ('0.1-1001', None, 'beyond 1000'), (None, 'blurring:1e30', '≤ 2000 pixels'),
+    ('nan', None, "'nan' in --bnr"), ('2-1', None, '--bnr=2-1'), ('-1', None, '--bnr'), ('0.5,0.5', None, '--bnr=0.5'),
+    (None, 'foo', "--bnr-schedule 'foo'"), (None, 'blurring:x', '--bnr-schedule'),
 ])
 def test_refuses_in_a_sentence(bnr, schedule, said):
     with pytest.raises(UserError) as e:
         parse_family(bnr, schedule)
     assert said in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('same', [
+    [(None, None), ('0.5', None), (0.5, 'constant'), ('0.50', None)], [('0', None), ('0.0', None)],
+    [('0.123456789', None)],
+    [('0,0.1,1', None), ('0, .1 ,1.0', None)], [('1,0', None)], [('0.1-2', None), (' .10-2.', None)],
+    [(None, 'blurring'), (None, 'blurring:20')], [(None, 'blurring:7.25')]])
+def test_flags_are_one_text_for_all_spellings(same):
+    flags = [parse_family(*texts).flags for texts in same]
+    assert all(f == flags[0] for f in flags)
+    assert parse_family(flags[0]['bnr'], flags[0]['bnr_schedule']) == parse_family(*same[0])
 
 
 # -- families
@@ -146,5 +160,6 @@ def test_a_schedule_without_a_number(monkeypatch):
     monkeypatch.setitem(PATHS, 'straight', Straight)
     assert schedule_texts() == ['constant', 'blurring[:SIGMA_B_MAX]', 'straight']
     assert parse_path(None, 'straight').alpha(2.0) == 2.0
-    with pytest.raises(UserError, match="'straight:3' takes no number; give --bnr-schedule=straight"):
+    assert parse_family(None, 'straight').flags == {'bnr': None, 'bnr_schedule': 'straight'}
+    with pytest.raises(UserError, match="--bnr-schedule=straight:3 takes no number; give --bnr-schedule=straight"):
         parse_path(None, 'straight:3')

@@ -119,6 +119,11 @@ class Precond(torch.nn.Module):
             F_x = self.model(c_in_x.to(precision.dtype_on(c_in_x.device)), c_noise.flatten(), labels, **model_kwargs)
         return F_x.to(torch.float32, memory_format=torch.contiguous_format)
 
+    @classmethod
+    def meaning(cls, kwargs):
+        """Constructor arguments in one spelling, for comparisons: the same where they make the same network."""
+        return dict(kwargs)
+
     def transfer(self, source):
         """Copy every tensor of state dict `source` whose name and shape match; returns their names."""
         return copy_matching_tensors(source, self)

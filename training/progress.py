@@ -14,9 +14,19 @@ from torch_utils import distributed as dist
 from torch_utils import training_stats
 from training.compact import MOMENTS, expand, is_compact
 from training.state import load_state
+from training.system import flag_of
 
 # What Python and PyTorch say to values of another kind, or of another shape, than expected.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+# What the user calls arguments of a network, and what the data decides about it.
+ARGUMENT_NAMES = {
+    'img_resolution': "the resolution of the data's images", 'img_channels': "the number of the images' channels",
+    'label_dim': 'the number of classes (--cond)', 'augment_dim': 'the number of augmentation labels (--augment-with)',
+    'use_fp16': '--fp16', 'model_channels': '--cbase', 'channel_mult': '--cres', 'dropout': '--dropout',
+    **{name: f'--arch ({name})' for name in ('model_type', 'embedding_type', 'encoder_type', 'decoder_type',
+                                             'channel_mult_noise', 'resample_filter')},
+}
 
 MAX_SEED = (1 << 32) - 1  # the largest of NumPy's generators, from which the training order comes
 
@@ -158,23 +168,35 @@ def tell_other_data(state, dataset):
         dist.print0(f'Warning: this run was trained on {excerpt(before)} and goes on with {dataset}.')
 
 
-def check_network(state, path, network_kwargs):
+def check_network(state, path, net, options=()):
     """Refuse the state of a run with another network.
 
     Args:
         state: Its `network_kwargs` count.
         path: For the message.
-        network_kwargs: Constructor arguments of the network that is to go on from it (Precond.init_kwargs).
+        net: The network that is to go on from it (training.precond.Precond).
+        options: Names of its arguments that are flags of train.py under these names, for the message.
 
     Raises:
-        UserError: they differ.
+        UserError: they differ in what they mean.
     """
+    names = {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}}
     with _refusing(path):
-        before = state['network_kwargs']
-        changed = sorted(k for k in {**before, **network_kwargs} if before.get(k) != network_kwargs.get(k))
+        before, now = net.meaning(state['network_kwargs']), net.meaning(net.init_kwargs)
+        changed = [f'{names.get(name) or excerpt(name)} was {_shown(before.get(name))} there and is '
+                   f'{_shown(now.get(name))} here' for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
-        raise UserError(f"{path} was saved by a run whose network differs in {', '.join(changed)}; "
-                        'resume with the options of that run, see its training_options.json')
+        raise UserError(f"{path} is of a run with another network: {', '.join(changed)}; resume with that run's "
+                        'options, or start another run beside it: without --resume, with --desc=… or another --outdir')
+
+
+def _shown(value):
+    """An argument of a network as the user types it."""
+    if value is None:
+        return 'not set'
+    if isinstance(value, (list, tuple)):
+        value = ','.join(map(str, value))
+    return excerpt(int(value) if isinstance(value, bool) else value)
 
 
 def restore(state, path, net, ema, optimizer):
@@ -183,7 +205,7 @@ def restore(state, path, net, ema, optimizer):
     Raises:
         UserError: the state belongs to another network.
     """
-    check_network(state, path, net.init_kwargs)
+    check_network(state, path, net)
     with _refusing(path):
         net.load_state_dict(state['net'])
         ema.load_state_dict(state['ema'])
@@ -195,7 +217,7 @@ def _refusing(path):
     """Turns any failure on a state's content into a UserError that names the file."""
     try:
         yield
-    except MALFORMED as e:
+    except (*MALFORMED, UserError) as e:
         reason = excerpt(' '.join(str(e).split()), 200)
         raise UserError(f'{path} does not fit this run ({type(e).__name__}: {reason}); resume from another '
                         'training-state-*.pt, or with the versions of this program and PyTorch that wrote it') from e

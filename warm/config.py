@@ -164,7 +164,7 @@ def check_config(config, start, fetch=True):
         net.model.check_recompute()
     if start['path'] is not None:
         check_origin(start, start['path'], system.name)
-        check_network(start, start['path'], net.init_kwargs)
+        check_network(start, start['path'], net, [option.name for option in system.network_options])
     elif config['transfer'] is not None and (fetch or not is_url(config['transfer'])):
         transfer_weights(config['transfer'], net)  # which sets nothing: there are only names and shapes
     if config['eval_kwargs'] is not None:

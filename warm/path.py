@@ -17,6 +17,7 @@ import torch
 from dnnlib import UserError, chosen
 
 PAPER_BNR = 0.5  # the paper's choice (Table 3), and the default everywhere
+MAX_BNR = 1000  # of α/β; the paper tries up to 10, and from some 100 on β = σ_min blurs an image away already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,9 @@ class ConstantBNR:
     bnr: float
 
     def __post_init__(self):
-        if not (math.isfinite(self.bnr) and self.bnr >= 0):
-            raise UserError(f'a Blur-to-Noise Ratio of {self.bnr} makes no sense; '
-                            f'give a number ≥ 0, such as {PAPER_BNR}')
+        if not 0 <= self.bnr <= MAX_BNR:
+            raise UserError(f'a Blur-to-Noise Ratio (--bnr) of {self.bnr:g} makes no sense; '
+                            f'give a number ≥ 0 and ≤ {MAX_BNR}, such as {PAPER_BNR}')
 
     @property
     def is_hot(self):
@@ -59,9 +60,9 @@ class BlurringSchedule:
     is_hot = False
 
     def __post_init__(self):
-        if not (math.isfinite(self.sigma_b_max) and self.sigma_b_max > 0):
-            raise UserError(f'the largest blur {self.sigma_b_max} of the blurring schedule must be > 0 pixels; '
-                            'for no blur use --bnr=0')
+        if not 0 < self.sigma_b_max <= 2 * MAX_BNR:  # α/β peaks at half of it
+            raise UserError(f'the largest blur {self.sigma_b_max:g} of --bnr-schedule=blurring must be > 0 and '
+                            f'≤ {2 * MAX_BNR} pixels; for no blur use --bnr=0')
 
     def alpha(self, beta):
         """Blur in pixels at noise level β (number or tensor of any shape, in image units, ≥ 0)."""
@@ -80,7 +81,8 @@ class BlurringSchedule:
 PATHS = {'constant': ConstantBNR, 'blurring': BlurringSchedule}
 
 
-# Families: what a network was trained on. `draw_alpha` is training's draw, `contains` what sampling may follow.
+# Families: what a network was trained on. `draw_alpha` is training's draw, `contains` what sampling may follow, `flags`
+# the texts of --bnr and --bnr-schedule that `parse_family` makes it of: the same for all spellings of one, one None.
 
 @dataclasses.dataclass(frozen=True)
 class OnePath:
@@ -106,6 +108,15 @@ class OnePath:
         """The path that sampling takes when none is asked for."""
         return self.path
 
+    @property
+    def flags(self):
+        """{'bnr', 'bnr_schedule'}."""
+        name = next(name for name, kind in PATHS.items() if type(self.path) is kind)
+        field = argument_of(name)
+        if name == 'constant':
+            return dict(bnr=_text(self.path.bnr), bnr_schedule=None)
+        return dict(bnr=None, bnr_schedule=f'{name}:{_text(getattr(self.path, field.name))}' if field else name)
+
     def __str__(self):
         return str(self.path)
 
@@ -119,7 +130,7 @@ class BNRList:
 
     def __post_init__(self):
         if len(set(self.values)) < len(self.values):
-            raise UserError(f'the list of BNRs {_join(self.values)} names a value twice; give each once')
+            raise UserError(f'the list --bnr={_join(self.values)} names a value twice; give each once')
         for bnr in self.values:
             ConstantBNR(bnr)
 
@@ -138,6 +149,11 @@ class BNRList:
         """The trained BNR nearest to the paper's 0.5."""
         return ConstantBNR(min(self.values, key=lambda bnr: abs(bnr - PAPER_BNR)))
 
+    @property
+    def flags(self):
+        """{'bnr', 'bnr_schedule'}."""
+        return dict(bnr=_join(self.values), bnr_schedule=None)
+
     def __str__(self):
         return f'the constant BNRs {_join(self.values)}'
 
@@ -151,9 +167,9 @@ class BNRRange:
     is_hot = False
 
     def __post_init__(self):
-        if not (0 < self.low < self.high < math.inf):
-            raise UserError(f'the range of BNRs {self.low:g}-{self.high:g} is empty or starts at 0; '
-                            'give 0 < low < high, such as 0.1-2, or a list that includes 0')
+        if not 0 < self.low < self.high <= MAX_BNR:
+            raise UserError(f'the range --bnr={self.low:g}-{self.high:g} is empty, starts at 0 or goes beyond '
+                            f'{MAX_BNR}; give 0 < low < high ≤ {MAX_BNR}, such as 0.1-2, or a list that includes 0')
 
     def draw_alpha(self, beta):
         """α for β [B, 1, 1, 1]; draws a uniform variate [B, 1, 1, 1] from the global generator."""
@@ -170,22 +186,32 @@ class BNRRange:
         """The trained BNR nearest to the paper's 0.5."""
         return ConstantBNR(min(max(PAPER_BNR, self.low), self.high))
 
+    @property
+    def flags(self):
+        """{'bnr', 'bnr_schedule'}."""
+        return dict(bnr=f'{_text(self.low)}-{_text(self.high)}', bnr_schedule=None)
+
     def __str__(self):
         return f'BNRs from {self.low:g} to {self.high:g}'
 
 
 def _join(values):
-    return ','.join(f'{v:g}' for v in values)
+    return ','.join(map(_text, values))
 
 
-def _number(text, what):
-    """Text as a number; `what` ends the sentence "'…' is not …" where it is none."""
+def _text(number):
+    """A number as short as it can be written without loss: 0.5, 2, 1e-05."""
+    return repr(float(number)).removesuffix('.0')
+
+
+def _number(text, flag, what):
+    """Text as a number; `what` ends the sentence "'…' in FLAG is not …" where it is none."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise UserError(f"'{text}' is not {what}")
+        raise UserError(f"'{text}' in {flag} is not {what}")
     return value
 
 
@@ -203,20 +229,20 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
         UserError: unknown schedule, bad number, or a BNR together with a schedule that has none.
     """
     name, _, argument = (schedule or 'constant').partition(':')
-    make_path = chosen('BNR schedule', name, PATHS)
+    make_path = chosen('--bnr-schedule', name, PATHS)
     if name == 'constant':
         if argument:
-            raise UserError(f"the schedule '{schedule}' takes no argument; give the ratio as --bnr={argument}")
-        return ConstantBNR(PAPER_BNR if bnr is None else _number(bnr, expected))
+            raise UserError(f'--bnr-schedule={schedule} takes no argument; give the ratio as --bnr={argument}')
+        return ConstantBNR(PAPER_BNR if bnr is None else _number(bnr, '--bnr', expected))
     if bnr is not None:
         raise UserError(f'--bnr={bnr} does not go with --bnr-schedule={schedule}, which sets α itself; give one')
     if not argument:
         return make_path()
     field = argument_of(name)
     if field is None:
-        raise UserError(f"the schedule '{schedule}' takes no number; give --bnr-schedule={name}")
-    return make_path(_number(argument, f'{field.name} of the schedule {name}; give a number, such as '
-                                         f'--bnr-schedule={name}:{field.default:g}'))
+        raise UserError(f'--bnr-schedule={schedule} takes no number; give --bnr-schedule={name}')
+    return make_path(_number(argument, '--bnr-schedule', f'{field.name} of the schedule {name}; give a number, such as '
+                                                         f'--bnr-schedule={name}:{field.default:g}'))
 
 
 def argument_of(name):
@@ -238,7 +264,7 @@ def parse_family(bnr=None, schedule=None):
     text = str(bnr if bnr is not None else '').strip()
     a_range = re.fullmatch(r'([^-,]+?)-([^-,]+)', text) if 'e-' not in text.lower() else None
     if (schedule or 'constant') == 'constant' and ',' in text:
-        return BNRList(tuple(_number(part, ANY_BNR) for part in text.split(',')))
+        return BNRList(tuple(_number(part, '--bnr', ANY_BNR) for part in text.split(',')))
     if (schedule or 'constant') == 'constant' and a_range:
-        return BNRRange(_number(a_range[1], ANY_BNR), _number(a_range[2], ANY_BNR))
+        return BNRRange(*(_number(part, '--bnr', ANY_BNR) for part in a_range.groups()))
     return OnePath(parse_path(bnr, schedule, ANY_BNR))

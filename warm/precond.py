@@ -58,6 +58,10 @@ class WarmPrecond(Precond):
         feature = BLUR_EMBEDDINGS[blur_embedding]
         self.map_blur = None if family.is_hot or feature is None else BlurEmbedding(self.model.noise_channels, feature)
 
+    @classmethod
+    def meaning(cls, kwargs):
+        return {**kwargs, **parse_family(kwargs.get('bnr'), kwargs.get('bnr_schedule')).flags}
+
     def scalings(self, sigma):
         """EDM's coefficients at σ = β."""
         return edm_scalings(sigma, self.sigma_data)
