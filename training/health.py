@@ -8,6 +8,9 @@ from dnnlib import UserError
 from torch_utils.distributed import Ballot
 
 
+AGAIN = 'start again with a lower --lr, from the newest training state if there is one (what is saved is good)'
+
+
 class Health:
     """Counts steps with a non-finite loss or gradients, and spreads a stop request from any rank to all.
 
@@ -59,5 +62,4 @@ class Health:
                 self._first = step
             if self.max_nonfinite and self.streak >= self.max_nonfinite:
                 raise UserError(f'the loss or its gradients were not finite in {self.streak} steps in a row, the steps '
-                                f'{self._first} to {step}; the states saved before are good: resume from the last '
-                                'with a lower --lr, or allow more with --max-nonfinite')
+                                f'{self._first} to {step}; {AGAIN}, or allow more with --max-nonfinite')

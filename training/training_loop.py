@@ -19,7 +19,7 @@ from training.dataset import ImageFolderDataset
 from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
-from training.health import Health
+from training.health import AGAIN, Health
 from training.progress import (Progress, check_optimizer, check_origin, checked_seed, restore, resume_from, run_state,
                                seed_rank, tell_other_data)
 from training.saving import Saver
@@ -223,8 +223,7 @@ def worth_saving(health, progress, ema, leaving):
         dist.print0(f'Nothing is saved at {progress.nimg / 1000:g} kimg: the loss or its gradients are not finite.')
         return False
     if not torch.stack([p.isfinite().all() for p in ema.parameters()]).all():
-        raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; the '
-                        'states saved before are good: resume from the last with a lower --lr')
+        raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; {AGAIN}')
     return True
 
 
@@ -269,7 +268,7 @@ def transfer_weights(path, net):
                         for kwargs in (snapshot.network_kwargs, net.init_kwargs))
         remedy = ('use the --arch, --cbase and --cres of its training' if theirs == ours else
                   f'it is for images of {theirs}, the data here have {ours}: convert them with dataset_tool.py')
-        raise UserError(f'only {len(copied)} of the {total} tensors of this network have a like one in {path}; {remedy}')
+        raise UserError(f'only {len(copied)} of the {total} tensors of this network are like one in {path}; {remedy}')
     return len(copied)
 
 
