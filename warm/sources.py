@@ -1,9 +1,11 @@
 """From a snapshot and the sampler's flags to images: what generate.py and fid.py have in common."""
 
 import dataclasses
+import numbers
 
 import torch
 
+from dnnlib import UserError
 from torch_utils import distributed as dist
 from training.acceleration import RUN_OPTIONS, accelerate
 from training.generation import check_class
@@ -12,6 +14,16 @@ from training.snapshot import Snapshot, build_network, read_snapshot
 from training.system import System
 from warm.starts import data_for
 from warm.systems import SYSTEMS
+
+
+MAX_STEPS = 10_000  # of sampling; a mistyped number would keep the program busy for hours without a word
+
+
+def check_max_steps(options, shown):
+    """Raise UserError for more steps in the sampler's options than MAX_STEPS; `shown` is what the user calls them."""
+    steps = options.get('num_steps')
+    if isinstance(steps, numbers.Integral) and steps > MAX_STEPS:
+        raise UserError(f'{shown}={steps} is more than the {MAX_STEPS} steps that a sampler may take; give fewer')
 
 
 @dataclasses.dataclass
@@ -44,8 +56,9 @@ def open_network(path_or_url, sampler_options, class_idx=None):
         sampler_options: Values of `sampler_flags` and of RUN_OPTIONS, None where the user gave none.
 
     Raises:
-        UserError: a file that is no snapshot; an option or class that its system doesn't have.
+        UserError: a file that is no snapshot; more than MAX_STEPS; an option or class that its system doesn't have.
     """
+    check_max_steps(sampler_options, '--steps')
     snapshot = dist.first_on_rank0(lambda: read_snapshot(path_or_url))
     net = build_network(snapshot, SYSTEMS, dist.device())
     system = SYSTEMS[snapshot.system]
