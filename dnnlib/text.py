@@ -49,12 +49,12 @@ def parse_seeds(text):
     return seeds
 
 
-def check_once(seeds):
+def check_once(seeds, where='--seeds'):
     """Raise UserError for a seed that occurs twice: its image would be drawn twice, written once, and count twice."""
     if len(set(seeds)) < len(seeds):
         seen = set()
         twice = next(seed for seed in seeds if seed in seen or seen.add(seed))
-        raise UserError(f'the seed {twice} occurs twice in --seeds, which would count the same image twice; '
+        raise UserError(f'the seed {twice} occurs twice in {where}, which would count the same image twice; '
                         'give each once')
 
 

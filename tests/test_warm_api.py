@@ -112,10 +112,12 @@ def test_data_is_no_option_of_other_systems(root):
 
 @pytest.mark.parametrize('seeds, options, said', [
     ([], {}, 'there are no seeds'), ('0-3', {}, 'the seeds 0-3 are not integers'), (3, {}, 'not integers'),
-    ([0.5], {}, 'no integers'), ([1], {'batch': 0}, 'batch is 0'),
+    ([0.5], {}, 'not integers'), ([1], {'batch': 0}, 'batch is 0'),
     ([1], {'batch': 2.5}, 'batch is 2.5'),
     ([1], {'steps': 2}, '^steps is not an option .* it takes num_steps, sigma_min'),
     ([1], {'class_idx': 99}, '^class_idx=99 is out of range'),
+    ([1, 2, 1], {}, '^the seed 1 occurs twice in the seeds, '), ([3, -1], {}, '^the seed -1 is negative; '),
+    ([1], {'num_steps': 10 ** 6}, '^num_steps=1000000 is more than the 10000 steps'),
 ])
 def test_bad_input(root, seeds, options, said):
     """The sentences name keywords, not flags."""
@@ -123,6 +125,20 @@ def test_bad_input(root, seeds, options, said):
     with pytest.raises(UserError, match=said) as e:
         warm.sample(net, seeds, **options)
     assert '--' not in str(e.value)
+
+
+@pytest.mark.parametrize('device', ['gpu', 'cuda', 'cuda:99', '', 3.5, 'cpu:x'])
+def test_devices_that_are_not_there(root, monkeypatch, device):
+    if device == 'cuda' and torch.cuda.is_available():
+        pytest.skip('there is a GPU')
+    with pytest.raises(UserError, match=f"this machine has no device '{device}' for PyTorch; give 'cpu'") as e:
+        warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl', device=device)
+    assert '\n' not in str(e.value)
+
+
+def test_device_by_name(root):
+    net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl', device='cpu')
+    assert next(net.parameters()).device.type == 'cpu'
 
 
 def test_seeds_of_any_kind(root):

@@ -7,12 +7,13 @@ import operator
 import torch
 
 from dnnlib import UserError
-from dnnlib.text import excerpt
+from dnnlib.text import check_once, excerpt
 from torch_utils import distributed as dist
 from training.generation import check_class, generate_batch
 from training.pixels import to_uint8
 from training.snapshot import build_network, read_snapshot
 from training.system import System
+from warm.sources import check_max_steps
 from warm.starts import data_for
 from warm.systems import SYSTEMS
 
@@ -22,7 +23,7 @@ def load(path_or_url, device=None):
 
     Args:
         path_or_url: A file or an https address.
-        device: Where it runs; by default the GPU if there is one.
+        device: Where it runs, such as 'cpu' or 'cuda:1'; by default the GPU if there is one.
 
     Returns:
         The preconditioned network in evaluation mode. `net.system` names its system, `net.snapshot` holds the
@@ -30,10 +31,11 @@ def load(path_or_url, device=None):
         `net.denoise_deblur(x, sigma, class_labels=None, alpha=None)` → (D, R).
 
     Raises:
-        UserError: the file is missing, damaged, or of an unknown system.
+        UserError: the file is missing, damaged, or of an unknown system; this machine has no such device.
     """
+    device = _device(device)
     snapshot = read_snapshot(path_or_url)
-    net = build_network(snapshot, SYSTEMS, device or dist.device())
+    net = build_network(snapshot, SYSTEMS, device)
     net.system, net.snapshot = snapshot.system, dataclasses.replace(snapshot, state_dict={})
     return net
 
@@ -43,7 +45,7 @@ def sample(net, seeds, class_idx=None, batch=64, system=None, **options):
 
     Args:
         net: From `load`, or any network of a system.
-        seeds: Integers, one per image, at least one.
+        seeds: Integers from 0 on, one per image, each once, at least one.
         class_idx: Class of all images; None draws one per seed.
         batch: Images at a time.
         system: Name of the network's system, or a training.system.System; by default what `load` says it is.
@@ -56,7 +58,7 @@ def sample(net, seeds, class_idx=None, batch=64, system=None, **options):
 
     Raises:
         UserError: an option that the network's sampler does not have; training images that are not at hand; no seeds,
-            or no batch; a network of no known system.
+            a seed twice, or no batch; more than warm.sources.MAX_STEPS; a network of no known system.
     """
     system = _system_of(net, system)
     seeds = _integers(seeds)
@@ -64,11 +66,25 @@ def sample(net, seeds, class_idx=None, batch=64, system=None, **options):
         raise UserError(f'batch is {batch}; give a whole number of at least 1')
     check_class(net, class_idx, 'class_idx')
     system.check_options(options, shown=str)
+    check_max_steps(options, 'num_steps')
     if system.starts_from_data and hasattr(net, 'snapshot'):
         options['data'] = _start_data(net.snapshot, options.get('data'))
     sampler = system.make_sampler(net, options)
     batches = [generate_batch(net, seeds[i:i + batch], sampler, class_idx) for i in range(0, len(seeds), batch)]
     return torch.cat([to_uint8(images).cpu() for images in batches])
+
+
+def _device(device):
+    """`device` as a torch.device of this machine; None stands for the best one."""
+    if device is None:
+        return dist.device()
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)  # which brings PyTorch to look for it
+    except (RuntimeError, AssertionError, TypeError, ImportError) as e:
+        raise UserError(f"this machine has no device '{excerpt(device)}' for PyTorch; give 'cpu' or, where there is a "
+                        "GPU, 'cuda'") from e
+    return device
 
 
 def _system_of(net, system):
@@ -90,6 +106,9 @@ def _integers(seeds):
         raise UserError(f'the seeds {excerpt(seeds)} are not integers; give one per image, such as range(16)') from e
     if not integers:
         raise UserError('there are no seeds, hence no images; give one per image, such as range(16)')
+    if min(integers) < 0:
+        raise UserError(f'the seed {min(integers)} is negative; give seeds from 0 on, such as range(16)')
+    check_once(integers, 'the seeds')
     return integers
 
 
