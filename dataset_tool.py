@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from dnnlib.files import cpu_cores
+from dnnlib.files import cpu_cores, interruptible
 from dnnlib.flags import Text
 from training.dataset_convert import TRANSFORMS, convert
 from training.dataset_sources import open_source
@@ -43,7 +43,8 @@ def main(source, dest, max_images, transform, resolution, workers):
     """
     if int(os.environ.get('RANK', '0')) > 0:
         return  # under torchrun: the first of its processes does all, with --workers of its own
-    summary = convert(open_source(source), dest, transform, resolution, max_images, workers)
+    with interruptible(f'nothing was changed at {dest}, run the same command again to make it'):
+        summary = convert(open_source(source), dest, transform, resolution, max_images, workers)
     skipped = f', {summary.num_skipped} too small and left out' if summary.num_skipped else ''
     click.echo(f'{dest}: {summary.num_images} images of {summary.size}x{summary.size}, {summary.channels} channel(s), '
                f'{"no" if summary.labels is None else "with"} labels{skipped}')

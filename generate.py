@@ -9,7 +9,7 @@ import PIL.Image
 import tqdm
 
 from dnnlib import UserError
-from dnnlib.files import check_writable
+from dnnlib.files import check_writable, interruptible
 from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
@@ -49,7 +49,9 @@ def main(**options):
     # 50,000 images on 8 GPUs; after an interruption the same command continues
     torchrun --standalone --nproc_per_node=8 generate.py --network=… --outdir=out --seeds=0-49999 --subdirs
     """
-    with dist.process_group():
+    again = 'the same command' + ' without --overwrite' * options['overwrite']
+    kept = f"the images that are finished in {options['outdir']} are kept, and {again} goes on from there"
+    with interruptible(kept), dist.process_group():
         run(**options)
 
 

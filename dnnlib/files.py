@@ -54,6 +54,21 @@ def _sync_folder(folder):
             os.close(fd)
 
 
+class Interrupted(UserError):
+    """Ctrl-C. Its exit code is the shell's for that signal, 128 + 2."""
+
+    exit_code = 130
+
+
+@contextlib.contextmanager
+def interruptible(kept):
+    """Turns Ctrl-C within it into an `Interrupted`, a line that says what it leaves on the disk."""
+    try:
+        yield
+    except KeyboardInterrupt as e:
+        raise Interrupted(f'interrupted; {kept}') from e
+
+
 def cpu_cores():
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

@@ -356,8 +356,11 @@ def test_signal_leaves_nothing(tmp_path, root, end):
             break
         time.sleep(0.01)
     process.send_signal(end)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + end
+    if end == signal.SIGINT:
+        assert f'Error: interrupted; nothing was changed at {tmp_path}/out.zip' in errors.decode(), errors
+        assert b'Aborted' not in errors and b'Traceback' not in errors
     assert os.listdir(tmp_path) == ['src']
 
 

@@ -172,6 +172,26 @@ def test_disjoint_seeds_of_other_settings_are_not_mixed(tmp_path, networks, subd
     assert json.loads((tmp_path / gen.RECORD).read_text())['nfe'] == 5 and len(images_in(tmp_path)) == 5
 
 
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_ctrl_c_says_what_is_kept(tmp_path, networks, monkeypatch, overwrite):
+    """Exit code 130; the images stay, and what it names as the command to go on with does."""
+    base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0-3', '--steps=2']
+
+    def press(outdir, batches, *args, **kwargs):
+        gen.write_images(outdir, iter_once(batches), *args, **kwargs)
+        raise KeyboardInterrupt
+
+    def iter_once(batches):
+        yield next(batches)
+    with monkeypatch.context() as patch:
+        patch.setattr('generate.write_images', press)
+        out = invoke(*base, '--batch=1', *['--overwrite'] * overwrite)
+    refused(out, f'Error: interrupted; the images that are finished in {tmp_path} are kept, and the same command '
+                 f'{"without --overwrite " * overwrite}goes on')
+    assert out.exit_code == 130 and 'Aborted' not in out.output and set(images_in(tmp_path)) == {'000000.png'}
+    assert '1 of 4 images are there already' in invoke(*base, '--batch=1').output
+
+
 def test_an_interrupted_replacement_does_not_mix(tmp_path, networks, monkeypatch):
     """--overwrite with other options, ended after the record is written: no old image passes for a new one."""
     base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0-3']
@@ -365,6 +385,8 @@ BAD = {
     'missing network': ('edm', ['--network=/nowhere/a.safetensors'], '/nowhere/a.safetensors'),
     'not a snapshot': ('edm', ['--network={root}/LICENSE'], 'LICENSE'),
     'class of an unconditional network': ('edm', ['--class=3'], 'unconditional'),
+    'a run folder': ('edm', ['--network={networks}'], '{networks} is a folder; give a file'),
+    'steps without end': ('edm', ['--steps=1000000'], '--steps=1000000 is more than the 10000 steps'),
     'class out of range': ('cond', ['--class=10'], 'classes 0 to 9'),
     'seeds': ('edm', ['--seeds=1,x'], "'1,x'"),
     'a seed twice': ('edm', ['--seeds=1,5-7,6'], 'the seed 6 occurs twice'),
@@ -402,7 +424,8 @@ BAD = {
 def test_bad_input(tmp_path, networks, root, name):
     network, options, sentence = BAD[name]
     (tmp_path / 'folder.png').mkdir()
-    options = [option.format(root=root, tmp=tmp_path) for option in options]
+    places = dict(root=root, tmp=tmp_path, networks=networks[network].parent)
+    options, sentence = [option.format(**places) for option in options], sentence.format(**places)
     refused(invoke('generate.py', f'--network={networks[network]}', f'--outdir={tmp_path / "out"}', *options), sentence)
     assert not (tmp_path / 'out').exists()
 
