@@ -72,6 +72,7 @@ def shifts(seeds, rounds):
 def score_rounds(scorer, sources, batch, log, default_log):
     """Score each source, print all and the best, and append all to the file `log`, or else to `default_log`."""
     passes, results = [], []
+    scorer.warn_of_size(sources[0])
     for i, source in enumerate(sources, 1):
         scorer.check(source.total)
         dist.print0(f'Scoring {source.total} images of {source.name} ...')

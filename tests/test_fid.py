@@ -543,6 +543,20 @@ def test_only_json_lines_are_appended_to(folders, reference, tmp_path, name, con
         assert (path.read_bytes() if path.exists() else None) == content
 
 
+def test_images_of_another_size_than_the_references(folders, reference, network, tmp_path):
+    """A line says so, once; the scores are those that images of any size get. Files without sizes are read as ever."""
+    with np.load(reference) as z:
+        assert (z['channels'], z['resolution']) == (3, 16)
+    warning = f'Warning: the images have 8x8 pixels with 1 channel(s), those of {reference} 16x16 pixels with 3'
+    small = write_images(tmp_path / 'small', 20, size=8, channels=1)
+    said = invoke('calc', images=small, num=20, ref=reference)
+    assert warning in said and invoke('calc', images=small, num=20, ref=edm_like(reference)) == \
+        ''.join(line for line in said.splitlines(keepends=True) if not line.startswith('Warning'))
+    drawn = invoke('calc', network=network, seeds='0-4', rounds=2, steps=1, ref=reference)
+    assert drawn.count('Warning: the images have 8x8 pixels with 3 channel(s)') == 1
+    assert 'Warning' not in invoke('calc', images=folders[1], num=50, ref=reference)
+
+
 def test_full_disk_leaves_the_old_reference(folders, reference, monkeypatch):
     before = reference.read_bytes()
 

@@ -333,6 +333,17 @@ def test_too_few_reference_features(statistics):
         metrics.load_reference(path, ['kid'], PixelDetector('cpu'))
 
 
+@pytest.mark.parametrize('changes, size', [
+    ({}, None), (dict(channels=np.int64(3), resolution=np.int64(32)), (3, 32)), (dict(channels=3), None),
+    (dict(channels=np.zeros(2, int), resolution=np.int64(32)), None),
+    (dict(channels=np.str_('x'), resolution=np.float64('nan')), None),
+])
+def test_size_of_the_images(statistics, changes, size):
+    """Of this program's files; EDM's don't say, and odd values are as good as none."""
+    ref = metrics.load_reference(statistics(**changes), ['fid'], PixelDetector('cpu'))
+    assert metrics.size_of(ref) == size
+
+
 def test_damaged_statistics(statistics, tmp_path):
     whole = statistics().read_bytes()
     flipped = bytearray(whole)

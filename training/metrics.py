@@ -5,7 +5,7 @@
     scores = score(metrics, stats, ref, seed)                     on rank 0
 
 Statistics are dicts of NumPy arrays: mu, sigma, num, detector, detector_hash and what the metrics
-need besides (see `metric_collectors`). As .npz files they are readable as EDM's, and EDM's are read.
+need besides (see `metric_collectors`), and the images' channels and resolution. As .npz files they are readable as EDM's, and EDM's are read.
 """
 
 import dataclasses
@@ -223,6 +223,9 @@ def kind_of(label):
 
 # -- statistics as files
 
+SIZE = ('channels', 'resolution')  # arrays that `size_of` reads
+
+
 def check_destination(path, data=None):
     """Raise UserError where `save_statistics` could not write, before the slow part of the work.
 
@@ -265,7 +268,7 @@ def load_reference(path_or_url, metrics, detector):
     path = local_path(path_or_url)
     needed = dict.fromkeys(a for m in metrics for a in METRICS[m].ref_arrays)
     try:
-        ref = read_npz(path, {'mu', 'sigma', 'num', 'detector', 'detector_hash', *needed})
+        ref = read_npz(path, {'mu', 'sigma', 'num', 'detector', 'detector_hash', *SIZE, *needed})
     except (ValueError, OSError) as e:
         if is_url(path_or_url):
             path.unlink(missing_ok=True)  # or the bad answer would be served from the cache for ever
@@ -293,6 +296,13 @@ def _check_arrays(ref, metrics, what):
         if a.shape != shapes[name] or a.dtype.kind != 'f' or not np.isfinite(a).all():
             raise UserError(f"the array '{name}' of {what} ({a.dtype}, {list(a.shape)}) is not finite numbers of "
                             f'shape {list(shapes[name])}; make the reference anew with fid.py ref')
+
+
+def size_of(stats):
+    """(channels, resolution) of the images that statistics are of; None where they don't say, as EDM's."""
+    values = [stats[name] for name in SIZE if name in stats]
+    plain = len(values) == len(SIZE) and all(np.ndim(v) == 0 and np.asarray(v).dtype.kind in 'iu' for v in values)
+    return tuple(map(int, values)) if plain else None
 
 
 def num_features_of(ref):

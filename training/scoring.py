@@ -10,6 +10,8 @@ import pathlib
 import re
 import time
 
+import click
+import numpy as np
 import torch
 import tqdm
 
@@ -35,12 +37,13 @@ class ImageFiles:
 
     Attributes:
         total: Number of images.
+        size: (channels, resolution) of each.
         record: What the record says about them.
     """
 
     def __init__(self, dataset, name='', facts=None):
         self.dataset, self.name = dataset, name
-        self.total = len(dataset)
+        self.total, self.size = len(dataset), (dataset.num_channels, dataset.resolution)
         self.record = {**(facts or {}), 'images': name, 'seeds': self._seeds()}
 
     def _seeds(self):
@@ -79,6 +82,7 @@ class NetworkImages:
         check_once(self.seeds)
         self.net, self.sampler, self.class_idx, self.facts = net, sampler, class_idx, facts or {}
         self.total, self.name = len(self.seeds), f'seeds {seeds_text(self.seeds)}'
+        self.size = net.img_channels, net.img_resolution
         self.record = {**self.facts, 'images': None, 'seeds': seeds_text(self.seeds)}
 
     def batches(self, indices, batch):
@@ -129,7 +133,7 @@ def statistics(source, detector, metrics, batch, num_features=None, unfinished=N
                 unfinished.save_if_due(accumulator)
     if unfinished:
         unfinished.save(accumulator)  # other ranks, other rounds and the scores are still to come
-    return accumulator.statistics()
+    return {**accumulator.statistics(), **dict(zip(m.SIZE, map(np.int64, source.size)))}
 
 
 def unfinished_pass(source, detector, metrics, batch):
@@ -158,6 +162,17 @@ class Scorer:
     def check(self, total):
         """Raise UserError if that many images cannot be scored, before any is made."""
         m.check_images(self.metrics, total, self.detector)
+
+    def warn_of_size(self, source):
+        """Print a line on rank 0 if the reference is known to be of images of another size; the detector allows that.
+
+        Detectors bring all images to one size, and so the scores look like any others.
+        """
+        known = m.size_of(self.reference or {})
+        if known is not None and known != tuple(source.size) and dist.get_rank() == 0:
+            sizes = ['{1}x{1} pixels with {0} channel(s)'.format(*size) for size in (source.size, known)]
+            click.echo(f"Warning: the images have {sizes[0]}, those of {self.facts['ref']} {sizes[1]}; the scores "
+                       'compare with such images only if that is meant', err=True)
 
     def __call__(self, source, batch, unfinished=None, progress=True):
         """(scores {name: value}, facts for the record) of a source, on all ranks together; {}, {} beside rank 0."""
