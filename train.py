@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 
 import click
@@ -71,7 +72,7 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='Images over which the learning rate rises linearly, in millions')
 @click.option('--ema', metavar='MIMG', type=NumberRange(min=0), default=0.5,
               help='Half-life of the moving average of the weights, in millions of images')
-@click.option('--dropout', metavar='FLOAT', type=NumberRange(min=0, max=1), default=0.13,
+@click.option('--dropout', metavar='FLOAT', type=NumberRange(min=0, max=1, max_open=True), default=0.13,
               help='Dropout probability')
 @click.option('--augment', metavar='FLOAT', type=NumberRange(min=0, max=1), default=0.12,
               help='Augmentation probability')
@@ -148,9 +149,13 @@ def main(**options):
     # Warm Diffusion on CIFAR-10 with 8 GPUs
     torchrun --standalone --nproc_per_node=8 train.py --data=datasets/cifar10-32x32.zip --precond=warm --bnr=0.5
     """
-    with dist.process_group(), dist.lost_ranks_named():
-        with Tee() if dist.get_rank() == 0 else contextlib.nullcontext() as log:
-            done = run(options, log)
+    try:
+        with dist.process_group(), dist.lost_ranks_named():
+            with Tee() if dist.get_rank() == 0 else contextlib.nullcontext() as log:
+                done = run(options, log)
+    except KeyboardInterrupt:  # later than set-up it is a signal that asks to save (torch_utils.signals)
+        click.echo('Error: interrupted during set-up, before the first step; run the command again to start', err=True)
+        sys.exit(128 + signal.SIGINT)
     if not done:
         sys.exit(EXIT_STOPPED)
 
@@ -185,7 +190,10 @@ def run(options, log):
         if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
             cfg.check_config(config, start, fetch=not options['dry_run'])
     dist.on_rank0(check)
+    if options['data'] is None:
+        dist.print0(cfg.NO_DATA)
     if options['dry_run']:
+        dist.on_rank0(lambda: cfg.check_run_dir(run_dir))
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return True

@@ -262,7 +262,7 @@ def test_augment_with(flags, expected):
 
 
 def test_augment_with_refuses():
-    refused(invoke('train.py', '-n', '--augment-with=xflip,blur'), "no augmentation 'blur'; choose one of xflip,",
+    refused(invoke('train.py', '-n', '--augment-with=xflip,blur'), "no --augment-with 'blur'; choose one of xflip,",
             ', saturation')
     refused(invoke('train.py', '-n', '--augment=0', '--augment-with=xflip'), '--augment-with has no effect')
     refused(invoke('train.py', '-n', '--preset=digits', '--augment-with=xflip'), 'add --augment=PROB')

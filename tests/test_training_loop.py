@@ -268,6 +268,9 @@ BAD = {
     'both': (['--transfer=a', '--resume=b'], 'give one of them', False),
     'option of another system': (['--precond=edm', '--bnr=0.5'], '--bnr is not an option of --precond=edm', False),
     'negative BNR': (['--precond=warm', '--bnr=-1'], 'a number ≥ 0', False),
+    'huge BNR': (['--precond=warm', '--bnr=1e30'], '≤ 1000', False),
+    'dropout of all': (['--dropout=1'], "'--dropout'", False),
+    'unknown augmentation': (['--augment-with=foo'], "no --augment-with 'foo'", False),
     'no BNR': (['--precond=warm', '--bnr=warm'], 'is not a Blur-to-Noise Ratio', False),
     'empty range': (['--precond=warm', '--bnr=2-0.1'], 'is empty', False),
     'duplicates': (['--precond=warm', '--bnr=0.1,0.5,0.1'], 'twice', False),
@@ -301,10 +304,27 @@ def test_bad_input(tmp_path, name):
     command = ['train.py', *SMALL, f'--outdir={tmp_path / "runs"}', '--duration=0.0001', *options]
     if two_ranks:
         out = torchrun(*command, ok=False)
-        assert out.returncode != 0 and sentence in out.stderr
+        assert out.returncode != 0 and sentence in out.stderr.split('Root Cause')[1]  # torchrun's report, at the end
     else:
         refused(invoke(*command), sentence)
     assert not (tmp_path / 'runs').exists()
+
+
+def test_a_dry_run_looks_at_the_folder(tmp_path):
+    (tmp_path / 'file').touch()
+    for folder in (tmp_path / 'file', tmp_path / 'file' / 'runs', '/proc/runs'):
+        refused(invoke('train.py', '-n', f'--outdir={folder}'), 'could not create the folder', 'another --outdir')
+    assert invoke('train.py', '-n', f'--outdir={tmp_path / "a" / "b"}').exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_ctrl_c_during_set_up(monkeypatch, tmp_path):
+    def interrupted(**kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr('train.open_dataset', interrupted)
+    result = invoke('train.py', f'--outdir={tmp_path / "runs"}')
+    assert result.exit_code == 130 and not (tmp_path / 'runs').exists()
+    assert result.stderr.startswith('Error: interrupted during set-up') and 'Aborted' not in result.output
 
 
 def test_numbers_are_all_checked():

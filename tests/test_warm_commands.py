@@ -126,3 +126,4 @@ def test_data_is_named_when_it_is_the_default(tmp_path):
     out = invoke('train.py', '-n')
     assert 'embedded handwritten digits' in out.output and '--source=cifar10' in out.output
     assert EMBEDDED in out.output
+    assert 'digits' not in invoke('train.py', '-n', '--precond=warm', '--bnr=-1').output

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import datetime
 import inspect
+import json
 import os
 import re
 import secrets
@@ -73,11 +74,23 @@ def cleanup():
 @contextlib.contextmanager
 def process_group():
     """Within it, this process is one of the ranks (`init`); it leaves the group however the block ends."""
-    init()
     try:
+        init()
         yield
+    except UserError as e:
+        tell_torchrun(str(e))
+        raise
     finally:
         cleanup()
+
+
+def tell_torchrun(sentence):
+    """Leave the reason for this process's end where torchrun looks for it: its report on the job then quotes it."""
+    path = os.environ.get('TORCHELASTIC_ERROR_FILE')
+    if path:
+        message = dict(message=sentence, extraInfo=dict(timestamp=str(int(time.time()))))
+        with contextlib.suppress(OSError), open(path, 'w', encoding='utf-8') as f:
+            json.dump(dict(message=message), f)
 
 
 def local_rank():

@@ -258,7 +258,7 @@ def training_strengths(names):
     wanted = [part.strip() for part in names.split(',')]
     known = {t.name: t.strength for t in TRANSFORMS}
     for name in wanted:
-        chosen('augmentation', name, known)
+        chosen('--augment-with', name, known)
     return {name: strength for name, strength in known.items() if name in wanted}
 
 

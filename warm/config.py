@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import tempfile
 
 import torch
 
@@ -37,6 +38,8 @@ ARCHITECTURES = {
 }
 SIZE_FLAGS = ('cbase', 'cres')
 OPTIONS_NAME = 'training_options.json'  # in every run folder
+NO_DATA = ('No --data given: training on the embedded handwritten digits (8×8). '
+           f"For CIFAR-10: {PRESETS['cifar10'].data}")
 
 
 def training_config(flags, system_options):
@@ -58,9 +61,6 @@ def training_config(flags, system_options):
     strengths = training_strengths(flags['augment_with'])
     system = SYSTEMS[flags['precond']]
     own = system.network_kwargs(system_options)
-    if flags['data'] is None:
-        dist.print0('No --data given: training on the embedded handwritten digits (8×8). '
-                    f"For CIFAR-10: {PRESETS['cifar10'].data}")
     dataset_kwargs = dict(path=EMBEDDED if flags['data'] is None else flags['data'], use_labels=flags['cond'],
                           xflip=flags['xflip'], cache=flags['cache'])
     own.update(measured(system, own, dataset_kwargs))
@@ -261,6 +261,17 @@ def same_run_dir(outdir, name):
     found = [entry for entry in (os.listdir(outdir) if os.path.isdir(outdir) else [])
              if (m := re.fullmatch(r'\d{5,}-(.*)', entry)) and but_ranks(m[1]) == but_ranks(name)]
     return os.path.join(outdir, max(found, key=lambda entry: int(entry.split('-')[0]))) if found else None
+
+
+def check_run_dir(run_dir):
+    """Raise UserError where `create_run_dir` could not make the folder; nothing stays of the attempt."""
+    folder = os.path.abspath(run_dir)
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=folder))
+    except OSError as e:
+        raise UserError(f'could not create the folder {run_dir}: {e.strerror or e}; choose another --outdir') from e
 
 
 def create_run_dir(run_dir, config, start):

@@ -69,7 +69,8 @@ WARM = System(
     describe=warm_facts,
     draw_process=lambda path, net: save_trajectory(path, watch(net, WARM, DRAWN_SEEDS)),
     own_sample_options=(
-        Option('bnr', None, 'Blur-to-Noise Ratio of the path', shown='as trained'),
+        Option('bnr', None, 'Blur-to-Noise Ratio of the path',
+               shown=f'as trained; of several the nearest to {PAPER_BNR}'),
         Option('bnr_schedule', None, SCHEDULES, shown='as trained'),
         *options_of(SOLVERS),
     ),
