@@ -35,8 +35,9 @@ MAX_WATCHED = 4  # images whose reverse process is shown
 @click.option('--grid', metavar='FILE.png', type=Text(), default=None, help='Also write a contact sheet of the images')
 @click.option('--trajectory', metavar='FILE', type=Text(), default=None,
               help='Also show x, D, R and D + R through the reverse process: .png, .gif or .mp4')
-@click.option('--overwrite', is_flag=True, help='Replace images that are there; otherwise they are kept. Those made with other options are replaced all or '
-                   'none: --seeds has to include them')
+@click.option('--overwrite', is_flag=True,
+              help='Replace images that are there; otherwise they are kept. Those made with other options are replaced '
+                   'all or none: --seeds has to include them')
 @sampler_flags
 def main(**options):
     """Generate images as OUTDIR/SEED.png. An image depends on its seed alone, whatever the batch and the ranks.
@@ -93,7 +94,7 @@ def check_outside(outdir, pictures):
     for flag, path in pictures.items():
         if path is not None and os.path.realpath(path).startswith(os.path.join(os.path.realpath(outdir), '')):
             raise UserError(f'{flag}={path} lies inside --outdir={outdir}, where every picture counts as an image; '
-                            f'put it beside that folder')
+                            'put it beside that folder')
 
 
 def read_images(outdir, seeds, subdirs):

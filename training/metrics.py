@@ -5,7 +5,8 @@
     scores = score(metrics, stats, ref, seed)                     on rank 0
 
 Statistics are dicts of NumPy arrays: mu, sigma, num, detector, detector_hash and what the metrics
-need besides (see `metric_collectors`), and the images' channels and resolution. As .npz files they are readable as EDM's, and EDM's are read.
+need besides (see `metric_collectors`), and the images' channels and resolution. As .npz files they
+are readable as EDM's, and EDM's are read.
 """
 
 import dataclasses

@@ -202,7 +202,7 @@ def check_appendable(path):
 
 
 def check_json_lines(path):
-    """Raise UserError unless lines of JSON can be appended to `path`: .jsonl, or a file that already begins with one."""
+    """Raise UserError unless lines of JSON can be appended to `path`: a .jsonl, or a file that begins with one."""
     check_appendable(path)
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/null
         return

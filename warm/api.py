@@ -28,7 +28,7 @@ def load(path_or_url, device=None):
     Returns:
         The preconditioned network in evaluation mode. `net.system` names its system, `net.snapshot` holds the
         file's other facts (training.snapshot.Snapshot, without tensors); Warm networks have
-        `net.denoise_deblur(x, sigma, class_labels=None, alpha=None)` → (D, R).
+        `net.denoise_deblur(x, sigma, class_labels=None, alpha=None)` → (D, R), which networks without blur lack.
 
     Raises:
         UserError: the file is missing, damaged, or of an unknown system; this machine has no such device.
