@@ -8,9 +8,9 @@ PY := $(VENV)/bin/python
 demo: $(VENV)/.installed  ## Train Warm and EDM on the embedded digits, generate, score, draw demo/demo.png
 	$(PY) -m warm.demo --outdir=demo
 
-# Without GPUs: the same everywhere, and no two ranks of a test meet on one GPU.
-test: $(VENV)/.installed-test  ## The whole test suite
-	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q
+# Without GPUs: the same everywhere, and no two ranks of a test meet on one GPU. A file's tests share what they trained.
+test: $(VENV)/.installed-test  ## The whole test suite, a process a core, four at most
+	CUDA_VISIBLE_DEVICES= $(PY) -m pytest -q -n logical --maxprocesses=4 --dist=loadfile
 
 test-gpu: $(VENV)/.installed-test  ## What needs a GPU
 	$(PY) -m pytest -q tests/test_precision.py tests/test_speed_paths.py tests/test_warm_blur.py -k 'cuda or gpu'
