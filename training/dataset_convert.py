@@ -184,7 +184,16 @@ _worker_job = None
 def _init_worker(job):
     global _worker_job
     _worker_job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+@contextlib.contextmanager
+def _interrupts_wait():
+    """Ctrl-C waits for the block to end. Processes started in it never see one: it is the first process's to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _convert_in_worker(items):
@@ -206,8 +215,9 @@ def _run(job, chunks, workers):
         try:
             while True:
                 waiting = sum(isinstance(result, concurrent.futures.Future) and not result.done() for result in pending)
-                for items in itertools.islice(chunks, max(AHEAD * (workers - 1) - waiting, 0)):
-                    pending.append(pool.submit(_convert_in_worker, items))
+                with _interrupts_wait():
+                    pending.extend(pool.submit(_convert_in_worker, items) for items in
+                                   itertools.islice(chunks, max(AHEAD * (workers - 1) - waiting, 0)))
                 if not pending:
                     return
                 if isinstance(pending[0], list):
