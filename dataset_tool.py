@@ -2,12 +2,10 @@
 
 import os
 import re
-import signal
-import sys
 
 import click
 
-from dnnlib.files import cpu_cores, interruptible
+from dnnlib.files import cpu_cores, interruptible, sigterm_exits
 from dnnlib.flags import Text
 from training.dataset_convert import TRANSFORMS, convert
 from training.dataset_sources import open_source
@@ -52,5 +50,5 @@ def main(source, dest, max_images, transform, resolution, workers):
 
 if __name__ == '__main__':
     # A job that is told to end removes its temporary files like one that is interrupted.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    main()
+    with sigterm_exits(143):
+        main()

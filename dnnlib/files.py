@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import secrets
+import signal
 import sys
 import tempfile
 import traceback
@@ -52,6 +53,16 @@ def _sync_folder(folder):
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+@contextlib.contextmanager
+def sigterm_exits(code):
+    """Within it SIGTERM ends the program by SystemExit, so that everything is cleaned up that an error would clean up."""
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 class Interrupted(UserError):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from dnnlib.files import sigterm_exits
 from tests import kills
 from tests.commands import ROOT, SMALL, invoke
 from tests.kills import check_same, equal, final_state, losses
@@ -34,7 +35,7 @@ def whole(tmp_path_factory):
     (signal.SIGTERM, 7, 512, 320), (signal.SIGINT, 1, 128, 64), (signal.SIGUSR1, 8, 576, 576)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tick_nimg, whole, tmp_path, monkeypatch):
     """In the middle of a tick and at the end of one: even that tick's statistics are those of the undisturbed run."""
-    end_step = Health.end_step
+    end_step, former = Health.end_step, signal.getsignal(signal.SIGTERM)
 
     def signalled(self, step, finite, stop):
         if step == during and not stop:
@@ -48,9 +49,17 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tic
     assert (progress['nimg'], progress['tick_nimg']) == (nimg, tick_nimg)
     assert saved_files(tmp_path, 'network-snapshot')
     monkeypatch.undo()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the handlers of before are back
+    assert signal.getsignal(signal.SIGTERM) == former  # the handlers of before are back
     assert invoke('train.py', *RUN, f'--outdir={tmp_path}').exit_code == 0
     check_same(tmp_path, whole)
+
+
+def test_sigterm_exits_and_the_former_handler_is_back():
+    former = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e, sigterm_exits(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert e.value.code == 3 and signal.getsignal(signal.SIGTERM) == former
 
 
 def python(program):

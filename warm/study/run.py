@@ -17,7 +17,6 @@ import functools
 import os
 import pathlib
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.files import make_dirs
+from dnnlib.files import make_dirs, sigterm_exits
 from dnnlib.flags import NumberRange
 from torch_utils import distributed as dist
 from torch_utils.signals import EXIT_STOPPED
@@ -319,9 +318,8 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
         check_prepared(scale)
         make_dirs(study.outdir)
         make_dirs(results)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
         try:
-            with dist.process_group():
+            with sigterm_exits(EXIT_STOPPED), dist.process_group():
                 while any([work_on(study, run) for run in runs]):  # again: what others held, parents that became ready
                     pass
         except OutOfTime:
