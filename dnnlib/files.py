@@ -57,7 +57,7 @@ def _sync_folder(folder):
 
 @contextlib.contextmanager
 def sigterm_exits(code):
-    """Within it SIGTERM ends the program by SystemExit, so that everything is cleaned up that an error would clean up."""
+    """Within it SIGTERM ends the program by SystemExit, so that everything cleans up as after an error."""
     former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
     try:
         yield
