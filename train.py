@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import signal
 import sys
 
 import click
 import torch
 
 from dnnlib import UserError
-from dnnlib.files import Tee
+from dnnlib.files import Tee, interruptible
 from dnnlib.flags import NumberRange, Text
 from torch_utils import distributed as dist
 from torch_utils.precision import PRECISIONS
@@ -149,13 +148,11 @@ def main(**options):
     # Warm Diffusion on CIFAR-10 with 8 GPUs
     torchrun --standalone --nproc_per_node=8 train.py --data=datasets/cifar10-32x32.zip --precond=warm --bnr=0.5
     """
-    try:
-        with dist.process_group(), dist.lost_ranks_named():
-            with Tee() if dist.get_rank() == 0 else contextlib.nullcontext() as log:
-                done = run(options, log)
-    except KeyboardInterrupt:  # later than set-up it is a signal that asks to save (torch_utils.signals)
-        click.echo('Error: interrupted during set-up, before the first step; run the command again to start', err=True)
-        sys.exit(128 + signal.SIGINT)
+    # Later than set-up, Ctrl-C is a signal that asks to save (torch_utils.signals).
+    with (interruptible('this was set-up, before the first step, run the command again to start'),
+          dist.process_group(), dist.lost_ranks_named()):
+        with Tee() if dist.get_rank() == 0 else contextlib.nullcontext() as log:
+            done = run(options, log)
     if not done:
         sys.exit(EXIT_STOPPED)
 

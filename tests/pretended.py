@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = 'pretended'
 WAITS = {'_local_scalar_dense', 'item', 'nonzero', 'masked_select', 'is_nonzero', 'equal', 'unique2'}
-available = hasattr(backend_registration, '_setup_privateuseone_for_python_backend')  # since PyTorch 2.8 or so
+available = hasattr(backend_registration, '_setup_privateuseone_for_python_backend')  # 2.11 has it, 2.6 has not
 
 
 class Pretended(torch.Tensor):
@@ -160,9 +160,22 @@ def make_net(system, precision='fp32', **kwargs):
     return to_device(net)
 
 
+def one_step(net, ema, optimizer, loss_fn, images, labels, pipe):
+    """A step as the loop makes it: augmentation, gradients, optimiser, moving average; gives the loss."""
+    from training import training_loop as tl
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_fn(net, images, labels, pipe)
+    tl.training_stats.report('Loss/loss', loss)
+    with net.products():
+        loss.sum().mul(1 / len(images)).backward()
+    tl.clean_gradients(net)
+    optimizer.step()
+    tl.update_ema(ema, net, 0.9)
+    return loss
+
+
 def step(system, precision='fp32', label_dim=0, *, device, **kwargs):
     """What the host waits for in a training step as the loop makes it; the first step makes its constants."""
-    from training import training_loop as tl
     from training.augment import TRAIN_AUGMENT, AugmentPipe
     pipe = AugmentPipe(p=0.5, **TRAIN_AUGMENT)
     net = make_net(system, precision, label_dim=label_dim, augment_dim=pipe.label_dim, **kwargs)
@@ -173,14 +186,7 @@ def step(system, precision='fp32', label_dim=0, *, device, **kwargs):
     loss_fn = system.loss(net)
     for _ in range(2):
         device.waits.clear()
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_fn(net, images, labels, pipe)
-        tl.training_stats.report('Loss/loss', loss)
-        with net.products():
-            loss.sum().mul(1 / 4).backward()
-        tl.clean_gradients(net)
-        optimizer.step()
-        tl.update_ema(ema, net, 0.9)
+        loss = one_step(net, ema, optimizer, loss_fn, images, labels, pipe)
     on_device = (loss, *net.parameters(), *(p.grad for p in net.parameters() if p.grad is not None))
     assert {t.device.type for t in on_device} == {NAME}
     return device.waits

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError
 from tests.commands import ROOT, SMALL, invoke, refused, run_command
-from tests.pretended import WAITS
+from tests.pretended import WAITS, one_step
 from tests.test_precision import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
 from training import acceleration, decoded, generation
 from training import batches as b
@@ -243,7 +243,7 @@ class Waits(TorchDispatchMode):
 
 
 def training_step(name, device):
-    """A function: one step as the loop makes it, augmentation, gradients, Adam and EMA included."""
+    """A function of no arguments: `one_step`."""
     system, kwargs = STEPS[name]
     pipe = AugmentPipe(p=0.5, **TRAIN_AUGMENT)
     with torch.device(device):
@@ -254,16 +254,7 @@ def training_step(name, device):
     images = torch.zeros([4, 3, 8, 8], device=device)
     loss_fn = SYSTEMS[system].loss(net)
 
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_fn(net, images, None, pipe)
-        tl.training_stats.report('Loss/loss', loss)
-        with net.products():
-            loss.sum().mul(1 / 4).backward()
-        tl.clean_gradients(net)
-        optimizer.step()
-        tl.update_ema(ema, net, 0.9)
-    return step
+    return lambda: one_step(net, ema, optimizer, loss_fn, images, None, pipe)
 
 
 @pytest.fixture

@@ -76,7 +76,9 @@ BENCHMARKS = sorted(path.stem for path in (ROOT / 'tests' / 'benchmarks').glob('
 def test_benchmarks_start_without_options(name):
     """As `make bench` starts them; and as gpu_all.py does, at full size and tiny."""
     command = importlib.import_module(f'tests.benchmarks.{name}').main
-    runs = importlib.import_module('tests.benchmarks.gpu_all').RUNS.values()
+    gpu_all = importlib.import_module('tests.benchmarks.gpu_all')
+    assert sorted(sum(gpu_all.CALLS.values(), ())) == sorted([gpu_all.TESTS[0], *gpu_all.RUNS])  # each in one call
+    runs = gpu_all.RUNS.values()
     lines = [[]] + [list(options) for script, *ways, _ in runs if script == f'{name}.py'
                     for options in ways if options is not None]
     for line in lines:

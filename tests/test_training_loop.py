@@ -324,7 +324,7 @@ def test_ctrl_c_during_set_up(monkeypatch, tmp_path):
     monkeypatch.setattr('train.open_dataset', interrupted)
     result = invoke('train.py', f'--outdir={tmp_path / "runs"}')
     assert result.exit_code == 130 and not (tmp_path / 'runs').exists()
-    assert result.stderr.startswith('Error: interrupted during set-up') and 'Aborted' not in result.output
+    assert result.stderr.startswith('Error: interrupted; this was set-up') and 'Aborted' not in result.output
 
 
 def test_numbers_are_all_checked():

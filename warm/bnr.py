@@ -22,7 +22,7 @@ from training.schedules import SIGMA_MAX, SIGMA_MIN
 from warm.blur import dct2, frequencies
 
 TOLERANCE = 0.5  # dB; gives the paper's BNR on CIFAR-10
-MAX_BNR = 100  # beyond it there is nothing left to blur
+SEARCHED_UP_TO = 100  # beyond it there is nothing left to blur
 MIN_RESOLUTION = 4  # below it a spectrum has no shape
 WORKERS = 2
 BATCH_ELEMENTS = 1 << 21  # pixel values in memory per worker: 16 MB as float64
@@ -104,9 +104,9 @@ def recommended_bnr(power, tolerance=TOLERANCE):
     if not (tolerance > 0 and math.isfinite(tolerance)):
         raise UserError(f'a tolerance of {tolerance} dB allows no blur at all; give a number above 0, '
                         f'such as {TOLERANCE}')
-    low, high = 0, MAX_BNR * 100  # the gap grows with the BNR
-    if spectral_gap(power, MAX_BNR) <= tolerance:
-        raise UserError(f'every BNR up to {MAX_BNR} stays within {tolerance:g} dB on these images; '
+    low, high = 0, SEARCHED_UP_TO * 100  # the gap grows with the BNR
+    if spectral_gap(power, SEARCHED_UP_TO) <= tolerance:
+        raise UserError(f'every BNR up to {SEARCHED_UP_TO} stays within {tolerance:g} dB on these images; '
                         'give a smaller --tolerance, or images with more detail')
     while high - low > 1:
         middle = (low + high) // 2

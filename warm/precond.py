@@ -3,6 +3,7 @@
 import torch
 
 from dnnlib import UserError, chosen
+from dnnlib.text import excerpt
 from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
@@ -85,7 +86,7 @@ class WarmPrecond(Precond):
         if not isinstance(alpha, torch.Tensor):  # a tensor's values would have to be waited for on a GPU
             given = torch.as_tensor(alpha, dtype=torch.float64)
             if not (given.isfinite() & (given >= 0)).all():
-                raise UserError(f'{str(given.flatten().tolist())[:100]} is no blur in pixels; give numbers ≥ 0')
+                raise UserError(f'{excerpt(given.flatten().tolist(), 100)} is no blur in pixels; give numbers ≥ 0')
         alpha = torch.as_tensor(alpha, device=x.device).reshape(-1, 1, 1, 1)
         if len(alpha) not in (1, len(x)):
             raise UserError(f'there are {len(alpha)} blur levels for {len(x)} images; give one in all, or one an image')

@@ -25,7 +25,7 @@ import click
 import numpy as np
 import torch
 
-from dnnlib import UserError
+from dnnlib import UserError, chosen
 from dnnlib.files import make_dirs, sigterm_exits
 from dnnlib.flags import NumberRange
 from torch_utils import distributed as dist
@@ -311,7 +311,7 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
         scale, file = dataclasses.replace(scale, detector=detector), f'{file}--{pathlib.Path(detector).stem}'
     study = Study(scale, pathlib.Path(outdir) / scale.name, pathlib.Path(results) / f'{file}.jsonl', Clock(minutes),
                   launcher(gpus))
-    runs = [run for run in plan(scale, chosen(questions)) if only in run.name]
+    runs = [run for run in plan(scale, parse_questions(questions)) if only in run.name]
     if not dry_run:
         if prepares:
             prepare(scale)
@@ -329,17 +329,13 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
     print(overview(study, runs))
 
 
-def chosen(questions):
+def parse_questions(text):
     """'1,5' → ['1', '5'].
 
     Raises:
         UserError: there is no such question.
     """
-    numbers = questions.split(',')
-    for number in numbers:
-        if number not in QUESTIONS:
-            raise UserError(f"there is no question '{number}'; --questions takes some of {','.join(QUESTIONS)}")
-    return numbers
+    return [chosen('question', number, tuple(QUESTIONS)) for number in text.split(',')]
 
 
 def launcher(gpus):
