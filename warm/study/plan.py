@@ -255,7 +255,7 @@ SCALES = {scale.name: scale for scale in (
         data='datasets/cifar10-16x16.zip', detector='detectors/cifar16.ts', metrics=('fid', 'is'),
         train=('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01',
                '--dropout=0', '--augment=0', '--xflip=1', '--grid=0'),
-        main=(32, 64, 128, 256), side=64, transfer=(8, 16, 32), main_seeds=(0, 1), side_seeds=(0, 1), num=1000,
+        main=(32, 64, 128, 256), side=64, transfer=(8, 16, 32), main_seeds=(0, 1, 2), side_seeds=(0, 1, 2), num=1000,
         batch=250),
     Scale(
         name='digits', title='The embedded digits, 8×8, on a CPU',
