@@ -9,6 +9,7 @@ from dnnlib.files import cpu_cores, interruptible, sigterm_exits
 from dnnlib.flags import Text
 from training.dataset_convert import TRANSFORMS, convert
 from training.dataset_sources import open_source
+from training.workers import Workers
 
 MAX_WORKERS = 16  # one process writes the output; more than this only wait for it
 
@@ -41,7 +42,8 @@ def main(source, dest, max_images, transform, resolution, workers):
     """
     if int(os.environ.get('RANK', '0')) > 0:
         return  # under torchrun: the first of its processes does all, with --workers of its own
-    with interruptible(f'nothing was changed at {dest}, run the same command again to make it'):
+    with (interruptible(f'nothing was changed at {dest}, run the same command again to make it'),
+          Workers(workers) as workers):
         summary = convert(open_source(source), dest, transform, resolution, max_images, workers)
     skipped = f', {summary.num_skipped} too small and left out' if summary.num_skipped else ''
     click.echo(f'{dest}: {summary.num_images} images of {summary.size}x{summary.size}, {summary.channels} channel(s), '

@@ -27,6 +27,7 @@ from training import dataset_sources
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import ARCHIVES, TRANSFORMS, convert, open_dest
 from training.dataset_sources import open_source
+from training.workers import Workers
 
 
 def pixels(seed, w=8, h=8, channels=3):
@@ -142,14 +143,15 @@ def test_workers_do_not_change_a_byte(tmp_path):
     for i in range(150):
         save(tmp_path / 'src' / f'{i % 2}' / f'{i}.jpg', pixels(i, 20, 16))
     source = open_source(tmp_path / 'src')
-    for workers in (1, 2, 3):
-        convert(source, tmp_path / f'{workers}.zip', 'center-crop', (16, 16), workers=workers)
+    for count in (1, 2, 3):
+        with Workers(count) as workers:
+            convert(source, tmp_path / f'{count}.zip', 'center-crop', (16, 16), workers=workers)
     assert (tmp_path / '1.zip').read_bytes() == (tmp_path / '2.zip').read_bytes() == (tmp_path / '3.zip').read_bytes()
     (tmp_path / 'src' / '1' / '41.jpg').write_bytes(b'damaged')
     save(tmp_path / 'src' / '0' / '80.jpg', pixels(0, 32, 32))
     messages = []
-    for workers in (1, 2):
-        with pytest.raises(UserError) as e:
+    for count in (1, 2):
+        with pytest.raises(UserError) as e, Workers(count) as workers:
             convert(source, tmp_path / 'bad.zip', workers=workers)
         messages.append(e.value.message)
     assert messages[0] == messages[1]
@@ -165,8 +167,8 @@ def exit_in_a_worker(item):
 
 def test_worker_that_dies(tmp_path):
     source = dataset_sources.Source('src', [3] * 200, exit_in_a_worker)
-    with pytest.raises(UserError, match='--workers=1'):
-        convert(source, tmp_path / 'out.zip', workers=2)
+    with pytest.raises(UserError, match='--workers=1'), Workers(2) as workers:
+        convert(source, tmp_path / 'out.zip', workers=workers)
     assert os.listdir(tmp_path) == []
 
 

@@ -1,16 +1,12 @@
 """Any source of images into a dataset: cropped, resized, checked, written all or not at all."""
 
-import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import zipfile
 
 import PIL.Image
@@ -19,9 +15,9 @@ import tqdm
 from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs
 from training.image_codec import encode_png
+from training.workers import ALONE
 
 CHUNK = 64  # images handed to a worker process at once
-AHEAD = 2  # chunks that wait for each worker process
 ARCHIVES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar')  # endings of what is not written
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can state; a fixed one keeps equal input equal output
 
@@ -96,7 +92,7 @@ class Summary:
     labels: list | None
 
 
-def convert(source, dest, transform=None, resolution=None, max_images=None, workers=1):
+def convert(source, dest, transform=None, resolution=None, max_images=None, workers=ALONE):
     """Write the images of a `training.dataset_sources.Source` as a dataset.
 
     Args:
@@ -104,7 +100,7 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
         dest: Folder, new or empty, or a file ending in .zip (replaced if it exists). It appears when all is done.
         transform, resolution: See `make_transform`.
         max_images: Read only so many images of the source.
-        workers: Processes that decode and encode, this one included; the output is the same for any number.
+        workers: The `training.workers.Workers`, entered, that decode and encode; the output is the same for any number.
 
     Returns:
         A `Summary`.
@@ -113,11 +109,11 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
         UserError: an image that does not decode or fit, or a destination that cannot be written.
     """
     check_apart(source.path, dest)
-    job = source.load, make_transform(transform, resolution)
+    job = functools.partial(_convert_chunk, source.load, make_transform(transform, resolution))
     total = len(source.items) if max_images is None else min(max_images, len(source.items))
     chunks = (source.items[i:min(i + CHUNK, total)] for i in range(0, total, CHUNK))
     labels, first, skipped = [], None, 0
-    with open_dest(dest) as add, contextlib.closing(_run(job, chunks, workers)) as results, \
+    with open_dest(dest) as add, contextlib.closing(workers.map(job, chunks)) as results, \
             tqdm.tqdm(total=total, unit='img', disable=None) as progress:
         for i, result in enumerate(itertools.chain.from_iterable(results)):
             progress.update()
@@ -165,9 +161,8 @@ def _is_power_of_two(n):
     return n > 0 and n & (n - 1) == 0
 
 
-def _convert_chunk(job, items):
+def _convert_chunk(load, transform, items):
     """For each item (PNG bytes, (size, mode)), None if skipped, or the UserError that ends the list."""
-    load, transform = job
     results = []
     for item in items:
         try:
@@ -176,61 +171,6 @@ def _convert_chunk(job, items):
             return [*results, e]
         results.append(image and (encode_png(image), (image.size, image.mode)))
     return results
-
-
-_worker_job = None
-
-
-def _init_worker(job):
-    global _worker_job
-    _worker_job = job
-
-
-@contextlib.contextmanager
-def _interrupts_wait():
-    """Ctrl-C waits for the block to end. Processes started in it never see one: it is the first process's to handle."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _convert_in_worker(items):
-    return _convert_chunk(_worker_job, items)
-
-
-def _run(job, chunks, workers):
-    """Results of `_convert_chunk` in order; few chunks are under way at a time, so memory stays bounded.
-
-    This process is one of the workers: it converts whenever the next result is not there yet, and so from the start.
-    """
-    if workers == 1:
-        yield from (_convert_chunk(job, items) for items in chunks)
-        return
-    chunks, pending = iter(chunks), collections.deque()  # in order: the others' futures, or this process's results
-    # Spawned rather than forked: forking a process that has threads (PyTorch's, tqdm's) may deadlock.
-    context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(workers - 1, context, _init_worker, (job,)) as pool:
-        try:
-            while True:
-                waiting = sum(isinstance(result, concurrent.futures.Future) and not result.done() for result in pending)
-                with _interrupts_wait():
-                    pending.extend(pool.submit(_convert_in_worker, items) for items in
-                                   itertools.islice(chunks, max(AHEAD * (workers - 1) - waiting, 0)))
-                if not pending:
-                    return
-                if isinstance(pending[0], list):
-                    yield pending.popleft()
-                elif (pending[0].done() or len(pending) >= 2 * AHEAD * workers
-                      or (items := next(chunks, None)) is None):
-                    yield pending.popleft().result()
-                else:
-                    pending.append(_convert_chunk(job, items))
-        except concurrent.futures.process.BrokenProcessPool as e:
-            raise UserError('a worker process died, perhaps for lack of memory; run again with --workers=1') from e
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def check_apart(source, dest):

@@ -1,5 +1,6 @@
 """Bytes of an image file to pixels and back; what cannot be trusted is refused by its header."""
 
+import functools
 import io
 import os
 import struct
@@ -22,7 +23,9 @@ PNG_CHANNELS = {0: 1, 2: 3, 3: 3}  # colour type → channels after decoding (pa
 PLAIN = {'1': 'L', 'L': 'L', 'RGB': 'RGB', 'P': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB'}  # nothing is lost but CMYK's K
 
 
+@functools.cache
 def _formats():
+    """Those of FORMATS that this Pillow was built with."""
     PIL.Image.init()
     return [f for f in FORMATS if f in PIL.Image.OPEN]
 

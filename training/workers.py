@@ -1,0 +1,108 @@
+"""Processes that work through chunks of items side by side, the first process among them; results come in order."""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import multiprocessing
+import pickle
+import signal
+
+from dnnlib import UserError
+
+AHEAD = 2  # chunks that wait for each of the other processes
+
+
+class Workers:
+    """A context in which `map` has so many processes, this one included.
+
+    The others start when it is entered, so that their imports pass while this one still finds out what there is to do.
+    Ctrl-C is this process's to handle: the others never see it.
+    """
+
+    def __init__(self, count=1):
+        self.others, self.pool = count - 1, None
+
+    def __enter__(self):
+        if self.others:
+            # Spawned rather than forked: forking a process that has threads (PyTorch's, tqdm's) may deadlock.
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.others, multiprocessing.get_context('spawn'))
+            with _broken_pool_named():
+                for _ in range(self.others):
+                    self._submit(_nothing)
+        return self
+
+    def __exit__(self, *_):
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def _submit(self, *call):
+        with _interrupts_wait():  # a process started in it blocks the signal for good
+            return self.pool.submit(*call)
+
+    def map(self, function, chunks):
+        """Yield ``function(chunk)`` of each chunk, in order; few are under way at a time, so memory stays bounded.
+
+        This process takes a chunk whenever the next result is not there yet.
+
+        Args:
+            function: Picklable; each process unpickles it once.
+            chunks: Iterable of picklable chunks.
+
+        Raises:
+            UserError: a process died.
+        """
+        if not self.others:
+            yield from map(function, chunks)
+            return
+        chunks, pickled = iter(chunks), pickle.dumps(function)
+        pending = collections.deque()  # in order: the others' futures, or this process's results
+        with _broken_pool_named():
+            while True:
+                waiting = sum(isinstance(result, concurrent.futures.Future) and not result.done() for result in pending)
+                pending.extend(self._submit(_call, pickled, chunk) for chunk in
+                               itertools.islice(chunks, max(AHEAD * self.others - waiting, 0)))
+                if not pending:
+                    return
+                if not isinstance(pending[0], concurrent.futures.Future):
+                    yield pending.popleft()
+                elif (pending[0].done() or len(pending) >= 2 * AHEAD * (self.others + 1)
+                      or (chunk := next(chunks, None)) is None):
+                    yield pending.popleft().result()
+                else:
+                    pending.append(function(chunk))
+
+
+ALONE = Workers()  # this process; needs no entering
+
+
+@contextlib.contextmanager
+def _broken_pool_named():
+    try:
+        yield
+    except concurrent.futures.process.BrokenProcessPool as e:
+        raise UserError('a worker process died, perhaps for lack of memory; run again with --workers=1') from e
+
+
+@contextlib.contextmanager
+def _interrupts_wait():
+    """Ctrl-C waits for the block to end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _nothing():
+    """A call that only brings a process up."""
+
+
+@functools.lru_cache(maxsize=1)
+def _unpickled(data):
+    return pickle.loads(data)
+
+
+def _call(pickled, chunk):
+    return _unpickled(pickled)(chunk)
