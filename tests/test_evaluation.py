@@ -3,6 +3,7 @@
 import json
 import sys
 
+import PIL.Image
 import pytest
 import torch
 
@@ -75,6 +76,20 @@ def test_bad_input(tmp_path, monkeypatch, options, sentence):
     refused(invoke('train.py', *TRAIN, f'--outdir={tmp_path / "run"}', '--eval=1', '--eval-num=20',
                    '--eval-detector=pixels', *options), sentence)
     assert not list(tmp_path.rglob('network-snapshot-*'))
+
+
+def test_reference_of_another_size(runs, tmp_path):
+    """A line says so before the training starts; the data's own reference brings none."""
+    reference = tmp_path / 'ref.npz'
+    data = tmp_path / 'data'
+    data.mkdir()
+    for i in range(4):
+        PIL.Image.new('RGB', (16, 16), (i, 0, 99)).save(data / f'{i}.png')
+    assert invoke('fid.py', 'ref', f'--data={data}', f'--dest={reference}', '--detector=pixels').exit_code == 0
+    for options, count in (([f'--eval-ref={reference}'], 1), ([], 0)):
+        result = invoke('train.py', *TRAIN, f'--outdir={tmp_path / str(count)}', '--duration=0.000016', '--eval=1',
+                        '--eval-num=20', '--eval-detector=pixels', *options)
+        assert result.exit_code == 0 and result.output.count('Warning: the images have 8x8 pixels') == count
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):

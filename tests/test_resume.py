@@ -268,6 +268,16 @@ def test_another_network_is_named_by_its_options(option, sentence, tmp_path_fact
             "resume with that run's options")
 
 
+def test_other_augmentations_are_refused(tmp_path):
+    """Their label columns are as many, but mean something else; another probability is the run's to choose."""
+    def resume(*options):
+        return train(tmp_path, '--auto-resume', *options, kimg=0.128)
+    trained(tmp_path, '--augment=0.1', '--augment-with=xflip,scale', kimg=0.064)
+    refused(resume('--augment=0.1', '--augment-with=yflip,scale'), '--augment-with=xflip,scale, not yflip,scale')
+    refused(resume('--augment=0'), '--augment-with=xflip,scale, not none')
+    assert 'Resuming' in resume('--augment=0.2', '--augment-with=scale,xflip').output
+
+
 def test_nosubdir_does_not_train_over_a_run(cut):
     """A dry run shows the options all the same."""
     before = content(cut)

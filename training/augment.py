@@ -262,4 +262,9 @@ def training_strengths(names):
     return {name: strength for name, strength in known.items() if name in wanted}
 
 
+def enabled_names(augment_kwargs):
+    """'xflip,scale': the transforms that take part under these arguments of AugmentPipe; '' for None."""
+    return ','.join(t.name for t in AugmentPipe(**augment_kwargs).enabled) if augment_kwargs else ''
+
+
 TRAIN_AUGMENT = training_strengths('xflip,yflip,scale,rotate_frac,aniso,translate_frac')  # EDM's

@@ -85,5 +85,6 @@ def make_evaluator(run_dir, system, dataset_path, sample_options=None, ticks=0, 
         ref = os.path.join(run_dir, REF_NAME)
         dist.print0(f'Reference statistics of {dataset_path} for --eval...')
         write_reference(ref, ImageFiles(dataset, dataset_path), detector, names, BATCH, progress=False)
-    return Evaluator(run_dir, system, dataset.name, ticks, num, load_scorer(names, detector, ref),
-                     sample_options or {})
+    scorer = load_scorer(names, detector, ref)
+    scorer.warn_of_size(ImageFiles(dataset))
+    return Evaluator(run_dir, system, dataset.name, ticks, num, scorer, sample_options or {})

@@ -28,6 +28,10 @@ ARGUMENT_NAMES = {
                                              'channel_mult_noise', 'resample_filter')},
 }
 
+# What a state's settings say of the run besides its network, as the user calls it; and what all older runs had.
+ORIGIN = {'system': '--precond=', 'augmentations': '--augment-with=', 'optimizer': 'the optimizer '}
+ORIGIN_BEFORE = {'optimizer': 'Adam'}
+
 MAX_SEED = (1 << 32) - 1  # the largest of NumPy's generators, from which the training order comes
 
 
@@ -132,33 +136,22 @@ def resume_from(path):
         return expand(state)
 
 
-def check_origin(state, path, system):
-    """Refuse the state of a run of another system, whose network may have the same tensors.
+def check_origin(state, path, **origin):
+    """Refuse the state of a run that was something else, though its tensors may have the same names and shapes.
 
     Args:
-        state: Its `settings` count; those of older states do not say where they are from.
+        state: Its `settings` count; what those of older states do not say is taken as equal.
         path: For the message.
-        system: Name of the system that is to go on from it.
+        origin: What is to go on from it, by the names in ORIGIN.
 
     Raises:
-        UserError: it is another's.
+        UserError: they differ.
     """
-    before = state['settings'].get('system', system)
-    if before != system:
-        raise UserError(f'{path} is of a run with --precond={excerpt(before)}, not {system}; resume with that, '
-                        'or start from a snapshot of it with --transfer')
-
-
-def check_optimizer(state, path, optimizer):
-    """Refuse the state of a run with another optimiser, as `check_origin` does. Older states do not say: all had Adam.
-
-    Raises:
-        UserError: it is another's.
-    """
-    before, now = state['settings'].get('optimizer', 'Adam'), type(optimizer).__name__
-    if before != now:
-        raise UserError(f'{path} is of a run with the optimizer {excerpt(before)}, not {now}; resume with that, '
-                        'or start from a snapshot of it with --transfer')
+    before = {**origin, **ORIGIN_BEFORE, **state['settings']}
+    for name, now in origin.items():
+        if before[name] != now:
+            raise UserError(f"{path} is of a run with {ORIGIN[name]}{excerpt(before[name] or 'none')}, not "
+                            f"{now or 'none'}; resume with that, or start from a snapshot of it with --transfer")
 
 
 def tell_other_data(state, dataset):

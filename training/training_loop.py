@@ -12,7 +12,7 @@ from torch_utils import distributed as dist
 from torch_utils import training_stats
 from torch_utils.signals import StopRequest, Watchdog
 from training.acceleration import accelerate
-from training.augment import AugmentPipe
+from training.augment import AugmentPipe, enabled_names
 from training.batches import Batches
 from training.compact import compact
 from training.dataset import ImageFolderDataset
@@ -20,8 +20,8 @@ from training.decoded import decoded_images
 from training.evaluation import make_evaluator
 from training.generation import gather_images, save_grid
 from training.health import AGAIN, Health
-from training.progress import (Progress, check_optimizer, check_origin, checked_seed, restore, resume_from, run_state,
-                               seed_rank, tell_other_data)
+from training.progress import (Progress, check_origin, checked_seed, restore, resume_from, run_state, seed_rank,
+                               tell_other_data)
 from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.status import Status
@@ -82,9 +82,10 @@ def training_loop(
 
     if dataset is None:
         dataset = open_dataset(**dataset_kwargs)
+    augmentations = enabled_names(augment_kwargs)
     state = resume_from(resume) if resume is not None else None
     if state is not None:  # before the early return: a finished run of another system must not count as this one's
-        check_origin(state, resume, system.name)
+        check_origin(state, resume, system=system.name, augmentations=augmentations)
         tell_other_data(state, dataset.name)
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_nimg:
@@ -106,10 +107,10 @@ def training_loop(
         dist.print0(f'Transferred {transfer_weights(transfer, net)} of {len(net.state_dict())} tensors.')
         ema_rampup_ratio = None
     settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name,
-                    optimizer=type(optimizer).__name__)
+                    optimizer=type(optimizer).__name__, augmentations=augmentations)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
-        check_optimizer(state, resume, optimizer)
+        check_origin(state, resume, optimizer=type(optimizer).__name__)
         restore(state, resume, net, ema, optimizer)
     ddp = dist.data_parallel(net)
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None

@@ -13,7 +13,7 @@ from dnnlib.download import is_url, local_path
 from dnnlib.files import atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
 from torch_utils.precision import PRECISIONS
-from training.augment import training_strengths
+from training.augment import enabled_names, training_strengths
 from training.batches import check_data_device
 from training.dataset import EMBEDDED, ImageFolderDataset, name_of
 from training.detectors import DETECTORS, Detector, PixelDetector, load_detector
@@ -163,7 +163,7 @@ def check_config(config, start, fetch=True):
     if config['accelerate_kwargs']['recompute']:
         net.model.check_recompute()
     if start['path'] is not None:
-        check_origin(start, start['path'], system.name)
+        check_origin(start, start['path'], system=system.name, augmentations=enabled_names(config['augment_kwargs']))
         check_network(start, start['path'], net, [option.name for option in system.network_options])
     elif config['transfer'] is not None and (fetch or not is_url(config['transfer'])):
         transfer_weights(config['transfer'], net)  # which sets nothing: there are only names and shapes
