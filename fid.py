@@ -12,7 +12,8 @@ from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
 from training import metrics as m
 from training.detectors import DETECTORS
-from training.generation import BATCH, GPU_BATCH, RECORD, default_batch
+from training.generated import RECORD
+from training.generation import BATCH, GPU_BATCH, default_batch
 from training.metric_images import open_images
 from training.provenance import LOG_NAME, log_scores, read_facts
 from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, scoring_batch, unfinished_pass,

@@ -13,8 +13,9 @@ from dnnlib.files import check_writable, interruptible
 from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
-from training.generation import (BATCH, GPU_BATCH, check_kept, default_batch, generate_images, image_path,
-                                 remaining_seeds, save_grid, write_images)
+from training.generated import check_kept, image_path, remaining_seeds, write_images
+from training.generation import BATCH, GPU_BATCH, default_batch, generate_images
+from training.pictures import save_grid
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler  # noqa: F401  (as in EDM)
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network

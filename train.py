@@ -17,6 +17,7 @@ from training.augment import TRAIN_AUGMENT, TRANSFORMS
 from training.batches import DATA_DEVICES
 from training.detectors import DETECTORS
 from training.metrics import METRICS
+from training.run_folder import check_run_dir, create_run_dir, run_name, start_point
 from training.training_loop import open_dataset, training_loop
 from warm import config as cfg
 from warm.flags import compile_flag, given_flags, system_flags, typed_flags
@@ -176,8 +177,8 @@ def run(options, log):
         if flag not in cfg.size_arguments(options['arch']) and not typed_flags(flag):
             options[flag] = None  # a preset's, which is for the U-Nets
     config = cfg.training_config(options, given_flags('train_options', options))
-    name = cfg.run_name(config, options['arch'], options['desc'])
-    run_dir, start = dist.on_rank0(lambda: cfg.start_point(options, name))
+    name = run_name(config, options['arch'], options['desc'])
+    run_dir, start = dist.on_rank0(lambda: start_point(options, name))
     config['resume'] = start['path']
     if options['seed'] is None:
         config['seed'] = start['settings'].get('seed', config['seed'])
@@ -190,13 +191,13 @@ def run(options, log):
     if options['data'] is None:
         dist.print0(cfg.NO_DATA)
     if options['dry_run']:
-        dist.on_rank0(lambda: cfg.check_run_dir(run_dir))
+        dist.on_rank0(lambda: check_run_dir(run_dir))
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return True
     # Before the run folder is made: an unreadable image must not leave an empty one behind.
     dataset = open_dataset(**config['dataset_kwargs'])
-    dist.on_rank0(lambda: cfg.create_run_dir(run_dir, config, start if options['auto_resume'] else None))
+    dist.on_rank0(lambda: create_run_dir(run_dir, config, start if options['auto_resume'] else None))
     if log is not None:
         log.open(os.path.join(run_dir, 'log.txt'))
     dist.print0(cfg.summary(config, run_dir))

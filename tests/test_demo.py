@@ -4,7 +4,7 @@ import matplotlib.figure
 import numpy as np
 import torch
 
-from training.generation import tile
+from training.pictures import tile
 from warm.demo import RUNS, draw_outcome, draw_panels, reals_by_class
 from warm.systems import SYSTEMS
 from warm.trajectory import ROWS, Frame

@@ -15,8 +15,9 @@ import torch
 from dnnlib import UserError
 from tests.commands import ROOT, invoke, refused, run_command, torchrun
 from tests.test_family_systems import TRAINABLE, few_steps, short_network
-from training import generation as gen
 from training.dataset import EMBEDDED
+from training.generated import RECORD, write_images
+from training.generation import generate_batch
 from training.networks import EDMPrecond
 from training.pixels import to_uint8
 from training.provenance import trace
@@ -99,8 +100,8 @@ def test_class_is_drawn_even_if_given(networks):
         seen.append((latents, class_labels.argmax(dim=1).tolist(), randn_like(latents)))
         return latents
     net = WarmPrecond(**TINY, label_dim=10)
-    gen.generate_batch(net, [1, 2, 3], sampler)
-    gen.generate_batch(net, [1, 2, 3], sampler, class_idx=7)
+    generate_batch(net, [1, 2, 3], sampler)
+    generate_batch(net, [1, 2, 3], sampler, class_idx=7)
     assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][2], seen[1][2])
     assert seen[1][1] == [7, 7, 7] and seen[0][1] != [7, 7, 7]
 
@@ -146,7 +147,7 @@ def test_images_of_other_settings_are_not_mixed(tmp_path, networks):
     assert state_of(tmp_path) == state
     assert invoke(*base, f'--network={networks["warm"]}', '--steps=3', '--overwrite').exit_code == 0
     assert any((images_in(tmp_path)[name] != first[name]).any() for name in first)
-    assert json.loads((tmp_path / gen.RECORD).read_text())['sampler'] == {'num_steps': 3}
+    assert json.loads((tmp_path / RECORD).read_text())['sampler'] == {'num_steps': 3}
 
 
 @pytest.mark.parametrize('subdirs', [False, True])
@@ -169,7 +170,7 @@ def test_disjoint_seeds_of_other_settings_are_not_mixed(tmp_path, networks, subd
     assert invoke(*base, '--seeds=1', '--steps=2', '--overwrite').exit_code == 0
     assert state.items() <= state_of(tmp_path).items() and len(images_in(tmp_path)) == 4
     assert invoke(*base, '--seeds=0-1,10,2000-2001', '--steps=3', '--overwrite').exit_code == 0
-    assert json.loads((tmp_path / gen.RECORD).read_text())['nfe'] == 5 and len(images_in(tmp_path)) == 5
+    assert json.loads((tmp_path / RECORD).read_text())['nfe'] == 5 and len(images_in(tmp_path)) == 5
 
 
 @pytest.mark.parametrize('overwrite', [False, True])
@@ -178,7 +179,7 @@ def test_ctrl_c_says_what_is_kept(tmp_path, networks, monkeypatch, overwrite):
     base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0-3', '--steps=2']
 
     def press(outdir, batches, *args, **kwargs):
-        gen.write_images(outdir, iter_once(batches), *args, **kwargs)
+        write_images(outdir, iter_once(batches), *args, **kwargs)
         raise KeyboardInterrupt
 
     def iter_once(batches):
@@ -202,7 +203,7 @@ def test_an_interrupted_replacement_does_not_mix(tmp_path, networks, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr('generate.write_images', fail)
         refused(invoke(*base, '--steps=3', '--overwrite'), 'the power has gone')
-    assert json.loads((tmp_path / gen.RECORD).read_text())['nfe'] == 5 and not images_in(tmp_path)
+    assert json.loads((tmp_path / RECORD).read_text())['nfe'] == 5 and not images_in(tmp_path)
     assert invoke(*base, '--steps=3').exit_code == 0 and len(images_in(tmp_path)) == 4
 
 
@@ -251,10 +252,10 @@ def test_images_without_a_record(tmp_path, networks):
     for damage in (lambda record: record.unlink(), lambda record: record.write_text('{"nfe": '),
                    lambda record: record.write_text('[]')):
         assert invoke(*base, f'--outdir={out}', '--overwrite').exit_code == 0
-        damage(out / gen.RECORD)
+        damage(out / RECORD)
         refused(invoke(*base, f'--outdir={out}'), 'no readable generation.json', 'replace them with --overwrite')
     assert invoke(*base, f'--outdir={out}', '--overwrite').exit_code == 0
-    assert json.loads((out / gen.RECORD).read_text())['nfe'] == 3
+    assert json.loads((out / RECORD).read_text())['nfe'] == 3
 
 
 def test_one_layout_for_a_seed(tmp_path, networks):
@@ -308,12 +309,12 @@ def test_records_of_any_content(tmp_path, networks):
     """A record is a file: strange values are another record, and cost nothing."""
     base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0', '--steps=2']
     assert invoke(*base).exit_code == 0
-    record = json.loads((tmp_path / gen.RECORD).read_text())
+    record = json.loads((tmp_path / RECORD).read_text())
     for sampler in (None, [], 'x', {'num_steps': 10 ** 15}, {'num_steps': 'x'}, {'num_steps': [1]}, {'path': 1},
                     {'sigma_max': 1e300}, {'num_steps': 2, 'net': 1}, {'num_steps': -10 ** 400}):
-        (tmp_path / gen.RECORD).write_text(json.dumps(dict(record, sampler=sampler)))
+        (tmp_path / RECORD).write_text(json.dumps(dict(record, sampler=sampler)))
         refused(invoke(*base), 'other options')
-    (tmp_path / gen.RECORD).write_text('{}')
+    (tmp_path / RECORD).write_text('{}')
     refused(invoke(*base), 'another network')
 
 
@@ -375,7 +376,7 @@ def test_watching_changes_nothing(networks):
         snapshot = read_snapshot(networks[name])
         net, system = build_network(snapshot, SYSTEMS), SYSTEMS[snapshot.system]
         frames = watch(net, system, [4, 5], {'num_steps': 4})
-        plain = gen.generate_batch(net, [4, 5], system.make_sampler(net, {'num_steps': 4}))
+        plain = generate_batch(net, [4, 5], system.make_sampler(net, {'num_steps': 4}))
         torch.testing.assert_close(frames[-1].x, plain.to(torch.float32), rtol=0, atol=0)
         assert [f.beta for f in frames] == sorted((f.beta for f in frames), reverse=True) and len(frames) == 5
         assert all(f.alpha == pytest.approx(0.5 * f.beta if name == 'cond' else 0) for f in frames)

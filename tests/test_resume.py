@@ -17,9 +17,9 @@ from training import saving, training_loop
 from training.dataset import EMBEDDED
 from training.health import Health
 from training.progress import MALFORMED, checked_seed, load_optimizer, load_run_state
+from training.run_folder import OPTIONS_NAME, create_run_dir
 from training.saving import Saver, host_copy, prune, saved_files
 from training.state import load_state, save_state
-from warm.config import OPTIONS_NAME, create_run_dir
 from warm.systems import SYSTEMS
 
 # 64 images a step, two steps a tick: ticks end at 0.064, 0.192, …, 1.088 kimg, states at 000000 (overwritten), 000001.

@@ -20,7 +20,7 @@ from dnnlib import UserError
 from tests.commands import ROOT, SMALL, invoke, refused, run_command
 from tests.pretended import WAITS, one_step
 from tests.test_precision import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
-from training import acceleration, decoded, generation
+from training import acceleration, decoded, generated, generation
 from training import batches as b
 from training import training_loop as tl
 from training.acceleration import accelerate
@@ -482,8 +482,8 @@ def test_writing_goes_on_behind(tmp_path, monkeypatch):
         ahead.append(len(drawn) - len(written))
         written.append(path)
     ahead, sizes = [], []
-    monkeypatch.setattr(generation, 'save_png', slow)
-    generation.write_images(tmp_path, batches(), progress=sizes.append)
+    monkeypatch.setattr(generated, 'save_png', slow)
+    generated.write_images(tmp_path, batches(), progress=sizes.append)
     assert len(written) == 24 and sizes == [2] * 12
     assert max(drawn) == 11 and max(ahead) > 1
 
@@ -498,10 +498,10 @@ def test_a_failed_write_ends_the_drawing(tmp_path, monkeypatch):
 
     def full(path, image):
         raise UserError(f'could not write {path}: the disk is full')
-    monkeypatch.setattr(generation, 'save_png', full)
+    monkeypatch.setattr(generated, 'save_png', full)
     with pytest.raises(UserError, match='the disk is full'):
-        generation.write_images(tmp_path, batches())
-    assert len(drawn) <= generation.QUEUED + 2
+        generated.write_images(tmp_path, batches())
+    assert len(drawn) <= generated.QUEUED + 2
 
 
 def test_default_batch():

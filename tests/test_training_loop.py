@@ -15,11 +15,11 @@ from dnnlib import UserError
 from torch_utils import training_stats
 from training import training_loop as tl
 from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
+from training.run_folder import next_run_dir, run_name
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
 from tests.commands import SMALL, invoke, refused, run_command, torchrun
 from train import main
-from warm import config as cfg
 from warm.systems import SYSTEMS
 
 
@@ -204,7 +204,6 @@ def test_dry_run_writes_nothing(tmp_path):
 
 
 def test_run_numbers(tmp_path):
-    from warm.config import next_run_dir
     assert pathlib.Path(next_run_dir(tmp_path / 'none', 'x')).name == '00000-x'
     for name in ('00003-a', '00011-b', 'notes', '7-c'):
         (tmp_path / name).mkdir()
@@ -235,7 +234,7 @@ def test_run_names(tmp_path, monkeypatch):
                        ('../set-8x8.zip', 'set-8x8'), ('/nowhere/set.v2.zip', 'set.v2')):
         config = dict(dataset_kwargs=dict(path=path, use_labels=False), system='edm', batch_size=16,
                       accelerate_kwargs=dict(precision='fp32'))
-        assert cfg.run_name(config, 'ddpmpp') == f'{name}-uncond-ddpmpp-edm-gpus1-batch16-fp32'
+        assert run_name(config, 'ddpmpp') == f'{name}-uncond-ddpmpp-edm-gpus1-batch16-fp32'
         assert path.startswith('/nowhere') or ImageFolderDataset(path).name == name
 
 

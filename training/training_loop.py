@@ -18,8 +18,9 @@ from training.compact import compact
 from training.dataset import ImageFolderDataset
 from training.decoded import decoded_images
 from training.evaluation import make_evaluator
-from training.generation import gather_images, save_grid
+from training.generation import gather_images
 from training.health import AGAIN, Health
+from training.pictures import save_grid
 from training.progress import (Progress, check_origin, checked_seed, restore, resume_from, run_state, seed_rank,
                                tell_other_data)
 from training.saving import Saver

@@ -19,7 +19,8 @@ from dnnlib import UserError
 from dnnlib.files import cpu_cores, make_dirs
 from dnnlib.flags import NumberRange
 from training.dataset import EMBEDDED, load_embedded
-from training.generation import generate_batch, tile
+from training.generation import generate_batch
+from training.pictures import tile
 from training.pixels import to_uint8
 from training.snapshot import build_network, read_snapshot
 from training.state import parse_kimg

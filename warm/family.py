@@ -21,7 +21,8 @@ from torch_utils import distributed as dist
 from training import metrics
 from training.dataset import load_embedded
 from training.detectors import load_detector
-from training.generation import generate_images, tile
+from training.generation import generate_images
+from training.pictures import tile
 from training.provenance import count_evaluations
 from training.snapshot import build_network, read_snapshot
 from training.system import flag_of

@@ -10,7 +10,8 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write
-from training.generation import as_hwc, generate_batch, tile
+from training.generation import generate_batch
+from training.pictures import as_hwc, tile
 from training.pixels import to_uint8
 
 ROWS = ('x', 'D', 'R', 'x̂₀')

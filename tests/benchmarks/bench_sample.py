@@ -23,7 +23,9 @@ from tests.benchmarks.bench_train import matrix_peak  # noqa: E402
 from tests.benchmarks.report import alternate, report  # noqa: E402
 from torch_utils.precision import PRECISIONS  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
-from training.generation import generate_batch, generate_images, save_png, to_uint8, write_images  # noqa: E402
+from training.generated import save_png, write_images  # noqa: E402
+from training.generation import generate_batch, generate_images  # noqa: E402
+from training.pixels import to_uint8  # noqa: E402
 from warm.config import ARCHITECTURES  # noqa: E402
 from warm.systems import SYSTEMS  # noqa: E402
 
