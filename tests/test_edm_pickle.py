@@ -17,7 +17,8 @@ import torch
 
 from dnnlib import UserError
 from training.edm_pickle import load_edm_pickle
-from training.pickle_machine import MAX_STEPS, Refused, Storage, rebuild_tensor
+from training.pickle_machine import MAX_STEPS, Refused
+from training.pickled_tensors import Storage, rebuild_tensor
 
 P = b'\x80\x04'
 

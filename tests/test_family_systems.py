@@ -19,6 +19,7 @@ from training.generation import generate_batch
 from training.loss import EDMLoss
 from training.precond import Precond
 from training.snapshot import build_network, read_snapshot, save_snapshot
+from training.snapshot import SYSTEM_OF_EDM_CLASS
 from training.system import EDM_SYSTEMS, GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
 from warm import flags
@@ -54,6 +55,12 @@ def few_steps(name):
 
 def short_network(name):
     return tiny_network(name, **({'ihdm_levels': 3} if name == 'ihdm' else {}))
+
+
+def test_edms_classes_are_its_systems():
+    """What the class of an EDM pickle stands for is the system of that network."""
+    assert SYSTEM_OF_EDM_CLASS == {system.network_class.__name__: system.name for system in EDM_SYSTEMS}
+
 
 
 def test_systems_say_who_they_are():

@@ -16,10 +16,11 @@ import torch
 from dnnlib import UserError
 from tests.commands import full_disk
 from training import networks
-from training.snapshot import (EDM_SYSTEMS, HEADER_KEY, SNAPSHOT_FORMAT, Snapshot, build_network,
+from training.snapshot import (SYSTEM_OF_EDM_CLASS, HEADER_KEY, SNAPSHOT_FORMAT, Snapshot, build_network,
                                copy_matching_tensors, read_snapshot, save_snapshot)
 
-SYSTEMS = {name: types.SimpleNamespace(network_class=getattr(networks, cls)) for cls, name in EDM_SYSTEMS.items()}
+SYSTEMS = {name: types.SimpleNamespace(network_class=getattr(networks, cls))
+           for cls, name in SYSTEM_OF_EDM_CLASS.items()}
 SMALL = dict(img_resolution=8, img_channels=1, model_type='SongUNet', model_channels=8, channel_mult=[1],
              num_blocks=1, attn_resolutions=[])
 

@@ -203,7 +203,7 @@ def test_a_study_does_not_make_its_own_code_dirty(tmp_path):
 
 
 @pytest.mark.parametrize('options, words', [
-    (['--scale=cifar10'], 'datasets/cifar10-32x32.zip is missing; make it with --prepare'),
+    (['--scale=cifar10'], 'datasets/cifar10-32x32.zip is missing; make it with --prepare, or by hand: `python data'),
     (['--scale=digits', '--questions=7'], "no question '7'")])
 def test_bad_input(tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)

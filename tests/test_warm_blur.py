@@ -9,7 +9,7 @@ import torch
 
 from dnnlib import UserError
 from warm.blur import (blur, blur_and_rest, blur_mask, dct2, dct_matrix, filter_bands, frequencies, idct2,
-                       log_mask_ratio, mask_difference, prior_spectrum, residual_scale, rest, rest_mask)
+                       log_mask_ratio, mask_difference, prior_spectrum, rest_magnitude, rest, rest_mask)
 
 N = 16
 ALPHAS = [0.0, 8e-5, 1e-3, 0.05, 0.7, 3.0, 40.0, 113.0]
@@ -209,19 +209,19 @@ def test_prior_spectrum():
 @pytest.mark.parametrize('alpha, scale', [(0.01, 5e-5), (0.05, 0.0012), (0.15, 0.010), (0.5, 0.077), (5, 0.31),
                                           (40, 0.44)])
 def test_scale_of_the_rest_has_the_values_of_the_spec(alpha, scale):
-    assert residual_scale(alpha, 32).item() == pytest.approx(scale, rel=0.05)
+    assert rest_magnitude(alpha, 32).item() == pytest.approx(scale, rel=0.05)
 
 
 def test_scale_of_the_rest_is_that_of_images_with_the_prior_spectrum():
     white = torch.randn([2000, 1, N, N], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = filter_bands(white, prior_spectrum(N).sqrt())
     for alpha in (0.1, 1.0, 10.0):
-        assert rest(x, alpha).square().mean().sqrt().item() == pytest.approx(residual_scale(alpha, N).item(), rel=0.03)
+        assert rest(x, alpha).square().mean().sqrt().item() == pytest.approx(rest_magnitude(alpha, N).item(), rel=0.03)
 
 
 def test_scale_of_the_rest_per_image():
-    scale = residual_scale(torch.tensor([0.0, 0.5]).reshape(-1, 1, 1, 1), N)
-    assert scale.shape == (2, 1, 1, 1) and scale[0] == 0 and scale[1].item() == residual_scale(0.5, N).item()
+    scale = rest_magnitude(torch.tensor([0.0, 0.5]).reshape(-1, 1, 1, 1), N)
+    assert scale.shape == (2, 1, 1, 1) and scale[0] == 0 and scale[1].item() == rest_magnitude(0.5, N).item()
 
 
 def test_images_that_are_not_square_are_refused():

@@ -17,7 +17,7 @@ from training.networks import EDMPrecond
 from training.precond import edm_scalings
 from training.progress import restore
 from training.snapshot import build_network, read_snapshot, save_snapshot
-from warm.blur import blur, residual_scale, rest
+from warm.blur import blur, rest_magnitude, rest
 from warm.choices import BLUR_EMBEDDINGS, BLUR_UNIT, DEFAULTS, REST, REST_SCALES, checked_choices
 from warm.loss import WarmLoss
 from warm.precond import BlurEmbedding, WarmPrecond
@@ -52,7 +52,7 @@ def test_default_estimates_to_the_bit():
     alpha = (0.5 * sigma).reshape(-1, 1, 1, 1)
     F_D, F_R = outputs_of(net, x, sigma, alpha.flatten())
     c_skip, c_out, _, _ = edm_scalings(sigma.reshape(-1, 1, 1, 1))
-    R = residual_scale(alpha, 8, 0.5).to(torch.float32) * F_R
+    R = rest_magnitude(alpha, 8, 0.5).to(torch.float32) * F_R
     D_now, R_now = net.denoise_deblur(x, sigma, alpha=alpha)
     assert torch.equal(D_now, c_skip * x + c_out * F_D) and torch.equal(R_now, R - R.mean((2, 3), keepdim=True))
 
@@ -124,7 +124,7 @@ def test_rest_scales_by_definition():
     edm = torch.tensor([0.0012 / 2 / (0.0012 ** 2 + 0.25) ** 0.5, 0, 2 / 16.25 ** 0.5, 40 / 6400.25 ** 0.5]).double()
     torch.testing.assert_close(scale['edm'], edm, rtol=1e-6, atol=0)
     assert scale['unit'].tolist() == [0.5, 0, 0.5, 0.5]
-    assert torch.equal(scale['prior'], residual_scale(alpha, 32).flatten())
+    assert torch.equal(scale['prior'], rest_magnitude(alpha, 32).flatten())
     assert scale['prior'][0] < 2e-6 and 0.43 < scale['prior'][3] < 0.45
 
 
@@ -136,7 +136,7 @@ def test_rest_scale_scales_the_rest(name):
     alpha = 0.5 * sigma
     _, F_R = outputs_of(net, x, sigma, alpha)
     c_out = edm_scalings(sigma)[1]
-    scale = {'edm': c_out, 'unit': torch.full([4], 0.5), 'prior': residual_scale(alpha, 8).float().flatten()}[name]
+    scale = {'edm': c_out, 'unit': torch.full([4], 0.5), 'prior': rest_magnitude(alpha, 8).float().flatten()}[name]
     D, R = net.denoise_deblur(x, sigma, alpha=alpha)
     expected = scale.reshape(-1, 1, 1, 1) * F_R
     torch.testing.assert_close(R, expected - expected.mean((2, 3), keepdim=True))
@@ -177,7 +177,7 @@ def test_network_that_is_not_told(kwargs):
     D_other, R_other = net.denoise_deblur(x, sigma, alpha=2.0)
     assert torch.equal(D, D_other) and not torch.equal(told.denoise_deblur(x, sigma, alpha=0.5)[0],
                                                        told.denoise_deblur(x, sigma, alpha=2.0)[0])
-    torch.testing.assert_close(R / residual_scale(0.5, 8).float(), R_other / residual_scale(2.0, 8).float())
+    torch.testing.assert_close(R / rest_magnitude(0.5, 8).float(), R_other / rest_magnitude(2.0, 8).float())
 
 
 # -- laws that hold with every choice

@@ -12,7 +12,7 @@ from training.networks import EDMPrecond
 from training.precond import edm_scalings
 from training.samplers import edm_sampler
 from training.snapshot import build_network, read_snapshot
-from warm.blur import blur, blur_mask, filter_bands, residual_scale, rest
+from warm.blur import blur, blur_mask, filter_bands, rest_magnitude, rest
 from warm.choices import REST
 from warm.loss import WarmLoss
 from warm.path import BlurringSchedule, ConstantBNR, parse_path
@@ -170,7 +170,7 @@ def test_residual_targets_by_definition():
     c_skip, c_out, _, _ = edm_scalings(sigma.reshape(-1, 1, 1, 1))
     D, R = net.denoise_deblur(x, sigma, alpha=alpha)
     torch.testing.assert_close(D, c_skip * x + c_out * F_D)
-    scaled = residual_scale(alpha, 8).float().reshape(-1, 1, 1, 1) * F_R
+    scaled = rest_magnitude(alpha, 8).float().reshape(-1, 1, 1, 1) * F_R
     torch.testing.assert_close(R, scaled - scaled.mean((2, 3), keepdim=True))
 
 

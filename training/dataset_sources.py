@@ -2,11 +2,8 @@
 
 import dataclasses
 import gzip
-import io
 import math
 import os
-import pickle
-import pickletools
 import struct
 import tarfile
 import zlib
@@ -19,6 +16,7 @@ from dnnlib import UserError
 from dnnlib.download import fetch
 from training.image_archive import folder_labels, image_names, labels_of, open_archive, read_labels
 from training.image_codec import open_image
+from training.pickle_machine import Buildable, Machine, StandIn, require
 
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz'
 CIFAR10_SHA256 = '6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce'
@@ -30,7 +28,6 @@ CIFAR10_PARTS = {'cifar10': CIFAR10_BATCHES, 'cifar10-test': CIFAR10_TEST}  # wh
 MAX_BATCH_BYTES = 64 << 20  # CIFAR-10's pickles are 31 MB each
 MAX_TAR_BYTES = 400 << 20  # unpacked; CIFAR-10's is 186 MB
 MAX_MNIST_IMAGES = 300_000
-MAX_PICKLE_STEPS, MAX_PICKLE_TUPLES, MAX_PICKLE_MEMO = 500_000, 1000, 1_000_000  # CIFAR-10's take a tenth of it
 
 
 @dataclasses.dataclass
@@ -137,77 +134,40 @@ class _Bounded:
         return data
 
 
-def _check_pickle(data):
-    """Refuse a pickle that could crash or starve Python's own machine by its program alone (see `edm_pickle`)."""
-    tuples = 0
-    for steps, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        tuples += 'TUPLE' in opcode.name
-        far = 'PUT' in opcode.name and argument is not None and int(argument) > MAX_PICKLE_MEMO
-        if far or steps > MAX_PICKLE_STEPS or tuples > MAX_PICKLE_TUPLES:
-            raise ValueError('its pickle is not one of plain values')
-
-
 def _read_batch(data, what):
     """(uint8 [N, 32, 32, 3], list of N labels) from the content of one batch file."""
     try:
-        _check_pickle(data)
-        batch = _BatchUnpickler(io.BytesIO(data), encoding='bytes').load()
-        batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
+        batch = _BatchMachine(data, BATCH_GLOBALS).load()
         images = batch['data'].pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = list(batch['labels'])
-        if len(labels) != len(images) or not all(type(v) is int and 0 <= v < 10 for v in labels):
-            raise ValueError('its labels do not fit its images')
+        require(len(labels) == len(images) and all(type(v) is int and 0 <= v < 10 for v in labels),
+                'its labels do not fit its images')
         return images, labels
     except Exception as e:  # a damaged pickle raises nearly anything
         raise UserError(f'{what} is not a batch of CIFAR-10 ({e}); download the file again from {CIFAR10_URL}') from e
 
 
-class _PickledArray:
-    """Stands in for numpy.ndarray while a batch is read, so that a file calls none of NumPy's code."""
+class _PickledArray(Buildable):
+    """A NumPy array, or the description of its numbers, which is not looked at: a batch's are bytes."""
 
-    def __init__(self, *args):
-        self.pixels = None
-
-    def __setstate__(self, state):
-        if state[3]:
-            raise ValueError('its array is stored column by column')
-        self.pixels = np.frombuffer(state[4], np.uint8)
+    def set_state(self, state):
+        """Take the pixels, the last of an array's values."""
+        if len(state) == 5:
+            require(not state[3], 'its array is stored column by column')
+            self.pixels = np.frombuffer(state[4], np.uint8)
 
 
-class _PickledDtype:
-    """Stands in for numpy.dtype: a batch's array is read as bytes, whatever the file calls them."""
-
-    def __init__(self, *args):
-        pass
-
-    def __setstate__(self, state):
-        pass
+ARRAY = StandIn(lambda *_: _PickledArray())
+BATCH_GLOBALS = {**{(f'numpy.{core}.multiarray', '_reconstruct'): ARRAY for core in ('core', '_core')},
+                 ('numpy', 'ndarray'): None, ('numpy', 'dtype'): ARRAY}
 
 
-def _encode(text, encoding):
-    """Stands in for _codecs.encode, by which newer Pythons write bytes in old protocols."""
-    return text.encode('latin1')
+class _BatchMachine(Machine):
+    """Takes byte strings as keys too, as Python 2 wrote them."""
 
-
-def _array(*args):
-    return _PickledArray()
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, bytes, numbers and uint8 arrays; every other name is refused."""
-
-    ALLOWED = {
-        ('numpy.core.multiarray', '_reconstruct'): _array,
-        ('numpy._core.multiarray', '_reconstruct'): _array,
-        ('numpy', 'ndarray'): _PickledArray,
-        ('numpy', 'dtype'): _PickledDtype,
-        ('_codecs', 'encode'): _encode,
-    }
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f'it asks for {module}.{name}')
-        return self.ALLOWED[module, name]
+    def set_items(self, values):
+        keys = [str(key, 'latin1') if type(key) is memoryview else key for key in values[::2]]
+        super().set_items([item for pair in zip(keys, values[1::2], strict=True) for item in pair])
 
 
 def read_mnist(path):

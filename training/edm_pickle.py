@@ -15,8 +15,8 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.text import excerpt
-from training.pickle_machine import (SCALARS, TENSOR_GLOBALS, Buildable, Machine, Refused, StandIn, Storage,
-                                     parse_storage_id, require)
+from training.pickle_machine import SCALARS, Buildable, Machine, Refused, StandIn, require
+from training.pickled_tensors import TENSOR_GLOBALS, Storage, parse_storage_id
 
 MAX_DEPTH = 64  # modules or plain values within one another
 

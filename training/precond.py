@@ -32,17 +32,18 @@ def edm_scalings(sigma, sigma_data=SIGMA_DATA):
 class Precond(torch.nn.Module):
     """A U-Net F and what surrounds it: the noise level, the labels, the precision.
 
-    A subclass gives `scalings`, or a `forward` of its own that calls `run_model`.
+    A subclass gives `scalings`, or a `forward` of its own that calls `run_model`. Its constructor takes its own
+    arguments by keyword; those that all have, from img_resolution on, it hands over unseen as `args` and `network`.
 
     Args:
+        constants: The subclass's own arguments by name; they become attributes.
+        sigma_min, sigma_max: Range of noise levels the network supports.
+        out_branches: How many images F gives; D is of the first.
         img_resolution, img_channels: Of the images.
         label_dim: Width of the class labels, 0 for none.
         use_fp16: EDM's switch: the default of `precision` is fp16 instead of fp32.
         model_type: A name in training.unet.MODELS.
         model_kwargs: Its further arguments.
-        constants: The subclass's own arguments by name; they become attributes.
-        sigma_min, sigma_max: Range of noise levels the network supports.
-        out_channels: Of F, img_channels unless given; F's first img_channels are the image.
 
     Attributes: All of these, and
         model: F.
@@ -58,8 +59,8 @@ class Precond(torch.nn.Module):
 
     _precision = None
 
-    def __init__(self, img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
-                 sigma_min, sigma_max, out_channels=None):
+    def __init__(self, constants, sigma_min, sigma_max, out_branches, /, img_resolution, img_channels, label_dim=0,
+                 use_fp16=False, *, model_type='SongUNet', **model_kwargs):
         super().__init__()
         self.init_kwargs = copy.deepcopy(dict(
             img_resolution=img_resolution, img_channels=img_channels, label_dim=label_dim, use_fp16=use_fp16,
@@ -70,7 +71,7 @@ class Precond(torch.nn.Module):
             setattr(self, name, value)
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)
         self.model = chosen('model_type', model_type, MODELS)(
-            img_resolution=img_resolution, in_channels=img_channels, out_channels=out_channels or img_channels,
+            img_resolution=img_resolution, in_channels=img_channels, out_channels=out_branches * img_channels,
             label_dim=label_dim, **model_kwargs)
 
     @property
@@ -170,11 +171,9 @@ class VPPrecond(Precond):
         epsilon_t: Smallest time.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, beta_d=VP_BETA_D,
-                 beta_min=VP_BETA_MIN, M=1000, epsilon_t=VP_EPSILON_T, model_type='SongUNet', **model_kwargs):
+    def __init__(self, *args, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN, M=1000, epsilon_t=VP_EPSILON_T, **network):
         ends = vp_sigma(torch.tensor([epsilon_t, 1], dtype=torch.float64, device='cpu'), beta_d, beta_min).tolist()
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(beta_d=beta_d, beta_min=beta_min, M=M, epsilon_t=epsilon_t), *ends)
+        super().__init__(dict(beta_d=beta_d, beta_min=beta_min, M=M, epsilon_t=epsilon_t), *ends, 1, *args, **network)
 
     def scalings(self, sigma):
         return 1, -sigma, 1 / (sigma ** 2 + 1).sqrt(), (self.M - 1) * self.sigma_inv(sigma)
@@ -195,10 +194,8 @@ class VEPrecond(Precond):
         sigma_min, sigma_max: Range of the noise levels.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=VE_SIGMA_MIN,
-                 sigma_max=VE_SIGMA_MAX, model_type='SongUNet', **model_kwargs):
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(sigma_min=sigma_min, sigma_max=sigma_max), sigma_min, sigma_max)
+    def __init__(self, *args, sigma_min=VE_SIGMA_MIN, sigma_max=VE_SIGMA_MAX, **network):
+        super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max), sigma_min, sigma_max, 1, *args, **network)
 
     def scalings(self, sigma):
         return 1, sigma, 1, (0.5 * sigma).log()
@@ -213,12 +210,9 @@ class iDDPMPrecond(Precond):
     Its buffer `u` is the grid.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, C_1=IDDPM_C_1, C_2=IDDPM_C_2,
-                 M=IDDPM_M, model_type='DhariwalUNet', **model_kwargs):
+    def __init__(self, *args, C_1=IDDPM_C_1, C_2=IDDPM_C_2, M=IDDPM_M, model_type='DhariwalUNet', **network):
         u = iddpm_noise_levels(C_1, C_2, M)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(C_1=C_1, C_2=C_2, M=M), sigma_min=u[M - 1], sigma_max=u[0],
-                         out_channels=img_channels * 2)
+        super().__init__(dict(C_1=C_1, C_2=C_2, M=M), u[M - 1], u[0], 2, *args, model_type=model_type, **network)
         self.register_buffer('u', u)
 
     def scalings(self, sigma):
@@ -242,10 +236,10 @@ class EDMPrecond(Precond):
         sigma_data: Standard deviation of the data.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0,
-                 sigma_max=float('inf'), sigma_data=SIGMA_DATA, model_type='DhariwalUNet', **model_kwargs):
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data), sigma_min, sigma_max)
+    def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, model_type='DhariwalUNet',
+                 **network):
+        super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data), sigma_min, sigma_max,
+                         1, *args, model_type=model_type, **network)
 
     def scalings(self, sigma):
         return edm_scalings(sigma, self.sigma_data)

@@ -28,7 +28,7 @@ from training.state import content_digest, parse_kimg
 SNAPSHOT_FORMAT = 1
 HEADER_KEY = 'warm_diffusion'
 MAX_HEADER_BYTES = 8 << 20  # a thousand tensors take about 0.1 MB
-EDM_SYSTEMS = {'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm', 'EDMPrecond': 'edm'}
+SYSTEM_OF_EDM_CLASS = {'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'iddpm', 'EDMPrecond': 'edm'}
 
 
 @dataclasses.dataclass
@@ -156,14 +156,14 @@ def _check_header(text, path):
 
 def _read_edm_pickle(path):
     content = load_edm_pickle(path)
-    if content['class_name'] not in EDM_SYSTEMS:
+    if content['class_name'] not in SYSTEM_OF_EDM_CLASS:
         raise UserError(f"{path} holds a network of the class {excerpt(content['class_name'])}; "
-                        f"EDM snapshots of {', '.join(EDM_SYSTEMS)} can be read")
+                        f"EDM snapshots of {', '.join(SYSTEM_OF_EDM_CLASS)} can be read")
     kimg = None
     with contextlib.suppress(UserError):  # published networks carry other names
         kimg = parse_kimg(path)
     extra = {name: content[name] for name in ('class_name', 'loss_class', 'loss_kwargs', 'augment_kwargs')}
-    return Snapshot(system=EDM_SYSTEMS[content['class_name']], network_kwargs=content['kwargs'],
+    return Snapshot(system=SYSTEM_OF_EDM_CLASS[content['class_name']], network_kwargs=content['kwargs'],
                     state_dict=content['state_dict'], dataset=content['dataset_kwargs'] or {}, kimg=kimg,
                     extra=extra, path=path)
 

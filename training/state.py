@@ -11,8 +11,8 @@ import torch
 from dnnlib import UserError
 from dnnlib.files import atomic_write
 from dnnlib.text import excerpt
-from training.pickle_machine import (MAX_STEPS, SCALARS, TENSOR_GLOBALS, Machine, Refused, Storage, parse_storage_id,
-                                     require)
+from training.pickle_machine import MAX_STEPS, SCALARS, Machine, Refused, require
+from training.pickled_tensors import TENSOR_GLOBALS, Storage, parse_storage_id
 
 STATE_FORMAT = 1
 MAX_REPEATS = 4  # how often a state may hold the same tensors, weights and their average before the first step, say

@@ -9,7 +9,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.text import check_once, excerpt
 from torch_utils import distributed as dist
-from training.generation import check_class, generate_batch
+from training.generation import check_class, default_batch, generate_batch
 from training.pixels import to_uint8
 from training.snapshot import build_network, read_snapshot
 from training.system import System
@@ -40,14 +40,14 @@ def load(path_or_url, device=None):
     return net
 
 
-def sample(net, seeds, class_idx=None, batch=64, system=None, **options):
+def sample(net, seeds, class_idx=None, batch=None, system=None, **options):
     """Draw the images that generate.py writes for the same seeds.
 
     Args:
         net: From `load`, or any network of a system.
         seeds: Integers from 0 on, one per image, each once, at least one.
         class_idx: Class of all images; None draws one per seed.
-        batch: Images at a time.
+        batch: Images at a time; by default what suits the device, as for generate.py.
         system: Name of the network's system, or a training.system.System; by default what `load` says it is.
         options: Sampler options by name, such as num_steps=18, solver='heun', bnr=0.5. Systems whose samples start
             from training images (ihdm, cold) take them from `data`, a folder or zip; by default from the embedded
@@ -62,6 +62,7 @@ def sample(net, seeds, class_idx=None, batch=64, system=None, **options):
     """
     system = _system_of(net, system)
     seeds = _integers(seeds)
+    batch = default_batch(net) if batch is None else batch
     if not isinstance(batch, numbers.Integral) or batch < 1:
         raise UserError(f'batch is {batch}; give a whole number of at least 1')
     check_class(net, class_idx, 'class_idx')

@@ -139,7 +139,7 @@ def _prior_on(n, sigma_data, device):
     return prior_spectrum(n, sigma_data).to(device)
 
 
-def residual_scale(alpha, n, sigma_data=SIGMA_DATA):
+def rest_magnitude(alpha, n, sigma_data=SIGMA_DATA):
     """s_R(α) = √mean((1−M)² S): expected magnitude of the rest under the prior spectrum (ours).
 
     Args:

@@ -77,17 +77,14 @@ class BlurringPrecond(Precond):
     """ε̂ = net(z_t, t): the second argument, elsewhere σ, is the time t in 0…1.
 
     Args:
-        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
         sigma_blur_max, blur_schedule, d_min: See `BlurringProcess`.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False,
-                 sigma_blur_max=BlurringProcess.sigma_blur_max, blur_schedule=BlurringProcess.blur_schedule,
-                 d_min=BlurringProcess.d_min, model_type='SongUNet', **model_kwargs):
+    def __init__(self, *args, sigma_blur_max=BlurringProcess.sigma_blur_max,
+                 blur_schedule=BlurringProcess.blur_schedule, d_min=BlurringProcess.d_min, **network):
         constants = dict(sigma_blur_max=sigma_blur_max, blur_schedule=blur_schedule, d_min=d_min)
         process = BlurringProcess(**constants)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
-                         sigma_min=0, sigma_max=1)
+        super().__init__(constants, 0, 1, 1, *args, **network)
         self.process = process
 
     def scalings(self, sigma):

@@ -21,7 +21,7 @@ import torch
 
 from dnnlib import UserError, chosen
 from training.system import flag_of
-from warm.blur import residual_scale
+from warm.blur import rest_magnitude
 from warm.path import OnePath
 
 DEFAULTS = dict(rest_weight=1.0, rest_scale='prior', blur_embedding='log')
@@ -32,8 +32,8 @@ BLUR_UNIT = 1.0  # pixels; at BNR 0.5 α/BLUR_UNIT then spreads in training (by 
 # Scales of R, [B or 1, 1, 1, 1], where the network is evaluated (warm.targets.Point). All are 0 at α = 0, where R is.
 
 def prior_scale(point):
-    """s_R(α), the rest's magnitude under a natural-image prior (warm.blur.residual_scale)."""
-    return residual_scale(point.alpha, point.x.shape[-1], point.sigma_data)
+    """s_R(α), the rest's magnitude under a natural-image prior (warm.blur.rest_magnitude)."""
+    return rest_magnitude(point.alpha, point.x.shape[-1], point.sigma_data)
 
 
 def edm_scale(point):

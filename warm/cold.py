@@ -108,17 +108,14 @@ class ColdPrecond(Precond):
     """x̂₀ = net(x_s, s): the second argument, elsewhere σ, is the number of blurs s in 1…T.
 
     Args:
-        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
         cold_blur: A name in BLURS.
         cold_steps: T.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, cold_blur=ColdProcess.blur,
-                 cold_steps=ColdProcess.num_steps, model_type='SongUNet', **model_kwargs):
+    def __init__(self, *args, cold_blur=ColdProcess.blur, cold_steps=ColdProcess.num_steps, **network):
         process = ColdProcess(cold_blur, cold_steps)
-        process.check(img_resolution)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(cold_blur=cold_blur, cold_steps=cold_steps), sigma_min=1, sigma_max=cold_steps)
+        super().__init__(dict(cold_blur=cold_blur, cold_steps=cold_steps), 1, cold_steps, 1, *args, **network)
+        process.check(self.img_resolution)
         self.process = process
 
     def scalings(self, sigma):

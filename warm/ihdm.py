@@ -85,15 +85,13 @@ class IHDMPrecond(Precond):
     """Level k − 1 from level k: net(u_k, k) = u_k + F(u_k, k), in units of [0, 1]; k stands where elsewhere σ does.
 
     Args:
-        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
         ihdm_levels, ihdm_blur_max: `HeatLevels`' num_levels and blur_max.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, ihdm_levels=HeatLevels.num_levels,
-                 ihdm_blur_max=HeatLevels.blur_max, model_type='SongUNet', **model_kwargs):
+    def __init__(self, *args, ihdm_levels=HeatLevels.num_levels, ihdm_blur_max=HeatLevels.blur_max, **network):
         process = HeatLevels(num_levels=ihdm_levels, blur_max=ihdm_blur_max)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(ihdm_levels=ihdm_levels, ihdm_blur_max=ihdm_blur_max), sigma_min=1, sigma_max=ihdm_levels)
+        super().__init__(dict(ihdm_levels=ihdm_levels, ihdm_blur_max=ihdm_blur_max), 1, ihdm_levels, 1,
+                         *args, **network)
         self.process = process
 
     def scalings(self, sigma):

@@ -107,16 +107,14 @@ class LeePrecond(Precond):
     """ε̂ = net(x_i, i): the second argument, elsewhere σ, is the level i in 1…N.
 
     Args:
-        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
         f_type, f_final, num_levels: See `LeeChain`.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, f_type=LeeChain.f_type,
-                 f_final=LeeChain.f_final, num_levels=LeeChain.num_levels, model_type='SongUNet', **model_kwargs):
+    def __init__(self, *args, f_type=LeeChain.f_type, f_final=LeeChain.f_final, num_levels=LeeChain.num_levels,
+                 **network):
         constants = dict(f_type=f_type, f_final=f_final, num_levels=num_levels)
         process = LeeChain(**constants)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs, constants,
-                         sigma_min=1, sigma_max=num_levels)
+        super().__init__(constants, 1, num_levels, 1, *args, **network)
         self.process = process
 
     def scalings(self, sigma):

@@ -33,20 +33,17 @@ class PFGMPPPrecond(Precond):
     """EDM's network, with the number of extra dimensions that it is trained for.
 
     Args:
-        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
         sigma_min, sigma_max: Supported noise levels.
         sigma_data: Standard deviation of the data.
         aug_dim: D ≥ 1.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'),
-                 sigma_data=SIGMA_DATA, aug_dim=AUG_DIM, model_type='SongUNet', **model_kwargs):
+    def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, aug_dim=AUG_DIM, **network):
         if not 1 <= aug_dim < float('inf'):
             raise UserError(f'--aug-dim={aug_dim} extra dimensions make no sense; give a whole number of at least 1, '
                             'or use --precond=edm for infinitely many')
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, aug_dim=aug_dim),
-                         sigma_min, sigma_max)
+        super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, aug_dim=aug_dim),
+                         sigma_min, sigma_max, 1, *args, **network)
 
     def scalings(self, sigma):
         return edm_scalings(sigma, self.sigma_data)

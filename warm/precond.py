@@ -20,7 +20,6 @@ class WarmPrecond(Precond):
     is 0 is EDM's, tensor for tensor. What of this is ours can be chosen otherwise (warm.choices).
 
     Args:
-        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
         sigma_min, sigma_max: Supported noise levels β.
         sigma_data: Standard deviation of the data.
         bnr: What to train on: a number, a list '0,0.1,0.5' or a range '0.1-2' (None: the paper's 0.5).
@@ -40,20 +39,18 @@ class WarmPrecond(Precond):
         UserError: an argument that is unknown, or that has no effect together with the others.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'),
-                 sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None, targets='residual',
-                 rest_weight=DEFAULTS['rest_weight'], rest_scale=DEFAULTS['rest_scale'],
-                 blur_embedding=DEFAULTS['blur_embedding'], model_type='SongUNet', **model_kwargs):
+    def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None,
+                 targets='residual', rest_weight=DEFAULTS['rest_weight'], rest_scale=DEFAULTS['rest_scale'],
+                 blur_embedding=DEFAULTS['blur_embedding'], **network):
         parametrisation = chosen('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
         if family.is_hot:
             parametrisation = Hot()
         choices = checked_choices(dict(rest_weight=rest_weight, rest_scale=rest_scale, blur_embedding=blur_embedding),
                                   family, targets, parametrisation.names)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, bnr=bnr,
+        super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, bnr=bnr,
                               bnr_schedule=bnr_schedule, targets=targets, **choices),
-                         sigma_min, sigma_max, out_channels=img_channels * len(parametrisation.names))
+                         sigma_min, sigma_max, len(parametrisation.names), *args, **network)
         self.family, self.parametrisation, self.choices = family, parametrisation, choices
         self.rest_weight, self.rest_scale, self.blur_embedding = rest_weight, rest_scale, blur_embedding
         feature = BLUR_EMBEDDINGS[blur_embedding]

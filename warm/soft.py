@@ -38,18 +38,16 @@ class SoftPrecond(Precond):
     """x̂₀ = net(x, σ) = x + σ·F(c_in·x; ln(σ)/4).
 
     Args:
-        img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs: See training.precond.Precond.
         sigma_min, sigma_max: Supported noise levels.
         sigma_data: Standard deviation of the data.
         soft_bnr: Pixels of blur per unit of noise.
     """
 
-    def __init__(self, img_resolution, img_channels, label_dim=0, use_fp16=False, sigma_min=0, sigma_max=float('inf'),
-                 sigma_data=SIGMA_DATA, soft_bnr=PAPER_BNR, model_type='SongUNet', **model_kwargs):
+    def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, soft_bnr=PAPER_BNR,
+                 **network):
         path = ConstantBNR(soft_bnr)
-        super().__init__(img_resolution, img_channels, label_dim, use_fp16, model_type, model_kwargs,
-                         dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, soft_bnr=soft_bnr),
-                         sigma_min, sigma_max)
+        super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, soft_bnr=soft_bnr),
+                         sigma_min, sigma_max, 1, *args, **network)
         self.path = path
 
     def scalings(self, sigma):

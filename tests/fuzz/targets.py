@@ -7,6 +7,8 @@ import contextlib
 import io
 import json
 import pathlib
+import pickle
+import tarfile
 import zipfile
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch_utils import training_stats
 from training import image_codec, metrics
 from training.compact import compact
 from training.dataset import EMBEDDED, ImageFolderDataset
+from training.dataset_sources import CIFAR10_BATCHES, read_cifar10
 from training.detectors import PixelDetector
 from training.progress import Progress, restore, resume_from, run_state, seed_rank
 from training.saving import host_copy
@@ -281,5 +284,24 @@ class Npz:
         metrics.load_reference(self.path, ['fid'], self.detector)
 
 
+class CifarBatch:
+    """The pickle of a CIFAR-10 batch, in the archive that is downloaded."""
+
+    def __init__(self, folder):
+        self.path = folder / 'cifar-10-python.tar.gz'
+        self.whole = pickle.dumps({b'data': np.zeros([2, 3072], np.uint8), b'labels': [3, 7]}, protocol=4)
+
+    def damage(self, rng):
+        return mutate(self.whole, rng)
+
+    def read(self, data):
+        with tarfile.open(self.path, 'w:gz', compresslevel=1) as tar:
+            for name in CIFAR10_BATCHES:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        read_cifar10(self.path)
+
+
 TARGETS = {'snapshot': Snapshot, 'state': State, 'resume': Resume, 'edm': EdmPickle, 'labels': Labels, 'png': Png,
-           'zip': Zip, 'npz': Npz}
+           'zip': Zip, 'npz': Npz, 'cifar': CifarBatch}

@@ -142,7 +142,7 @@ def _measurement(run, lines):
     return Measurement(run.name, facts, values, len(seconds), sum(seconds.values()))
 
 
-def sampler_flags(facts):
+def flags_beyond_defaults(facts):
     """['--S_churn=30', …]: those of the sampler's options that are not as they are where none is given.
 
     Without those of NAMED_OTHERWISE.
@@ -156,7 +156,7 @@ def sampler_flags(facts):
 
 def is_plain(facts):
     """Whether these are scores of a system as it is: the sampler without options of its own, images of all classes."""
-    return not sampler_flags(facts) and facts.get('class_idx') is None
+    return not flags_beyond_defaults(facts) and facts.get('class_idx') is None
 
 
 def in_float32(facts):
@@ -203,7 +203,7 @@ def differences(m, nfe=None, dataset=None, images=PAPER_IMAGES):
         words.append(f'{label} instead of FID')
     if f['solver'] not in (None, 'heun'):
         words.append(f'solver {f["solver"]}')
-    words += [f'`{flag}`' for flag in sampler_flags(f)]
+    words += [f'`{flag}`' for flag in flags_beyond_defaults(f)]
     if not in_float32(f):
         words.append(f'precision {f["precision"]}')
     if f['trained_on'] not in (None, f['path']):

@@ -6,7 +6,7 @@ from matplotlib.ticker import LogLocator
 
 from training.metrics import kind_of
 from warm.figures import draw
-from warm.report.data import DISTANCES, best_match, is_plain, sampler_flags
+from warm.report.data import DISTANCES, best_match, is_plain, flags_beyond_defaults
 from warm.report.tables import BNR_SCORES, CIFAR10, TABLE_4, is_dataset, of_bnr, title_of
 
 PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='paper')
@@ -133,7 +133,7 @@ def training_curves(runs):
         for line in run.scores:
             if kind_of(str(line.get('metric'))) in DISTANCES and None not in (line.get('kimg'), line.get('value')):
                 key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'),
-                       line.get('precision'), line.get('class_idx'), *sampler_flags(line))
+                       line.get('precision'), line.get('class_idx'), *flags_beyond_defaults(line))
                 curves.setdefault(key, {})[line['kimg']] = line['value']
         # The longest series: of the same number of images and steps all along.
         (metric, num, nfe, *_), curve = max(curves.items(), key=lambda item: len(item[1]), default=((None,) * 3, {}))

@@ -4,7 +4,7 @@ import dataclasses
 
 from warm.cold import DEFAULT_START, STARTS
 from warm.path import PAPER_BNR
-from warm.report.data import PAPER_IMAGES, best_match, differences, sampler_flags
+from warm.report.data import PAPER_IMAGES, best_match, differences, flags_beyond_defaults
 
 NONE = '–'
 
@@ -293,5 +293,5 @@ def _path(facts):
 
 def _other_options(facts):
     given = [('precision', facts['precision']), ('class', facts['class_idx']), ('cold-blur', facts['cold_blur'])]
-    flags = sampler_flags(facts) + [f'--{name}={value}' for name, value in given if value is not None]
+    flags = flags_beyond_defaults(facts) + [f'--{name}={value}' for name, value in given if value is not None]
     return f"`{' '.join(flags)}`" if flags else NONE

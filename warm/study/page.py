@@ -20,8 +20,8 @@ from warm.report.data import PAPER_GPUS, PAPER_KIMG
 from warm.report.plots import draw_curves
 from warm.report.tables import TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study.data import Scores, compare, mean_and_spread, shown
-from warm.study.plan import (CHOICES, EVALUATIONS, METHODS, OTHER_BNRS, PAPER_BNRS, SCALES, SCHEDULE_STEPS, SOLVERS,
-                             STEPS, TARGETS, bnr_name, choice_name, drawn, targets_name)
+from warm.study.plan import (CHOICES, EVALUATIONS, METHODS, OTHER_BNRS, OTHER_TARGETS, PAPER_BNRS, SCALES,
+                             SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, targets_name)
 
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
@@ -136,7 +136,7 @@ def question_4(scores, figures):
     """Tables 5 and 4."""
     kimg, rows = scores.scale.side, []
     ours = scores.values(WARM, kimg)
-    names = [*map(targets_name, TARGETS), WARM]
+    names = [*map(targets_name, OTHER_TARGETS), WARM]
     for row, what in zip(TABLE_5, names):
         values = scores.values(what, kimg)
         rows.append([row.title, f'{row.fid:.2f}', shown(values),

@@ -366,5 +366,5 @@ def check_prepared(scale):
     """Raise UserError unless the data and the detector of a scale are there."""
     for path in (scale.data, scale.detector if '/' in scale.detector else None):
         if path and not os.path.exists(path):
-            commands = '\n'.join(f'  {command}' for command in scale.prepare)
-            raise UserError(f'{path} is missing; make it with --prepare, or by hand:\n{commands}')
+            commands = ', '.join(f'`{command}`' for command in scale.prepare)
+            raise UserError(f'{path} is missing; make it with --prepare, or by hand: {commands}')
