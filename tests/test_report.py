@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from warm.report import page as report
-from warm.report.data import best_match, measurements_of, read_run, sampler_flags
+from warm.report.data import best_match, flags_beyond_defaults, measurements_of, read_run
 from warm.report.plots import fid_against_bnr, fid_against_nfe, training_curves
 from warm.report.tables import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
 from warm.systems import SYSTEMS
@@ -167,10 +167,11 @@ def test_options_that_change_nothing_are_no_difference(tmp_path):
     assert found_row(report_of(tmp_path, rounds([1.9] * 3, sampler=usual)), '0.5')[-1] == 'nothing'
     for system in SYSTEMS.values():
         own = {option.name: option.default for option in system.own_sample_options if option.default is not None}
-        assert sampler_flags(dict(system=system.name, sampler=dict(own, data='digits.zip'))) == []
-    assert sampler_flags(dict(system='edm', sampler={'schedule': 'vp'})) == ['--schedule=vp']
-    assert sampler_flags(dict(system='cold', sampler={'cold_start': 'colours'})) == ['--cold-start=colours']
-    assert sampler_flags(dict(system='unheard of', sampler={'x': 1})) == ['--x=1'] and sampler_flags({}) == []
+        assert flags_beyond_defaults(dict(system=system.name, sampler=dict(own, data='digits.zip'))) == []
+    assert flags_beyond_defaults(dict(system='edm', sampler={'schedule': 'vp'})) == ['--schedule=vp']
+    assert flags_beyond_defaults(dict(system='cold', sampler={'cold_start': 'colours'})) == ['--cold-start=colours']
+    assert flags_beyond_defaults(dict(system='unheard of', sampler={'x': 1})) == ['--x=1']
+    assert flags_beyond_defaults({}) == []
 
 
 COLD = dict(system='cold', nfe=50, bnr=None, path=None, trained_on=None, targets=None, solver=None)

@@ -60,7 +60,7 @@ def test_plan(scale):
         assert run.parent is None or run.parent in names[:i]
         assert len(set(run.scores)) == len(run.scores)
         for score in run.scores:
-            steps = score.kimg / run.kimg_per_snapshot
+            steps = score.kimg / run.kimg_between
             assert steps == pytest.approx(round(steps))
 
 
@@ -117,6 +117,40 @@ def test_a_study_in_pieces(tiny, tmp_path, monkeypatch):
     assert [r['seed'] for r in real] == list(range(REAL_DRAWS)) and len({r['value'] for r in real}) == REAL_DRAWS
     assert all(r['num_images'] == 16 and not pathlib.Path(r['images']).is_absolute() for r in real)
     assert record['train_seconds'] > 0 and record['parameters'] > 1000 and record['hardware'] and record['nfe'] == 35
+
+
+def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
+    """Out of time in the middle of a run, --tidy leaves one state of it; what a second worker is at stays untouched."""
+    options = ('--questions=1', '--only=edm-cond', '--tidy')
+    train, folder = study.train, tmp_path / 'runs' / 'digits' / 'edm-cond-s0'
+
+    def out_of_time(study_, run, kimg, lock):
+        if kimg == 8:
+            raise study_pieces.OutOfTime
+        train(study_, run, kimg, lock)
+
+    def large():
+        return sorted(path.suffix for path in folder.rglob('*') if path.suffix in ('.safetensors', '.pt'))
+    with monkeypatch.context() as patch:
+        patch.setattr(study, 'train', out_of_time)
+        assert 'Time is up' in carry_out(tmp_path, *options).output
+    assert [r['point'] for r in records(tmp_path)] == [4] and large() == ['.pt']
+    (folder / 'network-snapshot-000005.safetensors').touch()
+    with study_pieces.claimed(folder / 'lock'):
+        assert carry_out(tmp_path, *options).exit_code == 0 and len(large()) == 2
+    result = carry_out(tmp_path, *options)
+    assert result.exit_code == 0 and [r['point'] for r in records(tmp_path)] == [4, 8] and large() == []
+    assert [r['kimg'] for r in records(tmp_path)] == pytest.approx([4, 8], abs=0.064)
+
+
+def test_the_first_score_is_not_begun_without_time(tiny, tmp_path):
+    """The speed is that of the last score that was recorded on this machine, from another piece or of another run."""
+    assert carry_out(tmp_path, '--questions=1', '--only=edm-cond').exit_code == 0
+    line = records(tmp_path)[-1]
+    here = study.Study(tiny, tmp_path, tmp_path / 'results' / 'digits.jsonl', study_pieces.Clock())
+    assert study.recorded_speed(here) == pytest.approx(line['seconds'] / 16 / 35)
+    here.results.write_text(json.dumps(dict(line, hardware='another machine')) + '\n')
+    assert study.recorded_speed(here) == 0
 
 
 def test_transfer_waits_for_its_parent_and_tidy_keeps_it(tiny, tmp_path):

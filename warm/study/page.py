@@ -20,13 +20,15 @@ from warm.report.data import PAPER_GPUS, PAPER_KIMG
 from warm.report.plots import draw_curves
 from warm.report.tables import TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study.data import Scores, compare, mean_and_spread, shown
-from warm.study.plan import (CHOICES, EVALUATIONS, METHODS, OTHER_BNRS, OTHER_TARGETS, PAPER_BNRS, SCALES,
-                             SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, targets_name)
+from warm.study.plan import (CHOICES, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS, SCALES,
+                             SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, plan, targets_name)
 
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
 NOTHING = 'Not measured at this scale.'
 EXPECTED_TFLOPS = 355  # of a GPU, until images/s are measured
+LINES = dict(zip(SOLVERS, ('-', ':', '--')))  # of the figures
+KINDS = {'unconditional': False, 'class-conditional': True}
 TITLES = {WARM: f'Warm, BNR {PAPER_BNR:g}', EDM: 'EDM'}
 
 
@@ -57,19 +59,19 @@ def question_1(scores, figures):
     """Warm against EDM over images seen and time."""
     inception = scores.label(('IS',))
     rows, curves = [], {'main': [], 'time': []}
-    for cond in (False, True):
+    for kind, cond in KINDS.items():
         for kimg in scores.scale.main:
             edm, warm = (scores.values(name, kimg, cond) for name in (EDM, WARM))
             if edm or warm:
                 rows.append([
-                    f"{'class-conditional' if cond else 'unconditional'}, {mimg(kimg)}", shown(edm), shown(warm),
+                    f'{kind}, {mimg(kimg)}', shown(edm), shown(warm),
                     *against(warm, edm),
                     *(shown(scores.values(name, kimg, cond, ('IS',))) for name in (EDM, WARM) if inception),
                     *(seconds(scores.seconds(name, kimg, cond)) for name in (EDM, WARM) if scores.scale.timed)])
         for name in (EDM, WARM):
             known = {kimg: values for kimg in scores.scale.main if (values := scores.values(name, kimg, cond))}
             points = [(kimg, scores.seconds(name, kimg, cond), mean(values)) for kimg, values in known.items()]
-            label = f"{TITLES[name]}, {'conditional' if cond else 'unconditional'}"
+            label = f'{TITLES[name]}, {kind}'
             curves['main'].append(dict(label=label, x=[p[0] for p in points], y=[p[2] for p in points]))
             timed = [p for p in points if p[1]]
             curves['time'].append(dict(label=label, x=[p[1] for p in timed], y=[p[2] for p in timed]))
@@ -78,7 +80,9 @@ def question_1(scores, figures):
     heads = ['', 'EDM', 'Warm', 'difference', 'verdict']
     heads += [f'EDM, {inception}', f'Warm, {inception}'] if inception else []
     heads += ["EDM's training", "Warm's training"] if scores.scale.timed else []
-    return table(heads, rows)
+    missing = [name for name, cond in KINDS.items() if not any(row[0].startswith(f'{name},') for row in rows)]
+    notes = [f"Not measured at this scale: {', '.join(missing)}."] if missing else []
+    return '\n\n'.join([table(heads, rows), *notes])
 
 
 def seconds(number):
@@ -106,24 +110,29 @@ def question_2(scores, figures):
 
 
 def question_3(scores, figures):
-    """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35; networks of seed 0 alone."""
+    """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35; networks of seed 0 alone.
+
+    Of separate networks, longest trained, and of one network for all BNRs, in which nothing but the BNR differs.
+    """
     main, kimg = scores.longest(drawn('heun', STEPS[0])), scores.scale.side
     kinds = [*((TITLES[name], name, main, {}) for name in (EDM, WARM)),
-             *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in OTHER_BNRS)]
+             *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in FIGURE_5_BNRS)]
     heads = [f'{2 * n - 1} / {e}' if 2 * n - 1 != e else str(e) for n, e in zip(STEPS, EVALUATIONS)]
-    rows, curves = [], []
-    for title, what, at, fixed in kinds:
+    rows, curves = [], {'nfe': [], 'nfe-one-network': []}
+    for color, (title, what, at, fixed) in enumerate(kinds):
         for solver, counts in SOLVERS.items():
             cells = [of_seed_0(scores.solved(what, at, solver, steps, **fixed)) for steps in counts]
             if any(cells):
                 rows.append([f'{title}, {solver}, {mimg(at)}', *map(shown, cells)])
             nfes = [2 * n - 1 for n in STEPS] if solver == 'heun' else EVALUATIONS
-            if what != 'warm-all':
-                curves.append(dict(x=[n for n, cell in zip(nfes, cells) if cell], y=[mean(c) for c in cells if c],
-                                   label=f'{title}, {solver}'))
+            curves['nfe-one-network' if fixed else 'nfe'].append(
+                dict(x=[n for n, cell in zip(nfes, cells) if cell], y=[mean(c) for c in cells if c],
+                     label=f"{title.removeprefix('one network, ')}, {solver}", color=f'C{color}',
+                     linestyle=LINES[solver]))
     if not rows:
         return NOTHING
-    figures('nfe', curves, 'NFE', f'{scores.label()} ↓', log=True)
+    for name, drawn_curves in curves.items():
+        figures(name, drawn_curves, 'NFE', f'{scores.label()} ↓', log=True)
     answers = []
     for title, what, at, fixed in kinds[:2]:
         few, many = (of_seed_0(scores.solved(what, at, solver, 18, **fixed)) for solver in ('dpmpp2m', 'heun'))
@@ -247,8 +256,10 @@ def page(results, notes, figures):
         found = {path.stem: Scores.read(scale, path) for path in files}
         found = {name: scores for name, scores in found.items() if scores.lines}
         if not found:
+            runs = plan(scale)
             blocks += [f'## {scale.title}', f'{scale.note} Nothing is measured yet: '
-                       f'`python -m warm.study --scale={scale.name}`.']
+                       f'`python -m warm.study --scale={scale.name}`, {len(runs)} trainings that see '
+                       f'{sum(run.kimg for run in runs) / 1000:.0f} Mimg together.']
         for name, scores in found.items():
             blocks += section(scores, name, figures)
     cost = pathlib.Path(results) / 'cost.json'

@@ -17,7 +17,7 @@ from warm.targets import TARGETS
 PAPER_BNRS = tuple(BNR_SCORES)  # Table 3
 STEPS = (5, 10, 18, 40)  # Heun's steps n for NFE 2n − 1 = 9, 19, 35, 79 (Fig. 5)
 EVALUATIONS = (9, 18, 35, 79)  # steps of the solvers that evaluate the network once a step
-OTHER_BNRS = ('1', '2')  # in Fig. 5, by one network for all
+FIGURE_5_BNRS = ('0', '0.5', '1', '2')  # by one network for all
 SCHEDULE_STEPS = (18, 40, 80)  # NFE 35, 79, 159 of Table 4
 REAL = 'real-images'  # stands for a run's name where images of the training set are scored
 REAL_DRAWS = 5
@@ -104,8 +104,8 @@ class Run:
         return max(score.kimg for score in self.scores)
 
     @property
-    def kimg_per_snapshot(self):
-        """The largest interval in which every scored network is saved."""
+    def kimg_between(self):
+        """The largest interval, in thousands of images, that leads to every scored network."""
         return math.gcd(*(round(score.kimg * 1000) for score in self.scores)) / 1000
 
 
@@ -167,8 +167,8 @@ def question_2(scale):
                 yield side(scale, bnr_name(bnr), seed, '--precond=warm', f'--bnr={bnr:g}')
         scores = at(scale.side, *({'bnr': f'{bnr:g}'} for bnr in PAPER_BNRS))
         if seed == 0:
-            for bnr in OTHER_BNRS:
-                scores += over_evaluations(scale.side, ('heun', 'dpmpp2m'), bnr=bnr)
+            for bnr in FIGURE_5_BNRS:
+                scores += over_evaluations(scale.side, bnr=bnr)
         yield Run(run_name('warm-all', seed=seed), seed, ('--precond=warm', f'--bnr={ONE_NETWORK}'), scores)
 
 
@@ -225,8 +225,6 @@ def plan(scale, questions=QUESTIONS):
     return sorted(runs, key=lambda run: run.seed)  # sorting keeps the questions' order inside a seed
 
 
-CIFAR10_REF = ('--cbase=64', '--cres=1,1,1,1', '--batch=512', '--lr=1e-3', '--lr-rampup=0.25', '--ema=0.1',
-               '--dropout=0', '--augment=0', '--xflip=1')
 SCALES = {scale.name: scale for scale in (
     Scale(
         name='cifar10', title='CIFAR-10, 32×32, on a GPU',
@@ -236,8 +234,9 @@ SCALES = {scale.name: scale for scale in (
                  'python -m training.classifier --data=datasets/cifar10-32x32.zip '
                  '--test=datasets/cifar10-test-32x32.zip --dest=detectors/cifar.ts'),
         data='datasets/cifar10-32x32.zip', detector='detectors/cifar.ts', metrics=('fid', 'is'),
-        train=(*CIFAR10_REF, '--precision=bf16', '--compile', '--channels-last=1', '--data-device=cuda',
-               '--compact-state'),
+        train=('--cbase=64', '--cres=1,1,1,1', '--batch=512', '--lr=1e-3', '--lr-rampup=0.25', '--ema=0.1',
+               '--dropout=0', '--augment=0', '--xflip=1', '--grid=0', '--precision=bf16', '--compile',
+               '--channels-last=1', '--data-device=cuda', '--compact-state'),
         draw=(('precision', 'bf16'),),
         main=(1024, 2048, 4096, 8192), side=2048, transfer=(128, 256, 512, 1024, 2048), main_seeds=(0, 1),
         side_seeds=(0,), num=10_000, batch=2000, start_sec=120),

@@ -6,9 +6,12 @@
     python -m warm.study --scale=digits -n                 what is done and what is left
 
 Each run has a folder in --outdir, each score a line in SCALE.jsonl in --results, from which `python -m warm.study.page`
-makes the page. A run is one worker's at a time, so the command may be started several times at once, also on several
-machines that share the folder. With --tidy, a folder keeps only what is still needed, so that an unfinished study is
-small enough to be moved.
+makes the page. A run is trained from one scored network to the next, and scored in between. It is one worker's at a
+time, so the command may be started several times at once, also on several machines that share the folder.
+
+With --tidy, a folder keeps only what is still needed, so that an unfinished study is small enough to be moved: a state
+of the run under way (of --scale=cifar10 52 MB), a network of 20 MB if time ran out before it was scored, and another
+while question 6 is left, whose trainings start from it.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import functools
 import os
 import pathlib
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -43,6 +47,7 @@ from warm.study.pieces import Clock, OutOfTime, claimed
 from warm.study.plan import QUESTIONS, REAL, REAL_DRAWS, SCALES, plan
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+TICKS = 8  # of a training between two networks that may be scored
 SAVE_SEC = 20  # of the piece's time left for a stopped training to save its state
 STOP_SEC = 120  # after which a training that does not stop is killed
 POLL_SEC = 0.2
@@ -60,7 +65,7 @@ class Study:
         results: File of its scores.
         clock: Time left.
         launcher: Words before train.py, such as those of torchrun.
-        speed: Seconds that drawing and scoring took per image and evaluation, the last time.
+        speed: Seconds that drawing and scoring took per image and evaluation, the last time; 0 before it is known.
     """
 
     scale: object
@@ -98,6 +103,7 @@ class Study:
         reference = self.outdir / f'reference{detector.suffix}.npz'
         with claimed(self.outdir / 'reference.lock', wait=True):
             if not reference.is_file():
+                self.clock.need(self.scale.start_sec)  # about as much as a start
                 write_reference(reference, ImageFiles(self.images()), detector, self.scale.metrics, self.scale.batch,
                                 progress=False)
             scorer = load_scorer(list(self.scale.metrics), detector, reference)
@@ -124,14 +130,13 @@ def first_after(folder, kimg):
     return min(late, key=parse_kimg, default=None)
 
 
-def keep_networks(study, run):
-    """Put the networks to be scored aside: a stop within the same thousand images would write over them."""
-    folder = study.folder(run.name)
-    for kimg in {score.kimg for score in run.scores}:
-        path = first_after(folder, kimg)
-        if path is not None and study.snapshot(run.name, kimg) is None:
-            make_dirs(folder / KEPT)
-            path.replace(folder / KEPT / path.name)
+def keep_network(study, run, kimg):
+    """Put the run's network after that many images aside, if there is one; returns whether it is there."""
+    path = first_after(study.folder(run.name), kimg)
+    if path is not None and study.snapshot(run.name, kimg) is None:
+        make_dirs(study.folder(run.name) / KEPT)
+        path.replace(study.folder(run.name) / KEPT / path.name)
+    return study.snapshot(run.name, kimg) is not None
 
 
 def key_of(line):
@@ -142,7 +147,7 @@ def key_of(line):
 # -- one run
 
 def work_on(study, run):
-    """Train a run as far as its missing scores need, and score it. Returns whether anything was done.
+    """Train a run as far as its missing scores need, scoring on the way. Returns whether anything was done.
 
     Raises:
         OutOfTime: the same call will go on from here.
@@ -153,9 +158,11 @@ def work_on(study, run):
     with claimed(study.folder(run.name) / 'lock') as lock:
         if lock is None or not study.missing(run):
             return False
-        train(study, run, lock)
-        for score in study.missing(run):
-            measure(study, run, score)
+        for kimg in sorted({score.kimg for score in study.missing(run)}):
+            train(study, run, kimg, lock)
+            for score in study.missing(run):
+                if score.kimg == kimg:
+                    measure(study, run, score)
     return True
 
 
@@ -164,41 +171,36 @@ def parent_ready(study, run):
     return run.parent is None or study.snapshot(run.parent, study.scale.main[-1]) is not None
 
 
-def train_command(study, run):
-    """The words of the run's train.py."""
+def train_command(study, run, kimg):
+    """The words of the train.py that brings the run to so many images."""
     parent = run.parent and study.snapshot(run.parent, study.scale.main[-1])
     return [*study.launcher, str(ROOT / 'train.py'), f'--outdir={study.folder(run.name)}', '--nosubdir',
             *([f'--data={study.scale.data}'] if study.scale.data else []), *study.scale.train, *run.flags,
-            f'--seed={run.seed}', f'--duration={run.kimg / 1000:g}', f'--tick={run.kimg_per_snapshot:g}', '--snap=1',
-            '--dump=1', '--auto-resume', *([f'--transfer={parent}'] if parent else [])]
+            f'--seed={run.seed}', f'--duration={kimg / 1000:g}', f'--tick={run.kimg_between / TICKS:g}', '--snap=0',
+            f'--dump={TICKS}', '--keep=1', '--auto-resume', *([f'--transfer={parent}'] if parent else [])]
 
 
-def train(study, run, lock):
-    """Bring the run to its end, unless all networks that are still to be scored are there.
+def train(study, run, kimg, lock):
+    """Bring the run to so many images, unless its network after them is there.
 
-    The training has the run's `lock` too: if this process is killed, no other worker trains beside it.
+    Where it stops, it goes on bit for bit (on a CPU, without --compact-state), so that stops change no score. The
+    training has the run's `lock` too: if this process is killed, no other worker trains beside it.
     """
-    if all(study.snapshot(run.name, score.kimg) for score in study.missing(run)):
+    if keep_network(study, run, kimg):
         return
     study.clock.need(study.scale.start_sec + 2 * SAVE_SEC)
-    command = train_command(study, run)
+    command = train_command(study, run, kimg)
     print(f'\n$ {shlex.join(command)}', flush=True)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, pass_fds=[lock.fileno()])
-    try:
-        code = wait_for(process, study.clock.left() - SAVE_SEC, lambda: keep_networks(study, run))
-    finally:
-        for old in saved_files(study.folder(run.name), 'training-state')[1:]:
-            old.unlink()
+    code = wait_for(process, study.clock.left() - SAVE_SEC)
+    keep_network(study, run, kimg)
     if code != 0:
         raise UserError(f'the training {run.name} failed with exit code {code}; see the message above and '
                         f"{study.folder(run.name) / 'log.txt'}")
 
 
-def wait_for(process, seconds, meanwhile):
+def wait_for(process, seconds):
     """Exit code of a training, which is asked to stop after `seconds`, or when this process is.
-
-    Args:
-        meanwhile: Called again and again, and once it has ended.
 
     Raises:
         OutOfTime: it was asked; what it had done is in its last state.
@@ -209,7 +211,6 @@ def wait_for(process, seconds, meanwhile):
             if time.monotonic() > end:
                 raise OutOfTime
             time.sleep(POLL_SEC)
-            meanwhile()
         return process.returncode
     finally:
         if process.poll() is None:
@@ -217,7 +218,6 @@ def wait_for(process, seconds, meanwhile):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SEC)
             process.kill()
-        meanwhile()
 
 
 def measure(study, run, score):
@@ -233,9 +233,20 @@ def measure(study, run, score):
     study.speed = facts['seconds'] / scale.num / drawn.facts['nfe']
     log(study, study.scorer, values, facts, run=run.name, seed=run.seed, point=score.kimg, options=score.options,
         flags=run.flags, parent=run.parent, **training_cost(study.folder(run.name), drawn), **source.record,
-        hardware=f'{provenance.hardware(dist.device())}, {torch.get_num_threads()} thread(s)')
+        hardware=hardware())
     shown = ', '.join(f'{label(name, study.scorer.detector)} {value:.4g}' for name, value in values.items())
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
+
+
+def hardware():
+    """What the scores are drawn on, in words."""
+    return f'{provenance.hardware(dist.device())}, {torch.get_num_threads()} thread(s)'
+
+
+def recorded_speed(study):
+    """`Study.speed` by the last score that was drawn on such hardware; 0 without one."""
+    lines = [line for line in read_lines(study.results) if line.get('hardware') == hardware() and line.get('nfe')]
+    return lines[-1]['seconds'] / lines[-1]['num_images'] / lines[-1]['nfe'] if lines else 0.0
 
 
 def score_real_images(study, scorer):
@@ -258,25 +269,40 @@ def log(study, scorer, values, facts, **record):
 
 
 def training_cost(folder, drawn):
-    """Parameters of the network, and the seconds of training up to it."""
-    ticks = [(line['Progress/kimg']['mean'], line['Timing/total_sec']['mean'])
-             for line in read_lines(folder / 'stats.jsonl') if 'Timing/total_sec' in line]
-    seconds = min(ticks, key=lambda tick: abs(tick[0] - drawn.snapshot.kimg), default=(0, None))[1]
+    """Parameters of the network, and the seconds of training up to it by the median tick.
+
+    So neither starting and compiling count, which depend on where a piece ended, nor saving; None without a tick.
+    """
+    rates = [line['Timing/sec_per_kimg']['mean'] for line in read_lines(folder / 'stats.jsonl')
+             if line.get('Progress/tick', {}).get('mean')]  # the first, 0, is one step
     return dict(parameters=sum(p.numel() for p in drawn.net.parameters()),
-                train_seconds=seconds and round(seconds, 1))
+                train_seconds=round(drawn.snapshot.kimg * statistics.median(rates), 1) if rates else None)
 
 
 # -- all runs
 
 def tidy(study, runs):
-    """Delete the networks and states of runs that are measured and whose network starts no other that is not."""
+    """Delete networks that are scored and start no run that is left, and of runs that are measured the states too.
+
+    Runs that another worker is at stay as they are.
+    """
     parents = {run.parent for run in plan(study.scale) if study.missing(run)}
     for run in runs:
-        if not study.missing(run):
-            folder = study.folder(run.name)
-            kept = [] if run.name in parents else saved_files(folder / KEPT, 'network-snapshot')
-            for path in (*kept, *saved_files(folder, 'network-snapshot'), *saved_files(folder, 'training-state')):
-                path.unlink()
+        folder = study.folder(run.name)
+        if folder.is_dir():
+            with claimed(folder / 'lock') as lock:
+                if lock is not None:
+                    left = {score.kimg for score in study.missing(run)}
+                    needed = left | {study.scale.main[-1]} if run.name in parents else left
+                    delete_but(folder, {study.snapshot(run.name, kimg) for kimg in needed}, bool(left))
+
+
+def delete_but(folder, networks, unfinished):
+    """Delete what a run's folder holds beside these networks, and, of an unfinished run, its states."""
+    for path in (*saved_files(folder / KEPT, 'network-snapshot'), *saved_files(folder, 'network-snapshot'),
+                 *([] if unfinished else saved_files(folder, 'training-state'))):
+        if path not in networks:
+            path.unlink()
 
 
 def overview(study, runs):
@@ -318,6 +344,7 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
         check_prepared(scale)
         make_dirs(study.outdir)
         make_dirs(results)
+        study.speed = recorded_speed(study)
         try:
             with sigterm_exits(EXIT_STOPPED), dist.process_group():
                 while any([work_on(study, run) for run in runs]):  # again: what others held, parents that became ready
