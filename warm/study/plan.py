@@ -225,6 +225,8 @@ def plan(scale, questions=QUESTIONS):
     return sorted(runs, key=lambda run: run.seed)  # sorting keeps the questions' order inside a seed
 
 
+CIFAR10_REF = ('--cbase=64', '--cres=1,1,1,1', '--batch=512', '--lr=1e-3', '--lr-rampup=0.25', '--ema=0.1',
+               '--dropout=0', '--augment=0', '--xflip=1', '--grid=0')  # bench_curves.py's network too
 SCALES = {scale.name: scale for scale in (
     Scale(
         name='cifar10', title='CIFAR-10, 32×32, on a GPU',
@@ -234,9 +236,8 @@ SCALES = {scale.name: scale for scale in (
                  'python -m training.classifier --data=datasets/cifar10-32x32.zip '
                  '--test=datasets/cifar10-test-32x32.zip --dest=detectors/cifar.ts'),
         data='datasets/cifar10-32x32.zip', detector='detectors/cifar.ts', metrics=('fid', 'is'),
-        train=('--cbase=64', '--cres=1,1,1,1', '--batch=512', '--lr=1e-3', '--lr-rampup=0.25', '--ema=0.1',
-               '--dropout=0', '--augment=0', '--xflip=1', '--grid=0', '--precision=bf16', '--compile',
-               '--channels-last=1', '--data-device=cuda', '--compact-state'),
+        train=(*CIFAR10_REF, '--precision=bf16', '--compile', '--channels-last=1', '--data-device=cuda',
+               '--compact-state'),
         draw=(('precision', 'bf16'),),
         main=(1024, 2048, 4096, 8192), side=2048, transfer=(128, 256, 512, 1024, 2048), main_seeds=(0, 1),
         side_seeds=(0,), num=10_000, batch=2000, start_sec=120),
