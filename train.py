@@ -1,6 +1,7 @@
 """Train a diffusion model: EDM's command, for EDM, Warm Diffusion and their kin."""
 
 import contextlib
+import inspect
 import os
 import sys
 
@@ -16,6 +17,7 @@ from torch_utils.signals import EXIT_STOPPED
 from training.augment import TRAIN_AUGMENT, TRANSFORMS
 from training.batches import DATA_DEVICES
 from training.detectors import DETECTORS
+from training.evaluation import make_evaluator
 from training.metrics import METRICS
 from training.run_folder import check_run_dir, create_run_dir, run_name, start_point
 from training.training_loop import open_dataset, training_loop
@@ -46,7 +48,10 @@ def check_desc(ctx, param, value):
 
 
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
-GRID = 64 if torch.cuda.is_available() else 16
+# Defaults stand where they take effect.
+LOOP, SCORES = ({name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+                for function in (training_loop, make_evaluator))
+GRID = LOOP['grid_images'] if torch.cuda.is_available() else 16
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
@@ -58,9 +63,10 @@ GRID = 64 if torch.cuda.is_available() else 16
 @click.option('--arch', type=click.Choice(list(cfg.ARCHITECTURES)), default='ddpmpp', help='Network architecture')
 @click.option('--precond', type=click.Choice(TRAINABLE), default='edm', help='System: preconditioning and loss')
 # Hyperparameters.
-@click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=200,
+@click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=LOOP['total_kimg'] // 1000,
               help='Length of training, in millions of images')
-@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=512, help='Batch size over all ranks')
+@click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=LOOP['batch_size'],
+              help='Batch size over all ranks')
 @click.option('--batch-gpu', metavar='INT', type=click.IntRange(min=1), default=None,
               help='Limit of the batch per GPU; the rest is accumulated')
 @click.option('--cbase', metavar='INT', type=click.IntRange(min=1), default=None,
@@ -68,9 +74,9 @@ GRID = 64 if torch.cuda.is_available() else 16
 @click.option('--cres', metavar='LIST', callback=parse_ints, default=None,
               help='Channels per resolution, such as 1,2,2  [default: of the architecture]')
 @click.option('--lr', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=1e-3, help='Learning rate')
-@click.option('--lr-rampup', metavar='MIMG', type=NumberRange(min=0), default=10,
+@click.option('--lr-rampup', metavar='MIMG', type=NumberRange(min=0), default=LOOP['lr_rampup_kimg'] // 1000,
               help='Images over which the learning rate rises linearly, in millions')
-@click.option('--ema', metavar='MIMG', type=NumberRange(min=0), default=0.5,
+@click.option('--ema', metavar='MIMG', type=NumberRange(min=0), default=LOOP['ema_halflife_kimg'] / 1000,
               help='Half-life of the moving average of the weights, in millions of images')
 @click.option('--dropout', metavar='FLOAT', type=NumberRange(min=0, max=1, max_open=True), default=0.13,
               help='Dropout probability')
@@ -90,8 +96,9 @@ GRID = 64 if torch.cuda.is_available() else 16
                    '[default: on a GPU with --compile and 16 bits]')
 @click.option('--checkpoint-activations', is_flag=True,
               help='Compute the network twice instead of keeping its features: less memory, a third more work')
-@click.option('--ls', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=1, help='Loss scaling')
-@click.option('--bench', metavar='BOOL', type=bool, default=True, help='cuDNN benchmarking')
+@click.option('--ls', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=LOOP['loss_scaling'],
+              help='Loss scaling')
+@click.option('--bench', metavar='BOOL', type=bool, default=LOOP['cudnn_benchmark'], help='cuDNN benchmarking')
 @click.option('--cache', metavar='BOOL', type=bool, default=True,
               help='Decode the data set once, into the cache folder, and map it into memory (up to 32 GiB)')
 @click.option('--data-device', type=click.Choice(DATA_DEVICES), default=DATA_DEVICES[0],
@@ -102,23 +109,23 @@ GRID = 64 if torch.cuda.is_available() else 16
 @click.option('--desc', metavar='STR', type=Text(), callback=check_desc, default=None,
               help='String to include in the name of the run folder')
 @click.option('--nosubdir', is_flag=True, help='Write into --outdir itself; one that holds a run needs --auto-resume')
-@click.option('--tick', metavar='KIMG', type=NumberRange(min=0, min_open=True), default=50,
+@click.option('--tick', metavar='KIMG', type=NumberRange(min=0, min_open=True), default=LOOP['kimg_per_tick'],
               help='How often to print progress, in thousands of images')
-@click.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=50,
+@click.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=LOOP['snapshot_ticks'],
               help='How often to save snapshots; 0: only at the end')
-@click.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=500,
+@click.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=LOOP['state_dump_ticks'],
               help='How often to save training states; 0: only at the end')
 @click.option('--grid', metavar='INT', type=click.IntRange(min=0), default=GRID, show_default='64, on the CPU 16',
               help='Images in the grid drawn at each snapshot; 0: none')
 @click.option('--eval', 'eval_ticks', metavar='TICKS', type=click.IntRange(min=0), default=0,
               help='How often to score images of the network (the end counts too); 0: never')
-@click.option('--eval-num', metavar='INT', type=click.IntRange(min=2), default=1000,
+@click.option('--eval-num', metavar='INT', type=click.IntRange(min=2), default=SCORES['num'],
               help='Images per score; with so few, FID is too high and only compares runs')
 @click.option('--eval-ref', metavar='NPZ|URL', type=Text(), default=None,
               help='Reference statistics of fid.py ref  [default: made of the training data]')
-@click.option('--eval-detector', metavar='NAME|PATH|URL', type=Text(), default=next(iter(DETECTORS)),
+@click.option('--eval-detector', metavar='NAME|PATH|URL', type=Text(), default=SCORES['detector'],
               help=f'{", ".join(DETECTORS)}, or a TorchScript or .pth file')
-@click.option('--eval-metrics', metavar='LIST', type=Text(), default=next(iter(METRICS)),
+@click.option('--eval-metrics', metavar='LIST', type=Text(), default=SCORES['metrics'],
               help=f'Comma-separated: {", ".join(METRICS)}')
 @click.option('--tensorboard', is_flag=True, help='Also write event files, if the package tensorboard is installed')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0, max=(1 << 31) - 1), default=None,
@@ -130,11 +137,11 @@ GRID = 64 if torch.cuda.is_available() else 16
               help='Continue the run of this name in its own folder if there is one; start it otherwise')
 @click.option('--compact-state', is_flag=True,
               help='Save training states of 10 bytes a parameter, not 16; they resume closely, not bit for bit')
-@click.option('--keep', metavar='INT', type=click.IntRange(min=0), default=0,
+@click.option('--keep', metavar='INT', type=click.IntRange(min=0), default=LOOP['keep'],
               help='How many snapshots and states are kept; 0: all')
-@click.option('--max-nonfinite', metavar='STEPS', type=click.IntRange(min=0), default=100,
+@click.option('--max-nonfinite', metavar='STEPS', type=click.IntRange(min=0), default=LOOP['max_nonfinite'],
               help='Stop after so many steps in a row with NaN or infinite loss or gradients; 0: never')
-@click.option('--timeout', metavar='SEC', type=NumberRange(min=0), default=600,
+@click.option('--timeout', metavar='SEC', type=NumberRange(min=0), default=LOOP['timeout'],
               help='Stop if no step is finished for so long; 0: never')
 @click.option('-n', '--dry-run', is_flag=True, help='Print the training options and exit')
 @system_flags('train_options')

@@ -15,6 +15,7 @@ from dnnlib.files import file_sha256
 from torch_utils import distributed as dist
 from training import metrics as m
 from training.generation import generate_batch
+from training.schedules import SOLVER
 from training.status import append_line
 from training.system import flag_of
 
@@ -105,7 +106,7 @@ def training_facts(net, system, dataset_name):
 
 def sampling_facts(net, system, options, sampler):
     """How it is sampled: NFE, solver, precision, the system's own facts (Warm's BNR), all options given."""
-    solver = options.get('solver', 'heun') if 'solver' in system.sample_options else None
+    solver = options.get('solver', SOLVER) if 'solver' in system.sample_options else None
     return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=net.precision,
                 **system.describe(net, options), sampler=options)
 

@@ -12,7 +12,7 @@ import torch
 
 from dnnlib import UserError, chosen
 from training.schedules import (DISCRETIZATIONS, IDDPM_C_1, IDDPM_C_2, IDDPM_M, NUM_STEPS, RHO, SCALINGS, SCHEDULES,
-                                SIGMA_MAX, SIGMA_MIN, edm_sigmas)
+                                SIGMA_MAX, SIGMA_MIN, SOLVER, edm_sigmas)
 
 
 class StackedRandomGenerator:
@@ -165,7 +165,7 @@ def edm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
 
 
 def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
-                     sigma_min=None, sigma_max=None, rho=RHO, solver='heun', discretization='edm', schedule='linear',
+                     sigma_min=None, sigma_max=None, rho=RHO, solver=SOLVER, discretization='edm', schedule='linear',
                      scaling='none', epsilon_s=1e-3, C_1=IDDPM_C_1, C_2=IDDPM_C_2, M=IDDPM_M, alpha=1, S_churn=0,
                      S_min=0, S_max=float('inf'), S_noise=1):
     """The general sampler (algorithm 1 with the steps of algorithm 3), churn included.

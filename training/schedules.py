@@ -12,6 +12,7 @@ import torch
 from dnnlib import UserError
 
 NUM_STEPS, SIGMA_MIN, SIGMA_MAX, RHO = 18, 0.002, 80, 7  # EDM's time grid (Karras et al. 2022, Table 1)
+SOLVER = 'heun'  # EDM's, and the paper's
 VP_BETA_D, VP_BETA_MIN, VP_EPSILON_T = 19.9, 0.1, 1e-5
 VE_SIGMA_MIN, VE_SIGMA_MAX = 0.02, 100
 IDDPM_C_1, IDDPM_C_2, IDDPM_M = 0.001, 0.008, 1000

@@ -44,7 +44,8 @@ SAMPLER_FLAGS = (
     click.option('--S_noise', 'S_noise', metavar='FLOAT', type=Number(), default=None,
                   help=f"Inflation of the noise  [default: {SAMPLER_DEFAULTS['S_noise']:g}]"),
     click.option('--solver', type=click.Choice(list(SOLVERS)), default=None,
-                  help='ODE solver; on EDM networks euler and heun select the ablation sampler  [default: heun]'),
+                  help='ODE solver; on EDM networks euler and heun select the ablation sampler  '
+                       f"[default: {SAMPLER_DEFAULTS['solver']}]"),
     click.option('--disc', 'discretization', type=click.Choice(list(DISCRETIZATIONS)), default=None,
                   help='Ablation: time steps'),
     click.option('--schedule', type=click.Choice(list(SCHEDULES)), default=None, help='Ablation: noise schedule'),

@@ -8,7 +8,7 @@ from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
 from warm.path import parse_family
-from warm.targets import TARGETS, Hot, Point
+from warm.targets import PAPER_TARGETS, TARGETS, Hot, Point
 
 
 class WarmPrecond(Precond):
@@ -40,7 +40,7 @@ class WarmPrecond(Precond):
     """
 
     def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None,
-                 targets='residual', rest_weight=DEFAULTS['rest_weight'], rest_scale=DEFAULTS['rest_scale'],
+                 targets=PAPER_TARGETS, rest_weight=DEFAULTS['rest_weight'], rest_scale=DEFAULTS['rest_scale'],
                  blur_embedding=DEFAULTS['blur_embedding'], **network):
         parametrisation = chosen('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)

@@ -27,7 +27,7 @@ import torch
 
 from dnnlib import UserError, chosen
 from training.samplers import check_churn, churned, edm_sigma_steps, evaluate, rounded
-from training.schedules import NUM_STEPS, RHO, SIGMA_MAX, SIGMA_MIN
+from training.schedules import NUM_STEPS, RHO, SIGMA_MAX, SIGMA_MIN, SOLVER
 from training.system import GRID_OPTIONS, Option, flag_of
 from warm.blur import blur_mask, dct2, filter_bands, idct2, log_mask_ratio, mask_difference, rest_mask
 from warm.path import ConstantBNR
@@ -214,7 +214,7 @@ def make_denoiser(net, class_labels=None):
 
 def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
                  sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1,
-                 solver='heun', path=None, **solver_options):
+                 solver=SOLVER, path=None, **solver_options):
     """Draw images by running a network from noise to data along a path.
 
     Args:

@@ -16,7 +16,7 @@ from warm.loss import WarmLoss
 from warm.path import PAPER_BNR, parse_path, schedule_texts
 from warm.precond import WarmPrecond
 from warm.samplers import SOLVERS, grid_options, options_of, warm_sampler, with_defaults
-from warm.targets import TARGETS
+from warm.targets import PAPER_TARGETS, TARGETS
 from warm.trajectory import save_trajectory, watch
 
 DRAWN_SEEDS = (0, 1)  # whose reverse process is drawn beside the image grids
@@ -79,7 +79,7 @@ WARM = System(
                             'such as 0.1-2, drawn per image; auto measures the data (warm.spectrum)',
                shown=str(PAPER_BNR), from_data=measured_bnr),
         Option('bnr_schedule', None, SCHEDULES, shown='constant'),
-        Option('targets', 'residual', 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
+        Option('targets', PAPER_TARGETS, 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
         Option('rest_weight', DEFAULTS['rest_weight'], "Factor of R's term in the loss", type=float),
         Option('rest_scale', DEFAULTS['rest_scale'], "Scale of R's output", type=click.Choice(list(REST_SCALES))),
         Option('blur_embedding', DEFAULTS['blur_embedding'], 'How the network is told the blur',

@@ -9,6 +9,7 @@ from dnnlib import UserError
 from training.metrics import METRICS, STD, kind_of
 from training.provenance import LOG_NAME, read_facts
 from training.samplers import ablation_sampler
+from training.schedules import SOLVER
 from training.system import flag_of
 from warm.cold import ColdProcess
 from warm.samplers import SAMPLER_DEFAULTS
@@ -201,7 +202,7 @@ def differences(m, nfe=None, dataset=None, images=PAPER_IMAGES):
     label = (m.value('FID') or ('FID',))[0]
     if label != 'FID':
         words.append(f'{label} instead of FID')
-    if f['solver'] not in (None, 'heun'):
+    if f['solver'] not in (None, SOLVER):
         words.append(f'solver {f["solver"]}')
     words += [f'`{flag}`' for flag in flags_beyond_defaults(f)]
     if not in_float32(f):

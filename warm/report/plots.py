@@ -5,9 +5,11 @@ import re
 from matplotlib.ticker import LogLocator
 
 from training.metrics import kind_of
+from training.schedules import SOLVER
 from warm.figures import draw
-from warm.report.data import DISTANCES, best_match, is_plain, flags_beyond_defaults
+from warm.report.data import DISTANCES, best_match, flags_beyond_defaults, is_plain
 from warm.report.tables import BNR_SCORES, CIFAR10, TABLE_4, is_dataset, of_bnr, title_of
+from warm.targets import PAPER_TARGETS
 
 PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='paper')
 
@@ -48,7 +50,7 @@ def methods_alone(measurements):
     A curve through the best of other targets, epsilons or churns would be that of no method, and a curve for each of
     them would hide the rest. They are in the tables.
     """
-    return [m for m in measurements if is_plain(m.facts) and m.facts['targets'] in (None, 'residual')]
+    return [m for m in measurements if is_plain(m.facts) and m.facts['targets'] in (None, PAPER_TARGETS)]
 
 
 def comparable(measurements):
@@ -75,7 +77,7 @@ def fid_against_bnr(measurements):
     for nfe in sorted({m.facts['nfe'] for m in measurements if m.facts['nfe']}):
         for bnr in sorted({m.facts['bnr'] for m in measurements if m.facts['bnr'] is not None}):
             best = best_match([m for m in measurements if of_bnr(bnr)(m.facts) and m.facts['nfe'] == nfe],
-                              solver='heun')
+                              solver=SOLVER)
             if best:
                 points.setdefault(nfe, {})[bnr] = best.value('FID')[1]
     paper = {bnr: fid for bnr, (fid, _) in BNR_SCORES.items()} if is_paper_data(label, measurements) else {}

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+from training.schedules import SOLVER
 from warm.cold import DEFAULT_START, STARTS
 from warm.path import PAPER_BNR
 from warm.report.data import PAPER_IMAGES, best_match, differences, flags_beyond_defaults
+from warm.targets import PAPER_TARGETS
 
 NONE = '–'
 
@@ -75,12 +77,12 @@ def of_denoising_diffusion(f):
 
 def of_bnr(bnr):
     """Facts of Warm with the paper's targets along a constant BNR; at BNR 0 also EDM."""
-    return lambda f: (of_targets('residual')(f) and f['bnr'] == bnr) or (bnr == 0 and of_system('edm')(f))
+    return lambda f: (of_targets(PAPER_TARGETS)(f) and f['bnr'] == bnr) or (bnr == 0 and of_system('edm')(f))
 
 
 def of_blurring_schedule(nfe):
     """Facts of Warm with the paper's targets along Blurring Diffusion's schedule."""
-    return lambda f: of_targets('residual')(f) and str(f['path']).startswith('blurring') and f['nfe'] == nfe
+    return lambda f: of_targets(PAPER_TARGETS)(f) and str(f['path']).startswith('blurring') and f['nfe'] == nfe
 
 
 def of_targets(name):
@@ -134,7 +136,7 @@ TABLE_5 = [
     Row('(a) R: x₀', 35, 13.19, None, at_paper_bnr(of_targets('clean'))),
     Row('(b) D: V M Vᵀx₀', 35, 9.09, None, at_paper_bnr(of_targets('blurred'))),
     Row('(c) R: x₀, D: V M Vᵀx₀', 35, 1.98, None, at_paper_bnr(of_targets('clean-blurred'))),
-    Row('(d) R: x_rest, D: V M Vᵀx₀', 35, 1.85, None, at_paper_bnr(of_targets('residual')))]
+    Row('(d) R: x_rest, D: V M Vᵀx₀', 35, 1.85, None, at_paper_bnr(of_targets(PAPER_TARGETS)))]
 # What is looked for in any data, whether or not the paper has numbers for it.
 METHODS = [*TABLE_1['Unconditional CIFAR-10'][1],
            *(Row(f'Cold Diffusion (Blur), from {start}', None, None, None, of_cold(start))
@@ -185,7 +187,7 @@ def tables(measurements):
 
 def answer(row, measurements):
     """The measurement that answers a row, or None."""
-    return best_match([m for m in measurements if row.matches(m.facts)], row.images, nfe=row.nfe, solver='heun')
+    return best_match([m for m in measurements if row.matches(m.facts)], row.images, nfe=row.nfe, solver=SOLVER)
 
 
 def extended(head, rows, measurements):
@@ -204,7 +206,7 @@ def extended(head, rows, measurements):
 
 
 def _facts():
-    return dict(system='warm', targets='residual', sampler={})
+    return dict(system='warm', targets=PAPER_TARGETS, sampler={})
 
 
 def sections(table, measurements):

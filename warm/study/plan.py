@@ -7,12 +7,13 @@ says how large all of that is. To ask something else: a function that returns `R
 import dataclasses
 import math
 
+from training.schedules import SOLVER
 from training.system import flag_of
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES
 from warm.path import PAPER_BNR
 from warm.report.tables import BNR_SCORES
 from warm.samplers import SAMPLER_DEFAULTS
-from warm.targets import TARGETS
+from warm.targets import PAPER_TARGETS, TARGETS
 
 PAPER_BNRS = tuple(BNR_SCORES)  # Table 3
 STEPS = (5, 10, 18, 40)  # Heun's steps n for NFE 2n − 1 = 9, 19, 35, 79 (Fig. 5)
@@ -141,8 +142,8 @@ def over_evaluations(kimg, solvers=SOLVERS, **fixed):
 
 def drawn(solver, steps, **fixed):
     """Options of a solver; the defaults are left out, so that a score has one name."""
-    return {**fixed, **({'solver': solver} if solver != 'heun' else {}),
-            **({'num_steps': steps} if (solver, steps) != ('heun', SAMPLER_DEFAULTS['num_steps']) else {})}
+    return {**fixed, **({'solver': solver} if solver != SOLVER else {}),
+            **({'num_steps': steps} if (solver, steps) != (SOLVER, SAMPLER_DEFAULTS['num_steps']) else {})}
 
 
 def question_1(scale):
@@ -177,7 +178,7 @@ def side(scale, what, seed, *flags):
     return Run(run_name(what, seed=seed), seed, flags, (Score(scale.side),))
 
 
-OTHER_TARGETS = tuple(name for name in TARGETS if name != 'residual')  # Table 5's (a), (b), (c); (d) is question 1's
+OTHER_TARGETS = tuple(name for name in TARGETS if name != PAPER_TARGETS)  # Table 5's (a), (b), (c); (d) is question 1's
 
 
 def question_4(scale):
