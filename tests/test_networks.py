@@ -22,8 +22,7 @@ from training.layers import (INIT_MODES, Conv2d, FourierEmbedding, GroupNorm, In
                              split_heads)
 from training.precond import Precond, edm_scalings
 from training.schedules import vp_sigma, vp_sigma_inv
-from training.unet import DECODERS, EMBEDDINGS, ENCODERS, MODELS, UNet
-from warm.config import ARCHITECTURES
+from training.unet import ARCHITECTURES, DECODERS, EMBEDDINGS, ENCODERS, MODELS, UNet
 
 RECORDS = ['net-edm-adm', 'net-edm-ddpmpp', 'net-edm-ncsnpp', 'net-edm-skip', 'net-iddpm-ddpmpp', 'net-ve-ncsnpp',
            'net-vp-ddpmpp']

@@ -10,7 +10,7 @@ from training.layers import Conv2d
 class Network(torch.nn.Module):
     """An architecture: F in training.precond.Precond. A new one is a subclass and two lines of registry.
 
-    The lines are its class in training.unet.MODELS, and what --arch stands for in warm.config.ARCHITECTURES.
+    The lines are in training.unet: its class in MODELS, and what --arch stands for in ARCHITECTURES.
 
     A subclass takes, by keyword, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0 (widths of the
     labels, 0 for none), dropout (a probability, active in training only), and arguments of its own, all of them

@@ -15,6 +15,7 @@ from torch_utils import training_stats
 from training.compact import MOMENTS, expand, is_compact
 from training.state import load_state
 from training.system import flag_of
+from training.unet import ARCHITECTURES
 
 # What Python and PyTorch say to values of another kind, or of another shape, than expected.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -23,9 +24,8 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeErr
 ARGUMENT_NAMES = {
     'img_resolution': "the resolution of the data's images", 'img_channels': "the number of the images' channels",
     'label_dim': 'the number of classes (--cond)', 'augment_dim': 'the number of augmentation labels (--augment-with)',
-    'use_fp16': '--fp16', 'model_channels': '--cbase', 'channel_mult': '--cres', 'dropout': '--dropout',
-    **{name: f'--arch ({name})' for name in ('model_type', 'embedding_type', 'encoder_type', 'decoder_type',
-                                             'channel_mult_noise', 'resample_filter')},
+    'use_fp16': '--fp16', 'dropout': '--dropout',
+    **{name: f'--arch ({name})' for arguments in ARCHITECTURES.values() for name in arguments},
 }
 
 # What a state's settings say of the run besides its network, as the user calls it; and what all older runs had.
@@ -173,7 +173,8 @@ def check_network(state, path, net, options=()):
     Raises:
         UserError: they differ in what they mean.
     """
-    names = {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}}
+    sizes = {argument: flag_of(flag) for flag, argument in net.model.size_arguments.items()}
+    names = {**ARGUMENT_NAMES, **sizes, **{name: flag_of(name) for name in options}}
     with _refusing(path):
         before, now = net.meaning(state['network_kwargs']), net.meaning(net.init_kwargs)
         changed = [f'{names.get(name) or excerpt(name)} was {_shown(before.get(name))} there and is '

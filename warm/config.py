@@ -18,20 +18,10 @@ from training.metrics import METRICS, check_images, load_reference, parse_metric
 from training.progress import check_network, check_origin
 from training.status import check_tensorboard
 from training.training_loop import interface_kwargs, split_batch, transfer_weights
-from training.unet import MODELS
+from training.unet import ARCHITECTURES, MODELS
 from warm.presets import PRESETS
 from warm.systems import SYSTEMS
 
-# What --arch stands for: arguments of the network, EDM's. --cbase and --cres replace two of them, if it has such.
-ARCHITECTURES = {
-    'ddpmpp': dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard',
-                   decoder_type='standard', channel_mult_noise=1, resample_filter=[1, 1], model_channels=128,
-                   channel_mult=[2, 2, 2]),
-    'ncsnpp': dict(model_type='SongUNet', embedding_type='fourier', encoder_type='residual',
-                   decoder_type='standard', channel_mult_noise=2, resample_filter=[1, 3, 3, 1], model_channels=128,
-                   channel_mult=[2, 2, 2]),
-    'adm': dict(model_type='DhariwalUNet', model_channels=192, channel_mult=[1, 2, 3, 4]),
-}
 SIZE_FLAGS = ('cbase', 'cres')
 NO_DATA = ('No --data given: training on the embedded handwritten digits (8×8). '
            f"For CIFAR-10: {PRESETS['cifar10'].data}")
