@@ -1,6 +1,6 @@
 """All that needs a GPU, in three commands of at most ten minutes each: the CUDA tests and every benchmark.
 
-    python tests/benchmarks/gpu_all.py --call=1 --out=gpu-1.json [--seconds=570] [--only=fid,data] [--tiny]
+    python tests/benchmarks/gpu_all.py --call=1 --out=gpu-1.json [--commit=REV] [--seconds=570] [--only=fid] [--tiny]
 
 What no longer fits into the time is left out and named in the file; another call with --only makes up for it. With
 --tiny everything runs at a small size, on the CPU too, to try the script itself.
@@ -18,6 +18,7 @@ import click
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.report import ROOT, environment  # noqa: E402
+from training.provenance import COMMIT_VARIABLE  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
 CUDA_TESTS = ['tests/test_precision.py', 'tests/test_speed_paths.py', 'tests/test_warm_blur.py']
@@ -59,7 +60,8 @@ def run_one(command, limit):
 @click.option('--tiny', is_flag=True, help='Small sizes, on the CPU too')
 @click.option('--call', type=click.Choice(list(CALLS)), default='1', show_default=True, help='Which of the commands')
 @click.option('--only', metavar='LIST', default=None, help=f'These instead: some of tests, {", ".join(RUNS)}')
-def main(out, seconds, tiny, call, only):
+@click.option('--commit', metavar='REV', default=None, help='What is measured, where this is no git checkout')
+def main(out, seconds, tiny, call, only, commit):
     """Measure everything."""
     import torch
     names = only.split(',') if only else CALLS[call]
@@ -67,7 +69,12 @@ def main(out, seconds, tiny, call, only):
     if unknown:
         raise click.BadParameter(f"{', '.join(unknown)}: choose from tests, {', '.join(RUNS)}", param_hint='--only')
     end, device = time.monotonic() + seconds, 'cuda' if torch.cuda.is_available() else 'cpu'
+    if commit:
+        os.environ[COMMIT_VARIABLE] = commit  # all that is started has it too
     results = dict(environment=environment(device), tiny=tiny, runs={})
+    if device == 'cuda' and not results['environment']['commit']:
+        raise click.ClickException('nothing tells which commit this is, and numbers without it are of no use; add '
+                                   '--commit=REV, what `git describe --always` says in the checkout')
 
     def record(name, result):
         results['runs'][name] = result
