@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_train import Trainer, step_flops, write_zip  # noqa: E402
-from tests.benchmarks.report import ROOT, alternate, report, select  # noqa: E402
+from tests.benchmarks.report import ROOT, alternate_steps, report, select  # noqa: E402
 from training.augment import AugmentPipe  # noqa: E402
 from warm.presets import PRESETS  # noqa: E402
 from warm.report.data import PAPER_GPUS, PAPER_KIMG  # noqa: E402
@@ -49,14 +49,14 @@ def images_per_second(config, network_kwargs, batch, repeats, device, options):
         data = f'{folder}/data.zip'
         write_zip(data, 4 * batch, network_kwargs['img_resolution'])
         trainer = Trainer(config['system'], options, network_kwargs, data, batch, device)
-        seconds = alternate({'step': trainer.step}, repeats, device)['step']
+        seconds = alternate_steps({'step': trainer.step}, repeats, device)['step']
         trainer.batches.close()
     return batch / seconds
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--only', metavar='LIST', default=None, help='Only presets whose name holds one of these words (a,b)')
-@click.option('--repeats', metavar='INT', type=int, default=10, help='Of each step')
+@click.option('--repeats', metavar='INT', type=int, default=5, help='Of each measurement, on CUDA of five steps')
 @click.option('--tiny', is_flag=True, help='Measure small networks, on the CPU too')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(only, repeats, tiny, out):

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.report import alternate, report, select  # noqa: E402
+from tests.benchmarks.report import alternate, alternate_steps, report, select  # noqa: E402
 from torch_utils.precision import PRECISIONS, float32_products  # noqa: E402
 from training import layers  # noqa: E402
 from training import training_loop as tl  # noqa: E402
@@ -188,7 +188,8 @@ def write_zip(path, count, size):
 @click.option('--size', metavar='INT', type=int, default=32, help='Resolution of the images')
 @click.option('--batch', metavar='INT', type=int, default=None, help='Images a step  [default: CPU 8, CUDA 512]')
 @click.option('--images', metavar='INT', type=int, default=2048, help='Images of the data set that is made up')
-@click.option('--repeats', metavar='INT', type=int, default=None, help='Of each step  [default: CPU 3, CUDA 10]')
+@click.option('--repeats', metavar='INT', type=int, default=None,
+              help='Of each measurement, on CUDA of five steps  [default: CPU 3, CUDA 5]')
 @click.option('--compile', is_flag=True, help='Compiled networks too: minutes of compilation for each')
 @click.option('--only', metavar='LIST', default=None,
               help='Only rows that hold one of these words (a,b), and the reference')
@@ -202,7 +203,7 @@ def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
     if not cuda:
         torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
-    batch, repeats = batch or (512 if cuda else 8), repeats or (10 if cuda else 3)
+    batch, repeats = batch or (512 if cuda else 8), repeats or (5 if cuda else 3)
     cbase = cbase or (None if cuda else 64)
     network_kwargs = dict(ARCHITECTURES[arch], img_resolution=size, dropout=0.13)
     network_kwargs.update({'model_channels': cbase} if cbase else {}, **({'channel_mult': cres} if cres else {}))
@@ -216,7 +217,7 @@ def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
             for name, (system, options) in chosen.items():
                 trainer = Trainer(system, options, network_kwargs, data, batch, device)
                 slow = (options or {}).get('precision', 'fp32') == 'fp32'  # over a second a step
-                seconds[name] = alternate({name: trainer.step}, min(repeats, 3) if slow else repeats, device)[name]
+                seconds.update(alternate_steps({name: trainer.step}, min(repeats, 2) if slow else repeats, device))
                 rows.append(row(name, trainer, options, seconds, flops, peaks))
                 print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next one does not suffice
                 trainer.batches.close()
@@ -225,7 +226,7 @@ def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
         else:
             trainers = {name: Trainer(system, options, network_kwargs, data, batch, device)
                         for name, (system, options) in chosen.items()}
-            seconds = alternate({name: trainer.step for name, trainer in trainers.items()}, repeats, device)
+            seconds = alternate_steps({name: trainer.step for name, trainer in trainers.items()}, repeats, device)
             rows = [row(name, trainer, chosen[name][1], seconds, flops, peaks) for name, trainer in trainers.items()]
             for trainer in trainers.values():
                 trainer.batches.close()
