@@ -47,6 +47,14 @@ def accelerate(net, precision=None, channels_last=None, recompute=False, compile
     return net
 
 
+def is_compiled(net):
+    """Whether `accelerate` has compiled a network, for which every new shape of its input takes minutes at first.
+
+    A copy of it is not compiled, nor is what stands in for its U-Net.
+    """
+    return getattr(net.model, '_compiled_call_impl', None) is not None
+
+
 def wants_channels_last(device, precision, compile):
     """Whether features are laid out by pixels where nobody says so: on a GPU, compiled, in 16 bits.
 
