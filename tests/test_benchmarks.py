@@ -10,8 +10,11 @@ import torch
 from click.testing import CliRunner
 
 from tests.benchmarks import gpu_all
+from tests.benchmarks.bench_train import Trainer, forward_flops, reference_layers, step_flops, ways, write_zip
 from tests.commands import ROOT
+from training import layers
 from training.provenance import COMMIT_VARIABLE, code_version
+from warm.config import ARCHITECTURES
 
 CLI = CliRunner()
 
@@ -50,3 +53,50 @@ def test_nothing_is_measured_on_a_gpu_without_a_commit(tmp_path, monkeypatch):
     content = json.loads(out.read_text())
     assert content['environment'] == dict(commit='abc')
     assert {run['output'] for run in content['runs'].values()} == {'abc'}
+
+
+# -- what is counted and compared
+
+def test_arithmetic_of_edms_network():
+    """The numbers that all targets are stated in: GFLOP an image of CIFAR-10, a training step and an evaluation."""
+    network_kwargs = dict(ARCHITECTURES['ddpmpp'], img_resolution=32)
+    assert step_flops(network_kwargs) == pytest.approx(127e9, rel=0.01)
+    assert forward_flops(network_kwargs) == pytest.approx(42.4e9, rel=0.01)
+
+
+def test_the_reference_way_is_the_same_training(tmp_path):
+    """Loss and gradients of a step of both in float32, from one seed, every weight of account."""
+    data, results = f'{tmp_path}/data.zip', []
+    write_zip(data, 16, 8)
+    network_kwargs = dict(img_resolution=8, model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1,
+                          attn_resolutions=[8], dropout=0.1)
+    for name in ('reference', 'fp32'):
+        way = ways('cpu', compile=False)[name]
+        trainer = Trainer(way.system, way.options, network_kwargs, data, 4, 'cpu')
+        for parameter in trainer.net.parameters():  # the last layers begin near zero
+            torch.nn.init.normal_(parameter, std=0.1)
+        loss = trainer.step()
+        trainer.batches.close()
+        results.append([loss, *(p.grad for p in trainer.net.parameters())])
+    for reference, other in zip(*results):
+        assert reference.abs().max() > 0
+        assert (reference - other).norm() <= 1e-5 * reference.norm()
+
+
+def test_the_reference_way_computes_as_edm_does(monkeypatch):
+    """Neither the fused attention nor pixels copied and averaged, in whatever type; afterwards they are back."""
+    called = []
+    for name in ('pool', 'double'):
+        monkeypatch.setattr(layers, name, lambda x, f=getattr(layers, name), name=name: called.append(name) or f(x))
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
+                        lambda *args: called.append('fused') or fused(*args))
+    x, qkv = torch.randn([2, 4, 8, 8], dtype=torch.bfloat16), torch.randn([2, 12, 4, 4])
+    up, down = (layers.Conv2d(4, 4, 0, **{way: True}) for way in ('up', 'down'))
+    with reference_layers():
+        reference = up(x), down(x), layers.attend(qkv, 1)
+    assert called == []
+    quick = up(x), down(x), layers.attend(qkv, 1)
+    assert called == ['double', 'pool', 'fused']
+    for a, b in zip(reference, quick):
+        torch.testing.assert_close(a, b)
