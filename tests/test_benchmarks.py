@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.benchmarks import gpu_all
+from tests.benchmarks import bench_sample, gpu_all
 from tests.benchmarks.bench_train import Trainer, forward_flops, reference_layers, step_flops, ways, write_zip
 from tests.commands import ROOT
 from training import layers
@@ -100,3 +100,33 @@ def test_the_reference_way_computes_as_edm_does(monkeypatch):
     assert called == ['double', 'pool', 'fused']
     for a, b in zip(reference, quick):
         torch.testing.assert_close(a, b)
+
+
+# -- sampling
+
+def test_a_whole_set_of_images_has_a_row(tmp_path):
+    """Drawn in the fastest of EDM's ways and written; the floor is the arithmetic of all of them."""
+    out = tmp_path / 'report.json'
+    sizes = ['--cbase=8', '--cres=1', '--blocks=1', '--size=8', '--batch=4', '--repeats=1', '--steps=2']
+    assert CLI.invoke(bench_sample.main, [*sizes, '--total=10', f'--out={out}']).exit_code == 0
+    content = json.loads(out.read_text())
+    rows, settings = {row['way']: row for row in content['rows']}, content['settings']
+    whole, = (row for name, row in rows.items() if name.startswith('10 images: '))
+    named = whole['way'].removeprefix('10 images: ').removesuffix(', written behind it')
+    assert rows[named]['images_per_second'] == max(rows[name]['images_per_second'] for name in ('fp32', 'bf16'))
+    assert whole['images'] == 10 and whole['unit'] == 'elapsed' and rows['reference']['ratio'] == 1
+    for row in rows.values():
+        floor = row['images'] * settings['flops'] / (1e12 * settings['matrix_tflops'])
+        assert row['times_floor'] == pytest.approx(row['seconds'] / floor)
+
+
+def test_what_the_writers_are_given(tmp_path):
+    """Every seed's file, by the sampler that waits and behind it."""
+    kwargs = dict(ARCHITECTURES['ddpmpp'], img_resolution=8, model_channels=8, channel_mult=[1], num_blocks=1)
+    drawer = bench_sample.Drawer(kwargs, steps=1, batch=4, device='cpu')
+    choices = bench_sample.ways('cpu', compile=False)
+    for name, stem in (('reference', '{}'), ('bf16, written behind it', '{:06d}')):
+        (tmp_path / name).mkdir()
+        drawer.draw(choices[name], 6, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {f'{stem.format(i)}.png' for i in range(6)}
+    assert len(drawer.made) == 2 and drawer.network(choices['bf16']) is drawer.network(choices[name])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.benchmarks import bench_data, bench_presets, bench_train
+from tests.benchmarks import bench_data, bench_presets, bench_sample, bench_train
 from tests.benchmarks.report import GPU_IN_A_ROW, GPU_WARM_UP, alternate, alternate_steps, report, select
 
 NAMES = ['fp32', 'bf16', 'bf16, compiled', 'bf16, Warm']
@@ -21,7 +21,8 @@ def test_select():
         select(NAMES, 'bf16,typo')
 
 
-@pytest.mark.parametrize('benchmark, choice', [(bench_presets, 'lsun-church'), (bench_train, 'bf16, channels-last')])
+@pytest.mark.parametrize('benchmark, choice', [
+    (bench_presets, 'lsun-church'), (bench_train, 'bf16, channels-last'), (bench_sample, 'bf16, written behind it')])
 def test_an_empty_selection_is_refused_before_anything_is_measured(benchmark, choice):
     result = CliRunner().invoke(benchmark.main, ['--only=typo'])
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit)

@@ -78,15 +78,15 @@ class Way(typing.NamedTuple):
     data_device: str = 'cpu'
 
 
-def ways(device, compile):
-    """{name: Way}, with `compile` also those that are compiled."""
+def ways(device, compile, backend='inductor'):
+    """{name: Way}, with `compile` also those that are compiled, by that backend of torch.compile."""
     cuda = device == 'cuda'
     found = {'reference': Way()}
     found.update({name: Way('edm', dict(precision=name)) for name, p in PRECISIONS.items()
                   if cuda or not (p.cuda_only or p.tf32)})
     found['bf16, channels-last'] = Way('edm', dict(precision='bf16', channels_last=True))
     if compile:
-        fast = dict(precision='bf16', compile=True)
+        fast = dict(precision='bf16', compile=True, backend=backend)
         found['bf16, compiled, channels-last'] = Way('edm', dict(fast, channels_last=True))
         found['bf16, compiled'] = Way('edm', dict(fast, channels_last=False))
         found['bf16, compiled, channels-last, Warm'] = Way('warm', dict(fast, channels_last=True))
@@ -207,6 +207,10 @@ def write_zip(path, count, size):
             z.writestr(f'{i:08d}.png', encode_png(small.resize([size, size], PIL.Image.Resampling.BICUBIC)))
 
 
+backend_option = click.option(
+    '--backend', default='inductor', help='Of torch.compile; aot_eager takes seconds, to try the script itself')
+
+
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
 @click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: CPU 64, CUDA of the network]')
@@ -219,14 +223,15 @@ def write_zip(path, count, size):
 @click.option('--repeats', metavar='INT', type=int, default=None,
               help='Of each measurement, on CUDA of five steps  [default: CPU 3, CUDA 5]')
 @click.option('--compile', is_flag=True, help='Compiled networks too: minutes of compilation for each')
+@backend_option
 @click.option('--only', metavar='LIST', default=None,
               help='Only rows that hold one of these words (a,b), and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
-def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, only, out):
+def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backend, only, out):
     """Measure training."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cuda = device == 'cuda'
-    choices = ways(device, compile)
+    choices = ways(device, compile, backend)
     chosen = {name: choices[name] for name in dict.fromkeys(['reference', *select(choices, only)])}
     if not cuda:
         torch.set_num_threads(1)
@@ -262,7 +267,7 @@ def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, only,
     parameters = sum(p.numel() for p in SYSTEMS['edm'].network_class(img_channels=3, **network_kwargs).parameters())
     report(f'Training, {arch}, {parameters / 1e6:.1f} M parameters, batch {batch}, {flops / 1e9:.1f} GFLOP an image',
            rows, dict(network=network_kwargs, parameters=parameters, batch=batch, repeats=repeats, flops=flops,
-                      matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
+                      backend=backend, matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
 
 
 def row(name, trainer, options, seconds, flops, peaks):
