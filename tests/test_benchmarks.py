@@ -9,10 +9,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.benchmarks import bench_sample, gpu_all
+from tests.benchmarks import bench_fid, bench_sample, gpu_all
 from tests.benchmarks.bench_train import Trainer, forward_flops, reference_layers, step_flops, ways, write_zip
 from tests.commands import ROOT
 from training import layers
+from training.detectors import PixelDetector
 from training.provenance import COMMIT_VARIABLE, code_version
 from warm.config import ARCHITECTURES
 
@@ -130,3 +131,14 @@ def test_what_the_writers_are_given(tmp_path):
         drawer.draw(choices[name], 6, tmp_path / name)
         assert {path.name for path in (tmp_path / name).iterdir()} == {f'{stem.format(i)}.png' for i in range(6)}
     assert len(drawer.made) == 2 and drawer.network(choices['bf16']) is drawer.network(choices[name])
+
+
+# -- scoring
+
+def test_a_whole_scoring_has_rows(monkeypatch):
+    """All images of the zip, at fid.py's batch; the parts make up the whole."""
+    monkeypatch.setattr(bench_fid, 'random_inception', PixelDetector)
+    statistics, distance, whole = bench_fid.measure_scoring(10, 8, 'cpu')
+    assert whole['images'] == 10 and whole['batch'] == 64
+    assert whole['seconds'] == pytest.approx(statistics['seconds'] + distance['seconds'])
+    assert whole['target'] == pytest.approx(20 * 10 / 50_000)
