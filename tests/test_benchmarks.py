@@ -1,15 +1,18 @@
 """The benchmarks' own numbers and rules (tests/benchmarks): what they count, what they compare, when they refuse."""
 
 import json
+import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.benchmarks import bench_fid, bench_sample, gpu_all
+from tests.benchmarks import bench_curves, bench_fid, bench_sample, gpu_all
 from tests.benchmarks.bench_train import Trainer, forward_flops, reference_layers, step_flops, ways, write_zip
 from tests.commands import ROOT
 from training import layers
@@ -142,3 +145,67 @@ def test_a_whole_scoring_has_rows(monkeypatch):
     assert whole['images'] == 10 and whole['batch'] == 64
     assert whole['seconds'] == pytest.approx(statistics['seconds'] + distance['seconds'])
     assert whole['target'] == pytest.approx(20 * 10 / 50_000)
+
+
+# -- loss curves
+
+class Training:
+    """Stands in for a process of train.py: eight ticks of a kimg each, a minute each; a signal stops it, saved."""
+
+    clock, started = [0.0], []
+
+    def __init__(self, command, **kwargs):
+        options = dict(flag.lstrip('-').split('=') for flag in command[2:] if '=' in flag)
+        self.folder, self.returncode = pathlib.Path(options['outdir']), None
+        self.kimg, self.loss = 1000 * float(options['duration']), 1.0 + float(options['precision'] == 'bf16') / 100
+        assert {'--auto-resume', '--keep=1', '--compact-state'} <= set(command)
+        Training.started.append(self.folder.name)
+
+    def wait(self, timeout=None):
+        if self.returncode is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stats, until = self.folder / 'stats.jsonl', self.clock[0] + (timeout or float('inf'))
+        while len(bench_curves.curve_of(self.folder)) < self.kimg:
+            if self.clock[0] + 60 > until:
+                self.clock[0] = until
+                raise subprocess.TimeoutExpired('train.py', timeout)
+            self.clock[0] += 60
+            tick = {'Progress/kimg': {'mean': len(bench_curves.curve_of(self.folder)) + 1.0},
+                    'Loss/loss': {'mean': self.loss}}
+            with open(stats, 'a') as f:
+                f.write(json.dumps(tick) + '\n')
+        self.returncode = 0
+
+    def send_signal(self, number):
+        assert number == signal.SIGTERM
+        self.returncode = 75
+
+
+def test_curves_over_several_calls(tmp_path, monkeypatch):
+    """Each ends in time with code 75 and compares what there is; the last finds all finished and starts nothing."""
+    monkeypatch.setattr(bench_curves, 'subprocess', types.SimpleNamespace(**{**vars(subprocess), 'Popen': Training}))
+    monkeypatch.setattr(bench_curves, 'time', types.SimpleNamespace(monotonic=lambda: Training.clock[0]))
+    out = tmp_path / 'report.json'
+    line = ['--kimg=8', '--precisions=bf16', f'--outdir={tmp_path}', f'--out={out}', '--minutes=12.5']
+
+    def call():
+        Training.started.clear()
+        result = CLI.invoke(bench_curves.main, line)
+        rows = {row['precision']: row for row in json.loads(out.read_text())['rows']}
+        return result, {name: row['run'] for name, row in rows.items()}, rows
+    result, runs, rows = call()
+    assert result.exit_code == 75 and 'before the end of: bf16, fp32, another seed.' in result.output
+    assert runs == {'fp32': 'complete', 'bf16': 'partial: 4 kimg'} and rows['bf16']['ticks'] == 4
+    assert rows['bf16']['mean_difference'] == '1.00%' and Training.started == ['fp32-s0', 'bf16-s0']
+    result, runs, rows = call()
+    assert result.exit_code == 0 and set(runs.values()) == {'complete'} and rows['bf16']['ticks'] == 8
+    assert Training.started == ['bf16-s0', 'fp32-s1']
+    assert call()[0].exit_code == 0 and Training.started == []
+
+
+@pytest.mark.parametrize('line, words', [
+    (['--minutes=9'], '--minutes needs --outdir'), (['--precisions=bf16,typo'], 'typo: choose from fp32')])
+def test_curves_that_cannot_be_compared(line, words):
+    result = CLI.invoke(bench_curves.main, line)
+    assert result.exit_code == 2 and words in result.output
