@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.benchmarks import bench_curves, bench_fid, bench_sample, gpu_all
+from tests.benchmarks import bench_curves, bench_fid, bench_presets, bench_sample, gpu_all
 from tests.benchmarks.bench_train import Trainer, forward_flops, reference_layers, step_flops, ways, write_zip
 from tests.commands import ROOT
 from training import layers
@@ -57,6 +57,48 @@ def test_nothing_is_measured_on_a_gpu_without_a_commit(tmp_path, monkeypatch):
     content = json.loads(out.read_text())
     assert content['environment'] == dict(commit='abc')
     assert {run['output'] for run in content['runs'].values()} == {'abc'}
+
+
+# -- what is started
+
+@pytest.mark.parametrize('call', gpu_all.CALLS)
+def test_calls_fit_into_ten_minutes(call):
+    """With all that each of their runs may take."""
+    limits = {gpu_all.TESTS[0]: gpu_all.TESTS[1], **{name: run[-1] for name, run in gpu_all.RUNS.items()}}
+    assert sum(limits[name] for name in gpu_all.CALLS[call]) <= gpu_all.SECONDS <= 570
+
+
+def test_what_takes_too_long_is_ended_with_what_it_started():
+    """What it has said until then is kept. The process it started holds the same pipe, whose end is waited for."""
+    code = ('import subprocess, sys; p = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE); '
+            'print("a row", flush=True); p.wait()')
+    result = gpu_all.run_one(['-c', code], 6)
+    assert result['rc'] is None and result['output'] == 'a row\n'
+    assert gpu_all.run_one(['-c', 'raise SystemExit("a reason")'], 60)['output'] == 'a reason\n'
+
+
+@pytest.mark.parametrize('only, presets', [
+    (None, ['cifar10', 'cifar10-cond', 'ffhq', 'lsun-church']), ('cifar10', ['cifar10']),
+    ('cifar', ['cifar10', 'cifar10-cond']), ('ffhq, church', ['ffhq', 'lsun-church'])])
+def test_which_presets(only, presets):
+    """A name is that preset, though others hold it too."""
+    assert bench_presets.chosen_presets(only) == presets
+
+
+def test_cost_of_other_presets_stays(tmp_path, monkeypatch):
+    """One preset measured anew, on the same GPU; nothing measured is replaced by less."""
+    here, out = dict(gpu='H200', commit='new'), tmp_path / 'cost.json'
+    former = [dict(preset=preset, system=system, images_per_second=9.0, hours=1.0)
+              for preset in ('cifar10', 'ffhq') for system in ('warm', 'edm')]
+    out.write_text(json.dumps(dict(rows=former, environment=dict(gpu='H200', commit='old'))))
+    rows = bench_presets.merged([dict(preset='ffhq', system='edm', hours=2.0, commit='new')],
+                                bench_presets.former_rows(out, here, tiny=False))
+    assert [(row['preset'], row['system'], row['hours'], row['commit']) for row in rows] == [
+        ('cifar10', 'warm', 1.0, 'old'), ('cifar10', 'edm', 1.0, 'old'), ('ffhq', 'warm', 1.0, 'old'),
+        ('ffhq', 'edm', 2.0, 'new')]
+    assert bench_presets.former_rows(tmp_path / 'none.json', here, tiny=True) == []
+    result = CLI.invoke(bench_presets.main, ['--only=ffhq', '--tiny', f'--out={out}'])
+    assert result.exit_code == 1 and 'what was measured on H200' in result.output
 
 
 # -- what is counted and compared
