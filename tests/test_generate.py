@@ -17,13 +17,14 @@ from tests.commands import ROOT, invoke, refused, run_command, torchrun
 from tests.test_family_systems import TRAINABLE, few_steps, short_network
 from training.dataset import EMBEDDED
 from training.generated import RECORD, write_images
-from training.generation import generate_batch
+from training.generation import generate_batch, generate_images
 from training.networks import EDMPrecond
 from training.pixels import to_uint8
 from training.provenance import trace
 from training.samplers import StackedRandomGenerator
 from training.snapshot import save_snapshot
 from warm.precond import WarmPrecond
+from warm.sources import open_network
 from warm.systems import SYSTEMS
 
 TINY = dict(img_resolution=8, img_channels=3, model_type='SongUNet', model_channels=8, channel_mult=[1, 1],
@@ -90,6 +91,37 @@ def test_noise_is_identical_whatever_the_batch():
         return latents, index, rnd.randn_like(latents.to(torch.float64))
     together, alone = draws([3, 4, 5]), draws([4])
     assert all(torch.equal(a[1:2], b) for a, b in zip(together, alone))
+
+
+@pytest.mark.filterwarnings('ignore')  # torch's own, from inside its compiler
+def test_a_compiled_network_draws_batches_of_one_size(networks):
+    """So one graph is compiled; the images of a smaller last batch are those of their seeds, each once."""
+    source = open_network(networks['cond'], {'num_steps': 2, 'S_churn': 1})
+    net, graphs, sizes = source.net, [], []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def sampler(latents, *args):
+        sizes.append(len(latents))
+        return source.sampler(latents, *args)
+
+    def draw(seeds, **options):
+        sizes.clear()
+        return {seed: image for batch, images in generate_images(net, seeds, sampler, 8, **options)
+                for seed, image in zip(batch, images.numpy())}
+    plain = draw(range(20))
+    assert sizes == [8, 8, 4] and list(plain) == [*range(20)]
+    net.model.compile(backend=count, dynamic=False)
+    compiled = draw(range(20))
+    assert sizes == [8, 8, 8] and len(graphs) == 1 and list(compiled) == [*range(20)]
+    assert list(draw(range(20), wanted={3, 18})) == [3, 18] and sizes == [8, 8] and len(graphs) == 1
+    full = draw(range(24))
+    assert all((full[seed] == compiled[seed]).all() for seed in range(20))
+    assert_same_images(plain, compiled)
+    draw(range(3))
+    assert sizes == [3]  # no other size was compiled for these
 
 
 def test_class_is_drawn_even_if_given(networks):

@@ -1,11 +1,14 @@
 """What the benchmarks share (tests/benchmarks/report.py): selection, and ratios against the right reference."""
 
+import time
+
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
-from tests.benchmarks import bench_data, bench_presets, bench_train
-from tests.benchmarks.report import alternate, report, select
+from tests.benchmarks import bench_data, bench_presets, bench_sample, bench_train
+from tests.benchmarks.report import GPU_IN_A_ROW, GPU_WARM_UP, alternate, alternate_steps, report, select
 
 NAMES = ['fp32', 'bf16', 'bf16, compiled', 'bf16, Warm']
 
@@ -18,7 +21,8 @@ def test_select():
         select(NAMES, 'bf16,typo')
 
 
-@pytest.mark.parametrize('benchmark, choice', [(bench_presets, 'lsun-church'), (bench_train, 'bf16, channels-last')])
+@pytest.mark.parametrize('benchmark, choice', [
+    (bench_presets, 'lsun-church'), (bench_train, 'bf16, channels-last'), (bench_sample, 'bf16, written behind it')])
 def test_an_empty_selection_is_refused_before_anything_is_measured(benchmark, choice):
     result = CliRunner().invoke(benchmark.main, ['--only=typo'])
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
@@ -31,6 +35,22 @@ def test_report(tmp_path, capsys):
     report('Title', [dict(way=name, seconds=s) for name, s in seconds.items()], dict(repeats=1), path)
     title, heads, *_ = capsys.readouterr().out.splitlines()
     assert title == 'Title' and heads.split() == ['way', 'seconds'] and '"commit"' in path.read_text()
+
+
+@pytest.mark.parametrize('device, warm_up, in_a_row', [('cpu', 1, 1), ('cuda', GPU_WARM_UP, GPU_IN_A_ROW)])
+def test_steps_in_a_row(device, warm_up, in_a_row, monkeypatch):
+    """A GPU is waited for after several steps, none of them the first ones; the seconds are those of one step."""
+    events, now = [], [0.0]
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append('wait'))
+    for clock in ('perf_counter', 'process_time'):
+        monkeypatch.setattr(time, clock, lambda: now[0])
+
+    def step():
+        events.append('step')
+        now[0] += 3.0
+    assert alternate_steps({'a': step}, 2, device) == {'a': 3.0}
+    waits = ['wait'] if device == 'cuda' else []
+    assert events == ['step'] * warm_up + waits + 2 * (['step'] * in_a_row + waits)
 
 
 def test_each_way_of_loading_has_its_reference(cache, tmp_path, monkeypatch):

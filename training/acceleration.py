@@ -11,7 +11,8 @@ GPU_OPTIONS = {'realize_reads_threshold': 32, 'realize_opcount_threshold': 300}
 RUN_OPTIONS = ('precision', 'compile')  # what commands that draw images offer of `accelerate`'s arguments
 
 
-def accelerate(net, precision=None, channels_last=None, recompute=False, compile=False, cuda_graphs=False):
+def accelerate(net, precision=None, channels_last=None, recompute=False, compile=False, cuda_graphs=False,
+               backend='inductor'):
     """Set how a preconditioned network runs from now on; its weights stay as they are.
 
     Args:
@@ -22,6 +23,8 @@ def accelerate(net, precision=None, channels_last=None, recompute=False, compile
         recompute: Keep only the inputs of the blocks for the backward pass: less memory, a third more work.
         compile: torch.compile F, once for every shape of its input.
         cuda_graphs: When compiled for CUDA, replay each call as one graph; for drawing, without gradients.
+        backend: Of torch.compile. Others than its own get none of our options; 'aot_eager' takes seconds, to try what
+            surrounds a compiled network, and makes it no faster.
 
     Returns:
         `net`.
@@ -40,11 +43,20 @@ def accelerate(net, precision=None, channels_last=None, recompute=False, compile
         net.model.check_recompute()
     net.model.recompute = recompute
     if compile:
-        check_compiler(device)
+        if backend == 'inductor':
+            check_compiler(device)
         torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 32)
-        options = {**GPU_OPTIONS, 'triton.cudagraphs': cuda_graphs} if device.type == 'cuda' else {}
-        net.model.compile(dynamic=False, options=options)
+        ours = {**GPU_OPTIONS, 'triton.cudagraphs': cuda_graphs} if device.type == 'cuda' else {}
+        net.model.compile(dynamic=False, backend=backend, options=ours if backend == 'inductor' else None)
     return net
+
+
+def is_compiled(net):
+    """Whether `accelerate` has compiled a network, for which every new shape of its input takes minutes at first.
+
+    A copy of it is not compiled, nor is what stands in for its U-Net.
+    """
+    return getattr(net.model, '_compiled_call_impl', None) is not None
 
 
 def wants_channels_last(device, precision, compile):

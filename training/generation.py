@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from training.acceleration import is_compiled
 from training.pixels import to_uint8
 from training.samplers import StackedRandomGenerator
 from torch_utils import distributed as dist
@@ -21,7 +22,7 @@ def check_class(net, class_idx, name='--class'):
 
 
 @torch.no_grad()
-def generate_batch(net, seeds, sampler, class_idx=None, **extra):
+def generate_batch(net, seeds, sampler, class_idx=None, size=None, **extra):
     """Images of `seeds` [B]: latents, class and sampler noise come from each seed's own generator.
 
     Args:
@@ -29,10 +30,16 @@ def generate_batch(net, seeds, sampler, class_idx=None, **extra):
         seeds: B integers.
         sampler: callable(latents, class_labels, randn_like, **extra) (System.make_sampler).
         class_idx: Class of all images, or None for one drawn per seed; drawn in either case.
+        size: How many images a compiled network is to draw at once, B or more: it would compile anew for B of them.
+            Seeds are repeated to fill the batch, and the surplus is dropped. Other networks draw B.
+        extra: Passed on to the sampler.
 
     Returns:
         Floating-point images [B, C, H, W], nominally in [−1, 1].
     """
+    if size is not None and size > len(seeds) and is_compiled(net):
+        filled = [seeds[i % len(seeds)] for i in range(size)]
+        return generate_batch(net, filled, sampler, class_idx, **extra)[:len(seeds)]
     device = next(net.parameters()).device
     rnd = StackedRandomGenerator(device, seeds)
     latents = rnd.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution], device=device)
@@ -72,12 +79,13 @@ def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted
 
     With `wanted` (a set), only those of the seeds. The batches stay those of all seeds, and are drawn whole: the
     rounding of an image depends on the batch it is in, and what is drawn later shall equal an uninterrupted run's.
+    A compiled network draws all batches at the size of the first.
     """
     batches = [seeds[i:i + max_batch] for i in range(0, len(seeds), max_batch)]
     if wanted is not None:
         batches = [batch for batch in batches if not wanted.isdisjoint(batch)]
     for batch in batches[dist.get_rank()::dist.get_world_size()]:
-        images = to_uint8(generate_batch(net, batch, sampler, class_idx))
+        images = to_uint8(generate_batch(net, batch, sampler, class_idx, size=min(max_batch, len(seeds))))
         rows = [i for i, seed in enumerate(batch) if wanted is None or seed in wanted]
         yield [batch[i] for i in rows], images[rows]
 

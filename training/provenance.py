@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import pathlib
 import platform
 import subprocess
@@ -20,6 +21,7 @@ from training.status import append_line
 from training.system import flag_of
 
 LOG_NAME = 'metrics.jsonl'
+COMMIT_VARIABLE = 'WARM_COMMIT'  # names the version in a copy of the program that is no git checkout
 
 
 class CountedModel(torch.nn.Module):
@@ -153,20 +155,21 @@ def _as_typed(options):
 
 
 def code_version():
-    """`git describe` of the program's own repository, None where there is none; '-dirty' after uncommitted changes.
+    """`git describe` of the program's own repository; '-dirty' after uncommitted changes, $WARM_COMMIT without git.
 
-    Those of results/ do not count: a study appends to its files there while it runs.
+    Changes of results/ do not count: a study appends to its files there while it runs. None where nothing tells.
     """
     root = pathlib.Path(__file__).resolve().parents[1]
+    told = os.environ.get(COMMIT_VARIABLE) or None
     if not (root / '.git').exists():
-        return None
+        return told
     try:
         name, changes = (
             subprocess.run(['git', *args], cwd=root, capture_output=True, text=True, timeout=20).stdout.strip()
             for args in (['describe', '--always', '--tags'], ['status', '--porcelain', '-uno', ':!results']))
     except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{name}{'-dirty' if changes else ''}" if name else None
+        return told
+    return f"{name}{'-dirty' if changes else ''}" if name else told
 
 
 def processor():

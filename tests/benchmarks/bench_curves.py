@@ -1,18 +1,24 @@
 """Does a faster precision train as well? Loss curves of the same run in each, against float32.
 
-    python tests/benchmarks/bench_curves.py --data=datasets/cifar10-32x32.zip --kimg=2000 --outdir=curves
+    python tests/benchmarks/bench_curves.py --data=datasets/cifar10-32x32.zip --kimg=2000 --outdir=curves [--minutes=9]
 
 The runs share seed, images, noise levels and augmentation, so that their curves can be compared tick by tick; one more
-in float32 with another seed shows what would be a small difference. Losses are means over a tick. The same command goes
-on with runs in --outdir that were interrupted. Flags after -- go to every train.py, such as `-- --precond=warm`.
+in float32 with another seed shows what would be a small difference. Losses are means over a tick. Flags after -- go to
+every train.py, such as `-- --precond=warm`.
+
+With --minutes the training under way is asked to stop then, saves, and the command ends with code 75; the same command
+goes on with the runs in --outdir, as it does after an interruption. A run that is not finished is compared as far as it
+is. States are compact: a run that was stopped goes on closely, not bit for bit.
 """
 
 import json
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 
 import click
 import torch
@@ -20,22 +26,47 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.report import ROOT, report  # noqa: E402
 from torch_utils.precision import PRECISIONS  # noqa: E402
+from torch_utils.signals import EXIT_STOPPED  # noqa: E402
 from warm.report.data import read_lines  # noqa: E402
 from warm.study.plan import CIFAR10_REF  # noqa: E402
 
 REFERENCE, YARDSTICK = 'fp32', 'fp32, another seed'
 CPU_FLAGS = ('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01', '--dropout=0',
              '--augment=0')
-SHARED_FLAGS = ('--grid=0', '--snap=0', '--dump=5')
+SHARED_FLAGS = ('--grid=0', '--snap=0', '--dump=5', '--keep=1', '--compact-state')
+START_SECONDS = 30  # a training is not started for less
 
 
-def train(folder, data, kimg, tick, seed, precision, flags):
-    """Losses of the run's ticks: [(kimg, mean loss)]."""
+def train(folder, data, kimg, tick, seed, precision, flags, end):
+    """Start a run, or go on with it, until it is finished or time.monotonic() is `end`; whether it is finished."""
+    if finished(folder, kimg):
+        return True
+    if time.monotonic() > end - START_SECONDS:
+        return False
     command = [sys.executable, str(ROOT / 'train.py'), f'--outdir={folder}', '--nosubdir', '--auto-resume',
                *([f'--data={data}'] if data else []), f'--duration={kimg / 1000:g}', f'--tick={tick:g}',
                f'--seed={seed}', f'--precision={precision}', *SHARED_FLAGS, *flags]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        process.wait(None if end == float('inf') else max(end - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+    # Before its first step a training has nothing to save, and the signal ends it.
+    if process.returncode not in (0, EXIT_STOPPED, -signal.SIGTERM):
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return process.returncode == 0
+
+
+def curve_of(folder):
+    """Losses of the run's ticks: [(kimg, mean loss)]; [] before the first."""
     return [(line['Progress/kimg']['mean'], line['Loss/loss']['mean']) for line in read_lines(folder / 'stats.jsonl')]
+
+
+def finished(folder, kimg):
+    """Whether a run's last tick is the end of `kimg`."""
+    curve = curve_of(folder)
+    return bool(curve) and curve[-1][0] > kimg * (1 - 1e-6)
 
 
 def compare(curve, reference):
@@ -53,26 +84,42 @@ def compare(curve, reference):
 @click.option('--kimg', type=float, default=8, help='Length of each run, in thousands of images')
 @click.option('--tick', metavar='KIMG', type=float, default=None, help='Length of a tick  [default: a 32nd of the run]')
 @click.option('--precisions', metavar='LIST', default=None, help='Which  [default: all that this machine has]')
+@click.option('--minutes', type=click.FloatRange(min=0, min_open=True), default=None,
+              help='Time for this call, less the seconds that saving takes; needs --outdir')
 @click.option('--outdir', metavar='DIR', default=None, help='Folder of the runs  [default: a temporary one]')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here, with the curves')
 @click.argument('flags', nargs=-1)
-def main(data, kimg, tick, precisions, outdir, out, flags):
+def main(data, kimg, tick, precisions, minutes, outdir, out, flags):
     """Compare loss curves."""
-    cuda = torch.cuda.is_available()
+    if minutes is not None and outdir is None:
+        raise click.UsageError('--minutes needs --outdir, or what is trained until then would be lost')
+    cuda, end = torch.cuda.is_available(), time.monotonic() + 60 * (minutes or float('inf'))
     names = precisions.split(',') if precisions else [
         name for name, p in PRECISIONS.items() if name != REFERENCE and (cuda or not (p.cuda_only or p.tf32))]
+    unknown = [name for name in names if name not in PRECISIONS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(PRECISIONS)}",
+                                 param_hint='--precisions')
     flags = (*(CIFAR10_REF if cuda else CPU_FLAGS), *flags)
-    curves, temporary = {}, tempfile.TemporaryDirectory()
-    for name, precision, seed in ((REFERENCE, REFERENCE, 0), *((name, name, 0) for name in names),
-                                  (YARDSTICK, REFERENCE, 1)):
-        folder = pathlib.Path(outdir or temporary.name) / f'{precision}-s{seed}'
-        curves[name] = train(folder, data, kimg, tick or kimg / 32, seed, precision, flags)
-    rows = [dict(precision=name, **compare(curve, curves[REFERENCE])) for name, curve in curves.items()]
-    report(f'Losses against {REFERENCE}, {kimg:g} kimg', rows, dict(flags=flags, data=data and pathlib.Path(data).name),
-           out, 'cuda' if cuda else 'cpu')
-    if out is not None:
+    curves, done = {}, {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, precision, seed in ((REFERENCE, REFERENCE, 0), *((name, name, 0) for name in names),
+                                      (YARDSTICK, REFERENCE, 1)):
+            folder = pathlib.Path(outdir or temporary) / f'{precision}-s{seed}'
+            done[name] = train(folder, data, kimg, tick or kimg / 32, seed, precision, flags, end)
+            curves[name] = curve_of(folder)
+    rows = [dict(precision=name, run='complete' if done[name] else f'partial: {curve[-1][0]:g} kimg',
+                 **compare(curve, curves[REFERENCE])) for name, curve in curves.items() if curve]
+    settings = dict(flags=flags, data=data and pathlib.Path(data).name, complete=all(done.values()))
+    if rows:
+        report(f'Losses against {REFERENCE}, {kimg:g} kimg', rows, settings, out, 'cuda' if cuda else 'cpu')
+    if rows and out is not None:
         content = json.loads(pathlib.Path(out).read_text())
         pathlib.Path(out).write_text(json.dumps({**content, 'curves': curves}, indent=1))
+    if not all(done.values()):
+        left = ', '.join(name for name in done if not done[name])
+        click.echo(f'The time is up before the end of: {left}. The same command goes on from there.', err=True)
+        sys.exit(EXIT_STOPPED)
 
 
 if __name__ == '__main__':

@@ -1,14 +1,17 @@
 """Speed of scoring: the Fréchet distance against SciPy's sqrtm, and how much of the time is the network's.
 
-    python tests/benchmarks/bench_fid.py [--dims 2048] [--repeats 3] [--images 256] [--out results/fid.json]
+    python tests/benchmarks/bench_fid.py [--dims 2048] [--repeats 3] [--images 256] [--total=50000] [--out=FILE.json]
 
 `share` of the second table is the network's own time over that of a whole pass: 1 means that decoding is hidden
-behind it. Without the public weights the detector is Inception's graph with random ones, which takes as long.
+behind it. Without the public weights the detector is Inception's graph with random ones, which takes as long. Its last
+rows are one scoring of --total images of a zip, at fid.py's batch: elapsed seconds from its first byte to the distance,
+start and download left out. `target` is its share of 20 s for 50,000, which a GPU is to stay below.
 """
 
 import pathlib
 import sys
 import tempfile
+import time
 
 import click
 import numpy as np
@@ -18,14 +21,17 @@ import scipy.linalg
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from tests.benchmarks.bench_train import write_zip  # noqa: E402
 from tests.benchmarks.report import alternate, report  # noqa: E402
 from training.detectors import InceptionDetector  # noqa: E402
 from training.inception import InceptionV3  # noqa: E402
 from training.metric_fid import frechet_distance  # noqa: E402
 from training.metric_images import image_batches, open_images  # noqa: E402
-from training.scoring import ImageFiles, statistics  # noqa: E402
+from training.metrics import score  # noqa: E402
+from training.scoring import ImageFiles, scoring_batch, statistics  # noqa: E402
 
 BATCH = 64
+TARGET_SECONDS, TARGET_IMAGES = 20, 50_000
 
 
 def make_statistics(dims, seed, samples_per_dim=2):
@@ -70,10 +76,15 @@ def write_images(folder, count, size):
         small.resize([size, size], PIL.Image.Resampling.BICUBIC).save(f'{folder}/{i:06d}.png')
 
 
+def random_inception(device):
+    """The detector with random weights."""
+    torch.manual_seed(0)
+    return InceptionDetector('random', 'random', device, InceptionV3().state_dict())
+
+
 def measure_pass(count, size, repeats, device):
     """A row for decoding alone, for the network alone and for the pass that overlaps them."""
-    torch.manual_seed(0)
-    detector = InceptionDetector('random', 'random', device, InceptionV3().state_dict())
+    detector = random_inception(device)
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, count, size)
         dataset = open_images(folder)
@@ -90,24 +101,50 @@ def measure_pass(count, size, repeats, device):
                 lambda: statistics(ImageFiles(dataset), detector, ['fid'], BATCH, progress=False),
         }, repeats, device)
     whole = seconds['both and the statistics']
-    return [dict(part=part, seconds=s, images_per_second=count / s, share=s / whole) for part, s in seconds.items()]
+    return [row(part, count, BATCH, s, s / whole) for part, s in seconds.items()]
+
+
+def row(part, count, batch, seconds, share=None, target=None):
+    """Of the second table."""
+    return dict(part=part, images=count, batch=batch, seconds=seconds, images_per_second=count / seconds, share=share,
+                target=target)
+
+
+def measure_scoring(count, size, device):
+    """Rows for a whole scoring: what fid.py calc does with a zip and the statistics of a reference, and its parts."""
+    detector, batch = random_inception(device), scoring_batch(device)
+    mu, sigma = make_statistics(detector.num_features, 1)
+    with tempfile.TemporaryDirectory() as folder:
+        write_zip(f'{folder}/images.zip', count, size)
+        warm_up, _ = detector(torch.zeros([min(batch, count), 3, size, size], dtype=torch.uint8))
+        warm_up.cpu()  # as the rows above, without the time in which kernels are loaded
+        start = time.perf_counter()
+        stats = statistics(ImageFiles(open_images(f'{folder}/images.zip')), detector, ['fid'], batch, progress=False)
+        made = time.perf_counter()
+        score(['fid'], stats, dict(mu=mu, sigma=sigma))
+        end = time.perf_counter()
+    return [row('scoring: reading, features, statistics', count, batch, made - start, (made - start) / (end - start)),
+            row('scoring: distance', count, batch, end - made, (end - made) / (end - start)),
+            row('scoring, elapsed', count, batch, end - start, 1.0, TARGET_SECONDS * count / TARGET_IMAGES)]
 
 
 @click.command()
 @click.option('--dims', help='Number of features', type=int, default=2048, show_default=True)
 @click.option('--repeats', help='Runs of each; the median counts', type=int, default=3, show_default=True)
 @click.option('--images', help='Images of the pass', type=int, default=128, show_default=True)
+@click.option('--total', help='Images of the whole scoring; 0: none  [default: CPU 16, CUDA 10000]', type=int,
+              default=None)
 @click.option('--size', help='Their resolution', type=int, default=32, show_default=True)
 @click.option('--out', help='File for the results as JSON', metavar='JSON', default=None)
-def main(dims, repeats, images, size, out):
-    """Time the Fréchet distance and a pass over images."""
+def main(dims, repeats, images, total, size, out):
+    """Time the Fréchet distance, a pass over images and a whole scoring."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     rows = measure_distance(dims, repeats)
     report(f'Fréchet distance of {dims} features', rows, dict(dims=dims, repeats=repeats, scipy=scipy.__version__))
-    passes = measure_pass(images, size, repeats, device)
-    settings = dict(dims=dims, repeats=repeats, images=images, size=size, batch=BATCH, scipy=scipy.__version__,
-                    distance=rows)
-    report(f'A pass over {images} PNG files of {size}×{size} with Inception', passes, settings, out, device)
+    total = (10_000 if device == 'cuda' else 16) if total is None else total
+    passes = [*measure_pass(images, size, repeats, device), *(measure_scoring(total, size, device) if total else [])]
+    settings = dict(dims=dims, repeats=repeats, size=size, scipy=scipy.__version__, distance=rows)
+    report(f'A pass over PNG files of {size}×{size} with Inception, and a scoring', passes, settings, out, device)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,8 @@
 Each preset and its EDM twin, with the options that train.py says it would use (`train.py --preset=NAME -n`). The
 arithmetic is counted, not measured, and needs no GPU. Images/s are those of one GPU with an eighth of the batch, in
 bf16, compiled; hours are 200 Mimg on eight such GPUs, without what they lose to each other. `python -m warm.study.page`
-shows the file. With --tiny a small network is measured in the place of each, to try the script on a CPU.
+shows the file. Its rows of presets that --only leaves out stay in it, each with the commit that it was made with. With
+--tiny a small network is measured in the place of each, to try the script on a CPU.
 """
 
 import json
@@ -20,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_train import Trainer, step_flops, write_zip  # noqa: E402
-from tests.benchmarks.report import ROOT, alternate, report, select  # noqa: E402
+from tests.benchmarks.report import ROOT, alternate_steps, environment, report, select  # noqa: E402
 from training.augment import AugmentPipe  # noqa: E402
 from warm.presets import PRESETS  # noqa: E402
 from warm.report.data import PAPER_GPUS, PAPER_KIMG  # noqa: E402
@@ -49,20 +50,60 @@ def images_per_second(config, network_kwargs, batch, repeats, device, options):
         data = f'{folder}/data.zip'
         write_zip(data, 4 * batch, network_kwargs['img_resolution'])
         trainer = Trainer(config['system'], options, network_kwargs, data, batch, device)
-        seconds = alternate({'step': trainer.step}, repeats, device)['step']
+        seconds = alternate_steps({'step': trainer.step}, repeats, device)['step']
         trainer.batches.close()
     return batch / seconds
 
 
+def chosen_presets(only):
+    """The paper's presets that --only names; a word that is no preset's name stands for all that hold it."""
+    names = [name for name in PRESETS if name != 'digits']
+    select(names, only)  # refuses a word that none of them holds
+    words = [word.strip() for word in (only or '').split(',') if word.strip()]
+    return [name for name in names
+            if not words or any(word == name or word not in names and word in name for word in words)]
+
+
+def former_rows(out, here, tiny):
+    """The rows of an earlier report in `out`, [] without one.
+
+    Args:
+        here: `environment` of this machine.
+        tiny: Whether only small networks are to be measured.
+
+    Raises:
+        click.ClickException: it was measured on a GPU, and this is no such GPU, or `tiny`.
+    """
+    if out is None or not pathlib.Path(out).is_file():
+        return []
+    content = json.loads(pathlib.Path(out).read_text())
+    gpu = content['environment']['gpu']
+    if any(row['hours'] is not None for row in content['rows']) and (tiny or here['gpu'] != gpu):
+        raise click.ClickException(f'{out} has what was measured on {gpu}; choose another --out, or measure there')
+    return [{'commit': content['environment']['commit'], **row} for row in content['rows']]
+
+
+def merged(rows, former):
+    """`rows` and those of `former` that are of other presets or systems, in the order of PRESETS."""
+    def key(row):
+        return row['preset'], row['system']
+    new = {key(row) for row in rows}
+    together = [*rows, *(row for row in former if key(row) not in new)]
+    return sorted(together, key=lambda row: (list(PRESETS).index(row['preset']), row['system'] != 'warm'))
+
+
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--only', metavar='LIST', default=None, help='Only presets whose name holds one of these words (a,b)')
-@click.option('--repeats', metavar='INT', type=int, default=10, help='Of each step')
+@click.option('--only', metavar='LIST', default=None,
+              help='Only these presets, or all whose name holds one of these words')
+@click.option('--repeats', metavar='INT', type=int, default=5, help='Of each measurement, on CUDA of five steps')
 @click.option('--tiny', is_flag=True, help='Measure small networks, on the CPU too')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(only, repeats, tiny, out):
     """Count and measure."""
-    device, rows = 'cuda' if torch.cuda.is_available() else 'cpu', []
-    for preset in select([name for name in PRESETS if name != 'digits'], only):
+    device, rows, presets = 'cuda' if torch.cuda.is_available() else 'cpu', [], chosen_presets(only)
+    here = environment(device)
+    former = former_rows(out, here, tiny)
+    for preset in presets:
         for precond in ('warm', 'edm'):
             config = options_of(preset, precond)
             network_kwargs = network_of(config)
@@ -70,7 +111,7 @@ def main(only, repeats, tiny, out):
                 net = SYSTEMS[precond].network_class(img_channels=3, **network_kwargs)
             flops = step_flops(network_kwargs, precond)
             row = dict(preset=preset, system=precond, parameters=sum(p.numel() for p in net.parameters()),
-                       gflop_an_image=flops / 1e9, images_per_second=None, hours=None)
+                       gflop_an_image=flops / 1e9, images_per_second=None, hours=None, commit=here['commit'])
             batch = config['batch_size'] // PAPER_GPUS
             if tiny:  # hours would be of another network
                 small = {**network_kwargs, 'model_channels': 8, 'num_blocks': 1}
@@ -82,7 +123,8 @@ def main(only, repeats, tiny, out):
             rows.append(row)
             print(json.dumps(row), flush=True)  # kept even if the time does not suffice for the next
             torch.cuda.empty_cache()
-    report('Cost of training at full size', rows, dict(gpus=PAPER_GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device)
+    report('Cost of training at full size', merged(rows, former),
+           dict(gpus=PAPER_GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device)
 
 
 if __name__ == '__main__':

@@ -1,49 +1,46 @@
-"""Sampling images/s by precision, and what writing PNG files adds.
+"""Sampling images/s: the reference way, each faster one, and a whole set of images as generate.py writes it.
 
-    python tests/benchmarks/bench_sample.py [--cbase=128] [--batch=64,512] [--compile] [--out=FILE.json]
+    python tests/benchmarks/bench_sample.py [--cbase=128] [--compile] [--total=50000] [--out=FILE.json]
 
-A random network of EDM's CIFAR-10 size is drawn from with Heun's sampler, float64 state. `ratio` is against float32
-without TF32 at the first batch size (larger ones leave it out: it takes minutes), `floor` the network's arithmetic at
-the measured peak of a matrix product over the time taken. On a CPU, times are processor time, so that what writers in
-the background take is seen in full.
+A random network of EDM's CIFAR-10 size is drawn from with Heun's sampler, float64 state. The reference way is EDM's:
+float32 without TF32, NCHW, attention by an explicit softmax, resampling by convolutions, at most 64 images at a time
+(its default, and fp32's here; the others draw --batch), and a sampler that waits for each PNG file. `ratio` is a way's
+images/s over the reference's. `times_floor` is the time over that of the network's products alone at the measured peak
+of bf16, images × NFE × FLOPs of an evaluation / FLOP/s; the target for 50,000 images is at most 2. Their row takes the
+fastest of EDM's ways above it, writes behind the sampler, and is elapsed time. The others are processor time on a CPU,
+so that what writers in the background take is seen in full.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
 import tempfile
+import time
+import typing
 
 import click
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.bench_train import matrix_peak  # noqa: E402
-from tests.benchmarks.report import alternate, report  # noqa: E402
+from tests.benchmarks.bench_train import backend_option, forward_flops, matrix_peak, reference_layers  # noqa: E402
+from tests.benchmarks.report import alternate, report, select  # noqa: E402
 from torch_utils.precision import PRECISIONS  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
 from training.generated import save_png, write_images  # noqa: E402
-from training.generation import generate_batch, generate_images  # noqa: E402
-from training.pixels import to_uint8  # noqa: E402
+from training.generation import BATCH, generate_images  # noqa: E402
 from warm.config import ARCHITECTURES  # noqa: E402
 from warm.systems import SYSTEMS  # noqa: E402
 
-
-def build(network_kwargs, system, device, **options):
-    """A network with random weights, ready to draw."""
-    torch.manual_seed(0)
-    net = SYSTEMS[system].network_class(img_channels=3, **network_kwargs)
-    return accelerate(net.eval().requires_grad_(False).to(device), cuda_graphs=True, **options)
+BATCHES = 2  # of one measurement
+SYSTEM_KWARGS = {'warm': dict(bnr='0.5')}
 
 
-def image_flops(network_kwargs):
-    """Floating-point operations of one evaluation of the network for one image."""
-    net = build(network_kwargs, 'edm', 'cpu')
-    size = network_kwargs['img_resolution']
-    with FlopCounterMode(display=False) as counter:
-        net(torch.zeros([1, 3, size, size]), 1.0)
-    return counter.get_total_flops()
+def draw_only(folder, batches):
+    """Nothing is written."""
+    for _ in batches:
+        pass
 
 
 def write_waiting(folder, batches):
@@ -53,60 +50,148 @@ def write_waiting(folder, batches):
             save_png(pathlib.Path(folder) / f'{seed}.png', image)
 
 
+class Way(typing.NamedTuple):
+    """A system, arguments of `accelerate` (None: the reference way), and what becomes of the images."""
+
+    system: str
+    options: dict | None
+    consume: typing.Callable = draw_only
+
+
+def ways(device, compile, backend='inductor'):
+    """{name: Way}, EDM's first; with `compile` also those that are compiled, by that backend of torch.compile."""
+    plain = dict(precision='bf16')
+    found = {'reference': Way('edm', None, write_waiting)}
+    found.update({name: Way('edm', dict(precision=name)) for name, p in PRECISIONS.items()
+                  if device == 'cuda' or not (p.cuda_only or p.tf32)})
+    found['bf16, written by the sampler'] = Way('edm', plain, write_waiting)
+    found['bf16, written behind it'] = Way('edm', plain, write_images)
+    if compile:
+        fast = dict(plain, compile=True, backend=backend)
+        graphs = dict(fast, cuda_graphs=True)
+        found['bf16, compiled'] = Way('edm', fast)
+        found['bf16, compiled, CUDA graphs'] = Way('edm', graphs)
+        found['bf16, compiled, CUDA graphs, written behind it'] = Way('edm', graphs, write_images)
+        found['bf16, compiled, CUDA graphs, Warm'] = Way('warm', graphs)
+    found['bf16, Warm'] = Way('warm', plain)
+    return found
+
+
+class Drawer:
+    """Draws images of the ways at one batch size; those that share a network share it here too."""
+
+    def __init__(self, network_kwargs, steps, batch, device):
+        self.network_kwargs, self.steps, self.batch, self.device = network_kwargs, steps, batch, device
+        self.made = {}
+
+    def images(self, way, count):
+        """The batches of `generate_images` for `count` seeds."""
+        net, sampler = self.network(way)
+        return generate_images(net, range(count), sampler, self.batch_of(way))
+
+    def batch_of(self, way):
+        """Images at a time; few for float32 without TF32, where a large batch is no faster and takes a minute."""
+        slow = way.options is None or way.options['precision'] == 'fp32'
+        return min(self.batch, BATCH) if slow else self.batch
+
+    def count(self, way):
+        """Images of one measurement."""
+        return BATCHES * self.batch_of(way)
+
+    def draw(self, way, count, folder, **options):
+        """All of it: draw `count` images and do with them what the way does; `options` go to `write_images`."""
+        with reference_layers() if way.options is None else contextlib.nullcontext():
+            way.consume(folder, self.images(way, count), **options)
+
+    def network(self, way):
+        """(network with random weights, sampler)."""
+        key = way.system, json.dumps(way.options, sort_keys=True)
+        if key not in self.made:
+            torch.manual_seed(0)
+            net = SYSTEMS[way.system].network_class(img_channels=3, **self.network_kwargs,
+                                                    **SYSTEM_KWARGS.get(way.system, {}))
+            net.eval().requires_grad_(False).to(self.device)
+            accelerate(net, **(way.options or {}))
+            self.made[key] = net, SYSTEMS[way.system].make_sampler(net, {'num_steps': self.steps})
+        return self.made[key]
+
+
+def measure(names, choices, drawer, repeats, folder):
+    """Yield (name, seconds) of `Drawer.count` images: on a GPU one way after the other, on a CPU in turns."""
+    cuda = torch.device(drawer.device).type == 'cuda'
+    for group in ([[name] for name in names] if cuda else [names] if names else []):
+        tasks = {name: lambda way=choices[name]: drawer.draw(way, drawer.count(way), folder) for name in group}
+        yield from alternate(tasks, repeats, drawer.device).items()
+
+
+def whole_set(name, choices, drawer, total, folder):
+    """(name of the row, elapsed seconds) of `total` images written behind the sampler, drawn as the way `name` does."""
+    start = time.perf_counter()
+    drawer.draw(choices[name]._replace(consume=write_images), total, folder, subdirs=True)
+    return f'{total} images: {name}, written behind it', time.perf_counter() - start
+
+
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
 @click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: CPU 32, CUDA of the network]')
+@click.option('--cres', metavar='LIST', type=parse_int_list, default=None, help='Channels per resolution')
+@click.option('--blocks', metavar='INT', type=int, default=None,
+              help='Blocks per resolution  [default: of the network]')
 @click.option('--size', metavar='INT', type=int, default=32, help='Resolution')
 @click.option('--batch', 'batches', metavar='LIST', type=parse_int_list, default=None,
-              help='Images at a time  [default: CPU 8, CUDA 64,512]')
+              help='Images at a time  [default: CPU 8, CUDA 512]')
 @click.option('--steps', metavar='INT', type=int, default=None, help="Heun's steps  [default: CPU 2, CUDA 18]")
+@click.option('--total', metavar='INT', type=int, default=None,
+              help='Images of the whole set; 0: none  [default: CPU 20, CUDA 5000]')
 @click.option('--repeats', metavar='INT', type=int, default=3, help='Of each measurement')
 @click.option('--compile', is_flag=True, help='Compiled networks too')
+@backend_option
+@click.option('--only', metavar='LIST', default=None,
+              help='Only rows that hold one of these words (a,b), and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
-def main(arch, cbase, size, batches, steps, repeats, compile, out):
+def main(arch, cbase, cres, blocks, size, batches, steps, total, repeats, compile, backend, only, out):
     """Measure sampling."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cuda = device == 'cuda'
+    choices = ways(device, compile, backend)
+    chosen = list(dict.fromkeys(['reference', *select(choices, only)]))
     if not cuda:
         torch.set_num_threads(1)
-    cbase, steps, batches = cbase or (None if cuda else 32), steps or (18 if cuda else 2), batches or (
-        [64, 512] if cuda else [8])
-    network_kwargs = dict(ARCHITECTURES[arch], img_resolution=size, **({'model_channels': cbase} if cbase else {}))
-    flops = image_flops(network_kwargs) * (2 * steps - 1)
-    names = [name for name, p in PRECISIONS.items() if cuda or not (p.cuda_only or p.tf32)]
-    options = {name: dict(precision=name) for name in names}
-    if compile:
-        options['bf16, compiled'] = dict(precision='bf16', compile=True)
-    peaks = {name: matrix_peak(name, device) for name in names}
-    rows = []
-    for batch in batches:
-        seeds = list(range(2 * batch))
-        nets = {('edm', name): build(network_kwargs, 'edm', device, **o) for name, o in options.items()
-                if name != 'fp32' or batch == batches[0]}
-        nets['warm', 'bf16'] = build(network_kwargs, 'warm', device, precision='bf16')
-        samplers = {key: SYSTEMS[key[0]].make_sampler(net, {'num_steps': steps}) for key, net in nets.items()}
+    steps, batches = steps or (18 if cuda else 2), batches or ([512] if cuda else [8])
+    total = (5000 if cuda else 20) if total is None else total
+    network_kwargs = dict(ARCHITECTURES[arch], img_resolution=size)
+    chosen_sizes = dict(model_channels=cbase or (None if cuda else 32), channel_mult=cres, num_blocks=blocks)
+    network_kwargs.update({name: value for name, value in chosen_sizes.items() if value})
+    flops = (2 * steps - 1) * forward_flops(network_kwargs)
+    peak, rows = matrix_peak('bf16', device), []
 
-        def drawing(key):
-            return lambda: [to_uint8(generate_batch(nets[key], seeds[i:i + batch], samplers[key]))
-                            for i in range(0, len(seeds), batch)]
+    def add(way, batch, count, seconds, unit):
+        rate = count / seconds
+        rows.append(dict(batch=batch, way=way, images=count, seconds=seconds, unit=unit, images_per_second=rate,
+                         ratio=rate / (rows[0]['images_per_second'] if rows else rate),
+                         times_floor=seconds / (count * flops / peak)))
+        print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next one does not suffice
+
+    for batch in batches:
+        drawer = Drawer(network_kwargs, steps, batch, device)
         with tempfile.TemporaryDirectory() as folder:
-            tasks = {f'{system}, {name}': drawing((system, name)) for system, name in nets}
-            key = 'edm', 'bf16'
-            tasks['edm, bf16, written by the sampler'] = lambda: write_waiting(
-                folder, generate_images(nets[key], seeds, samplers[key], batch))
-            tasks['edm, bf16, written behind it'] = lambda: write_images(
-                folder, generate_images(nets[key], seeds, samplers[key], batch))
-            seconds = alternate(tasks, repeats, device)
-        for name, s in seconds.items():
-            precision = name.split(', ')[1]
-            rows.append(dict(batch=batch, way=name, images_per_second=len(seeds) / s,
-                             ratio=len(seeds) / s / (rows[0]['images_per_second'] if rows else len(seeds) / s),
-                             floor=flops * len(seeds) / peaks[precision] / s))
-            if cuda:
-                print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next batch does not suffice
-    report(f'Sampling, {arch}, {steps} steps (NFE {2 * steps - 1})', rows,
-           dict(network=network_kwargs, steps=steps, flops=flops, repeats=repeats,
-                matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
+            # Warm's last: should the time run out, the whole set matters more.
+            of_edm = [name for name in chosen if choices[name].system == 'edm']
+            rates = {}
+            for names in (of_edm, [name for name in chosen if name not in of_edm]):
+                for name, seconds in measure(names, choices, drawer, repeats, folder):
+                    way = choices[name]
+                    rates[name] = drawer.count(way) / seconds
+                    add(name, drawer.batch_of(way), drawer.count(way), seconds, 'elapsed' if cuda else 'processor')
+                if names is of_edm and total:
+                    best = max((name for name in of_edm if choices[name].consume is draw_only), key=rates.get,
+                               default='reference')
+                    name, seconds = whole_set(best, choices, drawer, total, folder)
+                    add(name, drawer.batch_of(choices[best]), total, seconds, 'elapsed')
+        del drawer
+    report(f'Sampling, {arch}, {steps} steps (NFE {2 * steps - 1}), {flops / 1e9:.4g} GFLOP an image', rows,
+           dict(network=network_kwargs, steps=steps, flops=flops, repeats=repeats, backend=backend,
+                matrix_tflops=peak / 1e12), out, device)
 
 
 if __name__ == '__main__':

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/bench_train.py [--cbase=128] [--batch=512] [--compile] [--out=FILE.json]
 
-The reference way is EDM's: float32 without TF32, NCHW, attention by an explicit softmax, the moving average and the
-cleaning of gradients tensor by tensor, one worker that decodes PNG files. A row's `ratio` is its images/s over the
-reference's. MFU is the arithmetic of the network (counted by PyTorch) over the measured peak of a matrix product in
-the row's own precision. On a CPU, times are processor time of one thread, worker processes left out.
+The reference way is EDM's: float32 without TF32, NCHW, attention by an explicit softmax, resampling by convolutions,
+the moving average and the cleaning of gradients tensor by tensor, one worker that decodes PNG files. A row's `ratio`
+is its images/s over the reference's. MFU is the arithmetic of the network (counted by PyTorch) over the measured peak
+of a matrix product in the row's own precision; what --checkpoint-activations computes twice counts once. `peak_gib` is
+what a step allocates at most on a GPU. On a CPU, times are processor time of one thread, worker processes left out.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import pathlib
 import sys
 import tempfile
 import time
+import typing
 import zipfile
 
 import click
@@ -24,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.report import alternate, report, select  # noqa: E402
+from tests.benchmarks.report import alternate, alternate_steps, report, select  # noqa: E402
 from torch_utils.precision import PRECISIONS, float32_products  # noqa: E402
 from training import layers  # noqa: E402
 from training import training_loop as tl  # noqa: E402
@@ -44,6 +46,17 @@ def explicit_attention(qkv, num_heads):
     return a.transpose(-1, -2).reshape(batch, channels // 3, height, width)
 
 
+@contextlib.contextmanager
+def reference_layers():
+    """Within it, networks attend by an explicit softmax and resample by convolutions on every device, as EDM's do."""
+    former = layers.attend, layers.Conv2d._as_pixels
+    layers.attend, layers.Conv2d._as_pixels = explicit_attention, lambda self, x: False
+    try:
+        yield
+    finally:
+        layers.attend, layers.Conv2d._as_pixels = former
+
+
 @torch.no_grad()
 def ema_one_by_one(ema, net, beta):
     """The reference."""
@@ -57,27 +70,39 @@ def clean_one_by_one(net):
         torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
 
 
-def ways(device, compile):
-    """{name: (system, arguments of accelerate)}; None stands for the reference way."""
+class Way(typing.NamedTuple):
+    """A system, arguments of `accelerate` (None: the reference way), and where the decoded images lie."""
+
+    system: str = 'edm'
+    options: dict | None = None
+    data_device: str = 'cpu'
+
+
+def ways(device, compile, backend='inductor'):
+    """{name: Way}, with `compile` also those that are compiled, by that backend of torch.compile."""
     cuda = device == 'cuda'
-    found = {'reference': ('edm', None)}
-    found.update({name: ('edm', dict(precision=name)) for name, p in PRECISIONS.items()
+    found = {'reference': Way()}
+    found.update({name: Way('edm', dict(precision=name)) for name, p in PRECISIONS.items()
                   if cuda or not (p.cuda_only or p.tf32)})
-    found['bf16, channels-last'] = 'edm', dict(precision='bf16', channels_last=True)
+    found['bf16, channels-last'] = Way('edm', dict(precision='bf16', channels_last=True))
     if compile:
-        found['bf16, compiled, channels-last'] = 'edm', dict(precision='bf16', compile=True, channels_last=True)
-        found['bf16, compiled'] = 'edm', dict(precision='bf16', compile=True, channels_last=False)
-    found['bf16, Warm'] = 'warm', dict(precision='bf16')
-    if compile:
-        found['bf16, compiled, channels-last, Warm'] = 'warm', dict(precision='bf16', compile=True, channels_last=True)
+        fast = dict(precision='bf16', compile=True, backend=backend)
+        found['bf16, compiled, channels-last'] = Way('edm', dict(fast, channels_last=True))
+        found['bf16, compiled'] = Way('edm', dict(fast, channels_last=False))
+        found['bf16, compiled, channels-last, Warm'] = Way('warm', dict(fast, channels_last=True))
+    found['bf16, Warm'] = Way('warm', dict(precision='bf16'))
+    found['bf16, --checkpoint-activations'] = Way('edm', dict(precision='bf16', recompute=True))
+    if cuda:
+        found['bf16, --data-device=cuda'] = Way('edm', dict(precision='bf16'), 'cuda')
     return found
 
 
 class Trainer:
     """One way of training: `step()` is a whole step, `parts` the seconds that each part of the last one took."""
 
-    def __init__(self, system, options, network_kwargs, data, batch, device):
+    def __init__(self, system, options, network_kwargs, data, batch, device, data_device='cpu'):
         self.reference, self.batch, self.device = options is None, batch, torch.device(device)
+        self.data_device = data_device
         self.pipe = AugmentPipe(p=0.12, **TRAIN_AUGMENT)
         torch.manual_seed(0)
         network_kwargs = {'augment_dim': self.pipe.label_dim, **network_kwargs}
@@ -96,7 +121,8 @@ class Trainer:
     def open_batches(self, data):
         """What the steps' images come from."""
         dataset = ImageFolderDataset(data) if self.reference else tl.open_dataset(path=data)
-        return Batches(dataset, self.batch, 0, 0, dict(num_workers=1, prefetch_factor=2), self.device)
+        return Batches(dataset, self.batch, 0, 0, dict(num_workers=1, prefetch_factor=2), self.device,
+                       self.data_device)
 
     @contextlib.contextmanager
     def part(self, name):
@@ -112,9 +138,9 @@ class Trainer:
             self.parts[name] = self.parts.get(name, 0) + clock() - start
 
     def step(self, timed=False):
-        """Data, loss, gradients, Adam, moving average."""
+        """Data, loss, gradients, Adam, moving average; returns the loss [B, C, H, W]."""
         self.timed = timed
-        with self.attention():
+        with reference_layers() if self.reference else contextlib.nullcontext():
             with self.part('data'):
                 images, labels = next(self.batches)
             with self.part('augmentation'):
@@ -131,17 +157,7 @@ class Trainer:
             self.optimizer.step()
         with self.part('moving average'):
             (ema_one_by_one if self.reference else tl.update_ema)(self.ema, self.net, 0.99)
-
-    @contextlib.contextmanager
-    def attention(self):
-        """The reference's attention, where this is the reference."""
-        former = layers.attend
-        if self.reference:
-            layers.attend = explicit_attention
-        try:
-            yield
-        finally:
-            layers.attend = former
+        return loss.detach()
 
     def peak_memory(self):
         """GiB allocated at most during a step; None on a CPU."""
@@ -164,11 +180,21 @@ def matrix_peak(precision, device, repeats=10):
 
 def step_flops(network_kwargs, system='edm'):
     """Floating-point operations of a training step per image: the network's products, forward and backward."""
+    return _count(network_kwargs, system,
+                  lambda net, images: SYSTEMS[system].loss(net)(net, images).sum().backward())
+
+
+def forward_flops(network_kwargs, system='edm'):
+    """Those of one evaluation of the network per image."""
+    return _count(network_kwargs, system, lambda net, images: net(images, 1.0))
+
+
+def _count(network_kwargs, system, work):
     size = network_kwargs['img_resolution']
     with torch.device('meta'):  # shapes are enough to count
         net = SYSTEMS[system].network_class(img_channels=3, **network_kwargs)
         with FlopCounterMode(display=False) as counter:
-            SYSTEMS[system].loss(net)(net, torch.zeros([1, 3, size, size])).sum().backward()
+            work(net, torch.zeros([1, 3, size, size]))
     return counter.get_total_flops()
 
 
@@ -181,31 +207,39 @@ def write_zip(path, count, size):
             z.writestr(f'{i:08d}.png', encode_png(small.resize([size, size], PIL.Image.Resampling.BICUBIC)))
 
 
+backend_option = click.option(
+    '--backend', default='inductor', help='Of torch.compile; aot_eager takes seconds, to try the script itself')
+
+
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
 @click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: CPU 64, CUDA of the network]')
 @click.option('--cres', metavar='LIST', type=parse_int_list, default=None, help='Channels per resolution')
+@click.option('--blocks', metavar='INT', type=int, default=None,
+              help='Blocks per resolution  [default: of the network]')
 @click.option('--size', metavar='INT', type=int, default=32, help='Resolution of the images')
 @click.option('--batch', metavar='INT', type=int, default=None, help='Images a step  [default: CPU 8, CUDA 512]')
 @click.option('--images', metavar='INT', type=int, default=2048, help='Images of the data set that is made up')
-@click.option('--repeats', metavar='INT', type=int, default=None, help='Of each step  [default: CPU 3, CUDA 10]')
+@click.option('--repeats', metavar='INT', type=int, default=None,
+              help='Of each measurement, on CUDA of five steps  [default: CPU 3, CUDA 5]')
 @click.option('--compile', is_flag=True, help='Compiled networks too: minutes of compilation for each')
+@backend_option
 @click.option('--only', metavar='LIST', default=None,
               help='Only rows that hold one of these words (a,b), and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
-def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
+def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backend, only, out):
     """Measure training."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cuda = device == 'cuda'
-    choices = ways(device, compile)
+    choices = ways(device, compile, backend)
     chosen = {name: choices[name] for name in dict.fromkeys(['reference', *select(choices, only)])}
     if not cuda:
         torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
-    batch, repeats = batch or (512 if cuda else 8), repeats or (10 if cuda else 3)
-    cbase = cbase or (None if cuda else 64)
+    batch, repeats = batch or (512 if cuda else 8), repeats or (5 if cuda else 3)
     network_kwargs = dict(ARCHITECTURES[arch], img_resolution=size, dropout=0.13)
-    network_kwargs.update({'model_channels': cbase} if cbase else {}, **({'channel_mult': cres} if cres else {}))
+    chosen_sizes = dict(model_channels=cbase or (None if cuda else 64), channel_mult=cres, num_blocks=blocks)
+    network_kwargs.update({name: value for name, value in chosen_sizes.items() if value})
     flops = step_flops(network_kwargs)
     peaks = {name: matrix_peak(name, device) for name in PRECISIONS}
     with tempfile.TemporaryDirectory() as folder:
@@ -213,26 +247,27 @@ def main(arch, cbase, cres, size, batch, images, repeats, compile, only, out):
         write_zip(data, images, size)
         rows, seconds = [], {}
         if cuda:  # one after the other: their memory together would be too much
-            for name, (system, options) in chosen.items():
-                trainer = Trainer(system, options, network_kwargs, data, batch, device)
+            for name, (system, options, data_device) in chosen.items():
+                trainer = Trainer(system, options, network_kwargs, data, batch, device, data_device)
                 slow = (options or {}).get('precision', 'fp32') == 'fp32'  # over a second a step
-                seconds[name] = alternate({name: trainer.step}, min(repeats, 3) if slow else repeats, device)[name]
+                seconds.update(alternate_steps({name: trainer.step}, min(repeats, 2) if slow else repeats, device))
                 rows.append(row(name, trainer, options, seconds, flops, peaks))
                 print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next one does not suffice
                 trainer.batches.close()
                 del trainer
                 torch.cuda.empty_cache()
         else:
-            trainers = {name: Trainer(system, options, network_kwargs, data, batch, device)
-                        for name, (system, options) in chosen.items()}
-            seconds = alternate({name: trainer.step for name, trainer in trainers.items()}, repeats, device)
-            rows = [row(name, trainer, chosen[name][1], seconds, flops, peaks) for name, trainer in trainers.items()]
+            trainers = {name: Trainer(way.system, way.options, network_kwargs, data, batch, device)
+                        for name, way in chosen.items()}
+            seconds = alternate_steps({name: trainer.step for name, trainer in trainers.items()}, repeats, device)
+            rows = [row(name, trainer, chosen[name].options, seconds, flops, peaks)
+                    for name, trainer in trainers.items()]
             for trainer in trainers.values():
                 trainer.batches.close()
     parameters = sum(p.numel() for p in SYSTEMS['edm'].network_class(img_channels=3, **network_kwargs).parameters())
     report(f'Training, {arch}, {parameters / 1e6:.1f} M parameters, batch {batch}, {flops / 1e9:.1f} GFLOP an image',
            rows, dict(network=network_kwargs, parameters=parameters, batch=batch, repeats=repeats, flops=flops,
-                      matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
+                      backend=backend, matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
 
 
 def row(name, trainer, options, seconds, flops, peaks):

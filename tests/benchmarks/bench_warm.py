@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.report import alternate, report  # noqa: E402
+from tests.benchmarks.report import alternate_steps, report  # noqa: E402
 from torch_utils.precision import PRECISIONS  # noqa: E402
 from training.loss import EDMLoss  # noqa: E402
 from training.networks import EDMPrecond  # noqa: E402
@@ -77,12 +77,13 @@ def sampling(name, net, latents, steps):
 
 def measure(make, network_kwargs, device, precision, repeats):
     """Rows for one kind of work; make(name, net) gives what is measured."""
-    whole = alternate({name: make(name, build(name, network_kwargs, device, precision)) for name in SYSTEMS}, repeats,
-                      device)
+    def timed(kwargs, repeats, **options):
+        nets = {name: build(name, kwargs, device, precision, **options) for name in SYSTEMS}
+        return alternate_steps({name: make(name, net) for name, net in nets.items()}, repeats, device)
+    whole = timed(network_kwargs, repeats)
     # A network whose U-Net is replaced may as well be small.
-    small = dict(network_kwargs, model_channels=32, channel_mult=[1], num_blocks=1)
-    around = alternate({name: make(name, build(name, small, device, precision, trivial=True)) for name in SYSTEMS},
-                       max(repeats, 20), device)
+    around = timed(dict(network_kwargs, model_channels=32, channel_mult=[1], num_blocks=1), max(repeats, 20),
+                   trivial=True)
     return dict(edm_seconds=whole['edm'], warm_seconds=whole['warm'], ratio=whole['warm'] / whole['edm'],
                 edm_around_ms=1e3 * around['edm'], warm_around_ms=1e3 * around['warm'],
                 added_percent=100 * (around['warm'] - around['edm']) / whole['edm'])

@@ -15,6 +15,8 @@ from dnnlib.files import atomic_write
 from training.provenance import code_version, processor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+GPU_WARM_UP = 3  # steps before any is timed
+GPU_IN_A_ROW = 5  # steps between two waits for the GPU
 
 
 def select(names, words):
@@ -35,26 +37,44 @@ def select(names, words):
     return [name for name in names if not words or any(word in name for word in words)]
 
 
-def alternate(tasks, repeats, device='cpu'):
-    """Median seconds of each of {name: callable}: run once to warm up, then all in turn, `repeats` times.
+def alternate(tasks, repeats, device='cpu', warm_up=1, in_a_row=1):
+    """Median seconds of each of {name: callable}: `warm_up` runs of each, then all in turn, `repeats` times.
 
     Taking turns lets a change in the machine's load reach all of them alike. On a CPU it is processor time,
     of all threads together, that counts: others may be using the machine.
+
+    Args:
+        tasks: {name: callable without arguments}.
+        repeats: Turns; the median counts.
+        device: Where the tasks work; after a turn on a GPU it is waited for.
+        warm_up: Runs of each before any is timed.
+        in_a_row: Runs of a turn; the seconds are those of one.
     """
     cuda = torch.device(device).type == 'cuda'
     clock = time.perf_counter if cuda else time.process_time
 
-    def seconds(task):
+    def seconds(task, count):
         start = clock()
-        task()
+        for _ in range(count):
+            task()
         if cuda:
             torch.cuda.synchronize(device)
-        return clock() - start
+        return (clock() - start) / count
 
     for task in tasks.values():
-        seconds(task)
-    rounds = [{name: seconds(task) for name, task in tasks.items()} for _ in range(repeats)]
+        seconds(task, warm_up)
+    rounds = [{name: seconds(task, in_a_row) for name, task in tasks.items()} for _ in range(repeats)]
     return {name: statistics.median(r[name] for r in rounds) for name in tasks}
+
+
+def alternate_steps(steps, repeats, device='cpu'):
+    """`alternate` for steps that follow one another in a loop, as those of a training do: seconds of one step.
+
+    On a GPU the host is some kernels ahead as long as nobody waits. A wait after each step would end that, and count
+    the launch of its first kernels; the first steps also choose algorithms and fill the memory pool.
+    """
+    cuda = torch.device(device).type == 'cuda'
+    return alternate(steps, repeats, device, **(dict(warm_up=GPU_WARM_UP, in_a_row=GPU_IN_A_ROW) if cuda else {}))
 
 
 def environment(device='cpu'):

@@ -1,0 +1,253 @@
+"""The benchmarks' own numbers and rules (tests/benchmarks): what they count, what they compare, when they refuse."""
+
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.benchmarks import bench_curves, bench_fid, bench_presets, bench_sample, gpu_all
+from tests.benchmarks.bench_train import Trainer, forward_flops, reference_layers, step_flops, ways, write_zip
+from tests.commands import ROOT
+from training import layers
+from training.detectors import PixelDetector
+from training.provenance import COMMIT_VARIABLE, code_version
+from warm.config import ARCHITECTURES
+
+CLI = CliRunner()
+
+
+# -- which commit
+
+def test_the_commit_of_a_copy_without_git(tmp_path, monkeypatch):
+    """The variable tells it there, and nowhere else."""
+    for folder in ('dnnlib', 'torch_utils', 'training'):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns('__pycache__'))
+
+    def version():
+        code = 'from training.provenance import code_version; print(code_version())'
+        return subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    monkeypatch.delenv(COMMIT_VARIABLE, raising=False)
+    here = code_version()
+    assert version() == 'None'
+    monkeypatch.setenv(COMMIT_VARIABLE, 'v1-2-gabc')
+    assert version() == 'v1-2-gabc'
+    if (ROOT / '.git').exists():
+        assert code_version() == here
+
+
+def test_nothing_is_measured_on_a_gpu_without_a_commit(tmp_path, monkeypatch):
+    """Otherwise --commit reaches all that is started, and the report."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(gpu_all, 'environment', lambda device: dict(commit=gpu_all.os.environ.get(COMMIT_VARIABLE)))
+    monkeypatch.setattr(gpu_all, 'run_one', lambda command, limit: dict(
+        rc=0, output=gpu_all.os.environ[COMMIT_VARIABLE]))
+    monkeypatch.setenv(COMMIT_VARIABLE, '')
+    out = tmp_path / 'gpu.json'
+    refused = CLI.invoke(gpu_all.main, [f'--out={out}'])
+    assert refused.exit_code == 1 and '--commit=REV' in refused.output and not out.exists()
+    assert CLI.invoke(gpu_all.main, [f'--out={out}', '--commit=abc']).exit_code == 0
+    content = json.loads(out.read_text())
+    assert content['environment'] == dict(commit='abc')
+    assert {run['output'] for run in content['runs'].values()} == {'abc'}
+
+
+# -- what is started
+
+@pytest.mark.parametrize('call', gpu_all.CALLS)
+def test_calls_fit_into_ten_minutes(call):
+    """With all that each of their runs may take."""
+    limits = {gpu_all.TESTS[0]: gpu_all.TESTS[1], **{name: run[-1] for name, run in gpu_all.RUNS.items()}}
+    assert sum(limits[name] for name in gpu_all.CALLS[call]) <= gpu_all.SECONDS <= 570
+
+
+def test_what_takes_too_long_is_ended_with_what_it_started():
+    """What it has said until then is kept. The process it started holds the same pipe, whose end is waited for."""
+    code = ('import subprocess, sys; p = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE); '
+            'print("a row", flush=True); p.wait()')
+    result = gpu_all.run_one(['-c', code], 6)
+    assert result['rc'] is None and result['output'] == 'a row\n'
+    assert gpu_all.run_one(['-c', 'raise SystemExit("a reason")'], 60)['output'] == 'a reason\n'
+
+
+@pytest.mark.parametrize('only, presets', [
+    (None, ['cifar10', 'cifar10-cond', 'ffhq', 'lsun-church']), ('cifar10', ['cifar10']),
+    ('cifar', ['cifar10', 'cifar10-cond']), ('ffhq, church', ['ffhq', 'lsun-church'])])
+def test_which_presets(only, presets):
+    """A name is that preset, though others hold it too."""
+    assert bench_presets.chosen_presets(only) == presets
+
+
+def test_cost_of_other_presets_stays(tmp_path, monkeypatch):
+    """One preset measured anew, on the same GPU; nothing measured is replaced by less."""
+    here, out = dict(gpu='H200', commit='new'), tmp_path / 'cost.json'
+    former = [dict(preset=preset, system=system, images_per_second=9.0, hours=1.0)
+              for preset in ('cifar10', 'ffhq') for system in ('warm', 'edm')]
+    out.write_text(json.dumps(dict(rows=former, environment=dict(gpu='H200', commit='old'))))
+    rows = bench_presets.merged([dict(preset='ffhq', system='edm', hours=2.0, commit='new')],
+                                bench_presets.former_rows(out, here, tiny=False))
+    assert [(row['preset'], row['system'], row['hours'], row['commit']) for row in rows] == [
+        ('cifar10', 'warm', 1.0, 'old'), ('cifar10', 'edm', 1.0, 'old'), ('ffhq', 'warm', 1.0, 'old'),
+        ('ffhq', 'edm', 2.0, 'new')]
+    assert bench_presets.former_rows(tmp_path / 'none.json', here, tiny=True) == []
+    result = CLI.invoke(bench_presets.main, ['--only=ffhq', '--tiny', f'--out={out}'])
+    assert result.exit_code == 1 and 'what was measured on H200' in result.output
+
+
+# -- what is counted and compared
+
+def test_arithmetic_of_edms_network():
+    """The numbers that all targets are stated in: GFLOP an image of CIFAR-10, a training step and an evaluation."""
+    network_kwargs = dict(ARCHITECTURES['ddpmpp'], img_resolution=32)
+    assert step_flops(network_kwargs) == pytest.approx(127e9, rel=0.01)
+    assert forward_flops(network_kwargs) == pytest.approx(42.4e9, rel=0.01)
+
+
+def test_the_reference_way_is_the_same_training(tmp_path):
+    """Loss and gradients of a step of both in float32, from one seed, every weight of account."""
+    data, results = f'{tmp_path}/data.zip', []
+    write_zip(data, 16, 8)
+    network_kwargs = dict(img_resolution=8, model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1,
+                          attn_resolutions=[8], dropout=0.1)
+    for name in ('reference', 'fp32'):
+        way = ways('cpu', compile=False)[name]
+        trainer = Trainer(way.system, way.options, network_kwargs, data, 4, 'cpu')
+        for parameter in trainer.net.parameters():  # the last layers begin near zero
+            torch.nn.init.normal_(parameter, std=0.1)
+        loss = trainer.step()
+        trainer.batches.close()
+        results.append([loss, *(p.grad for p in trainer.net.parameters())])
+    for reference, other in zip(*results):
+        assert reference.abs().max() > 0
+        assert (reference - other).norm() <= 1e-5 * reference.norm()
+
+
+def test_the_reference_way_computes_as_edm_does(monkeypatch):
+    """Neither the fused attention nor pixels copied and averaged, in whatever type; afterwards they are back."""
+    called = []
+    for name in ('pool', 'double'):
+        monkeypatch.setattr(layers, name, lambda x, f=getattr(layers, name), name=name: called.append(name) or f(x))
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention',
+                        lambda *args: called.append('fused') or fused(*args))
+    x, qkv = torch.randn([2, 4, 8, 8], dtype=torch.bfloat16), torch.randn([2, 12, 4, 4])
+    up, down = (layers.Conv2d(4, 4, 0, **{way: True}) for way in ('up', 'down'))
+    with reference_layers():
+        reference = up(x), down(x), layers.attend(qkv, 1)
+    assert called == []
+    quick = up(x), down(x), layers.attend(qkv, 1)
+    assert called == ['double', 'pool', 'fused']
+    for a, b in zip(reference, quick):
+        torch.testing.assert_close(a, b)
+
+
+# -- sampling
+
+def test_a_whole_set_of_images_has_a_row(tmp_path):
+    """Drawn in the fastest of EDM's ways and written; the floor is the arithmetic of all of them."""
+    out = tmp_path / 'report.json'
+    sizes = ['--cbase=8', '--cres=1', '--blocks=1', '--size=8', '--batch=4', '--repeats=1', '--steps=2']
+    assert CLI.invoke(bench_sample.main, [*sizes, '--total=10', f'--out={out}']).exit_code == 0
+    content = json.loads(out.read_text())
+    rows, settings = {row['way']: row for row in content['rows']}, content['settings']
+    whole, = (row for name, row in rows.items() if name.startswith('10 images: '))
+    named = whole['way'].removeprefix('10 images: ').removesuffix(', written behind it')
+    assert rows[named]['images_per_second'] == max(rows[name]['images_per_second'] for name in ('fp32', 'bf16'))
+    assert whole['images'] == 10 and whole['unit'] == 'elapsed' and rows['reference']['ratio'] == 1
+    for row in rows.values():
+        floor = row['images'] * settings['flops'] / (1e12 * settings['matrix_tflops'])
+        assert row['times_floor'] == pytest.approx(row['seconds'] / floor)
+
+
+def test_what_the_writers_are_given(tmp_path):
+    """Every seed's file, by the sampler that waits and behind it."""
+    kwargs = dict(ARCHITECTURES['ddpmpp'], img_resolution=8, model_channels=8, channel_mult=[1], num_blocks=1)
+    drawer = bench_sample.Drawer(kwargs, steps=1, batch=4, device='cpu')
+    choices = bench_sample.ways('cpu', compile=False)
+    for name, stem in (('reference', '{}'), ('bf16, written behind it', '{:06d}')):
+        (tmp_path / name).mkdir()
+        drawer.draw(choices[name], 6, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {f'{stem.format(i)}.png' for i in range(6)}
+    assert len(drawer.made) == 2 and drawer.network(choices['bf16']) is drawer.network(choices[name])
+
+
+# -- scoring
+
+def test_a_whole_scoring_has_rows(monkeypatch):
+    """All images of the zip, at fid.py's batch; the parts make up the whole."""
+    monkeypatch.setattr(bench_fid, 'random_inception', PixelDetector)
+    statistics, distance, whole = bench_fid.measure_scoring(10, 8, 'cpu')
+    assert whole['images'] == 10 and whole['batch'] == 64
+    assert whole['seconds'] == pytest.approx(statistics['seconds'] + distance['seconds'])
+    assert whole['target'] == pytest.approx(20 * 10 / 50_000)
+
+
+# -- loss curves
+
+class Training:
+    """Stands in for a process of train.py: eight ticks of a kimg each, a minute each; a signal stops it, saved."""
+
+    clock, started = [0.0], []
+
+    def __init__(self, command, **kwargs):
+        options = dict(flag.lstrip('-').split('=') for flag in command[2:] if '=' in flag)
+        self.folder, self.returncode = pathlib.Path(options['outdir']), None
+        self.kimg, self.loss = 1000 * float(options['duration']), 1.0 + float(options['precision'] == 'bf16') / 100
+        assert {'--auto-resume', '--keep=1', '--compact-state'} <= set(command)
+        Training.started.append(self.folder.name)
+
+    def wait(self, timeout=None):
+        if self.returncode is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stats, until = self.folder / 'stats.jsonl', self.clock[0] + (timeout or float('inf'))
+        while len(bench_curves.curve_of(self.folder)) < self.kimg:
+            if self.clock[0] + 60 > until:
+                self.clock[0] = until
+                raise subprocess.TimeoutExpired('train.py', timeout)
+            self.clock[0] += 60
+            tick = {'Progress/kimg': {'mean': len(bench_curves.curve_of(self.folder)) + 1.0},
+                    'Loss/loss': {'mean': self.loss}}
+            with open(stats, 'a') as f:
+                f.write(json.dumps(tick) + '\n')
+        self.returncode = 0
+
+    def send_signal(self, number):
+        assert number == signal.SIGTERM
+        self.returncode = 75
+
+
+def test_curves_over_several_calls(tmp_path, monkeypatch):
+    """Each ends in time with code 75 and compares what there is; the last finds all finished and starts nothing."""
+    monkeypatch.setattr(bench_curves, 'subprocess', types.SimpleNamespace(**{**vars(subprocess), 'Popen': Training}))
+    monkeypatch.setattr(bench_curves, 'time', types.SimpleNamespace(monotonic=lambda: Training.clock[0]))
+    out = tmp_path / 'report.json'
+    line = ['--kimg=8', '--precisions=bf16', f'--outdir={tmp_path}', f'--out={out}', '--minutes=12.5']
+
+    def call():
+        Training.started.clear()
+        result = CLI.invoke(bench_curves.main, line)
+        rows = {row['precision']: row for row in json.loads(out.read_text())['rows']}
+        return result, {name: row['run'] for name, row in rows.items()}, rows
+    result, runs, rows = call()
+    assert result.exit_code == 75 and 'before the end of: bf16, fp32, another seed.' in result.output
+    assert runs == {'fp32': 'complete', 'bf16': 'partial: 4 kimg'} and rows['bf16']['ticks'] == 4
+    assert rows['bf16']['mean_difference'] == '1.00%' and Training.started == ['fp32-s0', 'bf16-s0']
+    result, runs, rows = call()
+    assert result.exit_code == 0 and set(runs.values()) == {'complete'} and rows['bf16']['ticks'] == 8
+    assert Training.started == ['bf16-s0', 'fp32-s1']
+    assert call()[0].exit_code == 0 and Training.started == []
+
+
+@pytest.mark.parametrize('line, words', [
+    (['--minutes=9'], '--minutes needs --outdir'), (['--precisions=bf16,typo'], 'typo: choose from fp32')])
+def test_curves_that_cannot_be_compared(line, words):
+    result = CLI.invoke(bench_curves.main, line)
+    assert result.exit_code == 2 and words in result.output
