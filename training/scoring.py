@@ -89,7 +89,7 @@ class NetworkImages:
         """Yield the images of `indices` in batches, uint8 [≤ batch, C, H, W], on the network's device."""
         for start in range(0, len(indices), batch):
             seeds = [self.seeds[i] for i in indices[start:start + batch]]
-            yield to_uint8(generate_batch(self.net, seeds, self.sampler, self.class_idx))
+            yield to_uint8(generate_batch(self.net, seeds, self.sampler, self.class_idx, size=min(batch, self.total)))
 
     def identity(self):
         """Network, sampler and seeds."""
