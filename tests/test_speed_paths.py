@@ -29,6 +29,7 @@ from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
 from training.layers import (GroupNorm, double, filter_down, filter_up, make_resample_filter, norm_gradients,
                              norm_gradients_to_compile, pool)
 from training.progress import load_optimizer
+from training.provenance import CountedModel, stand_in
 from warm.systems import SYSTEMS
 
 # What is trained: name → (system, arguments of its network).
@@ -217,6 +218,21 @@ def test_compiled_on_a_gpu(graphs):
         for _ in range(3):
             outputs = [net(x, sigma * s) for s in (1, 2, 3)]
     assert distance(outputs, reference) < 1e-5
+
+
+@pytest.mark.filterwarnings('ignore')  # torch's own, from inside its compiler
+def test_what_is_compiled(monkeypatch):
+    """By another backend, without looking for compilers; copies and stand-ins are not."""
+    monkeypatch.setattr(acceleration, 'check_compiler', None)
+    net, x, sigma = make_net().eval(), torch.randn([2, 3, 8, 8]), torch.ones([])
+    assert not acceleration.is_compiled(net)
+    with torch.no_grad():
+        reference = net(x, sigma)
+        accelerate(net, compile=True, backend='aot_eager')
+        assert acceleration.is_compiled(net) and distance([net(x, sigma)], [reference]) < 1e-5
+    assert not acceleration.is_compiled(copy.deepcopy(net))
+    with stand_in(net, CountedModel):
+        assert not acceleration.is_compiled(net)
 
 
 def test_compilers_absence_is_a_sentence(monkeypatch):
