@@ -4,10 +4,12 @@ Each has `damage(rng)`, which gives the bytes of a damaged file, and `read(data)
 """
 
 import contextlib
+import gzip
 import io
 import json
 import pathlib
 import pickle
+import struct
 import tarfile
 import zipfile
 
@@ -20,7 +22,7 @@ from torch_utils import training_stats
 from training import image_codec, metrics
 from training.compact import compact
 from training.dataset import EMBEDDED, ImageFolderDataset
-from training.dataset_sources import CIFAR10_BATCHES, read_cifar10
+from training.dataset_sources import CIFAR10_BATCHES, read_cifar10, read_mnist
 from training.detectors import PixelDetector
 from training.progress import Progress, restore, resume_from, run_state, seed_rank
 from training.saving import host_copy
@@ -303,5 +305,24 @@ class CifarBatch:
         read_cifar10(self.path)
 
 
+class Mnist:
+    """MNIST's file of images; one in two damaged before it was packed."""
+
+    def __init__(self, folder):
+        self.path = folder / 'train-images-idx3-ubyte.gz'
+        self.whole = struct.pack('>4I', 0x803, 2, 28, 28) + bytes(2 * 28 * 28)
+        labels = folder / 'train-labels-idx1-ubyte.gz'
+        labels.write_bytes(gzip.compress(struct.pack('>2I', 0x801, 2) + bytes([3, 7])))
+
+    def damage(self, rng):
+        if rng.random() < 0.5:
+            return gzip.compress(mutate(self.whole, rng), 1)
+        return mutate(gzip.compress(self.whole, 1), rng)
+
+    def read(self, data):
+        self.path.write_bytes(data)
+        read_mnist(self.path)
+
+
 TARGETS = {'snapshot': Snapshot, 'state': State, 'resume': Resume, 'edm': EdmPickle, 'labels': Labels, 'png': Png,
-           'zip': Zip, 'npz': Npz, 'cifar': CifarBatch}
+           'zip': Zip, 'npz': Npz, 'cifar': CifarBatch, 'mnist': Mnist}
