@@ -334,11 +334,11 @@ def stop_after(function, calls):
     """The function, interrupted at a later call."""
     made = []
 
-    def stopping(*args):
+    def stopping(*args, **kwargs):
         if len(made) == calls:
             raise KeyboardInterrupt
         made.append(args)
-        return function(*args)
+        return function(*args, **kwargs)
     return stopping
 
 

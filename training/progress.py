@@ -15,7 +15,7 @@ from torch_utils import training_stats
 from training.compact import MOMENTS, expand, is_compact
 from training.state import load_state
 from training.system import flag_of
-from training.unet import ARCHITECTURES
+from training.unet import ARCHITECTURES, MODELS
 
 # What Python and PyTorch say to values of another kind, or of another shape, than expected.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -26,6 +26,7 @@ ARGUMENT_NAMES = {
     'label_dim': 'the number of classes (--cond)', 'augment_dim': 'the number of augmentation labels (--augment-with)',
     'use_fp16': '--fp16', 'dropout': '--dropout',
     **{name: f'--arch ({name})' for arguments in ARCHITECTURES.values() for name in arguments},
+    **{name: flag_of(flag) for model in MODELS.values() for flag, name in model.size_arguments.items()},
 }
 
 # What a state's settings say of the run besides its network, as the user calls it; and what all older runs had.
@@ -173,8 +174,7 @@ def check_network(state, path, net, options=()):
     Raises:
         UserError: they differ in what they mean.
     """
-    sizes = {argument: flag_of(flag) for flag, argument in net.model.size_arguments.items()}
-    names = {**ARGUMENT_NAMES, **sizes, **{name: flag_of(name) for name in options}}
+    names = {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}}
     with _refusing(path):
         before, now = net.meaning(state['network_kwargs']), net.meaning(net.init_kwargs)
         changed = [f'{names.get(name) or excerpt(name)} was {_shown(before.get(name))} there and is '
