@@ -75,7 +75,7 @@ def place(request, tmp_path):
 def test_items_are_the_pixels_in_name_order(place, mode):
     files = small_set(mode=mode, labels=[3, 0, 1, 1, 0, 2])
     write(place, dict(reversed(files.items())))
-    ds = ImageFolderDataset(place, use_labels=True)
+    ds = ImageFolderDataset(place, use_labels=True, cache=True)  # EDM's arguments all
     c = len(mode)
     assert (len(ds), ds.image_shape, ds.num_channels, ds.resolution) == (6, [c, 8, 8], c, 8)
     assert (ds.label_shape, ds.label_dim, ds.has_labels, ds.has_onehot_labels) == ([4], 4, True, True)

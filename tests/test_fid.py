@@ -24,7 +24,7 @@ import requests
 import torch
 
 import fid
-from tests.commands import ROOT, refused, torchrun
+from tests.commands import ROOT, SMALL, refused, run_command, torchrun
 from tests.commands import invoke as invoke_script
 from training import metric_collectors, metrics, scoring
 from training.metric_images import image_batches, open_images
@@ -321,13 +321,37 @@ def test_interrupted_rounds_keep_the_finished_ones(network, reference, tmp_path,
         assert isinstance(run('calc', log=tmp_path / 'a.jsonl', **common).exception, KeyboardInterrupt | SystemExit)
     drawn = []
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, 'generate_batch', lambda net, seeds, *args, original=scoring.generate_batch:
-                      drawn.append(seeds) or original(net, seeds, *args))
+        patch.setattr(scoring, 'generate_batch', lambda net, seeds, *args, original=scoring.generate_batch, **kwargs:
+                      drawn.append(seeds) or original(net, seeds, *args, **kwargs))
         invoke('calc', log=tmp_path / 'a.jsonl', **common)
     assert drawn == [list(range(10, 20))]
     invoke('calc', log=tmp_path / 'b.jsonl', **common)
     assert [(line['round'], line['value']) for line in logged(tmp_path / 'a.jsonl')] == \
         [(line['round'], line['value']) for line in logged(tmp_path / 'b.jsonl')]
+
+
+def test_a_cache_that_cannot_be_written(folders, reference, tmp_path, monkeypatch):
+    """The scores are there; a warning says what an interruption would have cost."""
+    monkeypatch.setattr('training.metric_resume.SAVE_SECONDS', 0)
+    (tmp_path / 'cache').write_text('a file where the folder should be')
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
+    assert 'FD-pixels' in invoke('calc', images=folders[1], num=50, ref=reference)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names that are no text')
+def test_names_that_are_no_utf8(folders, tmp_path, monkeypatch):
+    """As old archives have them: scored like any other, and trained on, states included."""
+    monkeypatch.setenv('PYTHONIOENCODING', 'utf-8:backslashreplace')
+    data = tmp_path / os.fsdecode(b'ph\xe9otos')
+    shutil.copytree(folders[1], data)
+    image = next(data.rglob('*.png'))
+    image.rename(image.with_name(os.fsdecode(b'im\xe9.png')))
+    run_command('fid.py', 'ref', f'--data={data}', f'--dest={tmp_path / "ref.npz"}', '--detector=pixels')
+    run_command('fid.py', 'calc', f'--images={data}', '--num=10', f'--ref={tmp_path / "ref.npz"}', '--detector=pixels')
+    for name, options in (('a', []), ('b', [f'--resume={tmp_path / "a"}'])):
+        run_command('train.py', *SMALL, f'--data={data}', f'--outdir={tmp_path / name}', '--nosubdir', *options,
+                    f'--duration={0.000016 if name == "a" else 0.000032}')
+    assert len(list((tmp_path / 'b').glob('training-state-*.pt'))) == 1
 
 
 def stop_after(function, calls):

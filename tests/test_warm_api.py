@@ -13,6 +13,7 @@ from tests.commands import invoke, refused
 from training.dataset import EMBEDDED
 from training.snapshot import save_snapshot
 from training.training_loop import facts
+from warm.precond import WarmPrecond
 from warm.systems import SYSTEMS
 from warm.starts import TrainingImages
 
@@ -54,6 +55,19 @@ def test_embedded_digits_need_not_be_named(name, tmp_path):
     for seed in range(4):
         with PIL.Image.open(tmp_path / 'out' / f'{seed:06d}.png') as picture:
             assert np.abs(np.asarray(picture).astype(int) - images[seed, 0].numpy()).max() <= 1
+
+
+def test_images_do_not_depend_on_the_default_type(tmp_path):
+    """PyTorch's, which a program may have set to float64."""
+    torch.manual_seed(0)
+    net = WarmPrecond(img_resolution=8, img_channels=1, model_type='SongUNet', model_channels=8, channel_mult=[1],
+                      num_blocks=1, attn_resolutions=[]).eval()
+    images = warm.sample(net, range(4), system='warm', num_steps=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(warm.sample(net, range(4), system='warm', num_steps=3), images)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize('name', STARTED)

@@ -39,13 +39,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         max_size: Keep a random subset of this many images, in their order; None keeps all.
         xflip: Append the mirrored copy of every image.
         random_seed: Chooses the subset.
+        cache: EDM's, without effect here: training.training_loop.open_dataset decodes in advance.
 
     Raises:
         UserError: missing, damaged or mixed images or labels. Sizes of PNG files in a zip are all
             compared here, other files when they are read.
     """
 
-    def __init__(self, path, resolution=None, use_labels=False, max_size=None, xflip=False, random_seed=0):
+    def __init__(self, path, resolution=None, use_labels=False, max_size=None, xflip=False, random_seed=0,
+                 cache=False):
         self._archive = open_archive(path)
         self.name = name_of(path)
         names = image_names(self._archive)

@@ -61,7 +61,7 @@ def _open_or_make(dataset):
 def decoded_path(dataset):
     """Where the decoded images of a data set lie: DNNLIB_CACHE_DIR/decoded/NAME-PATH-CONTENT.npy."""
     path = os.path.abspath(dataset.path)
-    where = hashlib.sha256(path.encode()).hexdigest()[:12]
+    where = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
     what = hashlib.sha256(repr((dataset.image_shape, dataset.fingerprint())).encode()).hexdigest()[:16]
     return cache_dir() / 'decoded' / f'{dataset.name[:60]}-{where}-{what}.npy'
 

@@ -42,7 +42,9 @@ def generate_batch(net, seeds, sampler, class_idx=None, size=None, **extra):
         return generate_batch(net, filled, sampler, class_idx, **extra)[:len(seeds)]
     device = next(net.parameters()).device
     rnd = StackedRandomGenerator(device, seeds)
-    latents = rnd.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution], device=device)
+    # Whatever PyTorch's default type is, a seed stands for the same image.
+    latents = rnd.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution], device=device,
+                        dtype=torch.float32)
     class_labels = None
     if net.label_dim:
         index = rnd.randint(net.label_dim, size=[len(seeds)], device=device)

@@ -5,6 +5,7 @@ is restored is exactly what the sums and features were after that batch, so the 
 uninterrupted run, bit for bit.
 """
 
+import contextlib
 import hashlib
 import json
 import time
@@ -75,4 +76,5 @@ class Unfinished:
 
     def remove(self):
         """Delete what is stored: the scores are known."""
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a cache that cannot be written has nothing of ours, or keeps it
+            self.path.unlink()

@@ -148,7 +148,8 @@ class Machine:
 
 
 def _text(fmt):
-    return lambda m: m.push(str(m.take(m.number(fmt)), 'utf-8'))
+    # As pickle writes them: a file name that is no UTF-8 holds surrogates.
+    return lambda m: m.push(str(m.take(m.number(fmt)), 'utf-8', 'surrogatepass'))
 
 
 def _bytes(fmt):

@@ -59,7 +59,7 @@ class ImageFiles:
         """What tells these images from others, without reading them: their names, sizes and times of change."""
         digest = hashlib.sha256()
         for name, *stamp in self.dataset.file_stamps():
-            digest.update(f'{name}\0{stamp}\n'.encode())
+            digest.update(f'{name}\0{stamp}\n'.encode('utf-8', 'surrogateescape'))
         return {'files': digest.hexdigest()}
 
 

@@ -116,12 +116,11 @@ def measured(system, own, dataset_kwargs):
     return dist.on_rank0(measure) if wanted else {}
 
 
-def open_data(path, cache=None, **kwargs):
+def open_data(path, **kwargs):
     """The data set, its images not decoded in advance; the message on a preset's missing one says how it is made.
 
     Args:
         path, kwargs: As for ImageFolderDataset.
-        cache: Without effect here: how training reads the images (training.training_loop.open_dataset).
     """
     command = next((preset.data for preset in PRESETS.values() if preset.train.get('data') == path), None)
     if command and not os.path.exists(path):
