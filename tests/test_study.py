@@ -143,6 +143,19 @@ def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
     assert [r['kimg'] for r in records(tmp_path)] == pytest.approx([4, 8], abs=0.064)
 
 
+def test_tidying_leaves_a_network_that_is_not_scored(tiny, tmp_path):
+    """Though the training that made it ended just as the time ran out, and nobody has put it aside."""
+    run = next(run for run in plan(tiny) if run.name == 'edm-cond-s0')
+    here = study.Study(tiny, tmp_path, tmp_path / 'digits.jsonl', study_pieces.Clock())
+    folder = here.folder(run.name)
+    folder.mkdir()
+    for kimg in (3, 8):
+        (folder / f'network-snapshot-{kimg:06d}.safetensors').touch()
+    study.tidy(here, [run])
+    assert [p.name for p in folder.rglob('*.safetensors')] == ['network-snapshot-000008.safetensors']
+    assert here.snapshot(run.name, 8) is not None
+
+
 def test_the_first_score_is_not_begun_without_time(tiny, tmp_path):
     """The speed is that of the last score that was recorded on this machine, from another piece or of another run."""
     assert carry_out(tmp_path, '--questions=1', '--only=edm-cond').exit_code == 0

@@ -293,12 +293,14 @@ def tidy(study, runs):
             with claimed(folder / 'lock') as lock:
                 if lock is not None:
                     left = {score.kimg for score in study.missing(run)}
+                    for kimg in left:  # time may have run out, or the worker died, just when the training was done
+                        keep_network(study, run, kimg)
                     needed = left | {study.scale.main[-1]} if run.name in parents else left
                     delete_but(folder, {study.snapshot(run.name, kimg) for kimg in needed}, bool(left))
 
 
 def delete_but(folder, networks, unfinished):
-    """Delete what a run's folder holds beside these networks, and, of an unfinished run, its states."""
+    """Delete all networks of a run but these, and its states too unless it is unfinished."""
     for path in (*saved_files(folder / KEPT, 'network-snapshot'), *saved_files(folder, 'network-snapshot'),
                  *([] if unfinished else saved_files(folder, 'training-state'))):
         if path not in networks:
