@@ -204,7 +204,8 @@ def run(options, log):
         return True
     # Before the run folder is made: an unreadable image must not leave an empty one behind.
     dataset = open_dataset(**config['dataset_kwargs'])
-    dist.on_rank0(lambda: create_run_dir(run_dir, config, start if options['auto_resume'] else None))
+    run_dir = dist.on_rank0(lambda: create_run_dir(run_dir, config, start if options['auto_resume'] else None,
+                                                   None if options['nosubdir'] else name))
     if log is not None:
         log.open(os.path.join(run_dir, 'log.txt'))
     dist.print0(cfg.summary(config, run_dir))

@@ -22,8 +22,16 @@ def is_url(path):
 
 
 def cache_dir():
-    """Folder of downloaded files: $DNNLIB_CACHE_DIR, or ~/.cache/warm-diffusion."""
-    return pathlib.Path(os.environ.get('DNNLIB_CACHE_DIR') or pathlib.Path.home() / '.cache' / 'warm-diffusion')
+    """Folder of downloaded files: $DNNLIB_CACHE_DIR, or ~/.cache/warm-diffusion.
+
+    Raises:
+        UserError: the variable is not set, and this user has no home folder (as in some containers).
+    """
+    try:
+        return pathlib.Path(os.environ.get('DNNLIB_CACHE_DIR') or pathlib.Path.home() / '.cache' / 'warm-diffusion')
+    except RuntimeError as e:
+        raise UserError('this user has no home folder, so cached files have no place; set DNNLIB_CACHE_DIR to a folder '
+                        'for them') from e
 
 
 def local_path(path_or_url):

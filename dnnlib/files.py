@@ -142,7 +142,8 @@ class Tee:
     def __init__(self):
         self._file = io.StringIO()
         self._streams = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = (_TeeStream(stream, self) for stream in self._streams)
+        self._nowhere = open(os.devnull, 'w', encoding='utf-8')
+        sys.stdout, sys.stderr = (_TeeStream(stream or self._nowhere, self) for stream in self._streams)
 
     def open(self, path):
         """Append to this file what has been printed so far and whatever follows."""
@@ -159,6 +160,7 @@ class Tee:
         """Stop copying."""
         sys.stdout, sys.stderr = self._streams
         self._file.close()
+        self._nowhere.close()
 
     def __enter__(self):
         return self
@@ -179,7 +181,10 @@ class _TeeStream:
         self._stream, self._log = stream, log
 
     def write(self, text):
-        self._stream.write(text)
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError as e:  # a terminal of few characters must not end a training
+            self._stream.write(text.encode(e.encoding, 'replace').decode(e.encoding))
         if '\r' not in text:
             self._log.write(text)
         return len(text)

@@ -22,6 +22,7 @@ from torch_utils import misc
 from torch_utils.misc import InfiniteSampler
 from training import image_codec
 from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
+from training.image_archive import image_names, open_archive
 
 
 def picture(seed, size=8, mode='RGB'):
@@ -164,6 +165,17 @@ def test_zip_names_are_only_keys(tmp_path):
     ds = ImageFolderDataset(path)
     assert len(ds) == 2 and ds[0][0].shape == (3, 8, 8)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['set.zip']
+
+
+def test_linked_folders_are_entered(tmp_path):
+    """As sets are put together of others' folders; one that leads back to itself ends."""
+    write(tmp_path / 'far', {'1.png': encoded(picture(1)), 'deep/2.png': encoded(picture(2))})
+    write(tmp_path / 'set', {'a/0.png': encoded(picture(0))})
+    (tmp_path / 'set' / 'b').symlink_to(tmp_path / 'far')
+    (tmp_path / 'far' / 'deep' / 'back').symlink_to(tmp_path / 'set')
+    names = image_names(open_archive(tmp_path / 'set'))
+    assert names == ['a/0.png', 'b/1.png', 'b/deep/2.png']
+    assert ImageFolderDataset(str(tmp_path / 'set')).num_files == 3
 
 
 def test_name_of_folder_keeps_dots(tmp_path):

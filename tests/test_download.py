@@ -4,7 +4,9 @@ import errno
 import gzip
 import hashlib
 import http.server
+import io
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -13,7 +15,7 @@ import time
 import pytest
 
 from dnnlib import UserError, download
-from dnnlib.download import fetch, is_url, local_path
+from dnnlib.download import cache_dir, fetch, is_url, local_path
 from dnnlib.files import Tee, atomic_write, check_writable, make_dirs
 
 BODY = bytes(range(256)) * 5000
@@ -243,6 +245,31 @@ def test_the_log_begins_before_there_is_a_file(tmp_path, capsys):
     print('after it')
     assert (tmp_path / 'log.txt').read_text() == 'an earlier start\nNo --data given\ntick 0\n'
     assert capsys.readouterr() == ('No --data given\ntick 0\nafter it\n', '1 of 2\r')
+
+
+def test_streams_of_few_characters_or_none(tmp_path, monkeypatch):
+    """A terminal that is gone or knows only ASCII ends no training; the log has all of it."""
+    few = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    monkeypatch.setattr(sys, 'stdout', few)
+    monkeypatch.setattr(sys, 'stderr', None)
+    with Tee() as log:
+        log.open(tmp_path / 'log.txt')
+        print('1 → 2')
+        print('and to stderr', file=sys.stderr, flush=True)
+    few.flush()
+    assert few.buffer.getvalue() == b'1 ? 2\n' and sys.stdout is few and sys.stderr is None
+    assert (tmp_path / 'log.txt').read_text(encoding='utf-8') == '1 → 2\nand to stderr\n'
+
+
+def test_a_user_without_a_home(monkeypatch):
+    def no_home():
+        raise RuntimeError('Could not determine home directory.')
+    monkeypatch.setattr(pathlib.Path, 'home', no_home)
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', '/somewhere')
+    assert cache_dir() == pathlib.Path('/somewhere')
+    monkeypatch.delenv('DNNLIB_CACHE_DIR')
+    with pytest.raises(UserError, match='no home folder, .* set DNNLIB_CACHE_DIR'):
+        cache_dir()
 
 
 @pytest.mark.parametrize('name, said', [('', "'' names no file"), ('new/', 'names no file'), ('.', 'is a folder')])

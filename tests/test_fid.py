@@ -352,6 +352,9 @@ def test_names_that_are_no_utf8(folders, tmp_path, monkeypatch):
         run_command('train.py', *SMALL, f'--data={data}', f'--outdir={tmp_path / name}', '--nosubdir', *options,
                     f'--duration={0.000016 if name == "a" else 0.000032}')
     assert len(list((tmp_path / 'b').glob('training-state-*.pt'))) == 1
+    (tmp_path / 'a').rename(data / 'run')
+    network = next((data / 'run').glob('network-snapshot-*.safetensors'))
+    run_command('generate.py', f'--network={network}', f'--outdir={tmp_path / "out"}', '--seeds=0', '--steps=2')
 
 
 def stop_after(function, calls):

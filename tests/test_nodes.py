@@ -62,6 +62,15 @@ def test_without_torchrun_there_is_no_group_and_no_port(monkeypatch):
     dist.cleanup()
 
 
+def test_half_of_torchruns_environment(monkeypatch):
+    """As a batch system may set it, or a shell that was left over."""
+    for name, value in dict(RANK='0', WORLD_SIZE='1', MASTER_PORT='1').items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    with pytest.raises(UserError, match='RANK and WORLD_SIZE are set, but not MASTER_ADDR; start the ranks with torchr'):
+        dist.init()
+
+
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)

@@ -19,6 +19,7 @@ from training.health import Health
 from training.progress import MALFORMED, checked_seed, load_optimizer, load_run_state
 from training.run_folder import OPTIONS_NAME, create_run_dir
 from training.saving import Saver, host_copy, prune, saved_files
+from training.snapshot import read_snapshot
 from training.state import load_state, save_state
 from warm.systems import SYSTEMS
 
@@ -101,11 +102,12 @@ def test_seeds_that_train_can_be_resumed(cut):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    """Both have looked for a free number before either made its folder: the second is told."""
-    create_run_dir(tmp_path / '00000-a', {'seed': 1}, None)
+    """All have looked for a free number before any made its folder: the later take the next, or are told."""
+    for seed, folder in enumerate(('00000-a', '00001-a', '00002-a')):
+        assert create_run_dir(str(tmp_path / '00000-a'), {'seed': seed}, None, 'a') == str(tmp_path / folder)
     with pytest.raises(UserError, match='another run has begun'):
-        create_run_dir(tmp_path / '00000-a', {'seed': 2}, None)
-    assert json.loads((tmp_path / '00000-a' / OPTIONS_NAME).read_text()) == {'seed': 1}
+        create_run_dir(tmp_path / '00000-a', {'seed': 9}, None)
+    assert json.loads((tmp_path / '00000-a' / OPTIONS_NAME).read_text()) == {'seed': 0}
 
 
 @pytest.fixture
@@ -255,9 +257,8 @@ def test_another_spelling_of_the_same_option_resumes(first, second, tmp_path):
 @pytest.mark.parametrize('option, sentence', [
     ('--bnr=1', '--bnr was 0.5 there and is 1 here'), ('--bnr-schedule=blurring', '--bnr was 0.5 there and is not set'),
     ('--bnr-schedule=blurring', '--bnr-schedule was not set there and is blurring:20 here'),
-    ('--cres=1,2', '--cres was 1,1 there and is 1,2 here'), ('--dropout=0', '--dropout was 0.13 there and is 0.0 here'),
+    ('--cres=1,2', '--cres was 1,1 there and is 1,2 here'),
     ('--arch=ncsnpp', '--arch (embedding_type) was positional there and is fourier here'),
-    ('--fp16=1', '--fp16 was 0 there and is 1'),
     ('--cond=1', 'the number of classes (--cond) was 0 there and is 10 here'),
     ('--targets=clean', '--targets was residual there and is clean here')])
 def test_another_network_is_named_by_its_options(option, sentence, tmp_path_factory):
@@ -266,6 +267,16 @@ def test_another_network_is_named_by_its_options(option, sentence, tmp_path_fact
         trained(folder, '--precond=warm', kimg=0.064)
     refused(train(folder, '--precond=warm', f'--resume={folder}', option, '--auto-resume'), sentence,
             "resume with that run's options")
+
+
+def test_a_run_goes_on_in_another_precision_and_with_another_dropout(cut, tmp_path):
+    """As after a run in fp16 that diverged. The tensors mean the same; what changes is said."""
+    result = trained(tmp_path, f'--resume={cut}', '--fp16=1', '--dropout=0.1', kimg=1.024)
+    assert '--fp16 was 0 there and is 1 here.' in result.output and '--dropout was 0.13 there' in result.output
+    back = trained(tmp_path / 'back', f'--resume={tmp_path}', kimg=1.152)
+    assert '--fp16 was 1 there and is 0 here.' in back.output
+    options = read_snapshot(saved_files(tmp_path / 'back', 'network-snapshot')[0]).network_kwargs
+    assert options['use_fp16'] is False and options['dropout'] == 0.13
 
 
 def test_other_augmentations_are_refused(tmp_path):

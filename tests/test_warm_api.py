@@ -70,6 +70,22 @@ def test_images_do_not_depend_on_the_default_type(tmp_path):
         torch.set_default_dtype(torch.float32)
 
 
+def test_a_network_in_training_mode():
+    """Its dropout does not get into the images; it is left as it was, with a part that its owner has frozen."""
+    torch.manual_seed(0)
+    net = WarmPrecond(img_resolution=8, img_channels=1, model_type='SongUNet', model_channels=8, channel_mult=[1],
+                      num_blocks=1, attn_resolutions=[], dropout=0.5)
+    with torch.no_grad():
+        for p in net.parameters():  # some of which start as zeros, behind which dropout would not be seen
+            p.add_(0.05 * torch.randn_like(p))
+    known = warm.sample(net.eval(), [0, 1], system='warm', num_steps=2)
+    net.train()
+    net.model.dec.eval()
+    modes = [module.training for module in net.modules()]
+    assert torch.equal(warm.sample(net, [0, 1], system='warm', num_steps=2), known)
+    assert [module.training for module in net.modules()] == modes and len(set(modes)) == 2
+
+
 @pytest.mark.parametrize('name', STARTED)
 def test_other_data_sets_have_to_be_named(name, tmp_path):
     """The sentence names the data set and the argument; with it, images come; of another size, it is refused."""

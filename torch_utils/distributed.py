@@ -26,7 +26,7 @@ def init():
     no port; every function of this module then acts as rank 0 of 1.
 
     Raises:
-        UserError: more processes than GPUs; a rank that does not come.
+        UserError: more processes than GPUs; a rank that does not come; half of torchrun's environment.
     """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -35,6 +35,10 @@ def init():
                             f'start at most one for each, with --nproc_per_node={gpus}')
         torch.cuda.set_device(local_rank())
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not torch.distributed.is_initialized():
+        lacking = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+        if lacking:
+            raise UserError(f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}; start the ranks with torchrun, "
+                            'or unset all of these for a single process')
         on_cuda = torch.cuda.is_available()
         store, rank, ranks = next(torch.distributed.rendezvous('env://', timeout=TIMEOUT))
         torch.distributed.init_process_group(

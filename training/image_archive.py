@@ -37,11 +37,28 @@ class FolderArchive:
         self.path = path
 
     def names(self):
-        """All files below the folder. Folders reached only by symbolic links are not entered."""
-        def fail(e):
-            raise UserError(f'could not read {e.filename}: {e.strerror}; check its permissions') from e
-        return [os.path.relpath(os.path.join(folder, name), self.path).replace(os.sep, '/')
-                for folder, _, files in os.walk(self.path, onerror=fail) for name in files]
+        """All files below the folder, those in linked folders too."""
+        return list(self._below('', ()))
+
+    def _below(self, inside, parents):
+        """Files below the folder of the relative name `inside` ('' or ending in '/').
+
+        Args:
+            parents: What tells the folders around it from all others; a link back to one of them is not followed.
+        """
+        folder = os.path.join(self.path, inside)
+        try:
+            status = os.stat(folder)
+            here = status.st_dev, status.st_ino
+            with os.scandir(folder) as entries:
+                found = [] if here in parents else [(entry.name, entry.is_dir()) for entry in entries]
+        except OSError as e:
+            raise UserError(f'could not read {folder}: {e.strerror}; check its permissions') from e
+        for name, is_dir in found:
+            if is_dir:
+                yield from self._below(f'{inside}{name}/', (*parents, here))
+            else:
+                yield inside + name
 
     def has(self, name):
         return os.path.isfile(os.path.join(self.path, name))

@@ -29,6 +29,9 @@ ARGUMENT_NAMES = {
     **{name: flag_of(flag) for model in MODELS.values() for flag, name in model.size_arguments.items()},
 }
 
+# Arguments of a network that change how it is trained, not what its tensors mean: a run may go on with others.
+REGIME = ('use_fp16', 'dropout')
+
 # What a state's settings say of the run besides its network, as the user calls it; and what all older runs had.
 ORIGIN = {'system': '--precond=', 'augmentations': '--augment-with=', 'optimizer': 'the optimizer '}
 ORIGIN_BEFORE = {'optimizer': 'Adam'}
@@ -172,16 +175,21 @@ def check_network(state, path, net, options=()):
         options: Names of its arguments that are flags of train.py under these names, for the message.
 
     Raises:
-        UserError: they differ in what they mean.
+        UserError: they differ in what they mean, REGIME apart.
     """
-    names = {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}}
     with _refusing(path):
-        before, now = net.meaning(state['network_kwargs']), net.meaning(net.init_kwargs)
-        changed = [f'{names.get(name) or excerpt(name)} was {_shown(before.get(name))} there and is '
-                   f'{_shown(now.get(name))} here' for name in {**before, **now} if before.get(name) != now.get(name)]
+        changed = _changes(state, net, {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}})
+    changed = [change for name, change in changed.items() if name not in REGIME]
     if changed:
         raise UserError(f"{path} is of a run with another network: {', '.join(changed)}; resume with that run's "
                         'options, or start another run beside it: without --resume, with --desc=… or another --outdir')
+
+
+def _changes(state, net, names):
+    """{argument: sentence} for the arguments of `net` that are not those of the state's network; `names` for them."""
+    before, now = net.meaning(state['network_kwargs']), net.meaning(net.init_kwargs)
+    return {name: f'{names.get(name) or excerpt(name)} was {_shown(before.get(name))} there and is '
+                  f'{_shown(now.get(name))} here' for name in {**before, **now} if before.get(name) != now.get(name)}
 
 
 def _shown(value):
@@ -200,6 +208,8 @@ def restore(state, path, net, ema, optimizer):
         UserError: the state belongs to another network.
     """
     check_network(state, path, net)
+    for change in _changes(state, net, ARGUMENT_NAMES).values():
+        dist.print0(f'Warning: {change}.')
     with _refusing(path):
         net.load_state_dict(state['net'])
         ema.load_state_dict(state['ema'])

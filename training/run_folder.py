@@ -97,26 +97,41 @@ def check_run_dir(run_dir):
         raise UserError(f'could not create the folder {run_dir}: {e.strerror or e}; choose another --outdir') from e
 
 
-def create_run_dir(run_dir, config, start):
+def create_run_dir(run_dir, config, start, name=None):
     """Make the run folder with its training_options.json. On rank 0.
 
     Args:
         start: From `start_point`. What the folder's records say about later ticks is dropped with --auto-resume;
             None otherwise.
+        name: Of the run, if its folder may be of a higher number, where another run has begun in this one meanwhile.
+
+    Returns:
+        The folder.
 
     Raises:
         UserError: another run has begun there meanwhile; a file or the folder cannot be written.
     """
-    make_dirs(run_dir)
     if start is None:
-        try:
-            open(os.path.join(run_dir, OPTIONS_NAME), 'x').close()  # claims the folder: of two runs one gets it
-        except FileExistsError as e:
-            raise UserError(f'another run has begun in {run_dir} meanwhile; run the command again') from e
-        except OSError as e:
-            raise UserError(f'could not write in {run_dir}: {e.strerror or e}; choose another --outdir') from e
+        while not _claim(run_dir):
+            if name is None:
+                raise UserError(f'another run has begun in {run_dir} meanwhile; run the command again')
+            run_dir = next_run_dir(os.path.dirname(run_dir), name)
     else:
+        make_dirs(run_dir)
         trim_records(run_dir, start['tick'], json.loads(start['last_tick']))
         remove_temporary_files(run_dir)
     with atomic_write(os.path.join(run_dir, OPTIONS_NAME), 'w') as f:
         json.dump(config, f, indent=2)
+    return run_dir
+
+
+def _claim(run_dir):
+    """Make the folder this process's own: of several runs that begin at once, one gets it. Returns whether it did."""
+    make_dirs(run_dir)
+    try:
+        open(os.path.join(run_dir, OPTIONS_NAME), 'x').close()
+    except FileExistsError:
+        return False
+    except OSError as e:
+        raise UserError(f'could not write in {run_dir}: {e.strerror or e}; choose another --outdir') from e
+    return True

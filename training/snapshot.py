@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 
-import safetensors
 import safetensors.torch
 import torch
 from torch.overrides import TorchFunctionMode
@@ -115,13 +114,15 @@ def _read_safetensors(path, header_bytes):
     if header_bytes > min(MAX_HEADER_BYTES, os.path.getsize(path)):
         raise UserError(damaged)
     try:
-        with safetensors.safe_open(path, framework='pt') as f:
-            text = (f.metadata() or {}).get(HEADER_KEY)
-            if text is None:
-                raise UserError(f'{path} holds tensors but is not a network snapshot of this project; '
-                                'give a network-snapshot-*.safetensors or a .pkl of EDM')
-            header = _check_header(text, path)
-        # Not f.get_tensor, which loses some memory with each tensor (safetensors 0.8): training reads often.
+        # Not safetensors.safe_open: it takes no path that isn't UTF-8, and its get_tensor loses some memory with each
+        # tensor (safetensors 0.8), where training reads often.
+        with open(path, 'rb') as f:
+            f.seek(8)
+            text = json.loads(f.read(header_bytes)).get('__metadata__', {}).get(HEADER_KEY)
+        if text is None:
+            raise UserError(f'{path} holds tensors but is not a network snapshot of this project; '
+                            'give a network-snapshot-*.safetensors or a .pkl of EDM')
+        header = _check_header(text, path)
         state_dict = safetensors.torch.load(path.read_bytes())
         if header.pop('checksum') not in (None, _checksum(json.loads(text), state_dict)):
             raise UserError(f'the checksum of {path} is wrong, so it is damaged; copy or download it again, or use '

@@ -1,5 +1,6 @@
 """The library in a few lines: load a snapshot, draw images. For D and R of a noisy image see WarmPrecond."""
 
+import contextlib
 import dataclasses
 import numbers
 import operator
@@ -44,7 +45,7 @@ def sample(net, seeds, class_idx=None, batch=None, system=None, **options):
     """Draw the images that generate.py writes for the same seeds.
 
     Args:
-        net: From `load`, or any network of a system.
+        net: From `load`, or any network of a system; one in training mode is drawn from as if it were not.
         seeds: Integers from 0 on, one per image, each once, at least one.
         class_idx: Class of all images; None draws one per seed.
         batch: Images at a time; by default what suits the device, as for generate.py.
@@ -71,8 +72,21 @@ def sample(net, seeds, class_idx=None, batch=None, system=None, **options):
     if system.starts_from_data and hasattr(net, 'snapshot'):
         options['data'] = _start_data(net.snapshot, options.get('data'))
     sampler = system.make_sampler(net, options)
-    batches = [generate_batch(net, seeds[i:i + batch], sampler, class_idx) for i in range(0, len(seeds), batch)]
+    with _evaluating(net):
+        batches = [generate_batch(net, seeds[i:i + batch], sampler, class_idx) for i in range(0, len(seeds), batch)]
     return torch.cat([to_uint8(images).cpu() for images in batches])
+
+
+@contextlib.contextmanager
+def _evaluating(net):
+    """Within it no part of the network is in training mode, in which dropout would change the images."""
+    training = [module for module in net.modules() if module.training]
+    try:
+        net.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _device(device):
