@@ -15,7 +15,8 @@ from training.detectors import DETECTORS
 from training.generated import RECORD
 from training.generation import BATCH, GPU_BATCH, default_batch
 from training.metric_images import open_images
-from training.provenance import LOG_NAME, log_scores, read_facts
+from training.provenance import log_scores, read_facts
+from training.run_files import SCORES_NAME
 from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, scoring_batch, unfinished_pass,
                               write_reference)
 from training.status import check_json_lines
@@ -41,7 +42,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
         batch = batch or scoring_batch(scorer.detector.device)
         dataset = open_images(images, num or NUM, seed)
         sources = [ImageFiles(dataset, images, read_facts(pathlib.Path(images) / RECORD))]
-        default_log = pathlib.Path(os.path.abspath(images)).parent / LOG_NAME
+        default_log = pathlib.Path(os.path.abspath(images)).parent / SCORES_NAME
     else:
         seeds = seeds or list(range(NUM))
         scorer.check(len(seeds))
@@ -50,7 +51,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
         batch = batch or default_batch(drawn.net)
         sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
                    for shift in shifts(seeds, rounds or 1)]
-        default_log = (pathlib.Path() if is_url(network) else drawn.snapshot.path.parent) / LOG_NAME
+        default_log = (pathlib.Path() if is_url(network) else drawn.snapshot.path.parent) / SCORES_NAME
     return score_rounds(scorer, sources, batch, log, default_log)
 
 
@@ -171,7 +172,7 @@ def main():
 @click.option('--rounds', metavar='INT', type=click.IntRange(min=1),
               help='Score as many consecutive ranges of seeds and print the best  [default: 1]')
 @click.option('--log', metavar='JSONL', type=Text(),
-              help=f'File to append the scores to  [default: {LOG_NAME} beside the images or the snapshot]')
+              help=f'File to append the scores to  [default: {SCORES_NAME} beside the images or the snapshot]')
 @with_common
 @class_flag
 @sampler_flags

@@ -19,6 +19,7 @@ from training.batches import DATA_DEVICES
 from training.detectors import DETECTORS
 from training.evaluation import make_evaluator
 from training.metrics import METRICS
+from training.run_files import LOG_NAME
 from training.run_folder import check_run_dir, create_run_dir, run_name, start_point
 from training.training_loop import open_dataset, training_loop
 from warm import config as cfg
@@ -207,7 +208,7 @@ def run(options, log):
     run_dir = dist.on_rank0(lambda: create_run_dir(run_dir, config, start if options['auto_resume'] else None,
                                                    None if options['nosubdir'] else name))
     if log is not None:
-        log.open(os.path.join(run_dir, 'log.txt'))
+        log.open(os.path.join(run_dir, LOG_NAME))
     dist.print0(cfg.summary(config, run_dir))
     for complaint in start['complaints']:
         dist.print0(f'Warning: passing over a damaged state: {complaint}')

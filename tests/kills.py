@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from tests.commands import ROOT, SMALL
-from training.saving import saved_files
+from training.run_files import saved_files
 from training.state import load_state
 
 RUN = [*SMALL, '--batch=32', '--grid=0', '--augment=0.12', '--dropout=0.1', '--tick=0.256', '--snap=1', '--dump=1',

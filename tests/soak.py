@@ -22,7 +22,7 @@ import psutil
 from tests.commands import ROOT, SMALL
 from tests.kills import ENV, kill_all
 from training.dataset import EMBEDDED
-from training.saving import saved_files
+from training.run_files import saved_files
 
 TRAIN = [*SMALL, '--batch=64', '--precond=warm', '--cond=1', '--grid=4', '--tick=1.28', '--snap=1', '--dump=2',
          '--duration=1000', '--nosubdir', '--auto-resume', '--keep=3', '--seed=0']

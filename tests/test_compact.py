@@ -6,7 +6,7 @@ import torch
 from tests.commands import SMALL, invoke, refused
 from tests.kills import equal, final_state, losses
 from training.compact import compact, expand, is_compact
-from training.saving import saved_files
+from training.run_files import saved_files
 from training.state import load_state, save_state
 
 # One tick is 128 images; a state at 64, 192, …, 448 images (named 000000).

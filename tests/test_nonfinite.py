@@ -14,7 +14,7 @@ from training import training_loop as tl
 from training.health import Health
 from training.loss import EDMLoss
 from training.progress import Progress
-from training.saving import saved_files
+from training.run_files import saved_files
 from training.snapshot import read_snapshot
 from training.state import load_state
 from training.status import trim_records

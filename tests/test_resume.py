@@ -17,8 +17,9 @@ from training import saving, training_loop
 from training.dataset import EMBEDDED
 from training.health import Health
 from training.progress import MALFORMED, checked_seed, load_optimizer, load_run_state
-from training.run_folder import OPTIONS_NAME, create_run_dir
-from training.saving import Saver, host_copy, prune, saved_files
+from training.run_files import OPTIONS_NAME, saved_files
+from training.run_folder import create_run_dir
+from training.saving import Saver, host_copy, prune
 from training.snapshot import read_snapshot
 from training.state import load_state, save_state
 from warm.systems import SYSTEMS
@@ -115,7 +116,7 @@ def cut(whole, tmp_path):
     """A copy of it that was killed after the state of 0.96 kimg and the last tick's line."""
     folder = tmp_path / 'cut'
     shutil.copytree(whole, folder)
-    for kind in saving.KINDS:
+    for kind in saving.READERS:
         saved_files(folder, kind)[0].unlink()
     (folder / '.tmp-x1y2training-state-000001.pt').write_bytes(b'half of it')
     return folder

@@ -15,7 +15,8 @@ import torch
 
 from dnnlib import UserError
 from tests.commands import full_disk
-from training.state import STATE_FORMAT, load_state, parse_kimg, save_state
+from training.run_files import parse_kimg
+from training.state import STATE_FORMAT, load_state, save_state
 
 STATE = {
     'kimg': 12, 'lr': 1e-3, 'name': 'warm', 'flag': True, 'none': None, 'big': 2 ** 127, 'small': -5,

@@ -16,7 +16,7 @@ from tests.commands import ROOT, SMALL, invoke
 from tests.kills import check_same, equal, final_state, losses
 from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED
 from training.health import Health
-from training.saving import saved_files
+from training.run_files import saved_files
 
 RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0.12', '--dropout=0.1', '--tick=0.256', '--snap=0', '--dump=0',
        '--seed=3', '--nosubdir', '--auto-resume', '--duration=0.000768']

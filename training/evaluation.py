@@ -11,10 +11,9 @@ from torch_utils import distributed as dist
 from training import metrics as m
 from training.dataset import ImageFolderDataset
 from training.generation import BATCH, default_batch
-from training.provenance import LOG_NAME, log_scores, sampling_facts, training_facts
+from training.provenance import log_scores, sampling_facts, training_facts
+from training.run_files import REF_NAME, SCORES_NAME
 from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
-
-REF_NAME = 'eval-ref.npz'
 
 
 @dataclasses.dataclass
@@ -50,7 +49,7 @@ class Evaluator:
         if dist.get_rank() == 0:
             facts.update(training_facts(net, self.system, self.dataset_name), kimg=nimg / 1000, network=None,
                          **sampling_facts(net, self.system, self.sample_options, sampler), **source.record)
-            log_scores(os.path.join(self.run_dir, LOG_NAME), values, self.scorer.detector, facts)
+            log_scores(os.path.join(self.run_dir, SCORES_NAME), values, self.scorer.detector, facts)
             shown = (f'{name} {value:.5g}' for name, value in named.items())
             print('  '.join([f'scores of {self.num} images:', *shown]))
         dist.barrier()  # the others wait for rank 0 here, where no watchdog takes that for a hang

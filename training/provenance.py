@@ -20,7 +20,6 @@ from training.schedules import SOLVER
 from training.status import append_line
 from training.system import flag_of
 
-LOG_NAME = 'metrics.jsonl'
 COMMIT_VARIABLE = 'WARM_COMMIT'  # names the version in a copy of the program that is no git checkout
 
 

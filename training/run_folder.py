@@ -10,10 +10,9 @@ from dnnlib.files import atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
 from training.dataset import name_of
 from training.progress import load_run_state
-from training.saving import find_states, newest_good, saved_files
+from training.run_files import OPTIONS_NAME, STATE, saved_files
+from training.saving import find_states, newest_good
 from training.status import trim_records
-
-OPTIONS_NAME = 'training_options.json'  # in every run folder
 
 
 def run_name(config, arch, desc=None):
@@ -59,7 +58,7 @@ def start_point(flags, name):
     path, state, complaints = None, None, []
     if flags['auto_resume']:
         run_dir = run_dir if flags['nosubdir'] else same_run_dir(flags['outdir'], name) or run_dir
-        path, state, complaints = newest_good(saved_files(run_dir, 'training-state'))
+        path, state, complaints = newest_good(saved_files(run_dir, STATE))
         if path is None and complaints and not flags['resume']:  # starting over would write over what is there
             raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are '
                             'lost, delete them to start over there, or start elsewhere with another --outdir or --desc')

@@ -4,20 +4,19 @@ import contextlib
 import os
 import pathlib
 import queue
-import re
 import threading
 
 import torch
 
 from dnnlib import UserError
 from training.progress import load_run_state
+from training.run_files import SNAPSHOT, STATE, parse_kimg, saved_files, saved_path
 from training.snapshot import read_snapshot, write_snapshot
-from training.state import load_state, parse_kimg, save_state
+from training.state import load_state, save_state
 
 MAX_WAITING = 2  # saves that may wait for the disk; with more, training waits, or memory would fill up
 LEAVE_SEC = 60  # how long an error elsewhere waits for what is being written
-KINDS = {'training-state': 'pt', 'network-snapshot': 'safetensors'}
-READERS = {'training-state': load_state, 'network-snapshot': read_snapshot}
+READERS = {STATE: load_state, SNAPSHOT: read_snapshot}
 LATEST = 'latest'
 
 
@@ -88,9 +87,9 @@ class Saver:
 
     def _write(self, nimg, snapshot, state):
         if snapshot is not None:
-            write_snapshot(saved_path(self.run_dir, 'network-snapshot', nimg), **snapshot)
+            write_snapshot(saved_path(self.run_dir, SNAPSHOT, nimg), **snapshot)
         if state is not None:
-            save_state(saved_path(self.run_dir, 'training-state', nimg), self.pack(state) if self.pack else state)
+            save_state(saved_path(self.run_dir, STATE, nimg), self.pack(state) if self.pack else state)
         if self.keep:
             prune(self.run_dir, self.keep, nimg)
 
@@ -114,29 +113,17 @@ def host_copy(tree, copies=None):
     return tree
 
 
-def saved_path(run_dir, kind, nimg):
-    """RUN_DIR/KIND-KIMG.ENDING."""
-    return os.path.join(run_dir, f'{kind}-{nimg // 1000:06d}.{KINDS[kind]}')
-
-
-def saved_files(run_dir, kind):
-    """The run folder's files of that kind, newest (highest KIMG) first."""
-    pattern = rf'{kind}-\d{{6,12}}\.{KINDS[kind]}'
-    return sorted((path for path in pathlib.Path(run_dir).glob(f'{kind}-*') if re.fullmatch(pattern, path.name)),
-                  key=parse_kimg, reverse=True)
-
-
 def prune(run_dir, keep, nimg):
     """Delete snapshots and states older than the newest `keep` up to `nimg`, if the newest of the kind can be read.
 
     Later ones, left by a run that was continued from further back, count for nothing and stay.
     """
-    for kind in KINDS:
+    for kind, read in READERS.items():
         files = [path for path in saved_files(run_dir, kind) if parse_kimg(path) <= nimg // 1000]
         if len(files) <= keep:
             continue
         try:
-            READERS[kind](files[0])
+            read(files[0])
         except UserError as e:
             print(f'No older files are deleted, since the newest cannot be read: {e}')
             continue
@@ -160,7 +147,7 @@ def find_states(where, outdir):
     elif where == LATEST:
         folders = [outdir, *(entry.path for entry in os.scandir(outdir) if entry.is_dir())] \
             if os.path.isdir(outdir) else []
-        newest = max((path for f in folders for path in saved_files(f, 'training-state')[:1]),
+        newest = max((path for f in folders for path in saved_files(f, STATE)[:1]),
                      key=os.path.getmtime, default=None)
         if newest is None:
             raise UserError(f'--resume={LATEST} found no training state in the run folders of {outdir}; '
@@ -168,7 +155,7 @@ def find_states(where, outdir):
         folder = newest.parent
     else:
         raise UserError(f'there is no training state or run folder {where}; check --resume')
-    states = saved_files(folder, 'training-state')
+    states = saved_files(folder, STATE)
     if not states:
         raise UserError(f'there is no training-state-*.pt in {folder}; resume from another run')
     return states

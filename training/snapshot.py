@@ -22,7 +22,8 @@ from dnnlib.download import local_path
 from dnnlib.files import atomic_write
 from dnnlib.text import excerpt
 from training.edm_pickle import load_edm_pickle
-from training.state import content_digest, parse_kimg
+from training.run_files import parse_kimg
+from training.state import content_digest
 
 SNAPSHOT_FORMAT = 1
 HEADER_KEY = 'warm_diffusion'

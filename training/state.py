@@ -13,6 +13,7 @@ from dnnlib.files import atomic_write
 from dnnlib.text import excerpt
 from training.pickle_machine import MAX_STEPS, SCALARS, Machine, Refused, require
 from training.pickled_tensors import TENSOR_GLOBALS, Storage, parse_storage_id
+from training.run_files import SNAPSHOT, STATE, parse_kimg  # noqa: F401  (for warm.study)
 
 STATE_FORMAT = 1
 MAX_REPEATS = 4  # how often a state may hold the same tensors, weights and their average before the first step, say
@@ -22,20 +23,6 @@ EDM_WORDS = (b'optimizer_state', b'torch_utils.persistence')  # a key, and a mod
 
 class StateOfEdm(Refused):
     """A training state of EDM's own program: a pickle of its network as an object, which only that program can load."""
-
-
-def parse_kimg(path):
-    """The KIMG in 'network-snapshot-KIMG.*' or 'training-state-KIMG.pt'.
-
-    Raises:
-        UserError: the file is not named so.
-    """
-    name = os.path.basename(os.fspath(path))
-    match = re.search(r'(?:network-snapshot-(\d{6,12})\.(?:safetensors|pkl)|training-state-(\d{6,12})\.pt)$', name)
-    if not match:
-        raise UserError(f"{path} is not named like training-state-000123.pt or network-snapshot-000123.safetensors; "
-                        'give it back the name under which training saved it')
-    return int(match[1] or match[2])
 
 
 def save_state(path, state):
@@ -81,8 +68,8 @@ def load_state(path):
     except FileNotFoundError as e:
         raise UserError(f'there is no training state {path}; check the path') from e
     except StateOfEdm as e:
-        snapshot = re.sub(r'training-state-(\d+)\.pt$', r'network-snapshot-\1.pkl', str(path))
-        snapshot = snapshot if snapshot != str(path) else 'network-snapshot-KIMG.pkl'
+        snapshot = re.sub(rf'{STATE}-(\d+)\.pt$', rf'{SNAPSHOT}-\1.pkl', str(path))
+        snapshot = snapshot if snapshot != str(path) else f'{SNAPSHOT}-KIMG.pkl'
         raise UserError(f"{path} is a training state of EDM's own program, which cannot be continued here; start from "
                         f'the snapshot beside it with --transfer={snapshot}') from e
     except Refused as e:

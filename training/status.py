@@ -16,6 +16,7 @@ from dnnlib.files import atomic_write
 from dnnlib.text import format_time
 from torch_utils import distributed as dist
 from torch_utils import training_stats
+from training.run_files import LOG_NAME, STATS_NAME
 
 
 MAX_LINE = 1 << 20  # bytes of a line of JSON; those written here are far shorter
@@ -36,7 +37,7 @@ class Status:
         self.device = device
         self.collector = training_stats.Collector()
         self.line = ProgressLine(nimg, total_nimg)
-        self.path = pathlib.Path(run_dir) / 'stats.jsonl'
+        self.path = pathlib.Path(run_dir) / STATS_NAME
         self.writer = open_writer(run_dir) if tensorboard else None
         self.added = {}
         self.maintenance = 0.0
@@ -158,12 +159,12 @@ def trim_records(run_dir, tick, last_line):
             return float(json.loads(line)['Progress/tick']['mean'])
         except (ValueError, KeyError, TypeError, RecursionError):
             return math.inf  # cut off by whatever ended the run
-    lines = [line for line in _lines(run_dir, 'stats.jsonl') if parsed(line) < tick]
+    lines = [line for line in _lines(run_dir, STATS_NAME) if parsed(line) < tick]
     if last_line and not any(parsed(line) == tick - 1 for line in lines):
         lines.append(json_line(last_line))
-    log = _lines(run_dir, 'log.txt')
+    log = _lines(run_dir, LOG_NAME)
     log = [line for line in log if not ((m := re.match(r'tick (\d+) ', line)) and int(m[1]) >= tick)]
-    for name, content in (('stats.jsonl', lines), ('log.txt', log)):
+    for name, content in ((STATS_NAME, lines), (LOG_NAME, log)):
         if content or os.path.exists(os.path.join(run_dir, name)):
             with atomic_write(os.path.join(run_dir, name), 'w') as f:
                 f.writelines(content)

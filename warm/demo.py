@@ -22,8 +22,8 @@ from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch
 from training.pictures import tile
 from training.pixels import to_uint8
+from training.run_files import SNAPSHOT, parse_kimg, saved_files
 from training.snapshot import build_network, read_snapshot
-from training.state import parse_kimg
 from warm.figures import draw
 from warm.path import PAPER_BNR
 from warm.presets import PRESETS
@@ -55,7 +55,7 @@ def main(outdir, duration, num):
 
 def last_snapshot(outdir, name):
     """Path of a run's newest snapshot, None without one."""
-    return max((outdir / name).glob('network-snapshot-*.safetensors'), default=None)
+    return next(iter(saved_files(outdir / name, SNAPSHOT)), None)
 
 
 def is_trained(outdir, name, duration):

@@ -7,7 +7,8 @@ import pathlib
 
 from dnnlib import UserError
 from training.metrics import METRICS, STD, kind_of
-from training.provenance import LOG_NAME, read_facts
+from training.provenance import read_facts
+from training.run_files import OPTIONS_NAME, SCORES_NAME, STATS_NAME
 from training.samplers import ablation_sampler
 from training.schedules import SOLVER
 from training.system import flag_of
@@ -96,11 +97,11 @@ def read_run(path):
         return Run(path.parent.resolve().name, {}, [], read_lines(path))
     if not path.is_dir():
         raise UserError(f'there is no run folder {path}; give folders that train.py made, or metrics.jsonl files')
-    stats, scores = read_lines(path / 'stats.jsonl'), read_lines(path / LOG_NAME)
+    stats, scores = read_lines(path / STATS_NAME), read_lines(path / SCORES_NAME)
     if not stats and not scores:
-        raise UserError(f'{path} has neither a stats.jsonl nor a {LOG_NAME}; give a run folder of train.py, or score '
-                        'one of its networks with fid.py calc --network first')
-    return Run(path.resolve().name, read_facts(path / 'training_options.json'), stats, scores)
+        raise UserError(f'{path} has neither a {STATS_NAME} nor a {SCORES_NAME}; give a run folder of train.py, or '
+                        'score one of its networks with fid.py calc --network first')
+    return Run(path.resolve().name, read_facts(path / OPTIONS_NAME), stats, scores)
 
 
 def read_lines(path):

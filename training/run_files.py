@@ -1,0 +1,53 @@
+"""The files of a run folder, by name.
+
+    training_options.json              what the run was made with: the keywords of `training_loop`
+    log.txt                            all that it printed
+    stats.jsonl                        a line a tick: losses, timing, memory
+    metrics.jsonl                      a line a score of its networks, by --eval or fid.py
+    eval-ref.npz                       what --eval compares with, unless it is given a reference
+    network-snapshot-KIMG.safetensors  the averaged network after KIMG thousand images; .pkl where EDM wrote it
+    training-state-KIMG.pt             what --resume continues from
+
+Besides, there are pictures of training and generated images (`training_loop`), which nothing reads.
+"""
+
+import os
+import pathlib
+import re
+
+from dnnlib import UserError
+
+OPTIONS_NAME = 'training_options.json'
+LOG_NAME = 'log.txt'
+STATS_NAME = 'stats.jsonl'
+SCORES_NAME = 'metrics.jsonl'
+REF_NAME = 'eval-ref.npz'
+STATE, SNAPSHOT = 'training-state', 'network-snapshot'  # kinds of which there are several
+ENDINGS = {STATE: 'pt', SNAPSHOT: 'safetensors'}
+KIMG = r'\d{6,12}'
+
+
+def saved_path(run_dir, kind, nimg):
+    """RUN_DIR/KIND-KIMG.ENDING."""
+    return os.path.join(run_dir, f'{kind}-{nimg // 1000:06d}.{ENDINGS[kind]}')
+
+
+def saved_files(run_dir, kind):
+    """The run folder's files of that kind, newest (highest KIMG) first."""
+    pattern = rf'{kind}-{KIMG}\.{ENDINGS[kind]}'
+    return sorted((path for path in pathlib.Path(run_dir).glob(f'{kind}-*') if re.fullmatch(pattern, path.name)),
+                  key=parse_kimg, reverse=True)
+
+
+def parse_kimg(path):
+    """The KIMG in 'network-snapshot-KIMG.*' or 'training-state-KIMG.pt'.
+
+    Raises:
+        UserError: the file is not named so.
+    """
+    name = os.path.basename(os.fspath(path))
+    match = re.search(rf'(?:{SNAPSHOT}-({KIMG})\.(?:safetensors|pkl)|{STATE}-({KIMG})\.pt)$', name)
+    if not match:
+        raise UserError(f"{path} is not named like training-state-000123.pt or network-snapshot-000123.safetensors; "
+                        'give it back the name under which training saved it')
+    return int(match[1] or match[2])
