@@ -67,7 +67,7 @@ def test_half_of_torchruns_environment(monkeypatch):
     for name, value in dict(RANK='0', WORLD_SIZE='1', MASTER_PORT='1').items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv('MASTER_ADDR', raising=False)
-    with pytest.raises(UserError, match='RANK and WORLD_SIZE are set, but not MASTER_ADDR; start the ranks with torchr'):
+    with pytest.raises(UserError, match='RANK and WORLD_SIZE are set, but not MASTER_ADDR; start the ranks'):
         dist.init()
 
 

@@ -37,8 +37,8 @@ def init():
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not torch.distributed.is_initialized():
         lacking = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
         if lacking:
-            raise UserError(f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}; start the ranks with torchrun, "
-                            'or unset all of these for a single process')
+            raise UserError(f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}; start the ranks with "
+                            'torchrun, or unset all of these for a single process')
         on_cuda = torch.cuda.is_available()
         store, rank, ranks = next(torch.distributed.rendezvous('env://', timeout=TIMEOUT))
         torch.distributed.init_process_group(
