@@ -8,6 +8,7 @@ import click
 from dnnlib import UserError
 from dnnlib.download import is_url
 from dnnlib.flags import Text
+from dnnlib.json_files import check_json_lines, read_object
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
 from training import metrics as m
@@ -15,11 +16,10 @@ from training.detectors import DETECTORS
 from training.generated import RECORD
 from training.generation import BATCH, GPU_BATCH, default_batch
 from training.metric_images import open_images
-from training.provenance import log_scores, read_facts
+from training.provenance import log_scores
 from training.run_files import SCORES_NAME
 from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, scoring_batch, unfinished_pass,
                               write_reference)
-from training.status import check_json_lines
 from training.system import flag_of
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network
@@ -41,7 +41,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     if images:
         batch = batch or scoring_batch(scorer.detector.device)
         dataset = open_images(images, num or NUM, seed)
-        sources = [ImageFiles(dataset, images, read_facts(pathlib.Path(images) / RECORD))]
+        sources = [ImageFiles(dataset, images, read_object(pathlib.Path(images) / RECORD))]
         default_log = pathlib.Path(os.path.abspath(images)).parent / SCORES_NAME
     else:
         seeds = seeds or list(range(NUM))

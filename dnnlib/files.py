@@ -120,6 +120,14 @@ def check_writable(path, kind='a file'):
                         f'{os.path.basename(path)}') from e
 
 
+def check_appendable(path):
+    """Raise UserError unless lines can be appended to `path`; for use before long work."""
+    folder = os.path.dirname(os.path.abspath(path))
+    named = os.path.basename(path) and not os.path.isdir(path)
+    if not named or not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise UserError(f'{path} cannot be written; give a file in a folder that exists and may be written to')
+
+
 def file_sha256(path):
     """Hexadecimal SHA-256 of a file.
 

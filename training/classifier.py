@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.files import atomic_write, file_sha256, make_dirs
+from dnnlib.files import atomic_write, check_appendable, file_sha256, make_dirs
 from dnnlib.flags import NumberRange
 from dnnlib.text import format_time
 from training.acceleration import check_compiler
@@ -31,7 +31,6 @@ from training.dataset import ImageFolderDataset
 from training.image_archive import open_archive, read_labels
 from training.metric_images import image_batches
 from training.provenance import code_version, hardware
-from training.status import check_appendable
 
 DEVICES = ('auto', 'cpu', 'cuda')
 ENDINGS = ('.ts', '.pt')

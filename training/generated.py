@@ -11,6 +11,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs
+from dnnlib.json_files import read_object
 from dnnlib.text import excerpt, format_int_list
 from training.image_archive import find_images, open_archive
 from training.image_codec import PNG_HEADER_BYTES, png_shape
@@ -59,11 +60,11 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
     """
     make_dirs(outdir)
     record = pathlib.Path(outdir) / RECORD
-    recorded = _read_json(record)
+    recorded = read_object(record)
     present = _images_in(outdir, only_seeds=record.exists())
     wanted = {_name(s, subdirs): s for s in seeds}
     _check_layout(outdir, present, seeds, subdirs)
-    reason = difference(recorded) if isinstance(recorded, dict) else f'unknown options (no readable {RECORD})'
+    reason = difference(recorded) if recorded is not None else f'unknown options (no readable {RECORD})'
     if present and reason:
         _check_all_replaced(outdir, present, wanted, reason, overwrite)
         _delete(outdir, present)
@@ -87,13 +88,6 @@ def check_kept(outdir, seeds, subdirs, net):
         if found != shape:
             raise UserError(f'{path} is not an image of this network, which are {shape[2]}x{shape[1]} pixels with '
                             f'{shape[0]} channel(s); remove it, and run the same command again')
-
-
-def _read_json(path):
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _name(seed, subdirs):

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import pathlib
@@ -13,11 +12,11 @@ import time
 import torch
 
 from dnnlib.files import file_sha256
+from dnnlib.json_files import append_line
 from torch_utils import distributed as dist
 from training import metrics as m
 from training.generation import generate_batch
 from training.schedules import SOLVER
-from training.status import append_line
 from training.system import flag_of
 
 COMMIT_VARIABLE = 'WARM_COMMIT'  # names the version in a copy of the program that is no git checkout
@@ -201,12 +200,3 @@ def log_scores(path, values, detector, facts):
     for name, value in values.items():
         append_line(path, {'metric': m.label(name, detector), 'value': value, **common},
                     remedy='choose another file')
-
-
-def read_facts(path):
-    """The JSON object in a file, {} without one."""
-    try:
-        facts = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}

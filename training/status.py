@@ -1,6 +1,5 @@
 """What a training run says about itself: status lines, stats.jsonl, and a progress line for a person."""
 
-import json
 import math
 import os
 import pathlib
@@ -13,13 +12,11 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write
+from dnnlib.json_files import append_line, json_line, parse_object
 from dnnlib.text import format_time
 from torch_utils import distributed as dist
 from torch_utils import training_stats
 from training.run_files import LOG_NAME, STATS_NAME
-
-
-MAX_LINE = 1 << 20  # bytes of a line of JSON; those written here are far shorter
 
 
 class Status:
@@ -74,7 +71,7 @@ class Status:
         stats = {**self.collector.as_dict(), **self.added}
         self.added = {}
         if dist.get_rank() == 0:
-            append_line(self.path, {**stats, 'timestamp': time.time()})
+            append_line(self.path, {**stats, 'timestamp': time.time()}, remedy='resume from the last training state')
         if self.writer is not None:
             for name, value in stats.items():
                 self.writer.add_scalar(name, value['mean'], global_step=nimg)
@@ -119,32 +116,6 @@ def print_status(collector):
     ]))
 
 
-def json_line(record):
-    """`record` on a line of JSON, which knows neither NaN nor infinity: they become null."""
-    return json.dumps(_finite(record), allow_nan=False) + '\n'
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def append_line(path, record, remedy='resume from the last training state'):
-    """Append `record` as one line (`json_line`); `remedy` ends the sentence where that fails.
-
-    Raises:
-        UserError: the disk is full or gone.
-    """
-    try:
-        with open(path, 'a', encoding='utf-8') as f:
-            f.write(json_line(record))
-    except OSError as e:
-        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and {remedy}') from e
-
-
 def trim_records(run_dir, tick, last_line):
     """Make stats.jsonl and log.txt end where a run is continued: after the ticks before number `tick`.
 
@@ -156,8 +127,8 @@ def trim_records(run_dir, tick, last_line):
     """
     def parsed(line):
         try:
-            return float(json.loads(line)['Progress/tick']['mean'])
-        except (ValueError, KeyError, TypeError, RecursionError):
+            return float(parse_object(line)['Progress/tick']['mean'])
+        except (ValueError, KeyError, TypeError):
             return math.inf  # cut off by whatever ended the run
     lines = [line for line in _lines(run_dir, STATS_NAME) if parsed(line) < tick]
     if last_line and not any(parsed(line) == tick - 1 for line in lines):
@@ -192,31 +163,6 @@ def open_writer(run_dir):
     """A writer of TensorBoard's event files in the run folder, on rank 0; None on the others."""
     check_tensorboard()
     return torch.utils.tensorboard.SummaryWriter(run_dir) if dist.get_rank() == 0 else None
-
-
-def check_appendable(path):
-    """Raise UserError unless lines can be appended to `path`; for use before long work."""
-    folder = os.path.dirname(os.path.abspath(path))
-    named = os.path.basename(path) and not os.path.isdir(path)
-    if not named or not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise UserError(f'{path} cannot be written; give a file in a folder that exists and may be written to')
-
-
-def check_json_lines(path):
-    """Raise UserError unless lines of JSON can be appended to `path`: a .jsonl, or a file that begins with one."""
-    check_appendable(path)
-    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null
-        return
-    if not os.fspath(path).lower().endswith('.jsonl') and not _begins_with_json(path):
-        raise UserError(f'{path} is no file of JSON lines; give a name ending in .jsonl')
-
-
-def _begins_with_json(path):
-    try:
-        with open(path, 'rb') as f:
-            return isinstance(json.loads(f.readline(MAX_LINE)), dict)
-    except (OSError, ValueError, RecursionError):
-        return False
 
 
 class ProgressLine:

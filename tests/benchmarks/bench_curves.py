@@ -24,10 +24,10 @@ import click
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from dnnlib.json_files import read_lines  # noqa: E402
 from tests.benchmarks.report import ROOT, report  # noqa: E402
 from torch_utils.precision import PRECISIONS  # noqa: E402
 from torch_utils.signals import EXIT_STOPPED  # noqa: E402
-from warm.report.data import read_lines  # noqa: E402
 from warm.study.plan import CIFAR10_REF  # noqa: E402
 
 REFERENCE, YARDSTICK = 'fp32', 'fp32, another seed'

@@ -6,8 +6,8 @@ import json
 import pathlib
 
 from dnnlib import UserError
+from dnnlib.json_files import read_lines, read_object
 from training.metrics import METRICS, STD, kind_of
-from training.provenance import read_facts
 from training.run_files import OPTIONS_NAME, SCORES_NAME, STATS_NAME
 from training.samplers import ablation_sampler
 from training.schedules import SOLVER
@@ -101,22 +101,7 @@ def read_run(path):
     if not stats and not scores:
         raise UserError(f'{path} has neither a {STATS_NAME} nor a {SCORES_NAME}; give a run folder of train.py, or '
                         'score one of its networks with fid.py calc --network first')
-    return Run(path.resolve().name, read_facts(path / OPTIONS_NAME), stats, scores)
-
-
-def read_lines(path):
-    """The objects in a file of JSON lines; [] without a file. A line that was cut off by a crash is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    return Run(path.resolve().name, read_object(path / OPTIONS_NAME) or {}, stats, scores)
 
 
 def measurements_of(runs):

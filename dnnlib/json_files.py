@@ -1,0 +1,79 @@
+"""Files of JSON, of one object or one a line: what holds none is read as none, what is written every reader knows."""
+
+import json
+import math
+import os
+import pathlib
+
+from dnnlib.errors import UserError
+from dnnlib.files import check_appendable
+
+MAX_LINE = 1 << 20  # bytes of a line of JSON; those written here are far shorter
+
+
+def parse_object(text):
+    """The JSON object (a dict) in a text; None where there is none, since it is cut off or nested too deeply, say."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def read_object(path):
+    """`parse_object` of a file; None too where it cannot be read."""
+    try:
+        return parse_object(pathlib.Path(path).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+
+
+def read_lines(path):
+    """The objects in a file of JSON lines; [] without a file. A line that was cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
+    return [record for record in map(parse_object, lines) if record is not None]
+
+
+def json_line(record):
+    """`record` on a line of JSON, which knows neither NaN nor infinity: they become null."""
+    return json.dumps(_finite(record), allow_nan=False) + '\n'
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_line(path, record, remedy):
+    """Append `record` as one line (`json_line`); `remedy` ends the sentence where that fails.
+
+    Raises:
+        UserError: the disk is full or gone.
+    """
+    try:
+        with open(path, 'a', encoding='utf-8') as f:
+            f.write(json_line(record))
+    except OSError as e:
+        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and {remedy}') from e
+
+
+def check_json_lines(path):
+    """Raise UserError unless lines of JSON can be appended to `path`: a .jsonl, or a file that begins with one."""
+    check_appendable(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/null
+        return
+    if not os.fspath(path).lower().endswith('.jsonl') and not _begins_with_object(path):
+        raise UserError(f'{path} is no file of JSON lines; give a name ending in .jsonl')
+
+
+def _begins_with_object(path):
+    try:
+        with open(path, 'rb') as f:
+            return parse_object(f.readline(MAX_LINE)) is not None
+    except OSError:
+        return False
