@@ -228,12 +228,12 @@ def setup(scores):
     return '\n'.join([
         f'**{scale.note}**', '',
         f'- Scores: {scores.label()} of {scale.num:,} images against all training images{no_fid}; NFE 35 with Heun’s '
-        'solver unless said otherwise, of the same latents for all. a ± s (n): mean and standard deviation over n '
+        'solver unless stated otherwise, from the same latents for all. a ± s (n): mean and standard deviation over n '
         'seeds of training; without them, one seed. Differences are taken seed by seed and decided by Student’s paired '
         't-test at 5 %; with some thirty on a page, one or two are decided by chance.',
-        *([f'- {scale.num:,} images drawn of the training set itself score {mean_and_spread(scores.real)} '
-           f'({len(scores.real)} draws): a network can hardly do better, and that spread is what chance does in '
-           'drawing the images alone.'] if scores.real else []),
+        *([f'- {scale.num:,} images drawn from the training set itself score {mean_and_spread(scores.real)} '
+           f'({len(scores.real)} draws): a network can hardly do better, and this spread is what chance in drawing the '
+           'images alone amounts to.'] if scores.real else []),
         f"- Trained with `train.py {' '.join(scale.train)}`: {' to '.join(parameters)} M parameters, "
         f'{len(seconds)} runs{hours}.',
         f"- {facts['hardware']}; PyTorch {facts['torch']}; commit {facts['commit']}.",
@@ -258,8 +258,8 @@ def page(results, notes, figures):
         if not found:
             runs = plan(scale)
             blocks += [f'## {scale.title}', f'{scale.note} Nothing is measured yet: '
-                       f'`python -m warm.study --scale={scale.name}`, {len(runs)} trainings that see '
-                       f'{sum(run.kimg for run in runs) / 1000:.0f} Mimg together.']
+                       f'`python -m warm.study --scale={scale.name}` makes {len(runs)} training runs of '
+                       f'{sum(run.kimg for run in runs) / 1000:.0f} Mimg in total.']
         for name, scores in found.items():
             blocks += section(scores, name, figures)
     cost = pathlib.Path(results) / 'cost.json'
@@ -290,16 +290,16 @@ def recipe(cost):
             costs = [row for row in (cost or {}).get('rows', ()) if (row['preset'], row['system']) == (name, precond)]
             rows.append([f'`train.py --preset={name}{twin}`', *(cost_cells(costs[0]) if costs else [NONE] * 5)])
     machine = (cost or {}).get('environment', {}).get('gpu')
-    speed = (f'It also measured the images/s, on one {machine}; the hours leave out what GPUs lose to each other.'
+    speed = (f'It also measured the images/s, on one {machine}; the hours leave out multi-GPU scaling losses.'
              if machine else '**Images/s have not been measured, as no GPU was available.**')
     return '\n\n'.join([
         '## At full size',
         f'The paper trains on {PAPER_KIMG / 1000:g} Mimg with {PAPER_GPUS} GPUs: '
         f'`torchrun --standalone --nproc_per_node={PAPER_GPUS} train.py …`, with the '
         'options of the table and `--precision=bf16 --compile --channels-last=1 --auto-resume`. '
-        'GFLOP are those of a training step per image, counted by '
-        f'`python tests/benchmarks/bench_presets.py --out=results/cost.json`. {speed} The last column is what our '
-        f'target would make of them: {EXPECTED_TFLOPS:g} TFLOP/s a GPU, 45 % of what an H200 reaches in bf16 products.',
+        'GFLOP are those of a training step, per image, as counted by '
+        f'`python tests/benchmarks/bench_presets.py --out=results/cost.json`. {speed} The last column assumes our '
+        f'target: {EXPECTED_TFLOPS:g} TFLOP/s per GPU, 45 % of what an H200 reaches in bf16 matrix products.',
         table(['', 'parameters', 'GFLOP an image', 'images/s of one GPU', f'hours on {PAPER_GPUS}', 'hours, target'],
               rows)])
 
