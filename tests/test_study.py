@@ -21,15 +21,24 @@ from warm.study.plan import (CHOICES, PAPER_BNRS, QUESTIONS, REAL, REAL_DRAWS, S
                              run_name)
 
 CLI = CliRunner()
-TINY = dict(main=(4, 8), side=4, transfer=(4,), main_seeds=(0,), side_seeds=(0,), num=16, batch=16,
+TINY = dict(main=(2, 4), side=2, transfer=(2,), main_seeds=(0,), side_seeds=(0,), num=16, batch=16,
             train=('--cbase=8', '--cres=1,1', '--batch=64', '--workers=0', '--grid=0'))
 
 
 @pytest.fixture
 def tiny(monkeypatch):
+    """The digits' scale, small: every training takes two starts of train.py, seconds each."""
     scale = dataclasses.replace(SCALES['digits'], **TINY)
     monkeypatch.setitem(SCALES, 'digits', scale)
     monkeypatch.setattr(study_plan, 'SOLVERS', {'heun': (5, 18), 'euler': (), 'dpmpp2m': (9,)})
+    return scale
+
+
+@pytest.fixture
+def short(tiny, monkeypatch):
+    """The same with one start."""
+    scale = dataclasses.replace(tiny, main=(2,))
+    monkeypatch.setitem(SCALES, 'digits', scale)
     return scale
 
 
@@ -95,13 +104,13 @@ def test_the_choices_are_the_systems_defaults():
 # -- carrying it out
 
 def test_a_study_in_pieces(tiny, tmp_path, monkeypatch):
-    """Stopped in the middle of a training, and again between scores; the numbers are those without a stop."""
+    """Stopped while a training starts, and run again: the numbers are those without a stop, and each is there once."""
     options = ('--questions=1', '--only=edm-cond')
     whole = carry_out(tmp_path / 'whole', *options)
     assert whole.exit_code == 0, whole.output
     monkeypatch.setattr(study, 'SAVE_SEC', 0)
     pieces = tmp_path / 'pieces'
-    stopped = carry_out(pieces, *options, '--minutes=0.05')  # Python has hardly started training by then
+    stopped = carry_out(pieces, *options, '--minutes=0.02')  # Python has not started training by then
     assert stopped.exit_code == 0 and 'Time is up' in stopped.output and not records(pieces)
     again = carry_out(pieces, *options)
     assert again.exit_code == 0, again.output
@@ -125,7 +134,7 @@ def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
     train, folder = study.train, tmp_path / 'runs' / 'digits' / 'edm-cond-s0'
 
     def out_of_time(study_, run, kimg, lock):
-        if kimg == 8:
+        if kimg == 4:
             raise study_pieces.OutOfTime
         train(study_, run, kimg, lock)
 
@@ -134,13 +143,13 @@ def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(study, 'train', out_of_time)
         assert 'Time is up' in carry_out(tmp_path, *options).output
-    assert [r['point'] for r in records(tmp_path)] == [4] and large() == ['.pt']
-    (folder / 'network-snapshot-000005.safetensors').touch()
+    assert [r['point'] for r in records(tmp_path)] == [2] and large() == ['.pt']
+    (folder / 'network-snapshot-000009.safetensors').touch()
     with study_pieces.claimed(folder / 'lock'):
         assert carry_out(tmp_path, *options).exit_code == 0 and len(large()) == 2
     result = carry_out(tmp_path, *options)
-    assert result.exit_code == 0 and [r['point'] for r in records(tmp_path)] == [4, 8] and large() == []
-    assert [r['kimg'] for r in records(tmp_path)] == pytest.approx([4, 8], abs=0.064)
+    assert result.exit_code == 0 and [r['point'] for r in records(tmp_path)] == [2, 4] and large() == []
+    assert [r['kimg'] for r in records(tmp_path)] == pytest.approx([2, 4], abs=0.064)
 
 
 def test_tidying_leaves_a_network_that_is_not_scored(tiny, tmp_path):
@@ -149,14 +158,14 @@ def test_tidying_leaves_a_network_that_is_not_scored(tiny, tmp_path):
     here = study.Study(tiny, tmp_path, tmp_path / 'digits.jsonl', study_pieces.Clock())
     folder = here.folder(run.name)
     folder.mkdir()
-    for kimg in (3, 8):
+    for kimg in (1, 4):
         (folder / f'network-snapshot-{kimg:06d}.safetensors').touch()
     study.tidy(here, [run])
-    assert [p.name for p in folder.rglob('*.safetensors')] == ['network-snapshot-000008.safetensors']
-    assert here.snapshot(run.name, 8) is not None
+    assert [p.name for p in folder.rglob('*.safetensors')] == ['network-snapshot-000004.safetensors']
+    assert here.snapshot(run.name, 4) is not None
 
 
-def test_the_first_score_is_not_begun_without_time(tiny, tmp_path):
+def test_the_first_score_is_not_begun_without_time(short, tmp_path):
     """The speed is that of the last score that was recorded on this machine, from another piece or of another run."""
     assert carry_out(tmp_path, '--questions=1', '--only=edm-cond').exit_code == 0
     line = records(tmp_path)[-1]
@@ -166,24 +175,28 @@ def test_the_first_score_is_not_begun_without_time(tiny, tmp_path):
     assert study.recorded_speed(here) == 0
 
 
-def test_transfer_waits_for_its_parent_and_tidy_keeps_it(tiny, tmp_path):
-    """The parent's network stays until its child is measured; then nothing large is left."""
-    child = carry_out(tmp_path, '--questions=6')
-    assert child.exit_code == 0 and not records(tmp_path) and '(waits for edm-uncond-s0)' in child.output
+def test_transfer_waits_for_its_parent_and_tidy_keeps_it(short, tmp_path):
+    """The parent's network stays until its children are measured; then nothing large is left."""
+    def large():
+        return {p.parent.parent.name for p in runs.rglob('*') if p.suffix in ('.safetensors', '.pt')}
     runs = tmp_path / 'runs' / 'digits'
-    assert carry_out(tmp_path, '--questions=1,6', '--only=edm-uncond', '--tidy').exit_code == 0
-    result = carry_out(tmp_path, '--questions=1,6', '--only=uncond-s0', '--tidy')
-    assert result.exit_code == 0, result.output
-    assert {r['parent'] for r in records(tmp_path)} == {None, 'edm-uncond-s0'}
-    large = [p for p in runs.rglob('*') if p.suffix in ('.safetensors', '.pt')]
-    assert large == []
+    waiting = carry_out(tmp_path, '--questions=6')
+    assert waiting.exit_code == 0 and not records(tmp_path) and '(waits for edm-uncond-s0)' in waiting.output
+    options = ('--questions=1,6', '--only=edm-uncond', '--tidy')  # the parent and one of its two children
+    first = carry_out(tmp_path, *options)
+    assert first.exit_code == 0 and large() == {'edm-uncond-s0'}, first.output
+    assert {r['run']: r['parent'] for r in records(tmp_path)} == {'edm-uncond-s0': None,
+                                                                 'transfer-edm-uncond-s0': 'edm-uncond-s0'}
+    second = carry_out(tmp_path, '--questions=6', '--tidy')
+    assert second.exit_code == 0 and 'transfer-uncond-s0' in {r['run'] for r in records(tmp_path)}, second.output
+    assert carry_out(tmp_path, *options).exit_code == 0 and large() == set()
     assert (runs / 'edm-uncond-s0' / 'stats.jsonl').exists()
 
 
-def test_two_ranks_train(tiny, tmp_path):
+def test_two_ranks_train(short, tmp_path):
     """--gpus starts torchrun; the run's options tell its two ranks."""
     result = carry_out(tmp_path, '--questions=1', '--only=edm-cond', '--gpus=2')
-    assert result.exit_code == 0 and len(records(tmp_path)) == 2, result.output
+    assert result.exit_code == 0 and len(records(tmp_path)) == 1, result.output
     assert 'Number of processes:     2' in (tmp_path / 'runs' / 'digits' / 'edm-cond-s0' / 'log.txt').read_text()
 
 
@@ -195,7 +208,7 @@ class Corners(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_another_detector_has_a_file_and_a_section_of_its_own(tiny, tmp_path):
+def test_another_detector_has_a_file_and_a_section_of_its_own(short, tmp_path):
     detector = tmp_path / 'corners.pt'
     torch.jit.script(Corners()).save(str(detector))
     result = carry_out(tmp_path, '--questions=1', '--only=edm-cond', f'--detector={detector}')
@@ -203,10 +216,10 @@ def test_another_detector_has_a_file_and_a_section_of_its_own(tiny, tmp_path):
     lines = (tmp_path / 'results' / 'digits--corners.jsonl').read_text().splitlines()
     assert {json.loads(x)['metric'] for x in lines} == {'FD-corners'}
     text = study_page.page(tmp_path / 'results', '', study_page.Figures(tmp_path))
-    assert f'## {tiny.title}, FD-corners' in text
+    assert f'## {short.title}, FD-corners' in text
 
 
-def test_a_run_is_one_workers_at_a_time(tiny, tmp_path):
+def test_a_run_is_one_workers_at_a_time(short, tmp_path):
     folder = tmp_path / 'runs' / 'digits' / 'edm-cond-s0'
     folder.mkdir(parents=True)
     with study_pieces.claimed(folder / 'lock') as mine:
@@ -262,7 +275,7 @@ def test_preparing_makes_what_is_missing(tiny, tmp_path, monkeypatch):
     """The commands run once; one that fails is named."""
     dest = tmp_path / 'digits.zip'
     command = f'python dataset_tool.py --source={EMBEDDED} --dest={dest} --max-images=200'
-    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, prepare=(command,), data=str(dest), main=(4,)))
+    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, prepare=(command,), data=str(dest), main=(2,)))
     options = ('--questions=1', '--only=edm-cond', '--prepare')
     first = carry_out(tmp_path, *options)
     assert first.exit_code == 0 and command in first.output, first.output
