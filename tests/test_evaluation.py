@@ -9,8 +9,8 @@ import torch
 
 from tests.commands import SMALL, invoke, refused
 from training.generation import generate_batch
-from training.provenance import count_evaluations
 from training.snapshot import read_snapshot
+from training.stand_ins import count_evaluations
 from warm.systems import SYSTEMS
 
 TRAIN = [*SMALL, '--precond=warm', '--duration=0.000064', '--tick=0.016', '--seed=3', '--ema=0.0001', '--snap=2',

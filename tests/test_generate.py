@@ -20,9 +20,9 @@ from training.generated import RECORD, write_images
 from training.generation import generate_batch, generate_images
 from training.networks import EDMPrecond
 from training.pixels import to_uint8
-from training.provenance import trace
 from training.samplers import StackedRandomGenerator
 from training.snapshot import save_snapshot
+from training.stand_ins import trace
 from warm.precond import WarmPrecond
 from warm.sources import open_network
 from warm.systems import SYSTEMS

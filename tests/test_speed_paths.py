@@ -29,7 +29,7 @@ from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
 from training.layers import (GroupNorm, double, filter_down, filter_up, make_resample_filter, norm_gradients,
                              norm_gradients_to_compile, pool)
 from training.progress import load_optimizer
-from training.provenance import CountedModel, stand_in
+from training.stand_ins import CountedModel, stand_in
 from warm.systems import SYSTEMS
 
 # What is trained: name → (system, arguments of its network).

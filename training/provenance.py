@@ -1,7 +1,5 @@
-"""What a score or an image belongs to: the network, how it was sampled, the version of the program."""
+"""What a score or an image belongs to: the network, how it was sampled, the program's version, the machine."""
 
-import contextlib
-import hashlib
 import math
 import os
 import pathlib
@@ -15,71 +13,11 @@ from dnnlib.files import file_sha256
 from dnnlib.json_files import append_line
 from torch_utils import distributed as dist
 from training import metrics as m
-from training.generation import generate_batch
 from training.schedules import SOLVER
+from training.stand_ins import count_evaluations, trace
 from training.system import flag_of
 
 COMMIT_VARIABLE = 'WARM_COMMIT'  # names the version in a copy of the program that is no git checkout
-
-
-class CountedModel(torch.nn.Module):
-    """Stands in for a U-Net: counts its calls and answers zeros."""
-
-    def __init__(self, model, out_channels):
-        super().__init__()
-        self.model, self.out_channels, self.calls = model, out_channels, 0
-
-    def forward(self, x, *args, **kwargs):
-        self.calls += 1
-        return x.new_zeros([len(x), self.out_channels, *x.shape[2:]])
-
-
-class TracedModel(CountedModel):
-    """Stands in for a U-Net: keeps a digest of all that it is asked, and answers what depends on the image."""
-
-    def __init__(self, model, out_channels):
-        super().__init__(model, out_channels)
-        self.digest = hashlib.sha256()
-
-    def note(self, tensor):
-        """Add a tensor to the digest."""
-        self.digest.update(tensor.to('cpu', torch.float64).numpy().tobytes())
-
-    def forward(self, x, *args, **kwargs):
-        for value in (x, *args, *kwargs.values()):
-            if isinstance(value, torch.Tensor):
-                self.note(value)
-        zeros = super().forward(x)
-        return zeros + x.sin().repeat(1, -(-self.out_channels // x.shape[1]), 1, 1)[:, :self.out_channels]
-
-
-@contextlib.contextmanager
-def stand_in(net, kind):
-    """Within it, a `kind` of model (CountedModel, TracedModel), which it yields, replaces the U-Net of `net`."""
-    model = net.model
-    net.model = kind(model, model.out_channels)
-    try:
-        yield net.model
-    finally:
-        net.model = model
-
-
-def count_evaluations(net, sampler):
-    """NFE: how often the sampler calls the U-Net per image. The U-Net itself doesn't run."""
-    with stand_in(net, CountedModel) as model:
-        generate_batch(net, [0], sampler)
-    return model.calls
-
-
-def trace(net, sampler, seeds=range(4)):
-    """Digest of what the sampler asks of the U-Net and of the images it ends with. The U-Net itself doesn't run.
-
-    Equal for samplers that do the same arithmetic, whichever options they were made of; to be compared within one
-    process only.
-    """
-    with stand_in(net, TracedModel) as model:
-        model.note(generate_batch(net, list(seeds), sampler))
-    return model.digest.hexdigest()
 
 
 def network_facts(snapshot, net, system, options, sampler, class_idx=None):
@@ -198,5 +136,4 @@ def log_scores(path, values, detector, facts):
     common = dict(facts, commit=code_version(), torch=torch.__version__, device=dist.device().type,
                   ranks=dist.get_world_size(), timestamp=round(time.time(), 3))
     for name, value in values.items():
-        append_line(path, {'metric': m.label(name, detector), 'value': value, **common},
-                    remedy='choose another file')
+        append_line(path, {'metric': m.label(name, detector), 'value': value, **common}, remedy='choose another file')

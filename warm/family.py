@@ -23,8 +23,8 @@ from training.dataset import load_embedded
 from training.detectors import load_detector
 from training.generation import generate_images
 from training.pictures import tile
-from training.provenance import count_evaluations
 from training.snapshot import build_network, read_snapshot
+from training.stand_ins import count_evaluations
 from training.system import flag_of
 from warm.demo import TRAINING, finish, is_trained, last_snapshot, start
 from warm.figures import draw
