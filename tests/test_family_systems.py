@@ -23,8 +23,9 @@ from training.snapshot import SYSTEM_OF_EDM_CLASS
 from training.system import EDM_SYSTEMS, GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
 from warm import flags
+from warm.edm_like import with_multistep
 from warm.samplers import SOLVERS, Solver
-from warm.systems import SYSTEMS, with_multistep
+from warm.systems import SYSTEMS
 
 TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]

@@ -1,0 +1,36 @@
+"""More samplers for a system whose network is a denoiser D(x; σ) and whose sampler is EDM's: what `edm_like` adds."""
+
+import dataclasses
+import functools
+
+from dnnlib import UserError
+from training.samplers import SOLVERS as EDM_SOLVERS
+from training.system import COMMON_SAMPLE_OPTIONS, flag_of
+from warm.epsilon_scaling import with_epsilon_scaling
+from warm.samplers import SAMPLER_DEFAULTS, SOLVERS, check_foreign, options_of, warm_sampler, with_defaults
+
+
+def with_multistep(system):
+    """`system` with those solvers of warm.samplers, at BNR 0, that EDM has not: dpmpp2m."""
+    added = [name for name in SOLVERS if name not in EDM_SOLVERS]
+    own = options_of(added)
+    own_names = [option.name for option in own]
+
+    def sampler(net, **options):
+        solver = options.get('solver') or SAMPLER_DEFAULTS['solver']
+        if solver not in added:
+            for name in options.keys() & own_names:
+                check_foreign(name, options.pop(name), solver)
+            return system.sampler(net, **options)
+        for name in options:
+            if name not in (*COMMON_SAMPLE_OPTIONS, 'solver', *own_names):
+                raise UserError(f'--solver={solver} has no {flag_of(name)}; leave it out or choose '
+                                f"{' or '.join(EDM_SOLVERS)}")
+        with_defaults(options)
+        return functools.partial(warm_sampler, **options)
+    return dataclasses.replace(system, sampler=sampler, own_sample_options=(*system.own_sample_options, *own))
+
+
+def edm_like(system):
+    """`system` with these solvers and epsilon scaling."""
+    return with_epsilon_scaling(with_multistep(system))
