@@ -65,15 +65,15 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
         check_writer(trajectory)
     check_outside(outdir, {'--grid': grid, '--trajectory': trajectory})
     dist.print0(f'Loading network from {network_path}...')
-    source = open_network(network_path, sampler_options, class_idx)
-    net, sampler = source.net, source.sampler
-    if trajectory is not None and not source.system.predicts_images:
-        raise UserError(f'--trajectory shows estimates of the image, which a {source.system.title} network does not '
+    drawn = open_network(network_path, sampler_options, class_idx)
+    net, sampler = drawn.net, drawn.sampler
+    if trajectory is not None and not drawn.system.predicts_images:
+        raise UserError(f'--trajectory shows estimates of the image, which a {drawn.system.title} network does not '
                         'make; leave it out')
     for path in (grid, trajectory):
         if path is not None:
             dist.on_rank0(lambda: check_writable(path))
-    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, source.facts, source.difference, overwrite))
+    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, drawn.facts, drawn.difference, overwrite))
     dist.on_rank0(lambda: check_kept(outdir, set(seeds).difference(missing), subdirs, net))
     if len(missing) < len(seeds):
         dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images are there already and kept.')
@@ -86,7 +86,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     if grid is not None and dist.get_rank() == 0:
         save_grid(grid, read_images(outdir, seeds[:MAX_GRID], subdirs))
     if trajectory is not None and dist.get_rank() == 0:
-        save_trajectory(trajectory, watch(net, source.system, seeds[:MAX_WATCHED], source.options, class_idx))
+        save_trajectory(trajectory, watch(net, drawn.system, seeds[:MAX_WATCHED], drawn.options, class_idx))
     dist.print0('Done.')
 
 

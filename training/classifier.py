@@ -89,7 +89,7 @@ def check_alike(train, test):
     if kinds[0] != kinds[1]:
         raise UserError(f'the images of {train.path} are {kinds[0]} (channels, height, width) but those of {test.path} '
                         f'are {kinds[1]}; convert both alike with dataset_tool.py')
-    classes = [np.unique(labels_of(d)) for d in (train, test)]
+    classes = [np.unique(class_numbers(d)) for d in (train, test)]
     if len(classes[0]) < 2:
         raise UserError(f'all images of {train.path} are of class {classes[0][0]}, so there is nothing to tell apart; '
                         'give a data set with at least two classes')
@@ -99,7 +99,7 @@ def check_alike(train, test):
                         'data set')
 
 
-def labels_of(dataset):
+def class_numbers(dataset):
     """Class numbers int64 [N] of a dataset with one-hot labels."""
     raw_idx, _ = dataset.locate(range(len(dataset)))
     return dataset.labels_of_files(raw_idx).argmax(axis=1)
@@ -113,7 +113,7 @@ def load_labelled(dataset):
     for batch in image_batches(dataset, range(len(dataset)), LOAD_BATCH):
         images[start:start + len(batch)] = batch.permute(0, 2, 3, 1)
         start += len(batch)
-    return LabelledImages(images, torch.from_numpy(labels_of(dataset)))
+    return LabelledImages(images, torch.from_numpy(class_numbers(dataset)))
 
 
 def augmented(images, indices, generator, flip, cutout):

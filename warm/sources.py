@@ -27,7 +27,7 @@ def check_max_steps(options, shown):
 
 
 @dataclasses.dataclass
-class Source:
+class OpenNetwork:
     """A network ready to draw from.
 
     Attributes:
@@ -69,5 +69,5 @@ def open_network(path_or_url, sampler_options, class_idx=None):
         options['data'] = data_for(snapshot, options.get('data'))
     sampler = system.make_sampler(net, options)
     check_class(net, class_idx)
-    return Source(snapshot, net, system, options, sampler,
-                  network_facts(snapshot, net, system, options, sampler, class_idx))
+    facts = network_facts(snapshot, net, system, options, sampler, class_idx)
+    return OpenNetwork(snapshot, net, system, options, sampler, facts)
