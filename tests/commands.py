@@ -1,15 +1,20 @@
-"""Running the project's commands as a user does, on a full disk too."""
+"""Running the project's commands as a user does, on a full disk too; what they refuse and what they record."""
 
 import contextlib
 import importlib
+import json
 import os
 import pathlib
 import resource
 import signal
+import socket
 import subprocess
 import sys
 
+import pytest
 from click.testing import CliRunner
+
+from dnnlib import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = ['--cbase=8', '--cres=1,1', '--batch=16', '--lr-rampup=0.001', '--workers=0', '--grid=4']
@@ -37,6 +42,26 @@ def refused(result, *sentences):
     for sentence in sentences:
         assert sentence in result.output, result.output
     assert 'Traceback' not in result.output
+
+
+def refusal(function, *args, **kwargs):
+    """The sentence, of one line, with which a function refuses what it is given."""
+    with pytest.raises(UserError) as e:
+        function(*args, **kwargs)
+    assert '\n' not in str(e.value)
+    return str(e.value)
+
+
+def json_lines(path):
+    """Everything in a file of JSON lines, all of which must be whole."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def free_port():
+    """Of this machine."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 def _run(command, ok, env=None, timeout=240):

@@ -6,7 +6,6 @@ kills one of two ranks with SIGKILL 20 times at random moments (torchrun restart
 two ranks 50 times while it is writing. The test suite does a few of each (tests/test_stopping.py).
 """
 
-import json
 import os
 import pathlib
 import random
@@ -20,7 +19,7 @@ import click
 import psutil
 import torch
 
-from tests.commands import ROOT, SMALL
+from tests.commands import ROOT, SMALL, json_lines
 from training.run_files import saved_files
 from training.state import load_state
 
@@ -169,7 +168,7 @@ def equal(a, b):
 
 def losses(folder):
     """[(tick, statistics of the loss)] in stats.jsonl."""
-    lines = [json.loads(line) for line in (pathlib.Path(folder) / 'stats.jsonl').read_text().splitlines()]
+    lines = json_lines(pathlib.Path(folder) / 'stats.jsonl')
     return [(line['Progress/tick']['mean'], line['Loss/loss']) for line in lines]
 
 

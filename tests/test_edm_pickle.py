@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from tests import commands
+from tests.fuzz.targets import mutate
 from training.edm_pickle import load_edm_pickle
 from training.pickle_machine import MAX_STEPS, Refused
 from training.pickled_tensors import Storage, rebuild_tensor
@@ -43,10 +45,7 @@ def call(module, name, args=b')'):
 
 
 def refusal(data):
-    with pytest.raises(UserError) as e:
-        load_edm_pickle(data)
-    assert '\n' not in str(e.value)
-    return str(e.value)
+    return commands.refusal(load_edm_pickle, data)
 
 
 # -- reading
@@ -285,25 +284,6 @@ def test_mutations_load_or_are_refused(good):
         if time.monotonic() - start > 60:
             break
     assert outcomes['loaded'] > 5 and outcomes['refused'] > 5
-
-
-def mutate(data, rng):
-    """Flip, overwrite, delete, repeat or cut a few bytes; half of the places lie in the first 5 %."""
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        at = rng.randrange(max(len(data) // rng.choice([1, 20]), 1))
-        kind = rng.randrange(5)
-        if kind == 0 and data:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at:at + 4] = rng.randbytes(4)
-        elif kind == 2:
-            del data[at:at + rng.randrange(1, 40)]
-        elif kind == 3:
-            data[at:at] = data[at:at + rng.randrange(1, 40)]
-        elif kind == 4:
-            data[at:at + 8] = rng.choice([b'\xff' * 8, b'\0' * 8, struct.pack('<q', 2 ** 40)])
-    return bytes(data)
 
 
 def test_hostile_programs_need_little_memory(root, tmp_path):

@@ -1,13 +1,12 @@
 """Scores during training: recorded, equal to fid.py's, and without influence on the training; NFE; TensorBoard."""
 
-import json
 import sys
 
 import PIL.Image
 import pytest
 import torch
 
-from tests.commands import SMALL, invoke, refused
+from tests.commands import SMALL, invoke, json_lines, refused
 from training.generation import generate_batch
 from training.snapshot import read_snapshot
 from training.stand_ins import count_evaluations
@@ -30,17 +29,13 @@ def runs(tmp_path_factory):
         yield folder
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_scores_are_recorded(runs):
     """After ticks 2 and 3 (the last), not after tick 0; in both files alike."""
-    stats = lines(runs / 'scored' / 'stats.jsonl')
+    stats = json_lines(runs / 'scored' / 'stats.jsonl')
     scored = [line for line in stats if 'Metrics/FD-pixels-20' in line]
     assert [line['Progress/tick']['mean'] for line in scored] == [2, 3]
     assert set(scored[0]['Metrics/FD-pixels-20']) == {'num', 'mean', 'std'}
-    log = [line for line in lines(runs / 'scored' / 'metrics.jsonl') if line['metric'] == 'FD-pixels']
+    log = [line for line in json_lines(runs / 'scored' / 'metrics.jsonl') if line['metric'] == 'FD-pixels']
     assert [line['value'] for line in log] == [line['Metrics/FD-pixels-20']['mean'] for line in scored]
     assert [line['kimg'] for line in log] == [line['Progress/kimg']['mean'] for line in scored]
     assert log[0]['num_images'] == 20 and log[0]['bnr'] == 0.5 and log[0]['nfe'] == 35 and log[0]['seeds'] == '0-19'
@@ -60,8 +55,8 @@ def test_the_last_score_is_that_of_the_last_snapshot(runs, tmp_path):
                     '--seeds=0-19', f'--ref={runs / "scored" / "eval-ref.npz"}', '--detector=pixels',
                     '--metrics=fid,pr', f'--log={tmp_path / "log.jsonl"}')
     assert result.exit_code == 0, result.output
-    during = lines(runs / 'scored' / 'metrics.jsonl')[-3:]
-    assert [(x['metric'], x['value']) for x in lines(tmp_path / 'log.jsonl')] == [
+    during = json_lines(runs / 'scored' / 'metrics.jsonl')[-3:]
+    assert [(x['metric'], x['value']) for x in json_lines(tmp_path / 'log.jsonl')] == [
         (x['metric'], x['value']) for x in during]
 
 
@@ -107,7 +102,7 @@ def test_event_files(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    stats = lines(tmp_path / 'stats.jsonl')
+    stats = json_lines(tmp_path / 'stats.jsonl')
     assert [e.value for e in events.Scalars('Loss/loss')] == pytest.approx([s['Loss/loss']['mean'] for s in stats])
 
 

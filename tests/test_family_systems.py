@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import json
 import math
 
 import click
@@ -13,7 +12,8 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError
-from tests.commands import SMALL, invoke, refused
+from tests.commands import SMALL, invoke, json_lines, refused
+from tests.small_networks import TINY, TRAINABLE, few_steps, short_network, tiny_network
 from training.dataset import EMBEDDED
 from training.generation import generate_batch
 from training.loss import EDMLoss
@@ -27,41 +27,14 @@ from warm.edm_like import with_multistep
 from warm.samplers import SOLVERS, Solver
 from warm.systems import SYSTEMS
 
-TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
-TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
-# Steps enough for any of a system's options: fewer of Blur Diffusion's are refused with --reverse-step=ancestral.
-FEW = {'blurring': {'num_steps': 3}, 'lee': {'num_steps': 10}, 'cold': {'num_steps': 3}, 'ihdm': {}}
 EDM_NFE = 35  # of EDM's sampler, and so of a system that takes it
 DEFAULT_NFE = {'soft': 200, 'blurring': 1000, 'lee': 1000, 'ihdm': 200, 'cold': 50}  # where it is not EDM's
 pytestmark = pytest.mark.filterwarnings('ignore:.*pin_memory.*')
 
 
-def tiny_network(name, **options):
-    torch.manual_seed(0)
-    system = SYSTEMS[name]
-    kwargs = {**system.network_kwargs(options), **TINY}
-    net = system.network_class(img_resolution=8, img_channels=1, **kwargs)
-    with torch.no_grad():  # the last layers start at zero, and would hide what comes before
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    return net.eval().requires_grad_(False)
-
-
-def few_steps(name):
-    options = dict(FEW.get(name, {'num_steps': 2}))
-    if SYSTEMS[name].starts_from_data:
-        options['data'] = EMBEDDED
-    return options
-
-
-def short_network(name):
-    return tiny_network(name, **({'ihdm_levels': 3} if name == 'ihdm' else {}))
-
-
 def test_edms_classes_are_its_systems():
     """What the class of an EDM pickle stands for is the system of that network."""
     assert SYSTEM_OF_EDM_CLASS == {system.network_class.__name__: system.name for system in EDM_SYSTEMS}
-
 
 
 def test_systems_say_who_they_are():
@@ -90,7 +63,7 @@ def test_every_system_trains_and_its_snapshot_is_sampled(name, tmp_path):
         optimizer_kwargs=dict(lr=1e-3, betas=[0.9, 0.999], eps=1e-8), lr_rampup_kimg=0.001, augment_kwargs=None,
         grid_images=1 if name in ('ihdm', 'cold') else 0)
     snapshot = tmp_path / 'network-snapshot-000000.safetensors'
-    lines = [json.loads(line) for line in (tmp_path / 'stats.jsonl').read_text().splitlines()]
+    lines = json_lines(tmp_path / 'stats.jsonl')
     assert all(math.isfinite(line['Loss/loss']['mean']) for line in lines)
     steps = [f"--steps={few_steps(name)['num_steps']}"] if 'num_steps' in few_steps(name) else []
     result = invoke('generate.py', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0-2', *steps)

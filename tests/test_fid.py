@@ -2,7 +2,6 @@
 
 import http.server
 import io
-import json
 import math
 import os
 import re
@@ -24,7 +23,7 @@ import requests
 import torch
 
 import fid
-from tests.commands import ROOT, SMALL, refused, run_command, torchrun
+from tests.commands import ROOT, SMALL, json_lines, refused, run_command, torchrun
 from tests.commands import invoke as invoke_script
 from training import metric_collectors, metrics, scoring
 from training.metric_images import image_batches, open_images
@@ -184,13 +183,8 @@ def scored(tmp_path_factory, folders):
     return dict(detector=folder / 'tiny.pt', ref=folder / 'ref.npz', metrics='fid,is,pr')
 
 
-def logged(path):
-    """Lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def values(path):
-    return {line['metric']: line['value'] for line in logged(path)}
+    return {line['metric']: line['value'] for line in json_lines(path)}
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
@@ -217,7 +211,7 @@ def test_rounds(network, scored, tmp_path):
     """Each round is the score of its range of seeds; the best of each metric is printed last."""
     common = dict(network=network, steps=2, batch=8, **scored)
     printed = invoke('calc', seeds='5-24', rounds=3, log=tmp_path / 'rounds.jsonl', **common)
-    lines = logged(tmp_path / 'rounds.jsonl')
+    lines = json_lines(tmp_path / 'rounds.jsonl')
     assert [(line['seeds'], line['round']) for line in lines[::5]] == [('5-24', 1), ('25-44', 2), ('45-64', 3)]
     invoke('calc', seeds='25-44', log=tmp_path / 'second.jsonl', **common)
     assert values(tmp_path / 'second.jsonl') == {line['metric']: line['value'] for line in lines[5:10]}
@@ -238,7 +232,7 @@ def test_record_beside_the_snapshot(network, folders, reference, tmp_path):
     run_dir = tmp_path / 'run'
     shutil.copytree(network.parent, run_dir)
     invoke('calc', network=run_dir / network.name, seeds='0-9', steps=5, solver='euler', ref=reference)
-    line, = logged(run_dir / 'metrics.jsonl')
+    line, = json_lines(run_dir / 'metrics.jsonl')
     expected = dict(metric='FD-pixels', detector='pixels', ref=str(reference), num_images=10, seeds='0-9', nfe=5,
                     solver='euler', bnr=0.5, path='constant BNR 0.5', kimg=3.5, system='warm', dataset='colours',
                     network=network.name, sampler=dict(num_steps=5, solver='euler'))
@@ -246,7 +240,7 @@ def test_record_beside_the_snapshot(network, folders, reference, tmp_path):
     assert len(line['network_sha256']) == len(line['ref_sha256']) == 64 and line['seconds'] > 0 and 'commit' in line
     shutil.copytree(folders[1], tmp_path / 'images')
     invoke('calc', images=tmp_path / 'images', num=50, ref=reference)
-    line, = logged(tmp_path / 'metrics.jsonl')
+    line, = json_lines(tmp_path / 'metrics.jsonl')
     assert line['seeds'] == '0-49' and line['images'] == str(tmp_path / 'images')
 
 
@@ -326,8 +320,8 @@ def test_interrupted_rounds_keep_the_finished_ones(network, reference, tmp_path,
         invoke('calc', log=tmp_path / 'a.jsonl', **common)
     assert drawn == [list(range(10, 20))]
     invoke('calc', log=tmp_path / 'b.jsonl', **common)
-    assert [(line['round'], line['value']) for line in logged(tmp_path / 'a.jsonl')] == \
-        [(line['round'], line['value']) for line in logged(tmp_path / 'b.jsonl')]
+    assert [(line['round'], line['value']) for line in json_lines(tmp_path / 'a.jsonl')] == \
+        [(line['round'], line['value']) for line in json_lines(tmp_path / 'b.jsonl')]
 
 
 def test_a_cache_that_cannot_be_written(folders, reference, tmp_path, monkeypatch):
@@ -564,7 +558,7 @@ def test_only_json_lines_are_appended_to(folders, reference, tmp_path, name, con
     options = dict(images=folders[1], num=50, ref=reference, log=path)
     if allowed:
         invoke('calc', **options)
-        assert path.read_bytes().startswith(content or b'') and logged(path)[-1]['metric'] == 'FD-pixels'
+        assert path.read_bytes().startswith(content or b'') and json_lines(path)[-1]['metric'] == 'FD-pixels'
     else:
         fails('calc', f'{name} is no file of JSON lines; give a name ending in .jsonl', **options)
         assert (path.read_bytes() if path.exists() else None) == content

@@ -14,7 +14,7 @@ import torch
 
 from dnnlib import UserError
 from tests.commands import ROOT, invoke, refused, run_command, torchrun
-from tests.test_family_systems import TRAINABLE, few_steps, short_network
+from tests.small_networks import TRAINABLE, few_steps, short_network
 from training.dataset import EMBEDDED
 from training.generated import RECORD, write_images
 from training.generation import generate_batch, generate_images

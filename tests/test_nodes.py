@@ -10,9 +10,8 @@ import torch.distributed
 
 from dnnlib import UserError
 from tests import kills
-from tests.commands import ROOT, SMALL
+from tests.commands import ROOT, SMALL, free_port
 from tests.kills import check_same
-from tests.test_stopping import free_port
 from torch_utils import distributed as dist
 from torch_utils.signals import EXIT_STOPPED
 

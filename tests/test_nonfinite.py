@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.commands import SMALL, invoke, refused
+from tests.commands import SMALL, invoke, json_lines, refused
 from tests.kills import equal, final_state
 from torch_utils import distributed as dist
 from training import training_loop as tl
@@ -30,8 +30,7 @@ def train(folder, *options, steps=10):
 
 
 def counts(folder):
-    lines = (folder / 'stats.jsonl').read_text().splitlines()
-    return [json.loads(line)['Progress/nonfinite']['mean'] for line in lines]
+    return [line['Progress/nonfinite']['mean'] for line in json_lines(folder / 'stats.jsonl')]
 
 
 @pytest.fixture

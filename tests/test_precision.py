@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError
-from tests.commands import SMALL, invoke, refused, run_command
+from tests.commands import SMALL, invoke, json_lines, refused, run_command
+from tests.small_networks import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
 from torch_utils.precision import PRECISIONS
 from training import layers
 from training.augment import TRAIN_AUGMENT, AugmentPipe
@@ -21,39 +22,9 @@ from warm.loss import WarmLoss
 from warm.precond import WarmPrecond
 from warm.systems import SYSTEMS
 
-NETWORKS = {
-    'SongUNet': dict(model_type='SongUNet', model_channels=32, resample_filter=[1, 3, 3, 1], encoder_type='residual'),
-    'DhariwalUNet': dict(model_type='DhariwalUNet', model_channels=64),
-}
-DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))]
 # ‖difference‖/‖F‖ of outputs; gradients: three times that. Twice what float16, bfloat16 and rounding of all products to
 # TF32's 10 bits gave on a CPU at most, over eight seeds: 2.2e-3, 1.7e-2, 1.3e-3.
 TOLERANCE = {'tf32': 3e-3, 'bf16': 3e-2, 'fp16': 5e-3}
-
-
-def make_net(model_type='SongUNet', network_class=EDMPrecond, device='cpu', **kwargs):
-    """An 8×8 network with all weights away from their (often zero) start, in training mode without dropout."""
-    torch.manual_seed(0)
-    net = network_class(img_resolution=8, img_channels=3, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4],
-                        dropout=0, **NETWORKS[model_type], **kwargs)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return net.to(device)
-
-
-def distance(a, b):
-    """‖a − b‖/‖b‖ over all tensors."""
-    a, b = (torch.cat([t.detach().double().flatten() for t in tensors]) for tensors in (a, b))
-    return ((a - b).norm() / b.norm()).item()
-
-
-def outputs_and_gradients(net, x, c_noise):
-    net.zero_grad(set_to_none=True)
-    F_x = net.run_model(x, c_noise)
-    with net.products():
-        F_x.square().mean().backward()
-    return [F_x], [p.grad for p in net.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -230,7 +201,7 @@ def test_short_runs_agree(tmp_path):
         run_command('train.py', *SMALL, f'--outdir={tmp_path}', '--precond=warm', '--duration=0.004096', '--tick=1',
                     '--batch=64', '--seed=5', f'--precision={precision}', '--grid=0', '--lr=0.002')
         run = next(tmp_path.glob(f'*-{precision}'))
-        lines = [json.loads(line) for line in (run / 'stats.jsonl').read_text().splitlines()]
+        lines = json_lines(run / 'stats.jsonl')
         losses[precision] = torch.tensor([line['Loss/loss']['mean'] for line in lines])
     assert len(losses['fp32']) == 5 and losses['fp32'][-1] < 0.9 * losses['fp32'][1]
     torch.testing.assert_close(losses['bf16'], losses['fp32'], rtol=0.03, atol=0)

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 
 from dnnlib import UserError
-from tests.commands import full_disk
+from tests.commands import full_disk, refusal
+from tests.fuzz.targets import mutate
 from training import networks
 from training.snapshot import (SYSTEM_OF_EDM_CLASS, HEADER_KEY, SNAPSHOT_FORMAT, Snapshot, build_network,
                                copy_matching_tensors, read_snapshot, save_snapshot)
@@ -52,13 +53,6 @@ def good(tmp_path_factory):
 @pytest.fixture
 def edm_path(root):
     return root / 'tests' / 'golden' / 'edm-network-snapshot-000123.pkl'
-
-
-def refusal(function, *args, **kwargs):
-    with pytest.raises(UserError) as e:
-        function(*args, **kwargs)
-    assert '\n' not in str(e.value)
-    return str(e.value)
 
 
 # -- round trip
@@ -307,26 +301,6 @@ def test_mutations_load_or_are_refused(good, tmp_path):
         if time.monotonic() - start > 60:
             break
     assert outcomes['loaded'] > 0 and outcomes['refused'] > 5
-
-
-def mutate(data, rng):
-    """Flip, overwrite, delete, repeat or enlarge: bytes, and digits so that the JSON often stays valid."""
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        at = rng.randrange(len(data))
-        kind = rng.randrange(6)
-        if kind == 0:
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at:at + 4] = rng.randbytes(4)
-        elif kind == 2:
-            del data[at:at + rng.randrange(1, 40)]
-        elif kind == 3:
-            data[at:at] = data[at:at + rng.randrange(1, 40)]
-        else:
-            digits = [i for i in range(8, len(data)) if chr(data[i]).isdigit()]
-            data[rng.choice(digits)] = ord(rng.choice('0123456789'))
-    return bytes(data)
 
 
 # -- writing, transfer

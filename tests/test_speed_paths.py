@@ -17,9 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError
-from tests.commands import ROOT, SMALL, invoke, refused, run_command
+from tests.commands import ROOT, SMALL, invoke, json_lines, refused, run_command
 from tests.pretended import WAITS, one_step
-from tests.test_precision import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
+from tests.small_networks import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
 from training import acceleration, decoded, generated, generation
 from training import batches as b
 from training import training_loop as tl
@@ -473,7 +473,7 @@ def test_share_of_waiting_is_recorded(tmp_path):
         run_command('train.py', *SMALL, f'--outdir={tmp_path / str(cache)}', '--duration=0.00032', '--grid=0',
                     f'--workers={workers}', f'--cache={cache}')
         path, = (tmp_path / str(cache)).glob('*/stats.jsonl')
-        shares = [json.loads(line)['Timing/data_wait']['mean'] for line in path.read_text().splitlines()]
+        shares = [line['Timing/data_wait']['mean'] for line in json_lines(path)]
         assert len(shares) == 2 and all(0 < share < 1 for share in shares)
 
 

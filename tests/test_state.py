@@ -4,7 +4,6 @@ import collections
 import io
 import pickle
 import random
-import struct
 import sys
 import time
 import zipfile
@@ -14,7 +13,9 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from tests import commands
 from tests.commands import full_disk
+from tests.fuzz.targets import mutate
 from training.run_files import parse_kimg
 from training.state import STATE_FORMAT, load_state, save_state
 
@@ -45,10 +46,9 @@ def good(tmp_path_factory):
 
 
 def refusal(path):
-    with pytest.raises(UserError) as e:
-        load_state(path)
-    assert str(path) in str(e.value) and '\n' not in str(e.value)
-    return str(e.value)
+    sentence = commands.refusal(load_state, path)
+    assert str(path) in sentence
+    return sentence
 
 
 def write(path, content):
@@ -272,24 +272,6 @@ def test_mutations_load_or_are_refused(good, tmp_path):
         if time.monotonic() - start > 60:
             break
     assert outcomes['loaded'] > 5 and outcomes['refused'] > 5
-
-
-def mutate(data, rng):
-    data = bytearray(data)
-    for _ in range(rng.choice([1, 1, 2, 5])):
-        at = rng.randrange(max(len(data), 1))
-        kind = rng.randrange(5)
-        if kind == 0 and data:
-            data[at % len(data)] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            data[at:at + 4] = rng.randbytes(4)
-        elif kind == 2:
-            del data[at:at + rng.randrange(1, 40)]
-        elif kind == 3:
-            data[at:at] = data[at:at + rng.randrange(1, 40)]
-        elif kind == 4:
-            data[at:at + 8] = rng.choice([b'\xff' * 8, b'\0' * 8, struct.pack('<q', 2 ** 40)])
-    return bytes(data)
 
 
 # -- writing

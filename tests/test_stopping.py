@@ -12,7 +12,7 @@ import pytest
 
 from dnnlib.files import sigterm_exits
 from tests import kills
-from tests.commands import ROOT, SMALL, invoke
+from tests.commands import ROOT, SMALL, free_port, invoke
 from tests.kills import check_same, equal, final_state, losses
 from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED
 from training.health import Health
@@ -181,13 +181,6 @@ def test_a_rank_that_fails_says_why_and_stops_the_other(tmp_path):
     said = [(tmp_path / f'rank{i}.txt').read_text() for i in range(2)]
     assert '/nowhere/set.zip' in said[1] and 'Traceback' not in said[1], said[1]
     assert 'rank 0 lost the connection to another rank' in said[0], said[0]
-
-
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 def test_a_killed_rank_is_restarted_by_torchrun(undisturbed, tmp_path):

@@ -18,7 +18,7 @@ from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
 from training.run_folder import next_run_dir, run_name
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
-from tests.commands import SMALL, invoke, refused, run_command, torchrun
+from tests.commands import SMALL, invoke, json_lines, refused, run_command, torchrun
 from train import main
 from warm.systems import SYSTEMS
 
@@ -47,7 +47,7 @@ def test_files_of_a_run(warm_run):
 
 
 def test_stats_lines(warm_run):
-    lines = [json.loads(line) for line in (warm_run / 'stats.jsonl').read_text().splitlines()]
+    lines = json_lines(warm_run / 'stats.jsonl')
     assert [line['Progress/tick']['mean'] for line in lines] == list(range(len(lines))) and len(lines) == 5
     for name in ('Loss/loss', 'Loss/denoise', 'Loss/deblur', 'Progress/kimg', 'Timing/total_sec',
                  'Timing/sec_per_tick', 'Timing/sec_per_kimg', 'Timing/maintenance_sec', 'Resources/cpu_mem_gb',
@@ -93,7 +93,7 @@ def test_resume_equals_no_interruption(tmp_path, ranks):
     assert states_equal(a, b)
     a, b = (read_snapshot(run / 'network-snapshot-000002.safetensors').state_dict for run in (whole, resumed))
     assert states_equal(a, b)
-    last = [json.loads((run / 'stats.jsonl').read_text().splitlines()[-1]) for run in (whole, resumed)]
+    last = [json_lines(run / 'stats.jsonl')[-1] for run in (whole, resumed)]
     assert last[0]['Loss/loss'] == last[1]['Loss/loss']
     assert (whole / 'fakes000002.png').read_bytes() == (resumed / 'fakes000002.png').read_bytes()
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from dnnlib import UserError
 from dnnlib.json_files import read_object
-from tests.commands import ROOT, invoke
+from tests.commands import ROOT, invoke, refusal
 from training import dataset_sources, metrics
 from training.dataset import ImageFolderDataset
 from training.detectors import PixelDetector
@@ -39,13 +39,6 @@ def bounded():
     yield
     assert time.process_time() - start < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10  # KiB
-
-
-def refusal(function, *args, **kwargs):
-    with pytest.raises(UserError) as e:
-        function(*args, **kwargs)
-    assert '\n' not in str(e.value)
-    return str(e.value)
 
 
 # -- the fuzzer

@@ -10,6 +10,7 @@ import torch
 import warm
 from dnnlib import UserError
 from tests.commands import invoke, refused
+from tests.small_networks import tiny_network
 from training.dataset import EMBEDDED
 from training.snapshot import save_snapshot
 from training.training_loop import facts
@@ -27,15 +28,7 @@ def test_all_systems_that_start_from_images_are_tested():
 
 def snapshot_of(name, path, dataset):
     """An untrained network's snapshot, said to have been trained on a data set; returns the file."""
-    torch.manual_seed(0)
-    system = SYSTEMS[name]
-    net = system.network_class(img_resolution=8, img_channels=1, **system.network_kwargs(SHORT[name]),
-                               model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1,
-                               attn_resolutions=[])
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    save_snapshot(path, net, name, dataset=dataset, kimg=1)
+    save_snapshot(path, tiny_network(name, **SHORT[name]), name, dataset=dataset, kimg=1)
     return path
 
 

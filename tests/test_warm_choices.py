@@ -9,8 +9,8 @@ import torch
 from dnnlib import UserError
 from tests.commands import SMALL as TRAIN
 from tests.commands import invoke, refused
-from tests.test_warm_loss import Spy, by_hand, example_of, family_of, images_of
-from tests.test_warm_precond import SMALL, batch, outputs_of, point_of, seeded, warm_net
+from tests.warm_examples import (SMALL, Spy, batch, by_hand, example_of, family_of, images_of, outputs_of, point_of,
+                                 seeded, warm_net)
 from torch_utils import training_stats
 from training.loss import edm_loss_weight
 from training.networks import EDMPrecond

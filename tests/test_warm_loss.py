@@ -3,63 +3,18 @@
 import pytest
 import torch
 
+from tests.warm_examples import TABLE_5, Spy, by_hand, example_of, images_of
 from torch_utils import training_stats
 from training.loss import EDMLoss, edm_loss_weight
 from warm.blur import blur, rest
 from warm.loss import WarmLoss
-from warm.path import parse_family
 from warm.targets import TARGETS, Example, Hot, Residual
 
 FAMILIES = ['0', '0.5', '0,0.5,2', '0.1-2', 'blurring']
-TABLE_5 = {'residual': ('blurred', 'rest'), 'clean': ('images',), 'blurred': ('blurred',),
-           'clean-blurred': ('blurred', 'images')}  # the paper's four and what their branches learn
-
-
-def family_of(text):
-    return parse_family(None, text) if text == 'blurring' else parse_family(text)
-
-
-def images_of(n=6):
-    return torch.rand([n, 3, 8, 8], generator=torch.Generator().manual_seed(0)) * 2 - 1
-
-
-class Spy:
-    """A network that estimates zeros and notes what it was called with."""
-
-    def __init__(self, family, targets='residual'):
-        self.family = family_of(family)
-        self.parametrisation = Hot() if self.family.is_hot else TARGETS[targets]
-
-    def __call__(self, x, sigma, labels, alpha, return_estimates, augment_labels=None):
-        assert return_estimates
-        self.x, self.sigma, self.labels, self.alpha, self.augment_labels = x, sigma, labels, alpha, augment_labels
-        return self.estimates(x)
-
-    def estimates(self, x):
-        return tuple(torch.zeros_like(x) for _ in self.parametrisation.names)
 
 
 def pipe(x):
     return x.flip(3) * torch.rand([1]), torch.rand([len(x), 2])
-
-
-def by_hand(family, images, augment_pipe=None):
-    """(sigma, alpha, y, augment_labels, noise), drawn from the global generator in the stated order."""
-    sigma = (torch.randn([len(images), 1, 1, 1]) * 1.2 - 1.2).exp()
-    if family == '0,0.5,2':
-        alpha = sigma * torch.tensor([0, 0.5, 2])[torch.randint(3, [len(images), 1, 1, 1])]
-    elif family == '0.1-2':
-        alpha = sigma * 0.1 * 20 ** torch.rand([len(images), 1, 1, 1])
-    elif family == 'blurring':
-        alpha = 20 * sigma ** 2 / (1 + sigma ** 2)
-    else:
-        alpha = sigma * float(family)
-    y, augment_labels = augment_pipe(images) if augment_pipe else (images, None)
-    return sigma, alpha, y, augment_labels, torch.randn(images.shape)
-
-
-def example_of(images, noise, beta, alpha):
-    return Example(images, blur(images, alpha), rest(images, alpha), noise, beta, alpha)
 
 
 @pytest.mark.parametrize('augment_pipe', [None, pipe], ids=['plain', 'augmented'])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.test_warm_loss import TABLE_5, by_hand, example_of
+from tests.warm_examples import SMALL, TABLE_5, batch, by_hand, example_of, outputs_of, point_of, seeded, warm_net
 from training.loss import EDMLoss, edm_loss_weight
 from training.networks import EDMPrecond
 from training.precond import edm_scalings
@@ -19,41 +19,13 @@ from warm.path import BlurringSchedule, ConstantBNR, parse_path
 from warm.precond import BlurEmbedding, WarmPrecond
 from warm.samplers import SOLVERS, warm_sampler
 from warm.systems import SYSTEMS
-from warm.targets import MIN_MASK, TARGETS, Hot, Parametrisation, Point, rest_estimate
+from warm.targets import MIN_MASK, TARGETS, Hot, Parametrisation, rest_estimate
 
-SMALL = dict(img_resolution=8, img_channels=3, model_channels=8, channel_mult=[1, 2], num_blocks=1,
-             attn_resolutions=[4], model_type='SongUNet')
 ADM = dict(img_resolution=8, img_channels=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
            attn_resolutions=[4], model_type='DhariwalUNet')
 FAMILIES = [dict(bnr='0'), dict(), dict(bnr='0.3'), dict(bnr='0,0.1,1'), dict(bnr='0.1-2'),
             dict(bnr_schedule='blurring'), dict(bnr_schedule='blurring:5')]
 EVERY_FAMILY = pytest.mark.parametrize('kwargs', FAMILIES, ids=lambda kwargs: '-'.join(kwargs.values()) or 'default')
-
-
-def seeded(network_class, perturb=True, **kwargs):
-    """A network made from one seed, its weights moved away from their (often zero) start."""
-    torch.manual_seed(0)
-    net = network_class(**{**SMALL, **kwargs})
-    if perturb:
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for p in net.parameters():
-                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    return net
-
-
-def warm_net(**kwargs):
-    return seeded(WarmPrecond, **kwargs).eval()
-
-
-def batch(n=4, label_dim=0):
-    g = torch.Generator().manual_seed(2)
-    x, sigma = torch.randn([n, 3, 8, 8], generator=g), torch.linspace(-3, 3, n).exp()
-    return x, sigma, torch.eye(label_dim)[torch.arange(n) % label_dim] if label_dim else None
-
-
-def point_of(x, beta, alpha):
-    return Point(x, beta, alpha, *edm_scalings(beta), sigma_data=0.5, rest_scale='prior')
 
 
 # -- BNR 0 is EDM
@@ -151,14 +123,6 @@ def test_the_clean_image_is_d_plus_r(targets):
     assert D.dtype == R.dtype == torch.float32 and D.shape == R.shape == x.shape
     assert torch.equal(net(x, sigma), D + R)
     assert R.mean((2, 3)).abs().max() < 1e-6 * max(1, R.abs().max())
-
-
-def outputs_of(net, x, sigma, alpha):
-    """F, the U-Net's output, by its definition."""
-    sigma = sigma.reshape(-1, 1, 1, 1)
-    _, _, c_in, c_noise = edm_scalings(sigma)
-    F = net.model(c_in * x, c_noise.flatten(), None, extra_embedding=net.map_blur(alpha))
-    return F.split(3, dim=1)
 
 
 def test_residual_targets_by_definition():
