@@ -142,9 +142,25 @@ METHODS = [*TABLE_1['Unconditional CIFAR-10'][1],
            *(Row(f'Cold Diffusion (Blur), from {start}', None, None, None, of_cold(start))
              for start in STARTS if start != DEFAULT_START),
            Row('Denoising Diffusion', None, None, None, of_denoising_diffusion)]
-HEADS = {'Table 3. Blur-to-Noise Ratios at NFE 35': ('BNR', TABLE_3),
-         "Table 4. Blurring Diffusion's schedule in Warm's parametrisation": ('BNR schedule', TABLE_4),
-         f'Table 5. Training objectives at BNR {PAPER_BNR:g}, NFE 35': ('Branches', TABLE_5)}
+
+
+def further_bnrs(measurements):
+    """Rows for BNRs that only we have measured."""
+    bnrs = {m.facts['bnr'] for m in measurements} - {None, *BNR_SCORES}
+    return [Row(f'{bnr:g}', None, None, None, of_bnr(bnr)) for bnr in sorted(bnrs)]
+
+
+def further_step_counts(measurements):
+    """Rows for step counts of Blurring Diffusion's schedule that only we have measured."""
+    counts = {m.facts['nfe'] for m in measurements if str(m.facts['path']).startswith('blurring')}
+    return [Row('Blurring Diffusion', None, None, None, of_blurring_schedule(nfe))
+            for nfe in sorted(counts - {row.nfe for row in TABLE_4})]
+
+
+TABLES_3_TO_5 = [  # (title, head of the first column, the paper's rows, measurements → rows that only we have)
+    ('Table 3. Blur-to-Noise Ratios at NFE 35', 'BNR', TABLE_3, further_bnrs),
+    ("Table 4. Blurring Diffusion's schedule in Warm's parametrisation", 'BNR schedule', TABLE_4, further_step_counts),
+    (f'Table 5. Training objectives at BNR {PAPER_BNR:g}, NFE 35', 'Branches', TABLE_5, lambda measurements: [])]
 
 
 def is_dataset(facts, data):
@@ -175,9 +191,10 @@ def tables(measurements):
               '## Table 2. Methods on LSUN-church 128×128', paper_table('Method', sections(TABLE_2, measurements))]
     unconditional = [m for m in measurements if is_dataset(m.facts, CIFAR10)]
     sets = {None: unconditional, **others(measurements)}
-    for title, (head, rows) in HEADS.items():
+    for title, head, rows, further in TABLES_3_TO_5:
         for dataset, group in sets.items():
-            answered = extended(head, rows, group)
+            answered = [(row, answer(row, group)) for row in rows]
+            answered += [(row, m) for row in further(group) if (m := answer(row, group)) is not None]
             if dataset is None or any(found for _, found in answered):
                 blocks.append(f'## {title}' + (f' – {title_of(dataset)}' if dataset else ''))
                 blocks.append(paper_table(head, [cells_of(row, found, 'CIFAR-10' if dataset else None)
@@ -188,25 +205,6 @@ def tables(measurements):
 def answer(row, measurements):
     """The measurement that answers a row, or None."""
     return best_match([m for m in measurements if row.matches(m.facts)], row.images, nfe=row.nfe, solver=SOLVER)
-
-
-def extended(head, rows, measurements):
-    """(row, answer) of all rows of the paper, then of BNRs and step counts that only we have measured."""
-    pairs = [(row, answer(row, measurements)) for row in rows]
-    extra = []
-    if head == 'BNR':
-        bnrs = {m.facts['bnr'] for m in measurements if m.facts['bnr'] is not None}
-        extra = [Row(f'{bnr:g}', None, None, None, of_bnr(bnr)) for bnr in sorted(bnrs)
-                 if not any(row.matches(dict(_facts(), bnr=bnr)) for row in rows)]
-    if head == 'BNR schedule':
-        counts = {m.facts['nfe'] for m in measurements if str(m.facts['path']).startswith('blurring')}
-        extra = [Row('Blurring Diffusion', None, None, None, of_blurring_schedule(nfe))
-                 for nfe in sorted(counts - {row.nfe for row in rows})]
-    return pairs + [(row, m) for row in extra if (m := answer(row, measurements)) is not None]
-
-
-def _facts():
-    return dict(system='warm', targets=PAPER_TARGETS, sampler={})
 
 
 def sections(table, measurements):
