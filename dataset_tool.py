@@ -1,4 +1,4 @@
-"""Make a dataset for training out of images: a thin command over training.dataset_sources and .dataset_convert."""
+"""Convert images into a dataset for training: a thin command over training.dataset_sources and .dataset_convert."""
 
 import os
 import re
@@ -11,11 +11,11 @@ from training.dataset_convert import TRANSFORMS, convert
 from training.dataset_sources import open_source
 from training.workers import Workers
 
-MAX_WORKERS = 16  # one process writes the output; more than this only wait for it
+MAX_WORKERS = 16  # one process writes the output; more than this would only wait for it
 
 
 def parse_resolution(ctx, param, text):
-    """'64x48' → (64, 48); None stays None. For click: `BadParameter` otherwise."""
+    """'64x48' → (64, 48); None stays None; anything else raises click's `BadParameter`."""
     match = re.fullmatch(r'(\d{1,6})x(\d{1,6})', text or '')
     if text is not None and not match:
         raise click.BadParameter(f"'{text}' is not of the form WxH, such as 64x64")
@@ -25,23 +25,23 @@ def parse_resolution(ctx, param, text):
 @click.command()
 @click.option('--source', required=True, metavar='PATH', type=Text(),
               help='Folder or zip of images, cifar-10-python.tar.gz, train-images-idx3-ubyte.gz (MNIST), '
-                   'a folder ending in _lmdb (LSUN), or cifar10 to download CIFAR-10; cifar10-test is its test half.')
+                   'a folder ending in _lmdb (LSUN), or cifar10 to download CIFAR-10 (cifar10-test: its test set).')
 @click.option('--dest', required=True, metavar='PATH', type=Text(),
               help='New or empty folder, or a file ending in .zip, which is replaced if it exists.')
-@click.option('--max-images', type=click.IntRange(min=1), metavar='INT', help='Read only so many images. [all]')
+@click.option('--max-images', type=click.IntRange(min=1), metavar='INT', help='Read at most this many images. [all]')
 @click.option('--transform', type=click.Choice(list(TRANSFORMS)), help='How to crop; needs --resolution. [none]')
-@click.option('--resolution', metavar='WxH', callback=parse_resolution, help='Size to resize to. [as it is]')
+@click.option('--resolution', metavar='WxH', callback=parse_resolution, help='Size to resize to. [unchanged]')
 @click.option('--workers', type=click.IntRange(min=1), metavar='INT', default=lambda: min(cpu_cores(), MAX_WORKERS),
-              help='Processes that decode and encode; the result is the same. [CPU cores]')
+              help='Processes that decode and encode; does not change the result. [CPU cores]')
 def main(source, dest, max_images, transform, resolution, workers):
     """Convert images into a dataset: square PNG files of one size and dataset.json with their labels.
 
     Labels come from the source's dataset.json; without one, from the sorted names of its top-level folders.
-    Both transforms give RGB images: center-crop the largest centred square, center-crop-wide the full width
-    in WxH on a black WxW square, leaving out images that are too small. Resizing is by Lanczos.
+    Both transforms give RGB images: center-crop takes the largest centred square; center-crop-wide puts the full
+    width, as WxH, on a black WxW square, and leaves out images that are too small. Resizing uses Lanczos.
     """
     if int(os.environ.get('RANK', '0')) > 0:
-        return  # under torchrun: the first of its processes does all, with --workers of its own
+        return  # under torchrun, rank 0 does everything, with its own --workers
     with (interruptible(f'nothing was changed at {dest}, run the same command again to make it'),
           Workers(workers) as workers):
         summary = convert(open_source(source), dest, transform, resolution, max_images, workers)
@@ -51,6 +51,6 @@ def main(source, dest, max_images, transform, resolution, workers):
 
 
 if __name__ == '__main__':
-    # A job that is told to end removes its temporary files like one that is interrupted.
+    # A job stopped by SIGTERM removes its temporary files, as one stopped by Ctrl-C does.
     with sigterm_exits(143):
         main()

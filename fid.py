@@ -24,14 +24,14 @@ from training.system import flag_of
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network
 
-NUM = 50_000  # images, unless told otherwise
+NUM = 50_000  # images by default
 
 
 def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, metrics, class_idx, **sampler_options):
-    """Print the scores of images in files or of a network, and append them to metrics.jsonl.
+    """Score images in files or from a network, print the scores and append them to metrics.jsonl.
 
     Returns:
-        {name: value}, of several rounds the best; {} on ranks other than 0.
+        {name: value}, the best of several rounds; {} on ranks other than 0.
     """
     network_only = dict(seeds=seeds, rounds=rounds, **{'class': class_idx}, **sampler_options)
     check_exclusive(images, network, {flag_of(k): v for k, v in network_only.items()}, {'--num': num})
@@ -56,7 +56,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
 
 
 def check_exclusive(images, network, network_only, images_only):
-    """Raise UserError unless there is one kind of images, with its own flags; {flag: value or None if not given}."""
+    """Raise UserError unless there is one source of images, without the other's flags ({flag: value or None})."""
     if bool(images) == bool(network):
         raise UserError('give either --images=PATH (images in files) or --network=FILE (a network that makes them)')
     kind, other = ('--images', '--network') if images else ('--network', '--images')
@@ -66,13 +66,13 @@ def check_exclusive(images, network, network_only, images_only):
 
 
 def shifts(seeds, rounds):
-    """What to add to the seeds in each round, so that ranges of the same length follow each other."""
+    """What to add to the seeds in each round, so that the rounds use consecutive ranges of the same length."""
     length = max(seeds) - min(seeds) + 1
     return [i * length for i in range(rounds)]
 
 
 def score_rounds(scorer, sources, batch, log, default_log):
-    """Score each source, print all and the best, and append all to the file `log`, or else to `default_log`."""
+    """Score each source, print all scores and the best, and append all to the file `log`, or else `default_log`."""
     passes, results = [], []
     scorer.warn_of_size(sources[0])
     for i, source in enumerate(sources, 1):
@@ -100,7 +100,7 @@ def score_rounds(scorer, sources, batch, log, default_log):
 
 
 def print_scores(scorer, values, prefix=''):
-    """A line for each score; none where there are none, on ranks other than 0."""
+    """Print a line for each score; ranks other than 0 have none."""
     for name, value in values.items():
         print(f'{prefix}{m.label(name, scorer.detector)}: {value:.8g}', flush=True)
 
@@ -161,16 +161,16 @@ def main():
 
 @main.command('calc', context_settings=dict(max_content_width=120))
 @click.option('--images', metavar='PATH|ZIP', type=Text(), help='Images to score')
-@click.option('--network', metavar='FILE|URL', type=Text(), help='Snapshot whose images to score; none are written')
+@click.option('--network', metavar='FILE|URL', type=Text(), help='Snapshot whose images to score, without writing them')
 @click.option('--ref', metavar='NPZ|URL', type=Text(), help='Reference statistics')
 @click.option('--num', metavar='INT', type=click.IntRange(min=2),
               help=f'Number of images of --images to score; a random subset if there are more  [default: {NUM}]')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, show_default=True,
-              help='Chooses the random subsets')
+              help='Random seed of the subsets')
 @click.option('--seeds', metavar='LIST', type=parse_seeds,
               help=f'Random seeds of the images of --network  [default: 0-{NUM - 1}]')
 @click.option('--rounds', metavar='INT', type=click.IntRange(min=1),
-              help='Score as many consecutive ranges of seeds and print the best  [default: 1]')
+              help='Score this many consecutive ranges of seeds and print the best  [default: 1]')
 @click.option('--log', metavar='JSONL', type=Text(),
               help=f'File to append the scores to  [default: {SCORES_NAME} beside the images or the snapshot]')
 @with_common
@@ -188,8 +188,8 @@ def calc_command(**options):
 
 
 @main.command('ref')
-@click.option('--data', metavar='PATH|ZIP', type=Text(), required=True, help='Images of the reference')
-@click.option('--dest', metavar='NPZ', type=Text(), required=True, help='File to write; ends in .npz')
+@click.option('--data', metavar='PATH|ZIP', type=Text(), required=True, help='Reference images')
+@click.option('--dest', metavar='NPZ', type=Text(), required=True, help='File to write, ending in .npz')
 @with_common
 def ref_command(**options):
     """Compute reference statistics of a folder or zip of images."""

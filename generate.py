@@ -26,22 +26,23 @@ MAX_WATCHED = 4  # images whose reverse process is shown
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--network', 'network_path', metavar='FILE|URL', type=Text(), required=True, help='Snapshot to draw from')
+@click.option('--network', 'network_path', metavar='FILE|URL', type=Text(), required=True,
+              help='Snapshot to sample from')
 @click.option('--outdir', metavar='DIR', type=Text(), required=True, help='Where to save the images')
 @click.option('--seeds', metavar='LIST', type=parse_seeds, default='0-63', help='Random seeds, such as 1,2,5-10')
-@click.option('--subdirs', is_flag=True, help='A folder for every 1000 seeds')
+@click.option('--subdirs', is_flag=True, help='Make a subfolder for every 1000 seeds')
 @class_flag
 @click.option('--batch', 'max_batch', metavar='INT', type=click.IntRange(min=1), default=None,
-              help=f'Largest batch per rank  [default: {BATCH}; up to {GPU_BATCH} on a GPU, by its memory]')
+              help=f'Largest batch per rank  [default: {BATCH}; up to {GPU_BATCH} on a GPU, depending on its memory]')
 @click.option('--grid', metavar='FILE.png', type=Text(), default=None, help='Also write a contact sheet of the images')
 @click.option('--trajectory', metavar='FILE', type=Text(), default=None,
               help='Also show x, D, R and D + R through the reverse process: .png, .gif or .mp4')
 @click.option('--overwrite', is_flag=True,
-              help='Replace images that are there; otherwise they are kept. Those made with other options are replaced '
-                   'all or none: --seeds has to include them')
+              help='Replace existing images instead of keeping them. Images made with other options are replaced '
+                   'all or none: --seeds has to include all of them')
 @sampler_flags
 def main(**options):
-    """Generate images as OUTDIR/SEED.png. An image depends on its seed alone, whatever the batch and the ranks.
+    """Generate images as OUTDIR/SEED.png. An image depends only on its seed, not on the batch or the number of ranks.
 
     \b
     # 64 images and a contact sheet
@@ -58,7 +59,7 @@ def main(**options):
 
 
 def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajectory, overwrite, **sampler_options):
-    """Generate what is missing of `seeds` in `outdir`, over all ranks."""
+    """Generate the images of `seeds` that `outdir` lacks, over all ranks."""
     if grid is not None and pathlib.Path(grid).suffix.lower() != '.png':
         raise UserError(f'--grid={grid} does not end in .png; a contact sheet is written in this format only')
     if trajectory is not None:
@@ -91,7 +92,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
 
 
 def check_outside(outdir, pictures):
-    """Raise UserError for a picture {flag: path or None} within `outdir`, where it would pass for a generated image."""
+    """Raise UserError for a picture {flag: path or None} inside `outdir`, where it would count as a generated image."""
     for flag, path in pictures.items():
         if path is not None and os.path.realpath(path).startswith(os.path.join(os.path.realpath(outdir), '')):
             raise UserError(f'{flag}={path} lies inside --outdir={outdir}, where every picture counts as an image; '

@@ -1,4 +1,4 @@
-"""Train a diffusion model: EDM's command, for EDM, Warm Diffusion and their kin."""
+"""Train a diffusion model: EDM's command, for EDM, Warm Diffusion and related systems."""
 
 import contextlib
 import inspect
@@ -29,7 +29,7 @@ from warm.systems import SYSTEMS
 
 
 def parse_ints(ctx, param, value):
-    """'1,2,2' → [1, 2, 2]; ranges make no sense here."""
+    """'1,2,2' → [1, 2, 2]; unlike --seeds, without ranges."""
     if value is None:
         return None
     try:
@@ -42,14 +42,14 @@ def parse_ints(ctx, param, value):
 
 
 def check_desc(ctx, param, value):
-    """A piece of a folder's name, not a path: run folders are only looked for in --outdir itself."""
+    """Refuse a path as --desc, part of a folder's name: run folders are only looked for in --outdir itself."""
     if value is not None and ('/' in value or '\\' in value):
         raise click.BadParameter(f"'{value}' would make folders within folders; leave out / and \\, - will do")
     return value
 
 
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
-# Defaults stand where they take effect.
+# Defaults are written only where they take effect.
 LOOP, SCORES = ({name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
                 for function in (training_loop, make_evaluator))
 GRID = LOOP['grid_images'] if torch.cuda.is_available() else 16
@@ -67,97 +67,97 @@ GRID = LOOP['grid_images'] if torch.cuda.is_available() else 16
 @click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=LOOP['total_kimg'] // 1000,
               help='Length of training, in millions of images')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=LOOP['batch_size'],
-              help='Batch size over all ranks')
+              help='Total batch size, over all ranks')
 @click.option('--batch-gpu', metavar='INT', type=click.IntRange(min=1), default=None,
-              help='Limit of the batch per GPU; the rest is accumulated')
+              help='Largest batch per GPU; the rest by gradient accumulation')
 @click.option('--cbase', metavar='INT', type=click.IntRange(min=1), default=None,
-              help='Base number of channels  [default: of the architecture]')
+              help="Base number of channels  [default: the architecture's]")
 @click.option('--cres', metavar='LIST', callback=parse_ints, default=None,
-              help='Channels per resolution, such as 1,2,2  [default: of the architecture]')
+              help="Channel multiplier per resolution, such as 1,2,2  [default: the architecture's]")
 @click.option('--lr', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=1e-3, help='Learning rate')
 @click.option('--lr-rampup', metavar='MIMG', type=NumberRange(min=0), default=LOOP['lr_rampup_kimg'] // 1000,
-              help='Images over which the learning rate rises linearly, in millions')
+              help='Length of the linear learning-rate warm-up, in millions of images')
 @click.option('--ema', metavar='MIMG', type=NumberRange(min=0), default=LOOP['ema_halflife_kimg'] / 1000,
-              help='Half-life of the moving average of the weights, in millions of images')
+              help='EMA half-life of the network weights, in millions of images')
 @click.option('--dropout', metavar='FLOAT', type=NumberRange(min=0, max=1, max_open=True), default=0.13,
               help='Dropout probability')
 @click.option('--augment', metavar='FLOAT', type=NumberRange(min=0, max=1), default=0.12,
               help='Augmentation probability')
 @click.option('--augment-with', metavar='LIST', type=Text(), default=','.join(TRAIN_AUGMENT),
               help=f'Augmentations, comma-separated: {", ".join(t.name for t in TRANSFORMS)}')
-@click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add the mirrored images to the data set')
+@click.option('--xflip', metavar='BOOL', type=bool, default=False, help='Add mirrored images to the data set')
 # Performance.
 @click.option('--precision', type=click.Choice(list(PRECISIONS)), default=None,
-              help=f'What the network computes in; the rest is float32  [default: {next(iter(PRECISIONS))}]')
+              help=f'Precision of the network; the rest is float32  [default: {next(iter(PRECISIONS))}]')
 @click.option('--fp16', metavar='BOOL', type=bool, default=None,
-              help="EDM's name of --precision=fp16 (CUDA; float32 on the CPU)")
+              help="EDM's name for --precision=fp16 (CUDA; float32 on the CPU)")
 @compile_flag
 @click.option('--channels-last', metavar='BOOL', type=bool, default=None,
-              help="Keep the channels of a pixel side by side in the network's memory  "
-                   '[default: on a GPU with --compile and 16 bits]')
+              help='Use the channels-last memory format in the network  '
+                   '[default: on a GPU with --compile and 16-bit precision]')
 @click.option('--checkpoint-activations', is_flag=True,
-              help='Compute the network twice instead of keeping its features: less memory, a third more work')
+              help='Recompute activations in the backward pass instead of storing them: less memory, a third more work')
 @click.option('--ls', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=LOOP['loss_scaling'],
               help='Loss scaling')
 @click.option('--bench', metavar='BOOL', type=bool, default=LOOP['cudnn_benchmark'], help='cuDNN benchmarking')
 @click.option('--cache', metavar='BOOL', type=bool, default=True,
               help='Decode the data set once, into the cache folder, and map it into memory (up to 32 GiB)')
 @click.option('--data-device', type=click.Choice(DATA_DEVICES), default=DATA_DEVICES[0],
-              help='Where the decoded data set lies; cuda copies all of it to each GPU')
+              help='Where the decoded data set is kept; cuda copies all of it to each GPU')
 @click.option('--workers', metavar='INT', type=click.IntRange(min=0), default=1,
-              help='Processes that load data, per rank, where it is not decoded in advance; 0: none')
+              help='Data-loading processes per rank, for data that is not decoded in advance; 0: none')
 # Input and output.
 @click.option('--desc', metavar='STR', type=Text(), callback=check_desc, default=None,
               help='String to include in the name of the run folder')
-@click.option('--nosubdir', is_flag=True, help='Write into --outdir itself; one that holds a run needs --auto-resume')
+@click.option('--nosubdir', is_flag=True, help='Write into --outdir itself; if it holds a run, add --auto-resume')
 @click.option('--tick', metavar='KIMG', type=NumberRange(min=0, min_open=True), default=LOOP['kimg_per_tick'],
               help='How often to print progress, in thousands of images')
 @click.option('--snap', metavar='TICKS', type=click.IntRange(min=0), default=LOOP['snapshot_ticks'],
               help='How often to save snapshots; 0: only at the end')
 @click.option('--dump', metavar='TICKS', type=click.IntRange(min=0), default=LOOP['state_dump_ticks'],
               help='How often to save training states; 0: only at the end')
-@click.option('--grid', metavar='INT', type=click.IntRange(min=0), default=GRID, show_default='64, on the CPU 16',
-              help='Images in the grid drawn at each snapshot; 0: none')
+@click.option('--grid', metavar='INT', type=click.IntRange(min=0), default=GRID, show_default='64; 16 on the CPU',
+              help='Number of images in the grid drawn with each snapshot; 0: none')
 @click.option('--eval', 'eval_ticks', metavar='TICKS', type=click.IntRange(min=0), default=0,
-              help='How often to score images of the network (the end counts too); 0: never')
+              help='How often to score generated images (also at the end); 0: never')
 @click.option('--eval-num', metavar='INT', type=click.IntRange(min=2), default=SCORES['num'],
-              help='Images per score; with so few, FID is too high and only compares runs')
+              help='Images per score; with so few, FID is biased high and only useful to compare runs')
 @click.option('--eval-ref', metavar='NPZ|URL', type=Text(), default=None,
-              help='Reference statistics of fid.py ref  [default: made of the training data]')
+              help='Reference statistics from fid.py ref  [default: computed from the training data]')
 @click.option('--eval-detector', metavar='NAME|PATH|URL', type=Text(), default=SCORES['detector'],
               help=f'{", ".join(DETECTORS)}, or a TorchScript or .pth file')
 @click.option('--eval-metrics', metavar='LIST', type=Text(), default=SCORES['metrics'],
               help=f'Comma-separated: {", ".join(METRICS)}')
-@click.option('--tensorboard', is_flag=True, help='Also write event files, if the package tensorboard is installed')
+@click.option('--tensorboard', is_flag=True, help='Also write TensorBoard event files; needs the package tensorboard')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0, max=(1 << 31) - 1), default=None,
               help='Random seed  [default: random, the same on all ranks]')
 @click.option('--transfer', metavar='FILE|URL', type=Text(), default=None, help='Start from the weights of a snapshot')
 @click.option('--resume', metavar='PT|DIR|latest', type=Text(), default=None,
-              help='Continue in a new run folder from a training state, the newest of a run folder, or of --outdir')
+              help='Continue, in a new run folder, from a training state, or the newest of a run folder or of --outdir')
 @click.option('--auto-resume', is_flag=True,
               help='Continue the run of this name in its own folder if there is one; start it otherwise')
 @click.option('--compact-state', is_flag=True,
-              help='Save training states of 10 bytes a parameter, not 16; they resume closely, not bit for bit')
+              help='Save training states of 10 bytes per parameter, not 16; they resume closely, not bit for bit')
 @click.option('--keep', metavar='INT', type=click.IntRange(min=0), default=LOOP['keep'],
-              help='How many snapshots and states are kept; 0: all')
+              help='How many snapshots and states to keep; 0: all')
 @click.option('--max-nonfinite', metavar='STEPS', type=click.IntRange(min=0), default=LOOP['max_nonfinite'],
-              help='Stop after so many steps in a row with NaN or infinite loss or gradients; 0: never')
+              help='Stop after this many steps in a row with NaN or infinite loss or gradients; 0: never')
 @click.option('--timeout', metavar='SEC', type=NumberRange(min=0), default=LOOP['timeout'],
-              help='Stop if no step is finished for so long; 0: never')
+              help='Stop if no step finishes for this long; 0: never')
 @click.option('-n', '--dry-run', is_flag=True, help='Print the training options and exit')
 @system_flags('train_options')
 def main(**options):
     """Train a diffusion model.
 
     \b
-    # The embedded handwritten digits, a small Warm model, minutes on a laptop
+    # A small Warm model on the embedded handwritten digits: minutes on a laptop
     python train.py --preset=digits
 
     \b
     # Warm Diffusion on CIFAR-10 with 8 GPUs
     torchrun --standalone --nproc_per_node=8 train.py --data=datasets/cifar10-32x32.zip --precond=warm --bnr=0.5
     """
-    # Later than set-up, Ctrl-C is a signal that asks to save (torch_utils.signals).
+    # After set-up, Ctrl-C is a signal to save and stop (torch_utils.signals).
     with (interruptible('this was set-up, before the first step, run the command again to start'),
           dist.process_group(), dist.lost_ranks_named()):
         with Tee() if dist.get_rank() == 0 else contextlib.nullcontext() as log:
@@ -167,14 +167,14 @@ def main(**options):
 
 
 def run(options, log):
-    """Flags → dict → one call.
+    """Train as the flags say: flags → dict → one call.
 
     Args:
         options: Values of the flags, by name.
-        log: On rank 0 the `Tee` that is given the run folder's log.txt once there is one.
+        log: On rank 0 the `Tee` that also writes to the run folder's log.txt once there is one.
 
     Returns:
-        False where a signal stopped the training.
+        False if a signal stopped the training, else True.
     """
     unused = typed_flags('eval_num', 'eval_ref', 'eval_detector', 'eval_metrics')
     if unused and not typed_flags('eval_ticks') and not options['eval_ticks']:
@@ -183,14 +183,14 @@ def run(options, log):
         raise UserError('--augment-with has no effect without augmentation; add --augment=PROB, or leave it out')
     for flag in cfg.SIZE_FLAGS:
         if flag not in cfg.size_arguments(options['arch']) and not typed_flags(flag):
-            options[flag] = None  # a preset's, which is for the U-Nets
+            options[flag] = None  # from a preset, which is for the U-Nets
     config = cfg.training_config(options, given_flags('train_options', options))
     name = run_name(config, options['arch'], options['desc'])
     run_dir, start = dist.on_rank0(lambda: start_point(options, name))
     config['resume'] = start['path']
     if options['seed'] is None:
         config['seed'] = start['settings'].get('seed', config['seed'])
-    data_may_be_missing = options['dry_run'] and not typed_flags('data')  # a preset is shown without its data
+    data_may_be_missing = options['dry_run'] and not typed_flags('data')  # a preset can be shown without its data
 
     def check():
         if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
@@ -203,7 +203,7 @@ def run(options, log):
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return True
-    # Before the run folder is made: an unreadable image must not leave an empty one behind.
+    # Before the run folder is made: an unreadable image must not leave an empty folder behind.
     dataset = open_dataset(**config['dataset_kwargs'])
     run_dir = dist.on_rank0(lambda: create_run_dir(run_dir, config, start if options['auto_resume'] else None,
                                                    None if options['nosubdir'] else name))

@@ -1,6 +1,6 @@
 """Files from the network: https, cached, atomic, checked.
 
-`requests` is imported by the download itself: its 40 ms would be a sixth of the start of dataset_tool.py.
+`requests` is imported only to download: its 40 ms would be a sixth of dataset_tool.py's start-up time.
 """
 
 import hashlib
@@ -67,8 +67,8 @@ def fetch(url, sha256=None, md5=None, max_bytes=8 << 30, timeout=30):
     Args:
         url: An https address; plain http is accepted for this machine's own (loopback) addresses only.
         sha256, md5: Expected hexadecimal digests, checked when given.
-        max_bytes: A larger answer is refused.
-        timeout: Seconds without an answer after which the server counts as gone.
+        max_bytes: Larger files are refused.
+        timeout: Seconds without a response after which the download fails.
 
     Raises:
         UserError: refused scheme, failed or cut-off transfer, wrong digest, an HTML page in place of a file.
@@ -83,7 +83,7 @@ def fetch(url, sha256=None, md5=None, max_bytes=8 << 30, timeout=30):
     make_dirs(path.parent)
     remedy = f'download it by other means and save it as {path}'
     try:
-        # The bytes as they are: a server that calls a .gz file "encoded" would have it unpacked on the way.
+        # Ask for the raw bytes: a .gz file that a server calls "encoded" would otherwise be unpacked in transit.
         with requests.get(url, stream=True, timeout=timeout, headers={'Accept-Encoding': 'identity'},
                           hooks={'response': _check_redirect}) as response:
             _check_response(url, response, max_bytes, remedy)
@@ -117,7 +117,7 @@ def _check_scheme(url):
 
 
 def _check_redirect(response, **kwargs):
-    """Refuse to be sent to an address that `fetch` would not take, before it is asked."""
+    """Refuse a redirect to an address that `fetch` would not take, before following it."""
     if response.is_redirect:
         _check_scheme(urllib.parse.urljoin(response.url, response.headers['Location']))
 
@@ -139,7 +139,7 @@ def _announced(response):
 
 
 def _chunks(url, response, remedy):
-    """The body piece by piece. A broken connection is an OSError too: told apart here from those of the disk."""
+    """Yield the body piece by piece. A broken connection is an OSError, too: here it is told apart from disk errors."""
     import urllib3
     try:
         yield from response.raw.stream(CHUNK, decode_content=False)

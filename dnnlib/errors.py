@@ -1,4 +1,4 @@
-"""The one exception for what the user can mend, and what most often raises it: a choice that is not on offer."""
+"""The one exception for what the user can fix, and the check that most often raises it, of a choice by name."""
 
 import click
 
@@ -10,8 +10,8 @@ class UserError(click.ClickException):
     """Bad input: one sentence that names the thing and the remedy.
 
     As a click.ClickException it ends a command with `Error: …` and exit code 1, without a
-    traceback; in library use it is an ordinary exception whose str() is the sentence. What it quotes of a file
-    may be anything: it is kept to one line of printable characters, and short.
+    traceback; in library use it is an ordinary exception whose str() is the sentence. As it may quote a file
+    with any content, it is kept to one line of printable characters, and short.
     """
 
     def __init__(self, message):
@@ -20,10 +20,10 @@ class UserError(click.ClickException):
 
 
 def chosen(what, name, table):
-    """table[name]; of names alone, such as a tuple's, the name.
+    """table[name], or just the name if `table` is a collection of names, such as a tuple.
 
     Args:
-        what: What is chosen, for the message: 'solver'.
+        what: What is chosen, for the message, such as 'solver'.
         name: The choice.
         table: {name: value}, or names.
 

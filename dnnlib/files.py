@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a second reader never meets half of one; logs; the machine's cores."""
+"""Writing files so that no crash, full disk or concurrent reader ever leaves or sees half of one; logs; CPU cores."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from dnnlib.errors import UserError
 def atomic_write(path, mode='wb'):
     """Open a temporary file beside `path`; on a clean exit flush it to disk and rename it to `path`.
 
-    Whatever goes wrong inside the block, `path` keeps its former content and the temporary file is
+    Whatever goes wrong inside the block, `path` keeps its old content and the temporary file is
     removed.
 
     Raises:
@@ -57,7 +57,7 @@ def _sync_folder(folder):
 
 @contextlib.contextmanager
 def sigterm_exits(code):
-    """Within it SIGTERM ends the program by SystemExit, so that everything cleans up as after an error."""
+    """Context in which SIGTERM raises SystemExit, so that everything is cleaned up as after an error."""
     former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
     try:
         yield
@@ -73,7 +73,7 @@ class Interrupted(UserError):
 
 @contextlib.contextmanager
 def interruptible(kept):
-    """Turns Ctrl-C within it into an `Interrupted`, a line that says what it leaves on the disk."""
+    """Context that turns Ctrl-C into an `Interrupted`, a line that says what is kept on the disk."""
     try:
         yield
     except KeyboardInterrupt as e:
@@ -86,7 +86,7 @@ def cpu_cores():
 
 
 def remove_temporary_files(folder):
-    """Delete what `atomic_write` left in `folder` when it was killed. Nobody else may be writing there."""
+    """Delete what `atomic_write` left in `folder` when it was killed. No other process may be writing there."""
     for path in pathlib.Path(folder).glob('.tmp-*'):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -105,10 +105,10 @@ def make_dirs(path):
 
 
 def check_writable(path, kind='a file'):
-    """Raise UserError where `atomic_write` could not put a file, before the slow part of the work; makes its folder."""
+    """Raise UserError if `atomic_write` could not write `path`, before the slow part of the work; makes its folder."""
     if os.path.isdir(path):
         raise UserError(f'{path} is a folder; give the name of {kind} to write')
-    if not os.path.basename(path):  # of nothing, and of 'new-folder/'
+    if not os.path.basename(path):  # for '' and 'new-folder/'
         raise UserError(f"'{path}' names no file; give the name of {kind} to write")
     folder = os.path.dirname(os.path.abspath(path))
     make_dirs(folder)
@@ -154,13 +154,13 @@ class Tee:
         sys.stdout, sys.stderr = (_TeeStream(stream or self._nowhere, self) for stream in self._streams)
 
     def open(self, path):
-        """Append to this file what has been printed so far and whatever follows."""
+        """Append to a file what has been printed so far and all that follows."""
         held, self._file = self._file, open(path, 'a', encoding='utf-8', errors='replace')
         self.write(held.getvalue())
 
     def write(self, text):
-        """Put text into the log alone."""
-        with contextlib.suppress(OSError):  # on a full disk, what matters will say so
+        """Write text to the log alone."""
+        with contextlib.suppress(OSError):  # if the disk is full, the writes that matter will say so
             self._file.write(text)
             self._file.flush()
 
@@ -174,7 +174,7 @@ class Tee:
         return self
 
     def __exit__(self, kind, error, trace):
-        with contextlib.suppress(OSError):  # what ends the program is printed later, by click or the interpreter
+        with contextlib.suppress(OSError):  # the error itself is printed later, by click or the interpreter
             if isinstance(error, UserError):
                 self._file.write(f'Error: {error.message}\n')
             elif error is not None:
@@ -183,7 +183,7 @@ class Tee:
 
 
 class _TeeStream:
-    """One duplicated stream; lines that rewrite themselves on a terminal stay out of the log."""
+    """One duplicated stream; status lines that are rewritten in place stay out of the log."""
 
     def __init__(self, stream, log):
         self._stream, self._log = stream, log
@@ -191,7 +191,7 @@ class _TeeStream:
     def write(self, text):
         try:
             self._stream.write(text)
-        except UnicodeEncodeError as e:  # a terminal of few characters must not end a training
+        except UnicodeEncodeError as e:  # a terminal that lacks a character must not end a training run
             self._stream.write(text.encode(e.encoding, 'replace').decode(e.encoding))
         if '\r' not in text:
             self._log.write(text)

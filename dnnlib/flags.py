@@ -1,4 +1,4 @@
-"""Types of command-line flags that refuse what click's own let through: NaN, infinity, nothing at all."""
+"""Types of command-line flags that refuse what click's own let through: NaN, infinity, empty text."""
 
 import math
 
@@ -18,10 +18,10 @@ class Number(click.types.FloatParamType):
 
 
 class NumberRange(Number, click.FloatRange):
-    """The same within bounds. Of these alone NaN would pass: no comparison with it is true.
+    """A `Number` within bounds. Bounds alone would let NaN pass: no comparison with it is true.
 
     Args:
-        infinite: Whether infinity is a value, as for the end of a range.
+        infinite: Whether infinity is allowed, as for the end of a range.
         kwargs: As for click.FloatRange: min, max, min_open, max_open.
     """
 
@@ -31,7 +31,7 @@ class NumberRange(Number, click.FloatRange):
 
 
 class Text(click.types.StringParamType):
-    """Text of at least one character: an empty one is most often a variable of the shell that is not set."""
+    """Text that is not blank: blank text most often comes from a shell variable that is not set."""
 
     def convert(self, value, param, ctx):
         text = super().convert(value, param, ctx)

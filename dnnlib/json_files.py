@@ -1,4 +1,4 @@
-"""Files of JSON, of one object or one a line: what holds none is read as none, what is written every reader knows."""
+"""JSON files of one object, or one per line: what is malformed reads as none, what is written is standard JSON."""
 
 import json
 import math
@@ -12,7 +12,7 @@ MAX_LINE = 1 << 20  # bytes of a line of JSON; those written here are far shorte
 
 
 def parse_object(text):
-    """The JSON object (a dict) in a text; None where there is none, since it is cut off or nested too deeply, say."""
+    """The JSON object (a dict) in a text; None if there is none, e.g. if it is cut off or nested too deeply."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -21,7 +21,7 @@ def parse_object(text):
 
 
 def read_object(path):
-    """`parse_object` of a file; None too where it cannot be read."""
+    """`parse_object` of a file; also None if it cannot be read."""
     try:
         return parse_object(pathlib.Path(path).read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -29,7 +29,7 @@ def read_object(path):
 
 
 def read_lines(path):
-    """The objects in a file of JSON lines; [] without a file. A line that was cut off by a crash is left out."""
+    """The objects in a file of JSON lines; [] if there is no file. A line cut off by a crash is left out."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding='utf-8', errors='replace').splitlines()
@@ -37,7 +37,7 @@ def read_lines(path):
 
 
 def json_line(record):
-    """`record` on a line of JSON, which knows neither NaN nor infinity: they become null."""
+    """`record` as a line of JSON, which has neither NaN nor infinity: they become null."""
     return json.dumps(_finite(record), allow_nan=False) + '\n'
 
 
@@ -50,7 +50,7 @@ def _finite(value):
 
 
 def append_line(path, record, remedy):
-    """Append `record` as one line (`json_line`); `remedy` ends the sentence where that fails.
+    """Append `record` as one line (`json_line`); `remedy` ends the error message if that fails.
 
     Raises:
         UserError: the disk is full or gone.
@@ -63,7 +63,7 @@ def append_line(path, record, remedy):
 
 
 def check_json_lines(path):
-    """Raise UserError unless lines of JSON can be appended to `path`: a .jsonl, or a file that begins with one."""
+    """Raise UserError unless lines of JSON can be appended to `path`: a .jsonl, or a file beginning with an object."""
     check_appendable(path)
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/null
         return

@@ -4,12 +4,12 @@ import re
 
 from dnnlib.errors import UserError
 
-NUMBER = r'\d{1,18}'  # of a seed, say: what 64 bits hold
+NUMBER = r'\d{1,18}'  # such as a seed: fits in 64 bits
 MAX_INTS = 10_000_000  # in a list; far more than anyone draws, and all of them still fit into memory
 
 
 def excerpt(text, limit=80):
-    """Text from outside as a sentence may quote it: its first `limit` characters ('…' for the rest), all printable."""
+    """Untrusted text as a message may quote it: its first `limit` characters ('…' for the rest), all printable."""
     text = str(text)
     return text[:limit].encode('unicode_escape').decode('ascii') + ('…' if len(text) > limit else '')
 

@@ -26,7 +26,7 @@ def init():
     no port; every function of this module then acts as rank 0 of 1.
 
     Raises:
-        UserError: more processes than GPUs; a rank that does not come; half of torchrun's environment.
+        UserError: more processes than GPUs; a rank that does not join; only part of torchrun's environment.
     """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -47,10 +47,10 @@ def init():
 
 
 def fresh_store(store, rank, ranks):
-    """A prefix of the rendezvous store that no earlier start of these ranks has used.
+    """The rendezvous store under a prefix that no earlier start of these ranks has used.
 
-    When torchrun restarts the ranks it may give them the same store again, in which one of them would find the stale
-    address of another. So rank 0 draws a random prefix and sends it to each rank, which asks with a random token.
+    When torchrun restarts the ranks it may give them the same store again, in which a rank would find the stale address
+    of another. So rank 0 draws a random prefix and sends it to each rank, which asks for it with a random token.
     """
     token = secrets.token_hex(8)
     if rank > 0:
@@ -77,7 +77,7 @@ def cleanup():
 
 @contextlib.contextmanager
 def process_group():
-    """Within it, this process is one of the ranks (`init`); it leaves the group however the block ends."""
+    """Context in which this process is one of the ranks (`init`); it leaves the group however the block ends."""
     try:
         init()
         yield
@@ -89,7 +89,7 @@ def process_group():
 
 
 def tell_torchrun(sentence):
-    """Leave the reason for this process's end where torchrun looks for it: its report on the job then quotes it."""
+    """Write down why this process ends where torchrun looks for it, so that its report on the job quotes it."""
     path = os.environ.get('TORCHELASTIC_ERROR_FILE')
     if path:
         message = dict(message=sentence, extraInfo=dict(timestamp=str(int(time.time()))))
@@ -118,14 +118,14 @@ def device():
 
 
 class LostRank(UserError):
-    """The connection to another rank is gone. Its exit code tells a job's script from a mistake, which is 1."""
+    """The connection to another rank is lost. A job's script can tell it by its exit code: other errors have 1."""
 
     exit_code = 71
 
 
 @contextlib.contextmanager
 def lost_ranks_named():
-    """Turns the errors by which gloo and NCCL report a rank that has gone into a `LostRank`."""
+    """Context that turns the errors by which gloo and NCCL report a lost rank into a `LostRank`."""
     try:
         yield
     except RuntimeError as e:
@@ -150,11 +150,11 @@ def print0(*args, **kwargs):
 
 
 def data_parallel(net):
-    """`net` wrapped so that gradients are averaged over the ranks; a single process gets it back as it is."""
+    """`net` wrapped so that gradients are averaged over the ranks; a single process gets it back unchanged."""
     if get_world_size() == 1:
         return net
     wrapper = torch.nn.parallel.DistributedDataParallel
-    # Our buffers are constants: no need to send them at every step. The flag has changed its name.
+    # Our buffers are constants: no need to broadcast them at every step. PyTorch has renamed the flag.
     flag = 'forward_sync_buffers' if 'forward_sync_buffers' in inspect.signature(wrapper).parameters \
         else 'broadcast_buffers'
     # 1×1 kernels have two equivalent memory layouts, which PyTorch mistakes for a mismatch.
@@ -193,16 +193,16 @@ def all_reduce_sum(tensor):
 
 
 class Ballot:
-    """Adds up a few numbers over the ranks at each step and brings the sums to the host, which needn't wait for them.
+    """Sums a few numbers over the ranks at each step and brings the sums to the host, without making it wait.
 
-    On a GPU the sums of a step are read when the next step has been handed to it; on the CPU at once.
+    On a GPU the sums of a step are read once the next step has been launched, on the CPU at once.
     """
 
     def __init__(self):
         self._under_way = collections.deque()
 
     def cast(self, numbers):
-        """Hand in this rank's numbers of a step, float32 [n] on its device. Call on all ranks."""
+        """Submit this rank's numbers for a step, float32 [n] on its device. Call on all ranks."""
         all_reduce_sum(numbers)
         event = None
         if numbers.is_cuda:
@@ -212,7 +212,7 @@ class Ballot:
         self._under_way.append((numbers, event))
 
     def results(self, wait=False):
-        """The sums of the steps that can be read by now, as lists, each once; with `wait` of all steps."""
+        """Yield the sums, as lists, of the steps that can be read by now, each once; with `wait`, of all steps."""
         while self._under_way and (wait or self._under_way[0][1] is None or len(self._under_way) > 1):
             numbers, event = self._under_way.popleft()
             if event is not None:
@@ -221,7 +221,7 @@ class Ballot:
 
 
 def on_rank0(function):
-    """Result of function() as computed by rank 0 alone, on every rank; a UserError there is raised everywhere.
+    """Run function() on rank 0 alone and return its result on every rank; a UserError there is raised everywhere.
 
     The result must be plain Python data.
     """
@@ -240,7 +240,7 @@ def on_rank0(function):
 
 
 def first_on_rank0(function):
-    """function() on every rank, on rank 0 first (it may fill a cache that the others then find)."""
+    """Run function() on every rank, on rank 0 first (it may fill a cache that the others then find)."""
     result = []
     on_rank0(lambda: result.append(function()))
     return result[0] if result else function()

@@ -7,19 +7,19 @@ CHUNK = 1 << 14  # positions whose random numbers are drawn at once; small enoug
 
 
 class InfiniteSampler(torch.utils.data.Sampler):
-    """Endless, slowly reshuffled order of a dataset, dealt out to ranks in turn: EDM's.
+    """EDM's endless, slowly reshuffled order of a dataset, dealt out to the ranks in turn.
 
     The order starts shuffled with ``RandomState(seed)``. At position i = idx mod n the rank whose turn it
-    is gets ``order[i]``; then ``order[i]`` changes places with ``order[(i − randint(window)) mod n]``.
+    is gets ``order[i]``; then ``order[i]`` is swapped with ``order[(i − randint(window)) mod n]``.
 
     Args:
         dataset: Anything with a length n.
-        rank, num_replicas: This process's number and how many there are.
+        rank, num_replicas: This process's rank, and the number of ranks.
         shuffle: False keeps the dataset's own order for ever.
         seed: Must be the same on all ranks.
         window_size: Reach of the reshuffling as a fraction of n.
-        start_idx: How many samples this rank has drawn before. The order goes on exactly where it stopped;
-            the start_idx·num_replicas swaps before are made again, about 0.13 s for a million.
+        start_idx: How many samples this rank has already drawn. The order continues exactly where it stopped;
+            the start_idx·num_replicas earlier swaps are redone, about 0.13 s per million.
 
     Raises:
         ValueError: an empty dataset or an argument out of range.
@@ -62,7 +62,7 @@ class InfiniteSampler(torch.utils.data.Sampler):
             now += CHUNK
 
     def _swaps(self, rnd, start, stop):
-        """Pairs of places that change at positions start…stop−1.
+        """Pairs of indices that are swapped at positions start…stop−1.
 
         Drawing many numbers at once gives the same stream as drawing them one by one.
         """

@@ -1,6 +1,6 @@
 """The precisions that a network can run in, and how CUDA rounds float32 products.
 
-That setting is the whole process's, so it is made where it is needed and undone.
+The latter is a process-wide setting, so it is changed only where needed, and then restored.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ PRECISIONS = {
 
 @contextlib.contextmanager
 def float32_products(tf32):
-    """Within it, CUDA's float32 products and convolutions are rounded to TF32 (10 bits of mantissa), or not at all.
+    """Context or decorator: CUDA rounds float32 products and convolutions to TF32 (10-bit mantissa), or not at all.
 
-    A backward pass is rounded as the setting of its own moment says, so it needs the same context. Products of
-    float16 are summed in float32 within it. Also a decorator.
+    A backward pass follows the setting at the time it runs, so it needs the same context. Within it, products of
+    float16 are accumulated in float32.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     former = matmul.allow_tf32, cudnn.allow_tf32, matmul.allow_fp16_reduced_precision_reduction

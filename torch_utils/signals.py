@@ -10,21 +10,21 @@ import time
 
 # Exit codes of train.py besides 0 (done), 1 (an error, named in a sentence) and 2 (options that click refuses).
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h: a rank made no progress
-EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, the state is saved; the same command with --auto-resume goes on
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, the state is saved; the same command with --auto-resume continues
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECOND_SIGNAL_SEC = 1.0  # Ctrl-C reaches a rank twice at once, from the terminal and from torchrun; that is one request
 
 
 class StopRequest:
-    """Within it, the first of SIGTERM, SIGINT and SIGUSR1 only sets `name`.
+    """Context in which the first of SIGTERM, SIGINT and SIGUSR1 only sets `name`.
 
-    A repeat more than SECOND_SIGNAL_SEC later ends the process, with code 128 + number. A thread reads the signals, so
-    that this works even while the main thread waits inside PyTorch for a rank that is lost. Outside the main thread
-    nothing is installed.
+    Another one more than SECOND_SIGNAL_SEC later ends the process, with code 128 + its number. A thread reads the
+    signals, so this works even while the main thread waits inside PyTorch for a lost rank. Outside the main thread no
+    handlers are installed.
 
     Attributes:
-        name: Of the signal that came first, such as 'SIGTERM'; None before.
+        name: Name of the first signal, such as 'SIGTERM'; None before.
     """
 
     def __init__(self):
@@ -46,7 +46,7 @@ class StopRequest:
             for number, handler in self._former.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(self._former_pipe)
-            os.close(self._pipe)  # the reader meets the end of the pipe
+            os.close(self._pipe)  # the reader sees the end of the pipe
             self._thread.join()
             os.close(self._reader)
             self._thread = None
@@ -65,7 +65,7 @@ class StopRequest:
 
 
 def shield_worker(worker_id=None):
-    """For a data loader's processes: leave the signals that a whole group receives to the rank, which ends them.
+    """For data-loader workers: ignore signals to the whole process group; the rank handles them and ends its workers.
 
     They still end when the rank itself terminates them, and PyTorch ends them when the rank is gone.
     """
@@ -84,10 +84,10 @@ def _end_with_parent(parent):
 
 
 class Watchdog:
-    """Ends this process with EXIT_HUNG and a stack trace where no `beat` follows another within `seconds`.
+    """Ends this process with EXIT_HUNG and a stack trace if no `beat` follows another within `seconds`.
 
-    Every rank has one. A rank that hangs stops, and so do those that wait for it; so no job is silent for ever.
-    Time in which the whole process is suspended does not count.
+    Every rank has one: a rank that hangs ends, and so do those that wait for it, so no job hangs silently for ever.
+    Time during which the whole process is suspended does not count.
 
     Args:
         seconds: 0 switches it off.
@@ -108,11 +108,11 @@ class Watchdog:
         self._closed.set()
 
     def beat(self):
-        """A step is done: count anew."""
+        """A step is done: restart the clock."""
         self._idle, self._resting = 0.0, False
 
     def rest(self):
-        """Until the next `beat` something else is done, of any length."""
+        """Stop the clock until the next `beat`: work of any length follows."""
         self._resting = True
 
     def _watch(self):

@@ -34,7 +34,7 @@ def unread():
 
 
 def restore(moments):
-    """Start from what `unread` gave."""
+    """Continue from what `unread` returned."""
     _moments.clear()
     _moments.update({name: m.to(dist.device(), copy=True) for name, m in moments.items()})
 
@@ -46,7 +46,7 @@ class Collector:
         self._values = {}
 
     def update(self):
-        """Take over the sums of all ranks and start new ones. Call on every rank."""
+        """Collect the sums over all ranks and start new ones. Call on every rank."""
         names = sorted(_moments)
         if names:
             sums = torch.stack([_moments[n].to(dist.device()) for n in names])

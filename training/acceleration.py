@@ -1,30 +1,31 @@
-"""How a network runs: precision, memory layout, recomputation, compilation. None of it enters a snapshot."""
+"""How a network runs: precision, memory layout, recomputation, compilation. None of this is stored in snapshots."""
 
 import torch
 
 from dnnlib import UserError
 from torch_utils.precision import PRECISIONS
 
-# Values that many others read are computed again where they are read: in the backward pass of the norms the compiler
-# would otherwise write float32 features to memory, which costs more than all their arithmetic.
+# Recompute values that have many readers: otherwise, in the backward pass of the norms, the compiler writes float32
+# features to memory, which costs more than all the arithmetic on them.
 GPU_OPTIONS = {'realize_reads_threshold': 32, 'realize_opcount_threshold': 300}
-RUN_OPTIONS = ('precision', 'compile')  # what commands that draw images offer of `accelerate`'s arguments
+RUN_OPTIONS = ('precision', 'compile')  # arguments of `accelerate` that the sampling commands offer
 
 
 def accelerate(net, precision=None, channels_last=None, recompute=False, compile=False, cuda_graphs=False,
                backend='inductor'):
-    """Set how a preconditioned network runs from now on; its weights stay as they are.
+    """Set how a preconditioned network runs from now on; its weights are unchanged.
 
     Args:
         net: training.precond.Precond, on its device.
-        precision: A name in torch_utils.precision.PRECISIONS; None leaves the network's own.
-        channels_last: Lay features out with the channels of a pixel side by side; None does where it should pay
+        precision: A name in torch_utils.precision.PRECISIONS; None keeps the network's own.
+        channels_last: Whether features use the channels-last memory format; None uses it where it should pay off
             (`wants_channels_last`).
-        recompute: Keep only the inputs of the blocks for the backward pass: less memory, a third more work.
-        compile: torch.compile F, once for every shape of its input.
-        cuda_graphs: When compiled for CUDA, replay each call as one graph; for drawing, without gradients.
-        backend: Of torch.compile. Others than its own get none of our options; 'aot_eager' takes seconds, to try what
-            surrounds a compiled network, and makes it no faster.
+        recompute: Activation checkpointing: keep only the blocks' inputs for the backward pass. Less memory, a third
+            more work.
+        compile: torch.compile F, once for every input shape.
+        cuda_graphs: When compiled for CUDA, replay each call as one CUDA graph; for sampling, without gradients.
+        backend: Backend of torch.compile. Only the default one gets our options. 'aot_eager' compiles in seconds and
+            makes nothing faster; it is for testing the code around a compiled network.
 
     Returns:
         `net`.
@@ -52,28 +53,28 @@ def accelerate(net, precision=None, channels_last=None, recompute=False, compile
 
 
 def is_compiled(net):
-    """Whether `accelerate` has compiled a network, for which every new shape of its input takes minutes at first.
+    """Whether `accelerate` has compiled this network, so that each new input shape costs minutes the first time.
 
-    A copy of it is not compiled, nor is what stands in for its U-Net.
+    A copy of a compiled network is not compiled, nor is one whose U-Net has been replaced.
     """
     return getattr(net.model, '_compiled_call_impl', None) is not None
 
 
 def wants_channels_last(device, precision, compile):
-    """Whether features are laid out by pixels where nobody says so: on a GPU, compiled, in 16 bits.
+    """Whether channels-last is the default: on a GPU, compiled, in 16 bits.
 
-    There cuDNN's 16-bit convolutions take that layout alone, and the compiler, which would choose it for most networks,
-    leaves training in the other one if a single convolution has less than half as many outputs as inputs, as the last
-    of these has. On the CPUs measured it is no faster (docs/performance.md).
+    cuDNN's 16-bit convolutions support only that layout. The compiler would choose it for most networks, but
+    trains in the other layout if a single convolution has less than half as many outputs as inputs, as the last one of
+    these networks has. On the CPUs measured it is no faster (docs/performance.md).
     """
     return device.type == 'cuda' and compile and PRECISIONS[precision].dtype != torch.float32
 
 
 def check_compiler(device):
-    """Raise UserError unless torch.compile works for a device, by trying it; a few seconds at first."""
+    """Raise UserError unless torch.compile works on a device; trying it takes a few seconds the first time."""
     try:
         torch.compile(_tiny, dynamic=False)(torch.ones([8], device=device))
-    except Exception as e:  # whatever the compilers of two devices raise
+    except Exception as e:  # the compilers for CPU and GPU raise all kinds of errors
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise UserError(f'--compile does not work here ({reason[:200]}); on a GPU it needs the package triton, on the '
                         'CPU a C++ compiler such as g++: install it, or leave --compile out') from e

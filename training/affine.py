@@ -1,7 +1,7 @@
 """Affine maps of images: their matrices, the resampling that warps pixels, the product that mixes colours.
 
-Everything is computed where the images are, from shapes alone: no value is ever read back by the host,
-so a call can be compiled or recorded as a CUDA graph.
+Everything is computed on the images' device, with sizes that follow from shapes alone: the host never reads
+a value back, so a call can be compiled or recorded as a CUDA graph.
 """
 
 import math
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 from torch_utils.precision import float32_products
 
-# Low-pass filter of the sym6 wavelet (Daubechies' least asymmetric one with 12 taps), of sum √2. It is
-# orthonormal under shifts by two, so filtering up and then down gives back the image.
+# Low-pass filter of the sym6 wavelet (Daubechies' least asymmetric one with 12 taps), with sum √2. It is
+# orthonormal under shifts by two, so filtering up and then down returns the original image.
 SYM6 = [0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633,
         0.4910559419267466, 0.787641141030194, 0.3379294217276218, -0.07263752278646252,
         -0.021060292512300564, 0.04472490177066578, 0.0017677118642428036, -0.007800708325034148]
@@ -20,17 +20,17 @@ LAG = 5  # taps before the centre of the filter
 
 
 def matrix(*rows):
-    """Matrices [N, R, C] from R rows of C entries, each a number or a tensor [N] (one tensor at least)."""
+    """Matrices [N, R, C] from R rows of C entries, each a number or a tensor [N] (at least one tensor)."""
     like = next(e for row in rows for e in row if torch.is_tensor(e))
     entries = [e if torch.is_tensor(e) else torch.full_like(like, e) for row in rows for e in row]
     return torch.stack(entries, dim=-1).reshape(-1, len(rows), len(rows[0]))
 
 
 def compose(A, B):
-    """A·B of two stacks [N, K, K]; None stands for the identity.
+    """Product A·B of two stacks [N, K, K]; None stands for the identity.
 
     Written as sums of products because a matrix product may be rounded to TF32 or half precision,
-    which is a visible shift of a coordinate.
+    which would visibly shift coordinates.
     """
     if A is None or B is None:
         return B if A is None else A
@@ -58,10 +58,10 @@ def shift(x, y):
 # -- colours: [N, 4, 4] on (r, g, b, 1), with values in [-1, 1]
 
 def colour_map(luma=1, chroma=1, quarter_turn=0, offset=0):
-    """Scale the part along grey by `luma`, and map the part across it.
+    """Scale the component along the grey axis by `luma`, and scale and rotate the one orthogonal to it.
 
-    The latter is multiplied by chroma + i·quarter_turn, where i turns it by 90° about the grey axis;
-    `offset` is then added to every channel. Each is a number or a tensor [N].
+    The latter is multiplied by chroma + i·quarter_turn, where i rotates it by 90° about the grey axis;
+    `offset` is then added to every channel. Each argument is a number or a tensor [N].
     """
     diagonal = (luma + 2 * chroma) / 3
     mean, odd = (luma - chroma) / 3, quarter_turn / math.sqrt(3)
@@ -72,7 +72,7 @@ def colour_map(luma=1, chroma=1, quarter_turn=0, offset=0):
 
 @float32_products(tf32=False)  # TF32 would round the images' own values
 def recolour(images, C):
-    """Apply colour matrices C [N, 4, 4] to images [N, 3, H, W]; a grey one [N, 1, H, W] gets the channels' mean."""
+    """Apply colour matrices C [N, 4, 4] to images [N, 3, H, W]; grey ones [N, 1, H, W] get the channels' mean."""
     C = C[:, :3].to(images.dtype)
     if images.shape[1] == 1:
         C = C.mean(dim=1)
@@ -91,20 +91,20 @@ def reflect(index, size):
 
 def filter_taps(k, dtype):
     """SYM6[k] for a tensor of integers k, zero where there is no such tap."""
-    # Filled in on the device: a table copied from the host would stall it, or break a CUDA graph.
+    # Filled in on the device: copying a table from the host would stall it, or break a CUDA graph.
     table = torch.cat([torch.full([1], h, dtype=dtype, device=k.device) for h in [0, *SYM6, 0]])
     return table[(k + 1).clamp(0, len(SYM6) + 1)]
 
 
 def upsampling_matrix(size, dtype, device):
-    """[2(3·size − 2), size]: mirror `size` pixels by size − 1 on each side, then filter to twice the samples.
+    """[2(3·size − 2), size]: mirror-pad `size` pixels by size − 1 on each side, then upsample by 2 with the filter.
 
     Row n is u[n] = Σ_k h[k] z[n + 5 − k], where z[2j] is pixel j of the padded line and 0 elsewhere.
     """
     j = torch.arange(size, device=device)
     n = torch.arange(2 * (3 * size - 2), device=device)
     # A pixel appears in the padded line up to three times: itself and its two mirror images.
-    # Those of the outermost pixels coincide with the pixel, and count once.
+    # An outermost pixel coincides with one of its mirror images, and counts once.
     places = torch.stack([j, -j, 2 * (size - 1) - j]) + size - 1
     counts = torch.stack([j >= 0, j > 0, j < size - 1])
     taps = filter_taps(n[None, :, None] + LAG - 2 * places[:, None, :], dtype)
@@ -119,19 +119,19 @@ def downsampling_matrix(size, dtype, device):
 
 
 def sample_positions(size, device):
-    """[2·size + 10]: where v[−5]… lie, in pixels from the centre of the line."""
+    """[2·size + 10]: positions of v[−5]…, in pixels from the centre of the line."""
     n = torch.arange(2 * size + len(SYM6) - 2, device=device) - LAG
     return (n + 0.5) / 2 - size / 2
 
 
 @float32_products(tf32=False)
 def warp(images, M):
-    """Look up each pixel of `images` [N, C, H, W] at the place where M [N, 3, 3] maps it.
+    """Warp `images` [N, C, H, W]: look each pixel up at the position that M [N, 3, 3] maps it to.
 
-    Band-limited as in StyleGAN2-ADA (Karras et al. 2020, appendix B): twice the samples by an
-    orthogonal wavelet filter, bilinear lookup, filter down. Beyond its border the image is mirrored,
-    once per side, and further out it is zero. Padding, zero-insertion and filter of one axis are one
-    constant matrix, so either filtering is a matrix product per axis.
+    Band-limited as in StyleGAN2-ADA (Karras et al. 2020, appendix B): upsample by 2 with an orthogonal
+    wavelet filter, look up bilinearly, filter down. Beyond its border the image is mirrored, once per
+    side; further out it is zero. Padding, zero insertion and filter of one axis form one constant matrix,
+    so filtering up or down takes one matrix product per axis.
     """
     H, W = images.shape[2:]
     like = dict(dtype=images.dtype, device=images.device)
@@ -140,7 +140,7 @@ def warp(images, M):
     x = sample_positions(W, images.device)[None, None, :] + 0.25
     y = sample_positions(H, images.device)[None, :, None] + 0.25
     M = M[:, :, :, None, None]
-    # In the lookup's unit the mirrored canvas, 3W − 2 by 3H − 2 pixels, reaches from −1 to 1.
+    # In grid_sample's units the mirrored canvas, 3W − 2 by 3H − 2 pixels, spans −1 to 1.
     grid_x = (M[:, 0, 0] * x + M[:, 0, 1] * y + M[:, 0, 2] - 0.25) / (1.5 * W - 1)
     grid_y = (M[:, 1, 0] * x + M[:, 1, 1] * y + M[:, 1, 2] - 0.25) / (1.5 * H - 1)
     canvas = up_y @ images @ up_x.T

@@ -1,7 +1,7 @@
 """Augmentation of training images, with labels that tell the network what was done.
 
 The non-leaking augmentation of Karras et al. 2022 (EDM, appendix F.2, after StyleGAN2-ADA, Karras et
-al. 2020). Each transform is one function below and one line of TRANSFORMS.
+al. 2020). Each transform is one function below and one line in TRANSFORMS.
 """
 
 import math
@@ -16,12 +16,12 @@ from training import affine
 class AugmentPipe:
     """Random transforms of a batch of images: `images, labels = pipe(images)`.
 
-    A transform takes part if its strength is above 0, and is applied to an image with probability
-    p·strength. Draws come from the global generator of the images' device.
+    A transform is enabled if its strength is above 0, and is applied to an image with probability
+    p·strength. Random numbers come from the global generator of the images' device.
 
     Args:
         p: Overall probability, 0…1.
-        settings: Strengths, by the names in TRANSFORMS (0 unless given), and the transforms' own settings. All
+        settings: Strengths, by name in TRANSFORMS (0 unless given), and the transforms' own settings. All
             of them become attributes.
 
     Attributes:
@@ -63,7 +63,7 @@ class AugmentPipe:
 
         Returns:
             The images, same shape and dtype, and labels [N, label_dim] float32: the random variates
-            before scaling, all 0 for an image left alone.
+            before scaling, all 0 for an unchanged image.
         """
         self._check(images)
         M = C = None
@@ -84,7 +84,7 @@ class AugmentPipe:
         return images, torch.cat(labels).T.contiguous()
 
     def gated(self, name, w):
-        """The variates w […, N] of transform `name` for the images whose coin says so, 0 for the others."""
+        """The variates w […, N] of transform `name`, each image's kept with probability p·strength, else set to 0."""
         return torch.where(torch.rand(w.shape[-1:], device=w.device) < self.p * getattr(self, name), w, 0)
 
     def _check(self, images):
@@ -111,26 +111,26 @@ def _choice(images, count):
 
 
 def _where(condition, a, b):
-    """Choose image by image: condition [N]."""
+    """Choose per image: condition is [N]."""
     return torch.where(condition[:, None, None, None], a, b)
 
 
-# -- blits: pixels change places. Each function gives the new images and the label columns, [N] each.
+# -- blits: pixels only change places. Each function returns the new images and the label columns, [N] each.
 
 def xflip(pipe, images):
-    """Mirror left and right."""
+    """Flip horizontally."""
     w = pipe.gated('xflip', _choice(images, 2))
     return _where(w == 1, images.flip(3), images), [w]
 
 
 def yflip(pipe, images):
-    """Mirror top and bottom."""
+    """Flip vertically."""
     w = pipe.gated('yflip', _choice(images, 2))
     return _where(w == 1, images.flip(2), images), [w]
 
 
 def rotate_int(pipe, images):
-    """Turn by w quarters, made of two mirrorings and a transposition."""
+    """Rotate by w quarter turns, built from two flips and a transposition."""
     H, W = images.shape[2:]
     if H != W:
         raise UserError(f'rotate_int turns square images only, not {W}x{H} ones; use square images or leave it out')
@@ -143,7 +143,7 @@ def rotate_int(pipe, images):
 
 
 def translate_int(pipe, images):
-    """Move by whole pixels, right and up where positive, over the mirrored image."""
+    """Translate by whole pixels, right and up if positive; what comes in at the border is mirrored."""
     H, W = images.shape[2:]
     limit_x, limit_y = W * pipe.translate_int_max, H * pipe.translate_int_max
     w = pipe.gated('translate_int', _signed(images, 2))
@@ -154,23 +154,23 @@ def translate_int(pipe, images):
     return images[n[:, None, None, None], c[:, None, None], y, x], [tx / limit_x, ty / limit_y]
 
 
-# -- geometry: the matrix [N, 3, 3] that takes a pixel to the place it is looked up at, and the columns
+# -- geometry: each returns the matrix [N, 3, 3] from a pixel to the position it is looked up at, and the columns
 
 def scale(pipe, images):
-    """Zoom by 2^(0.2 w) at the default strength."""
+    """Zoom by 2^(0.2 w) with the default scale_std."""
     w = pipe.gated('scale', _normal(images))
     s = torch.exp2(-w * pipe.scale_std)
     return affine.zoom(s, s), [w]
 
 
 def rotate_frac(pipe, images):
-    """Turn by the angle w."""
+    """Rotate by the angle w."""
     w = pipe.gated('rotate_frac', _signed(images) * (math.pi * pipe.rotate_frac_max))
     return affine.rotation(w), [w.cos() - 1, w.sin()]
 
 
 def aniso(pipe, images):
-    """Stretch along the direction r, and shrink as much across it."""
+    """Stretch along direction r, and shrink by the same factor across it."""
     w, r = _normal(images), _signed(images) * math.pi
     w = pipe.gated('aniso', w)
     r = torch.where(torch.rand(r.shape, device=r.device) < pipe.aniso_rotate_prob, r, 0)
@@ -180,22 +180,22 @@ def aniso(pipe, images):
 
 
 def translate_frac(pipe, images):
-    """Move by w times an eighth of the image, at the default strength."""
+    """Translate by w/8 of the image with the default translate_frac_std."""
     w = pipe.gated('translate_frac', _normal(images, 2))
     H, W = images.shape[2:]
     return affine.shift(-w[0] * (W * pipe.translate_frac_std), -w[1] * (H * pipe.translate_frac_std)), [w[0], w[1]]
 
 
-# -- colour: the matrix [N, 4, 4] that takes a pixel's colour to the new one, and the columns
+# -- colour: each returns the matrix [N, 4, 4] from a pixel's colour to the new one, and the columns
 
 def brightness(pipe, images):
-    """Add 0.2 w to every channel, at the default strength."""
+    """Add 0.2 w to every channel with the default brightness_std."""
     w = pipe.gated('brightness', _normal(images))
     return affine.colour_map(offset=w * pipe.brightness_std), [w]
 
 
 def contrast(pipe, images):
-    """Multiply the colours by 2^(0.5 w), at the default strength."""
+    """Multiply the colours by 2^(0.5 w) with the default contrast_std."""
     w = pipe.gated('contrast', _normal(images))
     s = torch.exp2(w * pipe.contrast_std)
     return affine.colour_map(luma=s, chroma=s), [w]
@@ -214,26 +214,26 @@ def hue(pipe, images):
 
 
 def saturation(pipe, images):
-    """Multiply the distance from the luma axis by 2^w, at the default strength."""
+    """Multiply the distance from the luma axis by 2^w with the default saturation_std."""
     w = pipe.gated('saturation', _normal(images))
     return affine.colour_map(chroma=torch.exp2(w * pipe.saturation_std)), [w]
 
 
 class Transform(NamedTuple):
-    """One line of the table."""
+    """One line of TRANSFORMS."""
 
-    name: str           # also that of its strength, a setting of AugmentPipe
-    kind: str           # 'blit', 'geometry' or 'colour': what `draw` gives
+    name: str           # also the name of its strength, a setting of AugmentPipe
+    kind: str           # 'blit', 'geometry' or 'colour': what `draw` returns
     columns: int        # label columns
     draw: Callable      # (pipe, images) → (new images or matrix, label columns)
     settings: dict = {}     # further settings of AugmentPipe that `draw` reads, and their defaults
     strength: float = 1     # in training, as a multiple of the probability `--augment`
 
 
-# In draw order, which is also the order of the label columns. A new transform goes to the end of its
-# kind, so that the draws of the others stay as they are.
+# In draw order, which is also the order of the label columns. A new transform goes at the end of
+# its kind, so that the draws of those before it stay the same.
 TRANSFORMS = [
-    Transform('xflip', 'blit', 1, xflip, strength=1e8),  # an even coin whatever p, unless p is 0
+    Transform('xflip', 'blit', 1, xflip, strength=1e8),  # a fair coin whatever p is, unless p is 0
     Transform('yflip', 'blit', 1, yflip),
     Transform('rotate_int', 'blit', 2, rotate_int),
     Transform('translate_int', 'blit', 2, translate_int, dict(translate_int_max=0.125)),  # fraction of the image's size
@@ -263,7 +263,7 @@ def training_strengths(names):
 
 
 def enabled_names(augment_kwargs):
-    """'xflip,scale': the transforms that take part under these arguments of AugmentPipe; '' for None."""
+    """The transforms that these arguments of AugmentPipe enable, as 'xflip,scale'; '' for None."""
     return ','.join(t.name for t in AugmentPipe(**augment_kwargs).enabled) if augment_kwargs else ''
 
 

@@ -1,7 +1,7 @@
-"""From the data set to the device: the training order, cut into batches that are ready before they are asked for.
+"""From the data set to the device: the training order, cut into batches that are prepared in advance.
 
-Three ways give the same images in the same order: decoded images gathered by a thread, decoded images that lie on
-the GPU, and worker processes that decode the files of a set too large for either.
+Three ways give the same images in the same order: decoded images gathered by a thread, decoded images kept on the GPU,
+and, for sets too large for either, worker processes that decode the files.
 """
 
 import contextlib
@@ -19,23 +19,23 @@ from torch_utils.misc import InfiniteSampler
 from torch_utils.signals import shield_worker
 from training.pixels import to_float
 
-AHEAD = 3  # batches that wait in CPU memory
+AHEAD = 3  # batches made in advance
 DATA_DEVICES = ('cpu', 'cuda')
-COPY_IMAGES = 4096  # of a set that goes to the GPU, at a time
-GPU_SHARE = 0.5  # of the GPU's free memory that a data set may take
+COPY_IMAGES = 4096  # images copied to the GPU at a time
+GPU_SHARE = 0.5  # largest share of the GPU's free memory that a data set may take
 
 
 class Batches:
-    """Iterator without end of (images [B, C, H, W] float32 in [−1, 1], labels [B, label_dim] float32) on `device`.
+    """Endless iterator of (images [B, C, H, W] float32 in [−1, 1], labels [B, label_dim] float32) on `device`.
 
     Args:
         dataset: An ImageFolderDataset.
         batch: Images per batch.
-        seed: Of the order, the same on all ranks.
-        start_nimg: Images that all ranks together have had before.
-        loader_kwargs: Arguments of torch.utils.data.DataLoader, used where the set isn't decoded.
-        device: Where the batches are wanted.
-        data_device: 'cuda' keeps the decoded set there.
+        seed: Seed of the order, the same on all ranks.
+        start_nimg: Images that all ranks together have already seen.
+        loader_kwargs: Arguments of torch.utils.data.DataLoader, used if the set is not decoded.
+        device: Where the batches go.
+        data_device: 'cuda' keeps the decoded set on the GPU.
 
     Raises:
         UserError: `data_device` is 'cuda' and the set does not fit, is not decoded, or there is no GPU.
@@ -43,7 +43,7 @@ class Batches:
 
     def __init__(self, dataset, batch, seed, start_nimg, loader_kwargs, device, data_device='cpu'):
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        had = (start_nimg - rank + ranks - 1) // ranks  # of the first start_nimg, those that are this rank's turn
+        had = (start_nimg - rank + ranks - 1) // ranks  # how many of the first start_nimg were this rank's
         sampler = InfiniteSampler(dataset, rank=rank, num_replicas=ranks, seed=seed, start_idx=had)
         if data_device == 'cuda':
             self._source = resident_batches(dataset, sampler, batch, device)
@@ -63,18 +63,18 @@ class Batches:
         return to_float(images), labels
 
     def take_wait(self):
-        """Seconds that the host has waited for data since the last call."""
+        """Seconds that the host has spent waiting for data since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
     def close(self):
-        """End threads and processes."""
+        """Stop the threads and processes."""
         self._source.close()
 
 
 def loaded_batches(dataset, sampler, batch, device, loader_kwargs):
-    """Generator of (uint8 images, labels) on `device` from a DataLoader, whose processes start at once."""
-    # A generator of its own: the loader must not draw from the one that the training noise comes from.
+    """Generator of (uint8 images, labels) on `device` from a DataLoader, whose workers start at once."""
+    # Its own generator: the loader must not draw from the one that supplies the training noise.
     loader = torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch, generator=torch.Generator(),
                                          pin_memory=device.type == 'cuda', worker_init_fn=shield_worker,
                                          **loader_kwargs)
@@ -87,7 +87,7 @@ def _on_device(batches, device):
 
 
 def gathered_batches(dataset, sampler, batch, device):
-    """Generator of (uint8 images, labels) on `device`: a thread gathers and pins them, and copies them ahead."""
+    """Generator of (uint8 images, labels) on `device`: a thread gathers, pins and copies them in advance."""
     cuda = device.type == 'cuda'
     stream = torch.cuda.Stream(device) if cuda else None
 
@@ -95,7 +95,7 @@ def gathered_batches(dataset, sampler, batch, device):
         tensors = [torch.from_numpy(array) for array in dataset.batch(indices)]
         if not cuda:
             return tensors, None
-        # A thread starts on GPU 0, where leaving the stream's context would open a context of this process's too.
+        # A new thread is on GPU 0: without this, leaving the stream's context would create a CUDA context there too.
         with torch.cuda.device(device), torch.cuda.stream(stream):
             tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
             event = torch.cuda.Event()
@@ -113,7 +113,7 @@ def gathered_batches(dataset, sampler, batch, device):
 
 
 def resident_batches(dataset, sampler, batch, device):
-    """Generator of (uint8 images, labels) gathered on the GPU, where the whole set lies from this call on."""
+    """Generator of (uint8 images, labels) gathered on the GPU, which holds the whole set from this call on."""
     images = _to_gpu(dataset, device)
 
     def places(indices):
@@ -131,7 +131,7 @@ def resident_batches(dataset, sampler, batch, device):
 
 
 def check_data_device(data_device):
-    """Raise UserError if a set cannot be kept there."""
+    """Raise UserError if `data_device` is 'cuda' and there is no GPU."""
     if data_device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--data-device=cuda needs a GPU, and PyTorch finds none here; leave it out')
 
@@ -152,14 +152,14 @@ def _to_gpu(dataset, device):
 
 
 def _chunks(sampler, batch):
-    """Lists of `batch` indices, without end."""
+    """Endless lists of `batch` indices."""
     indices = iter(sampler)
     while True:
         yield list(itertools.islice(indices, batch))
 
 
 def ahead(items, depth=AHEAD):
-    """The endless iterator's items, made by a thread up to `depth` of them in advance; its errors are raised here."""
+    """Yield an endless iterator's items, made up to `depth` in advance by a thread; its errors are raised here."""
     results, closed = queue.Queue(depth), threading.Event()
 
     def put(result):

@@ -1,10 +1,10 @@
-"""Train a small classifier to score images with where Inception cannot be had; its scores are FD and IS, never FID.
+"""Train a small classifier to score images where Inception is not available; its scores are FD and IS, never FID.
 
     python -m training.classifier --data=datasets/cifar10-32x32.zip --test=datasets/cifar10-test-32x32.zip \\
         --dest=detectors/cifar.ts
     python fid.py ref --data=datasets/cifar10-32x32.zip --dest=cifar.npz --detector=detectors/cifar.ts --metrics=fid,is
 
-The second command and `fid.py calc` print FD-cifar and IS-cifar, after the name of the file.
+With this detector and reference, `fid.py calc` prints FD-cifar and IS-cifar, after the name of the file.
 """
 
 import copy
@@ -34,13 +34,13 @@ from training.provenance import code_version, hardware
 
 DEVICES = ('auto', 'cpu', 'cuda')
 ENDINGS = ('.ts', '.pt')
-LR_PER_IMAGE = 0.4 / 512  # highest learning rate, per image of a batch
-RAMP = 0.2  # share of the training in which the learning rate rises
+LR_PER_IMAGE = 0.4 / 512  # peak learning rate, per image of a batch
+RAMP = 0.2  # share of the training that is learning-rate warm-up
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 LABEL_SMOOTHING = 0.1
-CROP = 1 / 8  # shift of a random crop, at most, as a share of the resolution
-STATISTICS_IMAGES = 2000  # of which the mean and deviation of pixels are taken
+CROP = 1 / 8  # largest shift of a random crop, as a share of the resolution
+STATISTICS_IMAGES = 2000  # from which the pixels' mean and standard deviation are taken
 EVAL_BATCH = 1000
 LOAD_BATCH = 500
 
@@ -52,22 +52,22 @@ class LabelledImages:
     """A data set in memory.
 
     Attributes:
-        images: uint8 [N, H, W, C]: the channels of a pixel are always moved together.
+        images: uint8 [N, H, W, C]: channels last, since a pixel's channels always move together.
         labels: Class numbers, int64 [N].
     """
     images: torch.Tensor
     labels: torch.Tensor
 
     def to(self, device):
-        """The same on a device."""
+        """The same data on a device."""
         return LabelledImages(self.images.to(device), self.labels.to(device))
 
 
 def open_labelled(path):
-    """ImageFolderDataset of images with class numbers.
+    """Open an ImageFolderDataset of images with class numbers.
 
     Raises:
-        UserError: no labels, label vectors, too small, or whatever ImageFolderDataset finds wrong.
+        UserError: no labels, label vectors, images too small, or whatever ImageFolderDataset finds wrong.
     """
     archive = open_archive(path)
     if not archive.has('dataset.json') or read_labels(archive) is None:
@@ -117,14 +117,14 @@ def load_labelled(dataset):
 
 
 def augmented(images, indices, generator, flip, cutout):
-    """Randomly moved and mirrored images, each with a random square painted over: uint8 [B, C, H, W], channels last.
+    """Randomly shifted and flipped images with a random square painted over: uint8 [B, C, H, W], channels last.
 
-    Beyond the edge an image is mirrored. The square has a mean grey, and its centre is anywhere in the image.
+    Beyond its edge an image is mirrored. The square is mid-grey, and its centre is anywhere in the image.
 
     Args:
         images: uint8 [N, H, W, C].
-        indices: int64 [B], which images; on the same device, as `generator` is.
-        flip: Whether half of them are mirrored.
+        indices: int64 [B], which images; on the same device, as is `generator`.
+        flip: Whether to flip each with probability ½.
         cutout: Side of the square in pixels, 0 for none.
     """
     b, size, device = len(indices), images.shape[1], images.device
@@ -153,12 +153,12 @@ def augmented(images, indices, generator, flip, cutout):
 # -- training
 
 def one_cycle(t):
-    """Learning rate as a share of its highest value at t ∈ [0, 1] of the training: up in a line, down in a line."""
+    """Learning rate as a share of its peak at t ∈ [0, 1] of the training: linearly up, then linearly down."""
     return min(t / RAMP, (1 - t) / (1 - RAMP))
 
 
 def new_classifier(data, num_classes, width, seed):
-    """A `Classifier` for `LabelledImages`, its weights drawn with `seed`; not on their device yet."""
+    """A `Classifier` for `LabelledImages`, its weights drawn with `seed`; still on the CPU."""
     stride = math.ceil(len(data.images) / STATISTICS_IMAGES)
     pixels = data.images[::stride].flatten(0, 2).to('cpu', torch.float64)
     with torch.random.fork_rng(devices=[]):
@@ -169,7 +169,7 @@ def new_classifier(data, num_classes, width, seed):
 
 @torch.no_grad()
 def accuracy(net, data):
-    """Share of `LabelledImages` whose class a `Classifier` on their device tells right, in evaluation mode."""
+    """Share of `LabelledImages` that a `Classifier` on the same device, set to evaluation mode, gets right."""
     net.eval()
     right = 0
     for start in range(0, len(data.labels), EVAL_BATCH):
@@ -179,16 +179,16 @@ def accuracy(net, data):
 
 
 def train(net, data, test, epochs, batch, lr, flip=True, cutout=0, seed=0):
-    """Train a `Classifier` where it is; on the CPU the same seed and number of threads give the same weights.
+    """Train a `Classifier` on its device; on the CPU the same seed and number of threads give the same weights.
 
     SGD with Nesterov momentum and a one-cycle learning rate (Smith 2018); on a GPU in bfloat16 and compiled. A line
-    for each epoch tells the loss and the accuracy on the augmented images as they came, and that on the test images.
+    per epoch shows the loss and running accuracy on the augmented images, and the accuracy on the test images.
 
     Args:
-        net: On the device of the data.
-        data, test: `LabelledImages`; those of `test` are only scored.
-        batch: Images per step, at most all; the images left over in an epoch are left out.
-        lr: Highest learning rate.
+        net: On the same device as the data.
+        data, test: `LabelledImages`; `test` is only scored.
+        batch: Images per step, at most all; an epoch's incomplete last batch is dropped.
+        lr: Peak learning rate.
         flip, cutout: As for `augmented`.
 
     Raises:
@@ -229,7 +229,7 @@ def train(net, data, test, epochs, batch, lr, flip=True, cutout=0, seed=0):
 
 
 def compiled(net):
-    """`net.logits` compiled, or as it is where that is impossible."""
+    """`net.logits` compiled, or uncompiled where that is impossible."""
     try:
         check_compiler(next(net.parameters()).device)
     except UserError:
@@ -241,17 +241,17 @@ def compiled(net):
 # -- the command
 
 def find_device(name):
-    """The torch.device of a name in DEVICES."""
+    """The torch.device for a name in DEVICES."""
     if name == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device=cuda needs a GPU, and PyTorch finds none here; give --device=cpu')
     return torch.device('cuda' if name != 'cpu' and torch.cuda.is_available() else 'cpu')
 
 
 def prepare_destination(dest):
-    """Make the folder of the detector `dest`; returns the path of the record beside it.
+    """Create the folder of the detector `dest`; returns the path of the record beside it.
 
     Raises:
-        UserError: another ending than those of ENDINGS, or one of both files cannot be written.
+        UserError: an ending that is not in ENDINGS, or one of the two files cannot be written.
     """
     stem, ending = os.path.splitext(dest)
     if ending not in ENDINGS:
@@ -277,20 +277,20 @@ def write_detector(dest, record_path, net, record):
     with atomic_write(record_path, 'w') as r, atomic_write(dest) as f:
         f.write(content)
         r.write(json.dumps(record, indent=2) + '\n')
-        r.flush()  # a full disk shows before the first of both is renamed
+        r.flush()  # so that a full disk shows before either file is renamed
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--data', metavar='PATH|ZIP', required=True, help='Labelled images to learn from')
 @click.option('--test', metavar='PATH|ZIP', required=True, help='Labelled images to test on')
-@click.option('--dest', metavar='TS', required=True, help='TorchScript file to write; a record goes beside it as .json')
+@click.option('--dest', metavar='TS', required=True, help='TorchScript file to write, with a record beside it as .json')
 @click.option('--epochs', metavar='INT', type=click.IntRange(min=1), default=30, help='Passes over the images')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=2), default=512, help='Images per step')
 @click.option('--lr', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
-              help=f'Highest learning rate  [default: {LR_PER_IMAGE * 512:g}·batch/512]')
+              help=f'Peak learning rate  [default: {LR_PER_IMAGE * 512:g}·batch/512]')
 @click.option('--width', metavar='INT', type=click.IntRange(min=1), default=64,
               help='Channels of the first layer; there are 8 times as many features')
-@click.option('--flip', metavar='BOOL', type=bool, default=True, help='Mirror images at random; not for digits')
+@click.option('--flip', metavar='BOOL', type=bool, default=True, help='Flip images at random; not for digits')
 @click.option('--cutout', metavar='INT', type=click.IntRange(min=0), default=None,
               help="Side of the random square that is painted over; 0: none  [default: a quarter of the image's]")
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Random seed')

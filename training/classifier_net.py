@@ -1,7 +1,7 @@
-"""The classifier that stands in for Inception: a residual network of nine layers, called as a detector is.
+"""The classifier that stands in for Inception: a nine-layer residual network with a detector's interface.
 
-Its layout is that of the ResNet-9 of the DAWNBench entries: He et al. 2016, «Deep Residual Learning», cut down until
-it trains on CIFAR-10 in minutes.
+Its layout is the ResNet-9 of the DAWNBench entries: the network of He et al. 2016, «Deep Residual Learning», cut down
+until it trains on CIFAR-10 in minutes.
 """
 
 import io
@@ -11,10 +11,10 @@ import zipfile
 import torch
 
 MIN_RESOLUTION = 8
-MIN_MAP = 4  # sides of a feature map that is not pooled any further
-STAGES = (True, False, True)  # of each stage, which doubles the channels: whether a residual block ends it
+MIN_MAP = 4  # feature maps are not pooled below this size
+STAGES = (True, False, True)  # for each stage, which doubles the channels: whether it ends in a residual block
 LOGIT_SCALE = 0.5  # keeps the probabilities soft while the last layer's weights grow
-MACHINE_RECORDS = ('.debug_pkl', 'serialization_id')  # of a TorchScript file: paths of its sources, and their hash
+MACHINE_RECORDS = ('.debug_pkl', 'serialization_id')  # in a TorchScript file: paths of its sources, and their hash
 
 
 class ConvBlock(torch.nn.Sequential):
@@ -26,7 +26,7 @@ class ConvBlock(torch.nn.Sequential):
 
 
 class Residual(torch.nn.Module):
-    """x + f(x), f of two ConvBlocks."""
+    """x + f(x), with f made of two ConvBlocks."""
 
     def __init__(self, channels):
         super().__init__()
@@ -54,24 +54,24 @@ class Classifier(torch.nn.Module):
     """Images in, features or class probabilities out; can be scripted.
 
     Args:
-        resolution: Of the images it is trained for, at least MIN_RESOLUTION; others are resized to it.
-        channels: 1 or 3, likewise; grey images are repeated, colours are averaged.
-        num_classes: K.
+        resolution: Resolution of the training images, at least MIN_RESOLUTION; other images are resized to it.
+        channels: Their channels, 1 or 3; other images have grey repeated, or colours averaged.
+        num_classes: Number of classes K.
         width: Channels of the first layer; there are D = 8·width features.
-        mean, std: Of the training images' pixels, [channels] each, in units of 0…255.
+        mean, std: Mean and standard deviation of the training images' pixels, [channels] each, on the scale 0…255.
     """
 
     def __init__(self, resolution, channels, num_classes, width, mean, std):
         super().__init__()
         self.resolution, self.channels = int(resolution), int(channels)
-        self.logit_scale = LOGIT_SCALE  # TorchScript does not see the names of a Python file
+        self.logit_scale = LOGIT_SCALE  # TorchScript does not see module-level constants
         self.register_buffer('mean', torch.as_tensor(mean, dtype=torch.float32).reshape(1, -1, 1, 1))
         self.register_buffer('std', torch.as_tensor(std, dtype=torch.float32).reshape(1, -1, 1, 1))
         self.trunk = trunk(channels, resolution, width)
         self.fc = torch.nn.Linear(width * 2 ** len(STAGES), num_classes, bias=False)
 
     def fit(self, images):
-        """float32 [B, channels, resolution, resolution], 0…255: by area when images shrink, else bilinear."""
+        """Resize to float32 [B, channels, resolution, resolution], 0…255: by area to shrink, else bilinearly."""
         x = images.to(torch.float32)
         if x.shape[1] != self.channels:
             x = x.mean(dim=1, keepdim=True).expand(-1, self.channels, -1, -1)
@@ -106,14 +106,14 @@ class Classifier(torch.nn.Module):
 
 
 def script_bytes(net):
-    """A `Classifier` on the CPU as a TorchScript file in memory, in evaluation mode.
+    """The bytes of a TorchScript file of a `Classifier` on the CPU, in evaluation mode.
 
-    What names the folders of the machine is left out. The order of a few names in the file's code, and so its digest,
-    can change from one process to the next; the weights don't.
+    Entries that reveal the machine's folders are left out. The order of a few names in the file's code, and so its
+    digest, can change from one process to the next; the weights do not.
     """
     scripted, stripped = io.BytesIO(), io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)  # the form that NVIDIA's Inception file has, too
+        warnings.simplefilter('ignore', DeprecationWarning)  # NVIDIA's Inception file has this form, too
         torch.jit.save(torch.jit.script(net.eval()), scripted)
     with zipfile.ZipFile(scripted) as source, zipfile.ZipFile(stripped, 'w') as dest:
         for info in source.infolist():

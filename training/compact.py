@@ -1,16 +1,16 @@
-"""Training states in 10 bytes per parameter in place of 16: a run goes on close to what it was, not bit for bit."""
+"""Training states in 10 bytes per parameter instead of 16: a run resumes closely, not bit for bit."""
 
 import torch
 
-MOMENTS = ('exp_avg', 'exp_avg_sq')  # m and v of Adam
-PACKED = torch.bfloat16  # float32's range, a significand of 8 bits: rounding changes a number by at most 2⁻⁸ of it
+MOMENTS = ('exp_avg', 'exp_avg_sq')  # Adam's m and v
+PACKED = torch.bfloat16  # float32's range, an 8-bit significand: the relative rounding error is at most 2⁻⁸
 
 
 def compact(state):
-    """A training state with Adam's moments and the moving average's difference from the weights as bfloat16.
+    """Convert a training state: Adam's moments and the difference of EMA and weights become bfloat16.
 
     Everything else stays as it is: weights w, step counts, what other optimisers keep, random states, and buffers that
-    are the same in both networks. After `expand`, of numbers that are 0 or at least 2⁻¹²⁶ (and below 3.38e38),
+    are the same in both networks. After `expand`, for magnitudes that are 0 or at least 2⁻¹²⁶ (and below 3.38e38),
 
         |m′ − m| ≤ 2⁻⁸ |m|,   |v′ − v| ≤ 2⁻⁸ v and v′ ≥ 0,   |ema′ − ema| ≤ 2⁻⁸ |ema − w| + float32's own rounding,
 
@@ -20,7 +20,7 @@ def compact(state):
         state: From `training.progress.run_state`; it is not changed.
 
     Returns:
-        The same tree with `ema_difference` in place of `ema`, which marks it as compact.
+        The same tree with `ema_difference` instead of `ema`, which marks it as compact.
     """
     weights = state['net']
     differences = {name: (average - weights[name]).to(PACKED) if average.is_floating_point() else average
@@ -30,12 +30,12 @@ def compact(state):
 
 
 def is_compact(state):
-    """Whether `compact` has made this state."""
+    """Whether this state was made by `compact`."""
     return 'ema_difference' in state
 
 
 def expand(state):
-    """From what `compact` gave, a state as `training.progress.run_state` makes it, within the bounds said there."""
+    """Convert a compact state back to that of `training.progress.run_state`, within the bounds given in `compact`."""
     weights = state['net']
     averages = {name: weights[name] + value.to(weights[name].dtype) if value.is_floating_point() else value
                 for name, value in state['ema_difference'].items()}
@@ -44,7 +44,7 @@ def expand(state):
 
 
 def _with_moments(optimizer, dtype):
-    """The optimiser's state with its moments as `dtype`; the count of steps is float32 too, but no moment."""
+    """The optimiser's state with its moments as `dtype`; the step count, also float32, is not a moment and stays."""
     moments = {index: {name: value.to(dtype) if name in MOMENTS else value for name, value in entry.items()}
                for index, entry in optimizer['state'].items()}
     return {**optimizer, 'state': moments}

@@ -28,22 +28,22 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     """Square images of one size in a folder or zip, read recursively and sorted by name.
 
     Items are ``(image, label)``: a uint8 array [C, H, W] and a float32 vector [label_dim] (length 0
-    without labels). Objects pickle and fork: each process opens the zip for itself.
-    With `use_decoded`, pixels come from an array of all images (training.decoded), for which `batch` is the quick way.
+    without labels). Objects can be pickled and forked: each process opens the zip for itself.
+    After `use_decoded`, pixels come from an array of all images (training.decoded), which `batch` reads fastest.
 
     Args:
-        path: Folder or zip, as dataset_tool.py makes them; any images of one square size do.
-        resolution: Size the images must have; None takes what is there.
-        use_labels: Use the labels of dataset.json: class numbers become one-hot vectors of the highest
-            number's length plus one, float vectors stay as they are.
-        max_size: Keep a random subset of this many images, in their order; None keeps all.
+        path: Folder or zip, as made by dataset_tool.py; any square images of one size will do.
+        resolution: Size the images must have; None accepts any.
+        use_labels: Use the labels of dataset.json: class numbers become one-hot vectors whose
+            length is the highest number plus one, float vectors stay as they are.
+        max_size: Keep a random subset of this many images, in their original order; None keeps all.
         xflip: Append the mirrored copy of every image.
         random_seed: Chooses the subset.
-        cache: EDM's, without effect here: training.training_loop.open_dataset decodes in advance.
+        cache: EDM's argument, without effect here: training.training_loop.open_dataset decodes in advance.
 
     Raises:
-        UserError: missing, damaged or mixed images or labels. Sizes of PNG files in a zip are all
-            compared here, other files when they are read.
+        UserError: missing, damaged or inconsistent images or labels. PNG files in a zip all have their
+            sizes compared here, other files when they are read.
     """
 
     def __init__(self, path, resolution=None, use_labels=False, max_size=None, xflip=False, random_seed=0,
@@ -110,15 +110,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self._decoded
 
     def decode_file(self, raw_idx):
-        """Pixels of file number `raw_idx` of the path, uint8 [C, H, W], checked; read, decoded before or not."""
+        """Pixels of file number `raw_idx` at the path, uint8 [C, H, W], checked; read from the file in any case."""
         return self._decode(self._names[raw_idx])
 
     def use_decoded(self, images):
-        """Take pixels from `images` from now on: uint8 [num_files, C, H, W], all at the path in their order."""
+        """Take pixels from `images` from now on: uint8 [num_files, C, H, W], all at the path in order."""
         self._decoded = images
 
     def batch(self, indices):
-        """The items `indices`: images uint8 [B, C, H, W] and labels float32 [B, label_dim], both the caller's own."""
+        """The items `indices`: images uint8 [B, C, H, W] and labels float32 [B, label_dim], both as copies."""
         raw_idx, flipped = self.locate(indices)
         if self._decoded is not None:
             images = np.asarray(self._decoded[raw_idx])  # a copy, in memory
@@ -138,12 +138,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self._place(indices)
 
     def _place(self, indices):
-        """`locate` of numbers that are in range, an array or a single one."""
+        """`locate` for indices known to be in range, an array or a single one."""
         flipped, k = divmod(indices % len(self), len(self._raw_idx))
         return self._raw_idx[k], flipped > 0
 
     def labels_of_files(self, raw_idx):
-        """Labels, float32 [B, label_dim], of the files with those numbers; of a single one [label_dim]."""
+        """Labels of the files with these numbers, float32 [B, label_dim]; for a single number [label_dim]."""
         labels = self._labels[raw_idx]
         if not self.has_onehot_labels:
             return labels.copy()
@@ -155,7 +155,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     def __getitem__(self, idx):
         if not -len(self) <= idx < len(self):
             raise IndexError(f'index {idx} in a dataset of {len(self)} items')
-        raw_idx, flipped = self._place(idx)  # `batch` takes 40 % longer for one item, and streams ask for one
+        raw_idx, flipped = self._place(idx)  # `batch` takes 40 % longer for one item, and data loaders ask for one
         image = self._load(raw_idx)
         return (image[..., ::-1] if flipped else image).copy(), self.labels_of_files(raw_idx)
 
@@ -164,12 +164,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return self.labels_of_files(self.locate([idx])[0])[0]
 
     def file_stamps(self):
-        """[(name, *stamp), …] of the image files in order; a stamp is numbers that change with the content."""
+        """[(name, *stamp), …] of the image files in order; a stamp holds numbers that change with the content."""
         names = (self._names[i] for i in self._raw_idx)
         return [(name, *self._archive.stamp(name)) for name in names]
 
     def fingerprint(self):
-        """Values that change with the content at the path, without reading the images."""
+        """A digest that changes with the content at the path, computed without reading the images."""
         return self._archive.fingerprint(self._names)
 
     def get_details(self, idx):
@@ -181,7 +181,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return {**self.__dict__, '_decoded': None}
 
     def _load(self, raw_idx):
-        """Pixels of file number `raw_idx` of the path, of the decoded ones where there are such."""
+        """Pixels of file number `raw_idx` at the path, from the decoded images if there are any."""
         return self.decode_file(raw_idx) if self._decoded is None else self._decoded[raw_idx]
 
     def _decode(self, name):
@@ -206,7 +206,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         c, h, w = self._shape
         what = f'{self._what(self._first)} is {w}x{h} pixels'
         if h != w:
-            size = 1 << (min(w, h).bit_length() - 1)  # a power of two, as the tool makes them, and nothing is enlarged
+            size = 1 << (min(w, h).bit_length() - 1)  # a power of two, as dataset_tool.py makes; enlarges nothing
             raise UserError(f'{what}, not square; crop the images, to this size or another, with '
                             f'`{self._conversion(size)} --transform=center-crop`')
         if resolution is not None and h != resolution:
@@ -214,7 +214,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
                             f'convert the images with `{self._conversion(resolution)}`')
 
     def _conversion(self, size):
-        """The command that makes a zip of square images of that size from these."""
+        """The command that converts these images into a zip of square ones of that size."""
         path = os.path.normpath(self._archive.path)
         dest = os.path.join(os.path.dirname(path), f'{self.name}-{size}x{size}.zip')
         return (f'python dataset_tool.py --source={shlex.quote(path)} --dest={shlex.quote(dest)} '
@@ -244,7 +244,7 @@ def name_of(path):
 
 
 def _subset(size, max_size, random_seed):
-    """Sorted indices of the images kept, those that EDM keeps."""
+    """Sorted indices of the images kept, the same as in EDM."""
     if max_size is not None and max_size < 1:
         raise UserError(f'a dataset of {max_size} images cannot be used; give a size of at least 1')
     raw_idx = np.arange(size, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Any source of images into a dataset: cropped, resized, checked, written all or not at all."""
+"""Convert any source of images into a dataset: cropped, resized, checked, written completely or not at all."""
 
 import contextlib
 import dataclasses
@@ -18,26 +18,26 @@ from training.image_codec import encode_png
 from training.workers import ALONE
 
 CHUNK = 64  # images handed to a worker process at once
-ARCHIVES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar')  # endings of what is not written
-ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can state; a fixed one keeps equal input equal output
+ARCHIVES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar')  # endings of archives that cannot be written
+ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest a zip can record; fixed, so that equal input gives equal output
 
 
 def resize(image, size):
-    """The whole image at `size` (width, height)."""
+    """The whole image, resized to `size` (width, height)."""
     return image if image.size == size else image.resize(size, PIL.Image.LANCZOS)
 
 
 def center_crop(image, size):
-    """The largest centred square, resized to `size`; RGB, as photographs of one set may be grey or coloured."""
+    """The largest centred square, resized to `size`; RGB, as a set may mix grey and colour photographs."""
     crop = min(image.size)
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
     return resize(image.convert('RGB').crop((left, top, left + crop, top + crop)), size)
 
 
 def center_crop_wide(image, size):
-    """The image at its full width, cut above and below to the shape of `size`, on a black square of that width.
+    """The image at full width, cropped above and below to the proportions of `size`, on a black square of that width.
 
-    RGB; None for an image that would have to be enlarged, or that is wider than that shape.
+    RGB; None for an image that would have to be enlarged, or whose proportions are wider.
     """
     width, height = size
     crop = round(image.width * height / width)
@@ -54,14 +54,14 @@ TRANSFORMS = {'center-crop': center_crop, 'center-crop-wide': center_crop_wide}
 
 
 def make_transform(transform, resolution):
-    """A picklable function from one image to its converted form, or to None if the image is to be skipped.
+    """A picklable function that converts an image, or returns None if the image is to be skipped.
 
     Args:
         transform: A key of `TRANSFORMS`; None only resizes.
-        resolution: (width, height) in pixels; None, allowed without a transform, keeps sizes.
+        resolution: (width, height) in pixels; None, allowed only without a transform, keeps sizes.
 
     Raises:
-        UserError: the output cannot be a square with a power of two as its side.
+        UserError: the output would not be a square with a power of two as its side, or a transform has no size.
     """
     if resolution is None:
         if transform is not None:
@@ -97,10 +97,10 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
 
     Args:
         source: Images and labels.
-        dest: Folder, new or empty, or a file ending in .zip (replaced if it exists). It appears when all is done.
+        dest: Folder, new or empty, or a file ending in .zip (replaced if it exists). It appears once all is done.
         transform, resolution: See `make_transform`.
-        max_images: Read only so many images of the source.
-        workers: The `training.workers.Workers`, entered, that decode and encode; the output is the same for any number.
+        max_images: Read only this many images of the source.
+        workers: An entered `training.workers.Workers` to decode and encode; the output is the same for any number.
 
     Returns:
         A `Summary`.
@@ -138,7 +138,7 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
 
 
 def _check(what, kind, first, first_kind):
-    """Refuse an image that is not square, no power of two, or unlike the first. `kind` is (size, mode)."""
+    """Raise UserError if an image is not square, not a power of two, or unlike the first. `kind` is (size, mode)."""
     (width, height), mode = kind
     if width != height:
         raise UserError(f'{what} is {width}x{height} pixels, not square; '
@@ -162,7 +162,7 @@ def _is_power_of_two(n):
 
 
 def _convert_chunk(load, transform, items):
-    """For each item (PNG bytes, (size, mode)), None if skipped, or the UserError that ends the list."""
+    """For each item: (PNG bytes, (size, mode)), None if skipped, or the UserError that ends the list."""
     results = []
     for item in items:
         try:
@@ -174,7 +174,7 @@ def _convert_chunk(load, transform, items):
 
 
 def check_apart(source, dest):
-    """Raise UserError where writing `dest` would replace or enter what is being read."""
+    """Raise UserError if writing `dest` would replace the source or put files inside it."""
     source, real = os.path.realpath(source), os.path.realpath(dest)
     if source == real or os.path.exists(source) and os.path.exists(dest) and os.path.samefile(source, dest):
         raise UserError(f'{dest} is the source itself, which the result would replace; give another --dest')
@@ -183,21 +183,21 @@ def check_apart(source, dest):
 
 
 def image_name(idx):
-    """Name of the idx-th image in a dataset, a folder for each thousand: 00001/img00001234.png."""
+    """Name of the idx-th image in a dataset, with a folder for each thousand: 00001/img00001234.png."""
     return f'{idx // 1000:05d}/img{idx:08d}.png'
 
 
 def open_dest(dest, compress=False):
     """Context manager for writing a dataset; yields ``add(name, data)``.
 
-    `dest` appears, complete, when the block ends; after an exception it is as it was.
+    `dest` appears, complete, when the block ends; after an exception it is unchanged.
 
     Args:
         dest: A file ending in .zip, or a folder that is new or empty.
         compress: Deflate the members of a zip.
 
     Raises:
-        UserError: `dest` is in the way or cannot be written.
+        UserError: something is in the way at `dest`, or it cannot be written.
     """
     dest = os.path.abspath(dest)
     if dest.lower().endswith('.zip'):
@@ -220,7 +220,7 @@ def _zip_dest(dest, compression):
     with atomic_write(dest) as f, zipfile.ZipFile(f, 'w', compression) as z:
         def add(name, data):
             info = zipfile.ZipInfo(name, ZIP_TIME)
-            info.create_system, info.external_attr = 3, 0o644 << 16  # an ordinary Unix file, whoever writes it
+            info.create_system, info.external_attr = 3, 0o644 << 16  # an ordinary Unix file, on whatever system
             z.writestr(info, data, compression)
         yield add
 

@@ -24,7 +24,7 @@ CIFAR10_MD5 = 'c58f30108f718f92721af3b95e74349a'
 CIFAR10_MAX_BYTES = 200 << 20
 CIFAR10_BATCHES = [f'cifar-10-batches-py/data_batch_{i}' for i in range(1, 6)]
 CIFAR10_TEST = ['cifar-10-batches-py/test_batch']
-CIFAR10_PARTS = {'cifar10': CIFAR10_BATCHES, 'cifar10-test': CIFAR10_TEST}  # what --source calls them
+CIFAR10_PARTS = {'cifar10': CIFAR10_BATCHES, 'cifar10-test': CIFAR10_TEST}  # by their names for --source
 MAX_BATCH_BYTES = 64 << 20  # CIFAR-10's pickles are 31 MB each
 MAX_TAR_BYTES = 400 << 20  # unpacked; CIFAR-10's is 186 MB
 MAX_MNIST_IMAGES = 300_000
@@ -36,7 +36,7 @@ class Source:
 
     Attributes:
         path: Where they come from, for messages.
-        items: One entry an image: its name, or its pixels; what a worker process is sent.
+        items: One entry per image, its name or its pixels: what a worker process is sent.
         load: Picklable function from an item to a Pillow image of mode L or RGB.
         labels: Class number or list of floats for each image; None without labels.
     """
@@ -53,10 +53,10 @@ class Source:
 
 
 def open_source(path):
-    """The images that `path` names, by the kinds listed in `READERS`.
+    """The `Source` at `path`, of one of the kinds in `READERS`, or downloaded by a name in `CIFAR10_PARTS`.
 
     Raises:
-        UserError: nothing there, no known kind, or damaged.
+        UserError: nothing there, an unknown kind, or damaged.
     """
     path = os.fspath(path)
     if path in CIFAR10_PARTS and not os.path.exists(path):
@@ -120,7 +120,7 @@ def read_cifar10(path, names=CIFAR10_BATCHES):
 
 
 class _Bounded:
-    """A stream that refuses to become longer than MAX_TAR_BYTES, however small the file is that it comes from."""
+    """A stream that ends in a UserError after MAX_TAR_BYTES, however small the compressed file is."""
 
     def __init__(self, stream, path):
         self.stream, self.path, self.left = stream, path, MAX_TAR_BYTES
@@ -148,10 +148,10 @@ def _read_batch(data, what):
 
 
 class _PickledArray(Buildable):
-    """A NumPy array, or the description of its numbers, which is not looked at: a batch's are bytes."""
+    """A NumPy array, or its dtype, which is not looked at: a batch's pixels are bytes."""
 
     def set_state(self, state):
-        """Take the pixels, the last of an array's values."""
+        """Take the pixels, the last part of an array's state."""
         if len(state) == 5:
             require(not state[3], 'its array is stored column by column')
             self.pixels = np.frombuffer(state[4], np.uint8)
@@ -163,7 +163,7 @@ BATCH_GLOBALS = {**{(f'numpy.{core}.multiarray', '_reconstruct'): ARRAY for core
 
 
 class _BatchMachine(Machine):
-    """Takes byte strings as keys too, as Python 2 wrote them."""
+    """Accepts byte strings as keys too, as Python 2 wrote them."""
 
     def set_items(self, values):
         keys = [str(key, 'latin1') if type(key) is memoryview else key for key in values[::2]]
@@ -171,7 +171,7 @@ class _BatchMachine(Machine):
 
 
 def read_mnist(path):
-    """Images of MNIST's *-images-idx3-ubyte.gz, padded with black to 32×32, with the labels file beside it.
+    """Images of MNIST's *-images-idx3-ubyte.gz, padded with black to 32×32, with labels from the file beside it.
 
     Raises:
         UserError: either file is missing or damaged.
@@ -224,7 +224,7 @@ def read_lsun(path):
 
 
 class _LmdbLoader:
-    """Reads the database by key; picklable, every process opens it for itself."""
+    """Reads the database by key; picklable: every process opens it for itself."""
 
     def __init__(self, path):
         self.path = path

@@ -1,7 +1,7 @@
-"""A data set decoded once: all its pixels in one file of the cache folder, mapped into memory and so shared by all.
+"""A data set decoded once: all its pixels in one memory-mapped file of the cache folder, shared by all processes.
 
-The file is an ordinary .npy, uint8 [N, C, H, W], the images in the order of their names. Its own name tells the
-path and the content it was made from; after a change it is made anew and the former one removed.
+The file is an ordinary .npy, uint8 [N, C, H, W], the images in the order of their names. Its own name identifies the
+path and the content it was made from; when the content changes, a new file is made and the old one removed.
 """
 
 import contextlib
@@ -18,15 +18,15 @@ from dnnlib.download import cache_dir
 from dnnlib.files import atomic_write, make_dirs
 from torch_utils import distributed as dist
 
-MAX_BYTES = 32 << 30  # sets larger than this, decoded, are read from their files by worker processes
-MIN_BYTES = 16 << 20  # for smaller ones a file isn't worth it: every process decodes them for itself
+MAX_BYTES = 32 << 30  # sets that would be larger than this are read from their files by worker processes
+MIN_BYTES = 16 << 20  # below this a file isn't worth it: every process decodes the set for itself
 SPARE_BYTES = 1 << 30  # left free on the disk of the cache folder
 
 
 def decoded_images(dataset, max_bytes=MAX_BYTES, min_bytes=MIN_BYTES):
-    """The pixels of all images of `dataset`'s path, read-only uint8 [N, C, H, W]; None if they should be streamed.
+    """The pixels of all images at `dataset`'s path, read-only uint8 [N, C, H, W]; None if they should be streamed.
 
-    Made on rank 0 first, then found, or on another machine made, by the other ranks. Call on all ranks.
+    Rank 0 makes the file first; the other ranks find it, or make it if on another machine. Call on all ranks.
 
     Raises:
         UserError: an image that does not decode.
@@ -59,7 +59,7 @@ def _open_or_make(dataset):
 
 
 def decoded_path(dataset):
-    """Where the decoded images of a data set lie: DNNLIB_CACHE_DIR/decoded/NAME-PATH-CONTENT.npy."""
+    """Where the decoded images of a data set are kept: DNNLIB_CACHE_DIR/decoded/NAME-PATH-CONTENT.npy."""
     path = os.path.abspath(dataset.path)
     where = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
     what = hashlib.sha256(repr((dataset.image_shape, dataset.fingerprint())).encode()).hexdigest()[:16]
@@ -78,7 +78,7 @@ def _check_space(folder, size):
 
 
 def _write(f, dataset, bad_images):
-    """The .npy file; an error of the images themselves is also appended to `bad_images`."""
+    """Write the .npy file; an error in the images themselves is also appended to `bad_images`."""
     np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False,
                                                  shape=(dataset.num_files, *dataset.image_shape)))
     for i in range(dataset.num_files):
@@ -91,7 +91,7 @@ def _write(f, dataset, bad_images):
 
 
 def _open(path, dataset):
-    """The map, None if there is no such file or not of the right shape."""
+    """The memory-mapped array; None if there is no such file, or it has the wrong type or shape."""
     try:
         mapped = np.load(path, mmap_mode='r', allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -100,9 +100,9 @@ def _open(path, dataset):
 
 
 def _remove_former(path):
-    """Delete what was made of the same path with other content. Maps in use stay valid."""
+    """Delete files made from the same path with other content. Memory maps in use stay valid."""
     stem = path.name.rsplit('-', 1)[0]
     for former in path.parent.glob(f'{glob.escape(stem)}-*.npy'):
-        if former != path:  # which another rank may just have made
+        if former != path:  # another rank may just have made this one
             with contextlib.suppress(OSError):
                 former.unlink()

@@ -1,6 +1,6 @@
-"""Detectors: what turns images into the features and class probabilities that the scores compare.
+"""Detectors turn images into the features and class probabilities that the scores compare.
 
-`load_detector('inception')`, or another name of `DETECTORS`, or a file. Loading a file executes no
+`load_detector` takes 'inception', another name in `DETECTORS`, or a file. Loading a file executes no
 pickled code: TorchScript archives carry none, state dicts are read with weights-only loading.
 """
 
@@ -26,8 +26,8 @@ WEIGHTS_URL = ('https://github.com/mseitzer/pytorch-fid/releases/download/fid_we
                'pt_inception-2015-12-05-6726825d.pth')
 WEIGHTS_SHA256_PREFIX = '6726825d'
 
-INCEPTION = 'inception-2015-12-05'  # both files of it; the only detector whose distance is called FID
-FILE_PREFIX = 'file:'  # of the names of detectors that a user brought: known by their digest, not by their name
+INCEPTION = 'inception-2015-12-05'  # in either of its files; the only detector whose distance is called FID
+FILE_PREFIX = 'file:'  # begins the names of user-supplied detectors, which are identified by digest, not by name
 
 
 class Detector:
@@ -49,11 +49,11 @@ class Detector:
 
     @property
     def suffix(self):
-        """What a score's name carries besides: nothing for Inception, else the detector's own name."""
+        """What is appended to a score's name: nothing for Inception, else the detector's own name."""
         return '' if self.name == INCEPTION else '-' + self.name.removeprefix(FILE_PREFIX)
 
     def made(self, name, digest):
-        """Whether statistics that record this detector's `name` and `digest` were made by this detector."""
+        """Whether statistics that record a detector's `name` and `digest` were made by this detector."""
         return digest == self.digest or (name == self.name and not name.startswith(FILE_PREFIX))
 
     @torch.inference_mode()
@@ -77,7 +77,7 @@ class Detector:
 
 @contextlib.contextmanager
 def full_float32(device):
-    """No TF32, no autocast, deterministic convolutions: a score must not depend on who asks for it."""
+    """Context without TF32 or autocast, with deterministic convolutions: a score must not depend on its caller."""
     with (torch.autocast(device.type, enabled=False), float32_products(tf32=False),
           torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)):
         yield
@@ -86,7 +86,7 @@ def full_float32(device):
 class PixelDetector(Detector):
     """Plain pixels: RGB in [−1, 1], averaged by area to 8×8; 192 features.
 
-    For small images and machines without network; the distance of these features is no FID.
+    For small images and machines without internet; the distance of these features is not FID.
     """
 
     SIZE = 8
@@ -115,9 +115,9 @@ class InceptionDetector(Detector):
 
 
 class ScriptDetector(Detector):
-    """A TorchScript module called on uint8 [B, 3, H, W]: `return_features=True`, `no_output_bias=True`.
+    """A TorchScript module called on uint8 [B, 3, H, W] with `return_features=True` or `no_output_bias=True`.
 
-    Asked for both, it runs twice: a scripted module returns one of the two at a time.
+    For features and probabilities it runs twice: a scripted module returns one of the two at a time.
     """
 
     def __init__(self, name, digest, device, path, module):
@@ -161,7 +161,7 @@ def _inception_script(device):
 
 
 def _inception_weights(device):
-    """The public state dict in our own graph."""
+    """The public state dict, loaded into our own graph."""
     path = fetch(WEIGHTS_URL)
     digest = file_sha256(path)
     if not digest.startswith(WEIGHTS_SHA256_PREFIX):
@@ -175,10 +175,10 @@ DETECTORS = {'inception': _inception_script, 'inception-pth': _inception_weights
 
 
 def load_detector(spec='inception', device='cpu'):
-    """The detector of that name, or the one in a file.
+    """The detector with that name, or the one in a file.
 
     Args:
-        spec: A name of `DETECTORS`, or a path or https address of a TorchScript archive or of a state dict
+        spec: A name in `DETECTORS`, or a path or https address of a TorchScript archive or of a state dict
             in the layout of the public Inception weights.
 
     Raises:
@@ -218,12 +218,12 @@ def detector_from_file(path, device, name):
 
 
 def is_default_script(path):
-    """Whether a file is the cached download of the default address. Its content is published without a digest."""
+    """Whether a file is the cached download of SCRIPT_URL, for which no digest is published."""
     return pathlib.Path(path).absolute() == cached_path(SCRIPT_URL).absolute()
 
 
 def is_torchscript(path):
-    """Whether a file is a zip archive laid out as `torch.jit.save` does: code beside constants.pkl."""
+    """Whether a file is a zip archive laid out as by `torch.jit.save`: code beside constants.pkl."""
     try:
         with zipfile.ZipFile(path) as z:
             names = z.namelist()
@@ -233,10 +233,10 @@ def is_torchscript(path):
 
 
 def load_inception_state(path):
-    """State dict of `InceptionV3` from a .pth file, read without executing anything it pickles.
+    """State dict of `InceptionV3` from a .pth file, read without executing any pickled code.
 
     Raises:
-        UserError: not such a file, or a tensor that is missing, superfluous or of another shape.
+        UserError: not such a file, or a tensor that is missing, unexpected or of the wrong shape.
     """
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
@@ -247,7 +247,7 @@ def load_inception_state(path):
         expected = InceptionV3().state_dict()
     shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)} \
         if isinstance(state, dict) else {}
-    # Batch norm's counters mean nothing in evaluation mode, and older files lack them.
+    # Batch norm's counters have no effect in evaluation mode, and older files lack them.
     counters = {k: torch.zeros((), dtype=torch.int64) for k in expected if k.endswith('num_batches_tracked')}
     wrong = [k for k in expected if k not in counters and shapes.get(k) != tuple(expected[k].shape)]
     wrong += [k for k in shapes if k not in expected]

@@ -18,14 +18,14 @@ from dnnlib.text import excerpt
 from training.pickle_machine import SCALARS, Buildable, Machine, Refused, StandIn, require
 from training.pickled_tensors import TENSOR_GLOBALS, Storage, parse_storage_id
 
-MAX_DEPTH = 64  # modules or plain values within one another
+MAX_DEPTH = 64  # nesting of modules, or of plain values
 
 
 # -- what an EDM pickle may build
 
 @dataclasses.dataclass(eq=False)
 class Object(Buildable):
-    """An object of some class, reduced to its name and its attributes."""
+    """An object of some class, reduced to the class name and the attributes."""
     class_name: str
     state: dict = dataclasses.field(default_factory=dict)
 
@@ -37,19 +37,19 @@ class Object(Buildable):
 
 @dataclasses.dataclass(eq=False)
 class Dtype(Buildable):
-    """NumPy's description of a number: name such as 'f8', byte order '<', '>' or '|'."""
+    """A NumPy dtype: name such as 'f8', byte order '<', '>' or '|'."""
     name: str
     order: str = '<'
 
     def set_state(self, state):
-        """Take the byte order, the second of NumPy's values."""
+        """Take the byte order, the second part of a dtype's state."""
         sound = type(state) is tuple and len(state) > 1 and state[1] in ('<', '>', '|')
         require(sound, 'an object in it is malformed')
         self.order = state[1]
 
 
 def _rebuild_persistent(meta):
-    """EDM's entry for its own objects: class name, attributes, and source that nobody runs."""
+    """An `Object` from EDM's entry for one: class name, attributes, and source code, which is never run."""
     sound = (type(meta) is dict and meta.get('type') == 'class' and type(meta.get('class_name')) is str
              and type(meta.get('state')) is dict)
     require(sound, 'an object in it is malformed')
@@ -68,10 +68,10 @@ def _numpy_scalar(dtype, raw):
 
 
 def _load_storage(machine, raw):
-    """A storage as torch.save wrote it before its zip format: five pickles, a length, the bytes.
+    """A storage in torch.save's format before zip: five pickles, a length, the bytes.
 
-    Four of the pickles are formalities; the one before the last is a persistent id
-    ('storage', type, key, device, length, None).
+    The fourth pickle is the persistent id ('storage', type, key, device, length, None); the others are
+    formalities.
     """
     require(type(raw) is memoryview, 'a storage in it is malformed')
     inner = Machine(raw, TENSOR_GLOBALS, persistent_load=lambda pid: pid)
@@ -117,7 +117,7 @@ def load_edm_pickle(source):
         'loss_kwargs': dict or None}; all but the tensors are plain JSON-like values.
 
     Raises:
-        UserError: not a pickle of this kind, damaged, or asking for a global that EDM's files have no need of.
+        UserError: not a pickle of this kind, damaged, or asking for a global that EDM's files do not need.
     """
     is_path = isinstance(source, (str, os.PathLike))
     name = os.fspath(source) if is_path else 'the EDM pickle'
@@ -135,7 +135,7 @@ def load_edm_pickle(source):
 
 
 def _map_file(path, stack):
-    """The file's content, read by the system as it is needed."""
+    """The file's content, memory-mapped."""
     file = stack.enter_context(open(path, 'rb'))
     require(os.fstat(file.fileno()).st_size > 0, 'it is empty')
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -145,7 +145,7 @@ def _load_edm(data):
     machine = Machine(data, {})
     machine.find_global = _edm_globals(machine)
     content = machine.load()
-    machine.find_global = {}  # ends the reference cycle, so that the file is let go at once
+    machine.find_global = {}  # ends the reference cycle, so that the file is released at once
     require(type(content) is dict and isinstance(content.get('ema'), Object), "it has no network under the key 'ema'")
     net, loss, augment = content['ema'], content.get('loss_fn'), content.get('augment_pipe')
     require(not net.state.get('_init_args'), 'its network was made with unnamed arguments')
@@ -164,7 +164,7 @@ def _load_edm(data):
 
 
 def _init_kwargs(obj, machine):
-    """The named constructor arguments of an object, None for what is not one."""
+    """The keyword arguments that made an object; None if `obj` is not an `Object`."""
     if not isinstance(obj, Object):
         return None
     kwargs = _plain(obj.state.get('_init_kwargs', {}), machine)
@@ -173,7 +173,7 @@ def _init_kwargs(obj, machine):
 
 
 def _plain(value, machine, depth=0):
-    """A copy of a tree of plain values; refuses all else, and trees that only sharing keeps small."""
+    """A copy of a tree of plain values; refuses all else, and trees that are small only because they share parts."""
     machine.spend()
     require(depth < MAX_DEPTH, 'its values are nested too deeply')
     if type(value) is dict:
@@ -202,7 +202,7 @@ def _collect_tensors(module, prefix, out, machine, depth=0):
 
 def _entries(module, key):
     entries = module.state.get(key, {})
-    # Names add up along nested modules: without a limit a long one would be copied over and over.
+    # Names are joined along nested modules: without a limit a long one would be copied over and over.
     names_fit = type(entries) is dict and all(type(k) is str and len(k) < 200 for k in entries)
     require(names_fit, 'a module in it is malformed')
     return entries

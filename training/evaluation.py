@@ -1,7 +1,7 @@
-"""Scores during training: every few ticks, of a few images, into stats.jsonl and metrics.jsonl.
+"""Scores during training: every few ticks, from a few images, written to stats.jsonl and metrics.jsonl.
 
-The images are drawn from the moving average with seeds 0, 1, 2, …, each with its own generator: training's random
-numbers are not touched, so a run's weights do not depend on whether it is scored.
+The images are drawn from the EMA network with seeds 0, 1, 2, …, each with its own generator. Training's random state
+is not touched, so a run's weights do not depend on whether it is scored.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detect
 
 @dataclasses.dataclass
 class Evaluator:
-    """What is scored and when.
+    """Scores the EMA network every few ticks.
 
     Attributes:
         run_dir: Folder of metrics.jsonl.
-        system: The System that is trained.
-        dataset_name: For the record.
-        ticks: Interval; the last tick counts too.
-        num: Images; far fewer than the 50,000 of a published score, so the names of the scores tell their number.
+        system: The System being trained.
+        dataset_name: Name of the training data, for metrics.jsonl.
+        ticks: Interval in ticks; the last tick is always scored.
+        num: Number of images: far fewer than a published score's 50,000, so the scores' names in stats.jsonl state it.
         scorer: `training.scoring.Scorer`.
         sample_options: Options of the sampler.
     """
@@ -52,18 +52,18 @@ class Evaluator:
             log_scores(os.path.join(self.run_dir, SCORES_NAME), values, self.scorer.detector, facts)
             shown = (f'{name} {value:.5g}' for name, value in named.items())
             print('  '.join([f'scores of {self.num} images:', *shown]))
-        dist.barrier()  # the others wait for rank 0 here, where no watchdog takes that for a hang
+        dist.barrier()  # the others wait for rank 0 here, where the watchdog does not count it as a hang
         return {f'Metrics/{name}-{self.num}': value for name, value in named.items()}
 
 
 def no_evaluation(net, tick, nimg, done):
-    """Takes an `Evaluator`'s place in a run without scores."""
+    """Takes the place of an `Evaluator` in a run without scores."""
     return {}
 
 
 def make_evaluator(run_dir, system, dataset_path, sample_options=None, ticks=0, num=1000, ref=None,
                    detector='inception', metrics='fid'):
-    """An `Evaluator`, or `no_evaluation` for ticks 0. On all ranks together.
+    """An `Evaluator`, or `no_evaluation` for ticks 0. Call on all ranks.
 
     Args:
         dataset_path: The training data; without `ref`, its statistics (of unmirrored images) are the reference,

@@ -1,4 +1,4 @@
-"""What generate.py writes: where each seed's image lies, what else its folder may hold, files behind the sampler."""
+"""The files of generate.py: where each seed's image goes, what its folder may hold, writing in the background."""
 
 import concurrent.futures
 import contextlib
@@ -18,13 +18,13 @@ from training.image_codec import PNG_HEADER_BYTES, png_shape
 from training.pictures import to_pil
 
 RECORD = 'generation.json'
-SEED_NAME = re.compile(r'(?:\d{6,}/)?(\d{6,18})\.png')  # of `image_path`, in its folder
-WRITERS = 2  # threads; what they wait for, disk and compression, leaves the sampler's thread alone
+SEED_NAME = re.compile(r'(?:\d{6,}/)?(\d{6,18})\.png')  # what `image_path` gives, relative to OUTDIR
+WRITERS = 2  # threads; their work, compression and disk writes, does not block the sampler's thread
 QUEUED = 4  # batches that may wait to be written
 
 
 def image_path(outdir, seed, subdirs=False):
-    """OUTDIR/SEED.png with six digits; with `subdirs` in a folder for each 1000 seeds."""
+    """OUTDIR/SEED.png, the seed with six digits; with `subdirs`, in a folder for each 1000 seeds."""
     folder = pathlib.Path(outdir) / f'{seed - seed % 1000:06d}' if subdirs else pathlib.Path(outdir)
     return folder / f'{seed:06d}.png'
 
@@ -44,19 +44,19 @@ def save_png(path, image):
 def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=False):
     """The seeds whose images OUTDIR still lacks, after checking that all images there were made in the same way.
 
-    `settings` (plain JSON values: everything that decides the images) is kept in OUTDIR/generation.json, and holds for
-    every image of the folder: fid.py copies it beside their score. A record of the same images is kept as it is.
+    `settings` (plain JSON values: everything that determines the images) is kept in OUTDIR/generation.json and applies
+    to every image in the folder: fid.py copies it beside their score. A record of equal images is kept as it is.
 
     Args:
         outdir, subdirs: As for `image_path`.
-        seeds: Those asked for, each once.
+        seeds: The seeds requested, each once.
         settings: What goes into a new record.
-        difference: difference(record, a dict) → in words, what sets its images apart from those of `settings`, or None.
-        overwrite: Draw all seeds anew. Where the images are of other settings, all of them have to be among the seeds;
-            they are deleted before the new record is written, so that after an interruption no old one passes for new.
+        difference: difference(record), of a dict → how its images differ from those of `settings`, in words, or None.
+        overwrite: Draw all seeds again. If existing images are of other settings, all must be among the seeds; they are
+            deleted before the new record is written, so that after an interruption no old one passes for new.
 
     Raises:
-        UserError: OUTDIR holds images of other or unknown settings; a seed that it holds under --subdirs or without.
+        UserError: OUTDIR holds images of other or unknown settings, or a seed's image in the other --subdirs layout.
     """
     make_dirs(outdir)
     record = pathlib.Path(outdir) / RECORD
@@ -76,7 +76,7 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
 
 
 def check_kept(outdir, seeds, subdirs, net):
-    """Raise UserError if the image that is there of one of the seeds is not of the network's size."""
+    """Raise UserError if an existing image of one of the seeds does not have the network's size."""
     shape = [net.img_channels, net.img_resolution, net.img_resolution]
     for seed in sorted(seeds):
         path = image_path(outdir, seed, subdirs)
@@ -91,18 +91,18 @@ def check_kept(outdir, seeds, subdirs, net):
 
 
 def _name(seed, subdirs):
-    """`image_path` within its folder."""
+    """`image_path` relative to OUTDIR."""
     return image_path('', seed, subdirs).as_posix()
 
 
 def _images_in(outdir, only_seeds):
-    """Names of the images that fid.py would count in a folder; of those that a seed names, if so asked."""
+    """Names of the images that fid.py would count in a folder; with `only_seeds`, of those named by a seed."""
     names = find_images(open_archive(outdir))
     return {name for name in names if not only_seeds or SEED_NAME.fullmatch(name)}
 
 
 def _check_layout(outdir, present, seeds, subdirs):
-    """Raise UserError if an image of the seeds is there, but where --subdirs, or its absence, would not put it."""
+    """Raise UserError if a seed's image is there already in the other layout, with --subdirs or without."""
     for seed in seeds:
         if _name(seed, not subdirs) in present:
             remedy = 'leave --subdirs out' if subdirs else 'add --subdirs'
@@ -159,7 +159,7 @@ def write_images(outdir, batches, subdirs=False, progress=lambda n: None):
 
 
 def to_host(images):
-    """(images in CPU memory, event): from a GPU the copy is under way until the event, which nobody waits for here."""
+    """(images in CPU memory, event): from a GPU, the copy is complete only at the event, not on return."""
     if not images.is_cuda:
         return images, None
     copy = torch.empty(images.shape, dtype=images.dtype, pin_memory=True).copy_(images, non_blocking=True)

@@ -11,7 +11,7 @@ from torch_utils import distributed as dist
 
 
 def check_class(net, class_idx, name='--class'):
-    """Refuse a class index that the network does not have (UserError); `name` is what the user calls it."""
+    """Raise UserError for a class index that the network does not have; `name` is the user's name for it."""
     if class_idx is None:
         return
     if not net.label_dim:
@@ -29,9 +29,9 @@ def generate_batch(net, seeds, sampler, class_idx=None, size=None, **extra):
         net: Preconditioned network on its device, in evaluation mode.
         seeds: B integers.
         sampler: callable(latents, class_labels, randn_like, **extra) (System.make_sampler).
-        class_idx: Class of all images, or None for one drawn per seed; drawn in either case.
-        size: How many images a compiled network is to draw at once, B or more: it would compile anew for B of them.
-            Seeds are repeated to fill the batch, and the surplus is dropped. Other networks draw B.
+        class_idx: Class of all images, or None for one drawn per seed; the draw is made in either case.
+        size: Batch size for a compiled network, at least B: it would recompile for B images. Seeds are repeated to
+            fill the batch, and the surplus is dropped. Other networks draw B.
         extra: Passed on to the sampler.
 
     Returns:
@@ -42,7 +42,7 @@ def generate_batch(net, seeds, sampler, class_idx=None, size=None, **extra):
         return generate_batch(net, filled, sampler, class_idx, **extra)[:len(seeds)]
     device = next(net.parameters()).device
     rnd = StackedRandomGenerator(device, seeds)
-    # Whatever PyTorch's default type is, a seed stands for the same image.
+    # An explicit dtype: a seed gives the same image whatever PyTorch's default is.
     latents = rnd.randn([len(seeds), net.img_channels, net.img_resolution, net.img_resolution], device=device,
                         dtype=torch.float32)
     class_labels = None
@@ -54,15 +54,15 @@ def generate_batch(net, seeds, sampler, class_idx=None, size=None, **extra):
     return sampler(latents, class_labels, rnd.randn_like, **extra)
 
 
-BATCH = 64  # images at a time, where nothing else is said
-GPU_BATCH = 512  # likewise on a GPU with memory to spare; more is no faster there
-GPU_SHARE = 0.25  # of its memory that the features of a batch may take
+BATCH = 64  # images at a time by default
+GPU_BATCH = 512  # the same on a GPU with memory to spare; more is no faster there
+GPU_SHARE = 0.25  # share of its memory that the features of a batch may take
 
 
 def default_batch(net):
-    """Images at a time that suit the network's device: BATCH, or on a large GPU a power of two up to GPU_BATCH.
+    """A batch size that suits the network's device: BATCH, or on a large GPU a power of two up to GPU_BATCH.
 
-    It depends on the network and the kind of GPU alone, not on what else the GPU holds: an image's last bits
+    It depends only on the network and the kind of GPU, not on what else the GPU holds: an image's last bits
     depend on the batch it is drawn in.
     """
     device = next(net.parameters()).device
@@ -71,7 +71,7 @@ def default_batch(net):
     features = net.model.features_per_image()
     if features is None:
         return BATCH
-    image_bytes = 4 * 2 * features  # what is kept, in float32, and about as much again for what is being computed
+    image_bytes = 4 * 2 * features  # what is kept, in float32, and about as much again to compute with
     fitting = GPU_SHARE * torch.cuda.get_device_properties(device).total_memory / image_bytes
     return max(BATCH, min(GPU_BATCH, 1 << int(np.log2(max(fitting, 1)))))
 
@@ -79,9 +79,9 @@ def default_batch(net):
 def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted=None):
     """Yield (seeds, uint8 images [B, C, H, W]) for this rank's share of `seeds`, in batches.
 
-    With `wanted` (a set), only those of the seeds. The batches stay those of all seeds, and are drawn whole: the
-    rounding of an image depends on the batch it is in, and what is drawn later shall equal an uninterrupted run's.
-    A compiled network draws all batches at the size of the first.
+    With `wanted` (a set), yield only those seeds. The batches are still those of all seeds, and are drawn whole: an
+    image's rounding depends on its batch, and images drawn later must equal an uninterrupted run's. A compiled network
+    draws all batches at the size of the first.
     """
     batches = [seeds[i:i + max_batch] for i in range(0, len(seeds), max_batch)]
     if wanted is not None:
@@ -94,7 +94,7 @@ def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted
 
 def gather_images(net, seeds, sampler, max_batch=BATCH, class_idx=None):
     """All images of `seeds` as one uint8 array [N, C, H, W] in the order of `seeds`, on every rank."""
-    share = -(-len(seeds) // dist.get_world_size())  # every rank works, however few the seeds
+    share = -(-len(seeds) // dist.get_world_size())  # spread over the ranks, however few the seeds
     parts = [(s, x.cpu().numpy()) for s, x in
              generate_images(net, seeds, sampler, max(min(max_batch, share), 1), class_idx)]
     images = {seed: image for rank in dist.gather_objects(parts) for s, x in rank for seed, image in zip(s, x)}

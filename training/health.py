@@ -12,19 +12,19 @@ AGAIN = 'start again with a lower --lr, from the newest training state if there 
 
 
 class Health:
-    """Counts steps with a non-finite loss or gradients, and spreads a stop request from any rank to all.
+    """Counts steps with a non-finite loss or gradients, and passes a stop request from any rank on to all.
 
-    A step costs the sum of two numbers over the ranks. On a GPU they are read one step later, so that the host
-    never waits for the step it has just begun.
+    A step costs an all-reduce of two numbers. On a GPU they are read one step later, so that the host never
+    waits for the step it has just launched.
 
     Args:
-        max_nonfinite: Number of bad steps in a row that ends the run; 0: no number does.
-        count: Bad steps that the present tick had before.
+        max_nonfinite: Number of bad steps in a row that ends the run; 0 for no limit.
+        count: Bad steps that the current tick has already had.
 
     Attributes:
-        stopping: Whether a rank has asked to stop; on all ranks from the same step on.
+        stopping: Whether any rank has asked to stop; becomes true at the same step on all ranks.
         streak: Bad steps in a row, up to the last one read.
-        count: Bad steps of the present tick, up to the last one read.
+        count: Bad steps of the current tick, up to the last one read.
     """
 
     def __init__(self, max_nonfinite=0, count=0):
@@ -33,11 +33,11 @@ class Health:
         self._ballot, self._steps = Ballot(), collections.deque()
 
     def end_step(self, step, finite, stop):
-        """Take this rank's part of a step. Call on all ranks.
+        """Report this rank's part of a step. Call on all ranks.
 
         Args:
-            step: Its number, for the message.
-            finite: Boolean tensors without dimensions, on the device; all must hold for a sound step.
+            step: Number of the step, for the message.
+            finite: 0-d boolean tensors on the device; the step is sound if all are true.
             stop: Whether this rank asks to stop.
 
         Raises:
@@ -49,7 +49,7 @@ class Health:
         self._read(self._ballot.results())
 
     def settle(self):
-        """Read what has not been read yet: after it, the attributes are those of the last step."""
+        """Read what has not been read yet, so that the attributes include the last step."""
         self._read(self._ballot.results(wait=True))
 
     def _read(self, results):

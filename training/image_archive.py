@@ -1,4 +1,4 @@
-"""Where images lie: a folder or a zip, read the same way, and what its dataset.json says about them."""
+"""Where images are stored: a folder or a zip, read in the same way, and the labels in its dataset.json."""
 
 import hashlib
 import json
@@ -11,9 +11,9 @@ from dnnlib import UserError
 from training.image_codec import is_image_name
 
 MAX_FILE_BYTES = 1 << 28  # no image of a dataset is near this; a zip may claim anything
-MAX_LABEL_BYTES = 16 << 20  # of dataset.json, and LABEL_BYTES_PER_IMAGE; parsed JSON takes twenty times its text
+MAX_LABEL_BYTES = 16 << 20  # for dataset.json, plus LABEL_BYTES_PER_IMAGE; parsed JSON takes 20 times its text
 LABEL_BYTES_PER_IMAGE = 256
-MAX_CLASSES = 100_000  # a one-hot vector longer than this is a mistaken label
+MAX_CLASSES = 100_000  # a one-hot vector longer than this means a wrong label
 
 
 def open_archive(path):
@@ -31,20 +31,20 @@ def open_archive(path):
 
 
 class FolderArchive:
-    """Files of a folder by their relative names, parts joined with '/'."""
+    """Files in a folder by their relative names, parts joined with '/'."""
 
     def __init__(self, path):
         self.path = path
 
     def names(self):
-        """All files below the folder, those in linked folders too."""
+        """All files below the folder, including those in linked folders."""
         return list(self._below('', ()))
 
     def _below(self, inside, parents):
-        """Files below the folder of the relative name `inside` ('' or ending in '/').
+        """Files below the folder with the relative name `inside` ('' or ending in '/').
 
         Args:
-            parents: What tells the folders around it from all others; a link back to one of them is not followed.
+            parents: (device, inode) of the folders around it; a link back to one of them is not followed.
         """
         folder = os.path.join(self.path, inside)
         try:
@@ -64,7 +64,7 @@ class FolderArchive:
         return os.path.isfile(os.path.join(self.path, name))
 
     def stamp(self, name):
-        """What changes with the file's content, without reading it: its size and time of change."""
+        """What changes with the file's content, without reading it: its size and modification time."""
         try:
             status = os.stat(os.path.join(self.path, name))
         except OSError as e:
@@ -72,7 +72,7 @@ class FolderArchive:
         return status.st_size, status.st_mtime_ns
 
     def fingerprint(self, names):
-        """What changes with the content of the files `names`, without reading them: a hexadecimal digest."""
+        """A hexadecimal digest that changes with the content of the files `names`, without reading them."""
         return _digest((name, *self.stamp(name)) for name in names)
 
     def read(self, name):
@@ -94,7 +94,7 @@ class FolderArchive:
 
 
 class ZipArchive:
-    """Files of a zip. Picklable and safe across fork: every process opens the file for itself."""
+    """Files in a zip. Picklable and safe across fork: every process opens the file for itself."""
 
     def __init__(self, path):
         self.path = path
@@ -127,7 +127,7 @@ class ZipArchive:
         return info.file_size, info.CRC
 
     def fingerprint(self, names):
-        """What changes with the content of the files `names`: the zip's size, time and directory as a digest."""
+        """A digest that changes with the content of the files `names`: of the zip's size, time and directory."""
         status = os.stat(self.path)
         return _digest([(status.st_size, status.st_mtime_ns), *((name, *self.stamp(name)) for name in names)])
 
@@ -145,7 +145,7 @@ class ZipArchive:
                 file_size = self._open().getinfo(name).file_size
                 if file_size > MAX_FILE_BYTES:
                     raise _too_large(name, self.path)
-                # Never without a number: zipfile would unpack up to 2 GiB at once, whatever the file's entry says.
+                # Never read without a size: zipfile would unpack up to 2 GiB at once, whatever the file's entry says.
                 return f.read(file_size if size < 0 else min(size, file_size))
         except KeyError as e:
             raise UserError(f'there is no {name} in {self.path}; make the zip anew with dataset_tool.py') from e
@@ -166,7 +166,7 @@ def _too_large(name, path):
 
 
 def image_names(archive):
-    """`find_images` of an archive that has to have some.
+    """`find_images` of an archive that must have some.
 
     Raises:
         UserError: there are none.
@@ -178,7 +178,7 @@ def image_names(archive):
 
 
 def find_images(archive):
-    """Sorted names of the images in an archive, hidden files and macOS's `__MACOSX` left out."""
+    """Sorted names of the images in an archive, without hidden files and macOS's `__MACOSX`."""
     def hidden(name):
         return any(part == '__MACOSX' or (part.startswith('.') and part not in ('.', '..'))
                    for part in name.split('/'))
@@ -189,7 +189,7 @@ def read_labels(archive):
     """Labels of dataset.json: {image name: class number or list of floats}, or None for `{"labels": null}`.
 
     Raises:
-        UserError: there is no dataset.json, it is no JSON, or not of the form
+        UserError: dataset.json is missing, too long, not valid JSON, or not of the form
             ``{"labels": [["00000/img00000000.png", 6], …]}``.
     """
     where = f'dataset.json in {archive.path}'

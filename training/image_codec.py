@@ -1,4 +1,4 @@
-"""Bytes of an image file to pixels and back; what cannot be trusted is refused by its header."""
+"""From the bytes of an image file to pixels and back; what cannot be trusted is refused by its header."""
 
 import functools
 import io
@@ -20,7 +20,7 @@ FORMATS = ('AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM',
 MAX_PIXELS = 1 << 26  # 8192×8192; half of it where a pixel takes more than 3 bytes, so that memory stays under 1 GiB
 PNG_HEADER_BYTES = 33  # signature, then the IHDR chunk
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3}  # colour type → channels after decoding (palettes become RGB)
-PLAIN = {'1': 'L', 'L': 'L', 'RGB': 'RGB', 'P': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB'}  # nothing is lost but CMYK's K
+PLAIN = {'1': 'L', 'L': 'L', 'RGB': 'RGB', 'P': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB'}  # loses nothing but CMYK's K
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def png_shape(data):
 
 
 def decode(data, what):
-    """Pixels of an image file that needs no lossy choice.
+    """Decode an image file that needs no lossy conversion.
 
     Args:
         data: Content of the file.
@@ -62,14 +62,14 @@ def decode(data, what):
         uint8 array [C, H, W], C 1 or 3; palette, CMYK and YCbCr images become RGB, bitmaps grey.
 
     Raises:
-        UserError: it does not decode, is absurdly large, or has transparency or more than 8 bits a channel.
+        UserError: it does not decode, is absurdly large, or has transparency or more than 8 bits per channel.
     """
     header = png_header(data)
     if pyspng is not None and header is not None and header[2:] in ((8, 0), (8, 2)):
         _check_size(header[0], header[1], what)
         try:
             pixels = pyspng.load(data, format='L' if header[3] == 0 else 'RGB')
-        except Exception as e:  # the decoder's own kinds of error are undocumented
+        except Exception as e:  # the decoder's exceptions are undocumented
             raise _undecodable(what, e) from e
     else:
         image = _open(data, what)
@@ -82,9 +82,9 @@ def decode(data, what):
 
 
 def open_image(data, what):
-    """A Pillow image of mode L or RGB for whatever kind an image file is, for conversion.
+    """Open an image file of any kind as a Pillow image of mode L or RGB, for conversion.
 
-    Transparent images are laid over white, 16-bit images scaled to 8 bits.
+    Transparent images are composited over white, 16-bit images scaled to 8 bits.
 
     Raises:
         UserError: it does not decode, is absurdly large, or holds floating-point values.

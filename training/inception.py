@@ -1,7 +1,7 @@
 """Inception-v3 as TensorFlow published it on 2015-12-05: the network behind FID and the Inception Score.
 
 Szegedy et al. 2016, «Rethinking the Inception Architecture for Computer Vision». The published graph
-differs from later ports in three places, all of which move the scores: average pools leave the padding
+differs from later ports in three places, all of which affect the scores: average pools leave the padding
 out of the mean, the pool branch of the last block takes the maximum, and images are resized
 bilinearly without half-pixel centres. Parameter names are those of the public state dict
 `pt_inception-2015-12-05-6726825d.pth`.
@@ -157,7 +157,7 @@ class InceptionV3(torch.nn.Module):
         super().train(False)
 
     def train(self, mode=True):
-        """Stays in evaluation mode: batch statistics would make an image's features depend on its batch."""
+        """Stay in evaluation mode: batch statistics would make an image's features depend on its batch."""
         return super().train(False)
 
     def features(self, images):
@@ -179,9 +179,8 @@ class InceptionV3(torch.nn.Module):
     def forward(self, images, return_features=False, no_output_bias=False):
         """Logits [B, 1008], or features [B, 2048] with `return_features`; float32.
 
-        `no_output_bias` leaves the bias of the last layer out, as the Inception Score has it. The result
-        is logits as recorded, before the softmax (NVIDIA's TorchScript file of the same network returns
-        the probabilities).
+        `no_output_bias` omits the bias of the last layer, as the Inception Score does. The result is logits,
+        before the softmax (NVIDIA's TorchScript file of the same network returns probabilities).
 
         Args:
             images: uint8 [B, 3, H, W], RGB, any size.
@@ -193,8 +192,8 @@ class InceptionV3(torch.nn.Module):
 def resize_bilinear(images, size):
     """TensorFlow 1's bilinear resize to [B, C, size, size], without half-pixel centres.
 
-    Output pixel i takes its value at i·(in/size); beyond the last pixel the edge repeats. When an image
-    shrinks, pixels are skipped, not averaged: the published scores include this.
+    Output pixel i samples the input at i·(in/size); beyond the last pixel the edge repeats. When an image
+    shrinks, pixels are skipped, not averaged: the published scores were computed this way.
     """
     for dim in (3, 2):
         if images.shape[dim] != size:

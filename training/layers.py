@@ -1,8 +1,8 @@
-"""The parts U-Nets are made of: weights and their initialisation, resampling convolutions, attention, the block.
+"""The building blocks of U-Nets: weights and their initialisation, resampling convolutions, attention, the block.
 
 Every layer keeps its parameters in float32 and casts them to the dtype of its input, so one set of
-weights serves float32, float16, bfloat16 and float64. In the two short types group norms and softmax
-are computed in float32 still. Parameter names are those of EDM's checkpoints.
+weights serves float32, float16, bfloat16 and float64. In the two 16-bit types, group norms and softmax
+are still computed in float32. Parameter names are those of EDM's checkpoints.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from dnnlib import UserError
 # -- initialisation
 
 class Init(typing.NamedTuple):
-    """How a layer draws its first weights: a mode of INIT_MODES and a gain for weight and bias."""
+    """How a layer's weights are initialised: a mode in INIT_MODES, and gains for weight and bias."""
     mode: str
     weight: float = 1.0
     bias: float = 0.0
@@ -45,12 +45,12 @@ def draw_parameters(shape, init, bias=True):
     """Draw a layer's weight, then its bias, from the global generator.
 
     Args:
-        shape: [out, in] or [out, in, k, k]; fans count the kernel's area.
+        shape: [out, in] or [out, in, k, k]; fans include the kernel's area.
         init: An `Init`. The bias has the weight's distribution and fans, with its own gain.
         bias: False returns None for the bias and draws nothing for it.
 
     Returns:
-        (weight, bias) as torch.nn.Parameter; a gain of zero still uses up the draws.
+        (weight, bias) as torch.nn.Parameter; a gain of zero still consumes the random numbers.
     """
     distribution, variance_of = INIT_MODES[init.mode]
     area = math.prod(shape[2:])
@@ -83,10 +83,10 @@ SHORT_TYPES = (torch.float16, torch.bfloat16)
 
 
 class ShortTypeNorm(torch.autograd.Function):
-    """Group norm, and perhaps SiLU, of float16 or bfloat16 features, computed in float32 and rounded once.
+    """Group norm, optionally with SiLU, of float16 or bfloat16 features, computed in float32 and rounded once.
 
-    What is kept for the backward pass is the input in its short type; the float32 values are made anew. The result and
-    the gradient are laid out as the input; in between all is contiguous, as the kernels for CUDA demand.
+    The features are kept for the backward pass in their 16-bit type; the float32 values are recomputed. The result and
+    the gradient have the input's memory format; in between all is contiguous, as the CUDA kernels require.
     """
 
     @staticmethod
@@ -107,9 +107,9 @@ def norm_gradients(grad, x, weight, bias, mean, rstd, num_groups, silu):
     """Gradients of `ShortTypeNorm` with respect to x, weight and bias, by PyTorch's kernel.
 
     Args:
-        grad: Of the result [B, C, H, W].
+        grad: Gradient of the result, [B, C, H, W].
         x, weight, bias: As given to the norm: [B, C, H, W], [C], [C].
-        mean, rstd: Mean and inverse standard deviation of the groups, float32 [B, num_groups].
+        mean, rstd: Mean and inverse standard deviation of each group, float32 [B, num_groups].
         num_groups, silu: As given to the norm.
     """
     wide, grad = (t.to(torch.float32, memory_format=torch.contiguous_format) for t in (x, grad))
@@ -123,14 +123,14 @@ def norm_gradients(grad, x, weight, bias, mean, rstd, num_groups, silu):
 
 
 def norm_gradients_to_compile(grad, x, weight, bias, mean, rstd, num_groups, silu):
-    """The same, written out: products and sums of a pixel. A compiler makes two passes of it, the first for the sums.
+    """The same, written out as pixelwise products and sums, which a compiler fuses into two passes, the sums first.
 
-    With â = x̂·weight + bias for x̂ = (x − mean)·rstd, all gradients follow from Σ grad and Σ grad·x̂ of each channel.
-    PyTorch's kernel would have float32 features written, and another layout, on both sides of it.
+    As the norm is x̂·weight + bias with x̂ = (x − mean)·rstd, all gradients follow from each channel's Σ grad and
+    Σ grad·x̂. PyTorch's kernel would force float32 features, in another layout, to be written before and after it.
     """
     batch, channels, pixels = _sizes(x)
 
-    def spread(t):  # [B, num_groups, 1 or channels of a group] → [B, C, 1, 1]
+    def spread(t):  # [B, num_groups, 1 or channels per group] → [B, C, 1, 1]
         return t.expand(batch, num_groups, channels // num_groups).reshape(batch, channels, 1, 1)
     mean, rstd, weight, bias = mean[:, :, None], rstd[:, :, None], *(t.view(num_groups, -1) for t in (weight, bias))
     wide, grad, scale = x.to(torch.float32), grad.to(torch.float32), spread(rstd * weight)
@@ -161,7 +161,7 @@ def _sizes(x):
 
 
 class GroupNorm(torch.nn.Module):
-    """Group normalisation with min(32, C // 4) groups; its statistics are float32 at least.
+    """Group normalisation with min(32, C // 4) groups; its statistics are at least float32.
 
     Raises:
         UserError: C channels cannot be divided into that many groups.
@@ -178,7 +178,7 @@ class GroupNorm(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(channels))
 
     def forward(self, x, silu=False):
-        """The normalised features, with `silu` also through SiLU."""
+        """The normalised features, with `silu` passed through SiLU."""
         if x.dtype in SHORT_TYPES:
             return ShortTypeNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps, silu)
         y = F.group_norm(x, self.num_groups, cast(self.weight, x), cast(self.bias, x), self.eps)
@@ -210,7 +210,7 @@ def pool(x):
 
 
 def double(x):
-    """`filter_up` with the taps [1, 1], bit for bit: every pixel four times."""
+    """`filter_up` with the taps [1, 1], bit for bit: every pixel repeated four times."""
     batch, channels, height, width = x.shape
     twice = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
     return twice.reshape(batch, channels, 2 * height, 2 * width).contiguous(memory_format=_layout(x))
@@ -219,12 +219,12 @@ def double(x):
 class Conv2d(torch.nn.Module):
     """Same-size convolution, optionally preceded by a 2× resampling; kernel = 0 only resamples.
 
-    With `fused_resample` the two share one padding. Going down the convolution then comes first, at full
-    resolution, and only its result is low-passed.
+    With `fused_resample` the two share one padding. When downsampling, the convolution then comes first, at
+    full resolution, and only its result is low-passed.
 
     Attributes:
-        memory_format: The layout the weight is handed over in, and with it that of the result; the parameter itself
-            keeps its own.
+        memory_format: The layout in which the weight is passed to the convolution, and hence that of the result; the
+            parameter itself keeps its own.
 
     Raises:
         UserError: both `up` and `down` are set.
@@ -263,7 +263,7 @@ class Conv2d(torch.nn.Module):
         return pool(x) if self._as_pixels(x) else filter_down(x, self.resample_filter, padding)
 
     def _as_pixels(self, x):
-        # Means and copies of pixels fuse with their neighbours on a GPU; on a CPU only 16-bit convolutions are slower.
+        # On a GPU, pixel means and copies fuse with their neighbours; on a CPU they beat only 16-bit convolutions.
         return self.plain and (x.is_cuda or x.dtype in SHORT_TYPES)
 
     def _convolve(self, x, padding):
@@ -282,10 +282,10 @@ class Conv2d(torch.nn.Module):
 # -- embeddings
 
 class PositionalEmbedding(torch.nn.Module):
-    """Sinusoids of a number [B] → [B, num_channels], frequencies falling geometrically from 1.
+    """Sinusoidal embedding [B] → [B, num_channels], with frequencies falling geometrically from 1.
 
-    They reach 1/10000 in the last channel with `endpoint`, otherwise stop one step before it.
-    `sin_first` puts the sines into the first half of the channels, otherwise the cosines.
+    With `endpoint` they reach 1/10000 in the last channel, otherwise they stop one step before it.
+    With `sin_first` the sines are the first half of the channels, otherwise the cosines.
     """
 
     def __init__(self, num_channels, endpoint, sin_first):
@@ -298,7 +298,7 @@ class PositionalEmbedding(torch.nn.Module):
 
 
 class FourierEmbedding(torch.nn.Module):
-    """Sinusoids [B] → [B, num_channels] of random, fixed frequencies 16·N(0, 1), sines first."""
+    """Fourier features [B] → [B, num_channels], with fixed random frequencies 16·N(0, 1), sines first."""
 
     def __init__(self, num_channels):
         super().__init__()
@@ -335,7 +335,7 @@ def plain_attention(q, k, v):
 def attend(qkv, num_heads):
     """Self-attention over the pixels: [B, 3C, H, W] → [B, C, H, W].
 
-    Equals `plain_attention` on `split_heads`; the fused kernel keeps no [H·W, H·W] matrix.
+    Equals `plain_attention` on `split_heads`; the fused kernel never stores the [H·W, H·W] matrix.
     """
     batch, channels, height, width = qkv.shape
     a = F.scaled_dot_product_attention(*split_heads(qkv, num_heads))
@@ -346,19 +346,19 @@ def attend(qkv, num_heads):
 
 @dataclasses.dataclass(frozen=True)
 class BlockStyle:
-    """What all blocks of one network share.
+    """Settings that all blocks of a network share.
 
     Attributes:
         emb_channels: Width of the embedding that modulates the blocks.
-        dropout: Probability, before the second convolution.
+        dropout: Dropout probability before the second convolution.
         skip_scale: Factor on every residual sum.
-        eps: Of the group norms.
-        init, init_zero, init_attn: First weights of most layers; of the last layer of each residual branch; of the
+        eps: Epsilon of the group norms.
+        init, init_zero, init_attn: Initialisation of most layers; of the last layer of each residual branch; of the
             attention's query, key and value.
         resample_filter: 1-D filter of the resampling blocks.
         resample_proj: Resampling blocks also project their skip by a 1×1 convolution.
         adaptive_scale: The embedding scales and shifts the second norm, instead of being added before it.
-        channels_per_head: Of the attention; None means a single head.
+        channels_per_head: Channels of an attention head; None means a single head.
     """
     emb_channels: int
     dropout: float
@@ -373,7 +373,7 @@ class BlockStyle:
     channels_per_head: int | None = None
 
     def num_heads(self, channels):
-        """Attention heads for that many channels; 0, no attention, if they do not fill one (as in EDM)."""
+        """Number of attention heads for that many channels; 0, no attention, if they do not fill one (as in EDM)."""
         heads = 1 if self.channels_per_head is None else channels // self.channels_per_head
         if heads and channels % heads:
             raise UserError(f'{channels} channels cannot be divided among {heads} attention heads; make them a '
@@ -420,7 +420,7 @@ class UNetBlock(torch.nn.Module):
         return x
 
     def _modulate(self, h, params):
-        """SiLU of the second norm, scaled and shifted by the embedding or of the sum with it."""
+        """The second norm and SiLU; the embedding scales and shifts the norm's output, or is added to its input."""
         if self.style.adaptive_scale:
             scale, shift = params.chunk(2, dim=1)
             return F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))

@@ -1,6 +1,6 @@
-"""Denoising losses (Karras et al. 2022, Table 1): weight(σ)·(D(y + σn; σ) − y)², one value an element.
+"""Denoising losses (Karras et al. 2022, Table 1): weight(σ)·(D(y + σn; σ) − y)², one value per element.
 
-Random numbers come from the images' device's global generator in this order: the noise-level
+Random numbers come from the global generator of the images' device in this order: the noise-level
 variate [B, 1, 1, 1], the augmentation, the noise.
 
 Each loss is called as loss(net, images, labels=None, augment_pipe=None).
@@ -22,12 +22,12 @@ import torch
 from training.precond import SIGMA_DATA
 from training.schedules import VE_SIGMA_MAX, VE_SIGMA_MIN, VP_BETA_D, VP_BETA_MIN, VP_EPSILON_T, vp_sigma
 
-# EDM's training noise levels, of ln σ.
+# EDM's training noise levels: mean and standard deviation of ln σ.
 P_MEAN, P_STD = -1.2, 1.2
 
 
 def augment(images, augment_pipe=None):
-    """(y, augment_labels): the images as augmented, or as they are and None."""
+    """(y, augment_labels): the augmented images and their labels, or the images as they are and None."""
     return (images, None) if augment_pipe is None else augment_pipe(images)
 
 

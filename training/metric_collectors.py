@@ -1,8 +1,8 @@
-"""What is kept of the images as they pass by: sums and features, of one rank's share, merged over ranks.
+"""What metrics keep of the images: sums and features of one rank's share, merged over ranks.
 
-A collector is made with the number of images over all ranks and the size of the batches they come in,
-`update`d with every batch of this rank's share in order, and asked once for its `result` on all ranks
-together. Its `state` between two batches can be stored, and `restore`d into a new one.
+A collector is made with the number of images over all ranks and the batch size, `update`d with every
+batch of this rank's share in order, and asked once for its `result`, on all ranks together. Its `state`
+between two batches can be stored, and `restore`d in a new one.
 """
 
 import numpy as np
@@ -17,8 +17,8 @@ FEATURE_LIMIT = 50_000
 def rank_share(total, batch=1, rank=None):
     """Indices of the images that `rank` (default: this one) takes: whole batches, contiguous, in rank order.
 
-    The batches are those of a single process. What the network and the detector make of an image depends,
-    in the last digit, on the batch it is in; so a score does not depend on the number of ranks.
+    The batches are those of a single process, so that a score does not depend on the number of ranks: what
+    the network and the detector make of an image depends, in the last digit, on the batch it is in.
     """
     rank = dist.get_rank() if rank is None else rank
     batches, world = -(-total // batch), dist.get_world_size()
@@ -27,14 +27,14 @@ def rank_share(total, batch=1, rank=None):
 
 
 def rank_shares(total, batch=1):
-    """`rank_share` of every rank. Rank 0's is never empty, others may be."""
+    """`rank_share` of every rank. Rank 0's is never empty; others may be."""
     return [rank_share(total, batch, rank) for rank in range(dist.get_world_size())]
 
 
 class ExactSum:
-    """Sum of float64 tensors of one shape, carried in twice the precision (Knuth's two-sum).
+    """Sum of float64 tensors of one shape, accumulated in twice the precision (Knuth's two-sum).
 
-    Rounded to float64 only at the end, it does not depend on how the terms were spread over ranks.
+    It is rounded to float64 only at the end, so it does not depend on how the terms were spread over ranks.
     """
 
     def __init__(self):
@@ -54,7 +54,7 @@ class ExactSum:
         return np.empty(0) if self.high is None else torch.stack([self.high, self.low]).cpu().numpy()
 
     def restore(self, state, device):
-        """Go on from a `state`."""
+        """Continue from a `state`."""
         if len(state):
             self.high, self.low = torch.from_numpy(state).to(device)
 
@@ -124,7 +124,7 @@ class Features:
         return int(np.searchsorted(self.kept, share.stop) - np.searchsorted(self.kept, share.start))
 
     def _allocate(self, dim):
-        """Room for this rank's rows; rank 0 has room for everyone's, so that they are never held twice."""
+        """Allocate this rank's rows; rank 0 allocates everyone's, so that they are never held twice."""
         rank = dist.get_rank()
         self.rows = torch.empty([sum(self.shares) if rank == 0 else self.shares[rank], dim])
 

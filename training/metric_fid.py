@@ -9,9 +9,9 @@ TOLERANCE = 1e-8  # relative error of the distance up to which the fast eigenval
 def psd_factor(sigma):
     """A [D, r] with A·Aᵀ = sigma [D, D], r the numerical rank.
 
-    Cholesky's factorisation with pivoting, stopped once what remains is rounding noise (D·ε times the
-    largest variance). Without that stop the noise of a rank-deficient matrix, of size ε, would enter
-    the square roots below as √ε for every missing dimension.
+    Cholesky factorisation with pivoting, stopped once what remains is rounding noise (D·ε times the
+    largest variance). Otherwise the noise of a rank-deficient matrix, of size ε, would enter the square
+    roots below as √ε for every missing dimension.
     """
     if not sigma.diagonal().max(initial=0) > 0:
         return np.zeros([len(sigma), 0])
@@ -25,7 +25,7 @@ def singular_values_fast(M):
     """(singular values, standard error of their sum) from the eigenvalues λ of the smaller of Mᵀ·M and M·Mᵀ.
 
     Four times faster than an SVD. The symmetric solver leaves an error of about ε·λ_max in every λ,
-    hence ε·λ_max/(2√λ) in √λ: harmless unless some λ are tiny, which the error tells.
+    hence ε·λ_max/(2√λ) in √λ: harmless unless some λ are tiny, which the error shows.
     """
     M = M if M.shape[0] >= M.shape[1] else M.T
     eigenvalues = np.linalg.eigvalsh(M.T @ M)
@@ -45,7 +45,7 @@ def frechet_distance(mu, sigma, mu_r, sigma_r, tolerance=TOLERANCE):
     Args:
         mu, mu_r: Means [D].
         sigma, sigma_r: Covariances [D, D], symmetric positive semi-definite, of any rank.
-        tolerance: Relative error allowed to the fast way; 0 always takes the SVD.
+        tolerance: Relative error allowed for the fast method; 0 always takes the SVD.
     """
     mu, sigma, mu_r, sigma_r = (np.asarray(a, dtype=np.float64) for a in (mu, sigma, mu_r, sigma_r))
     separate = np.square(mu - mu_r).sum() + np.trace(sigma) + np.trace(sigma_r)

@@ -13,10 +13,10 @@ THREADS = 4
 
 
 def open_images(path, num=None, seed=0):
-    """Dataset of exactly `num` images of a folder or zip: all, or a random subset chosen by `seed`.
+    """Open exactly `num` images of a folder or zip, a random subset chosen by `seed`; None opens all.
 
     Raises:
-        UserError: fewer than `num`, or whatever ImageFolderDataset finds wrong.
+        UserError: fewer than `num` images, `num` below 2, or whatever ImageFolderDataset finds wrong.
     """
     if num is not None and num < 2:
         raise UserError(f'--num={num} images have no covariance; give at least 2')
@@ -30,8 +30,8 @@ def open_images(path, num=None, seed=0):
 def image_batches(dataset, indices, batch_size, threads=THREADS):
     """Yield the images of `indices` in order, as uint8 tensors [≤ batch_size, C, H, W].
 
-    Threads, not processes: decoders release the interpreter's lock, nothing is forked beside CUDA
-    or a process group, and an error arrives with its own message.
+    Threads, not processes: decoders release the GIL, nothing is forked beside CUDA or a process group,
+    and errors keep their messages.
     """
     starts = iter(range(0, len(indices), batch_size))
     pool = concurrent.futures.ThreadPoolExecutor(threads)

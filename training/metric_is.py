@@ -6,10 +6,10 @@ NUM_SPLITS = 10
 
 
 def score_is(stats, ref=None, seed=0):
-    """{'IS': mean, 'IS_std': standard deviation} over the splits of the images in their order.
+    """{'IS': mean, 'IS_std': standard deviation} over consecutive splits of the images.
 
-    A split enters by its sums alone: mean KL = mean Σ_y p·ln p − Σ_y p̄·ln p̄, with p̄ the split's mean. Images that
-    are sorted by class, as data sets often are, therefore score far too low: each split then shows one class.
+    A split's sums are all that is needed: mean KL = mean Σ_y p·ln p − Σ_y p̄·ln p̄, with p̄ the split's mean. Images
+    sorted by class, as data sets often are, score far too low, because each split then shows one class.
 
     Args:
         stats: `split_count` [S], `split_p` [S, K]: sums of probabilities, `split_plogp` [S]: sums of

@@ -5,14 +5,14 @@ import torch
 from torch_utils import distributed as dist
 
 NEIGHBOURS = 3
-BLOCK = 2048  # rows at a time: two float64 blocks of 2,048 features and a few of distances are 200 MiB
+BLOCK = 2048  # rows at a time: two float64 blocks of 2,048 features and a few of distances take 200 MiB
 
 
 def squared_distances(x, y):
     """|x_i − y_j|² of two blocks of rows, float64 [N, M].
 
-    By |x|² + |y|² − 2·x·y, whose rounding leaves about 1e-15·(|x|² + |y|²) for equal rows: anything
-    below 1e-12 of it counts as zero, so that copies have the distance 0.
+    As |x|² + |y|² − 2·x·y, where rounding leaves about 1e-15·(|x|² + |y|²) for equal rows: anything
+    below 1e-12 of that sum counts as zero, so that copies have distance 0.
     """
     norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
     d2 = torch.addmm(norms, x, y.T, alpha=-2)
@@ -43,8 +43,8 @@ def squared_radii(x, k=NEIGHBOURS, block=BLOCK, device='cpu'):
 def precision_recall(generated, real, k=NEIGHBOURS, block=BLOCK, device='cpu'):
     """(precision, recall): the fraction of each set that lies in a ball around a member of the other set.
 
-    A member's ball reaches to its k-th nearest neighbour in its own set. Blocked, so memory grows with
-    the features alone; float64 on `device`.
+    A member's ball reaches to its k-th nearest neighbour in its own set. Computed in blocks, so that memory
+    grows with the features alone; float64 on `device`.
 
     Args:
         generated, real: Features [N, D], [M, D], tensors with more than k rows each.

@@ -1,7 +1,7 @@
-"""Unfinished scores on disk: an interrupted pass over 50,000 images goes on where it was last stored.
+"""Unfinished scores on disk: an interrupted pass over 50,000 images continues from where it was last saved.
 
-A file for each rank in the cache folder, under a digest of everything that decides the statistics. What
-is restored is exactly what the sums and features were after that batch, so the scores are those of an
+Each rank has a file in the cache folder, named by a digest of everything that determines the statistics.
+The sums and features are restored exactly as they were after that batch, so the scores are those of an
 uninterrupted run, bit for bit.
 """
 
@@ -20,21 +20,21 @@ from dnnlib.download import cache_dir
 from dnnlib.files import atomic_write, make_dirs
 from torch_utils import distributed as dist
 
-FORMAT = 1  # to be raised whenever the same images would give other statistics, or other arrays are stored
-SAVE_SECONDS = 60  # between two stores
-SAVE_SHARE = 0.05  # of the time at most spent on storing; 50,000 features are 400 MB
+FORMAT = 1  # increase it whenever the same images would give other statistics, or other arrays are saved
+SAVE_SECONDS = 60  # between two saves
+SAVE_SHARE = 0.05  # largest share of the time spent on saving; 50,000 features are 400 MB
 
 
 class Unfinished:
-    """One pass over images that may have to be continued later.
+    """A pass over images that may be interrupted and continued later.
 
     Args:
-        identity: Plain JSON values: whatever decides the statistics, besides what is added here. The same on all ranks.
+        identity: Plain JSON values: all that determines the statistics, besides what is added here. Equal on all ranks.
     """
 
     def __init__(self, identity):
         device = dist.device()
-        threads = torch.get_num_threads() if device.type == 'cpu' else None  # they decide the last digit
+        threads = torch.get_num_threads() if device.type == 'cpu' else None  # they affect the last digit
         computed_by = [FORMAT, torch.__version__, device.type, threads, dist.get_world_size()]
         text = json.dumps([computed_by, identity], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:24]
@@ -43,11 +43,11 @@ class Unfinished:
         self.earlier_sec, self.pause, self.works = 0.0, SAVE_SECONDS, True
 
     def seconds(self):
-        """Time spent on this pass, that of earlier pieces included."""
+        """Time spent on this pass, interrupted attempts included."""
         return self.earlier_sec + time.monotonic() - self.started
 
     def load(self):
-        """What was stored, as `Accumulator.restore` takes it, or None. A damaged file counts as none."""
+        """The saved state, as `Accumulator.restore` takes it, or None. A damaged file counts as none."""
         try:
             with open(self.path, 'rb') as f, np.load(f, allow_pickle=False) as z:
                 state = dict(z)
@@ -57,12 +57,12 @@ class Unfinished:
             return None
 
     def save_if_due(self, accumulator):
-        """Store the state if the last time was long enough ago."""
+        """Save the state if the last save was long enough ago."""
         if self.works and time.monotonic() >= self.saved + self.pause:
             self.save(accumulator)
 
     def save(self, accumulator):
-        """Store the state. Where that is impossible, the work goes on all the same."""
+        """Save the state. Where that is impossible, the work goes on regardless."""
         started = time.monotonic()
         try:
             make_dirs(self.path.parent)
@@ -75,6 +75,6 @@ class Unfinished:
         self.pause = max(SAVE_SECONDS, (self.saved - started) / SAVE_SHARE)
 
     def remove(self):
-        """Delete what is stored: the scores are known."""
-        with contextlib.suppress(OSError):  # a cache that cannot be written has nothing of ours, or keeps it
+        """Delete the saved state: the scores are known."""
+        with contextlib.suppress(OSError):  # an unwritable cache has nothing of ours, or keeps it
             self.path.unlink()

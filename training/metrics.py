@@ -1,12 +1,12 @@
-"""Scores of images against reference statistics: one pass over the images serves all of them.
+"""Scores of images against reference statistics: one pass over the images serves all metrics.
 
     accumulator = Accumulator(detector, metrics, total, batch)    on all ranks, one `add` per batch
     stats = accumulator.statistics()                              on all ranks
     scores = score(metrics, stats, ref, seed)                     on rank 0
 
-Statistics are dicts of NumPy arrays: mu, sigma, num, detector, detector_hash and what the metrics
-need besides (see `metric_collectors`), and the images' channels and resolution. As .npz files they
-are readable as EDM's, and EDM's are read.
+Statistics are dicts of NumPy arrays: mu, sigma, num, detector, detector_hash and whatever
+else the metrics need (see `metric_collectors`), and the images' channels and resolution. As .npz files
+they can be read by EDM, and EDM's are read here.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ class Metric:
         title: In words, for help texts.
         scores: Names of its values; one that ends in `STD` is the standard deviation of the one before.
         best: `min` or `max`: which of several rounds' values counts.
-        collectors: Names in `COLLECTORS` of what it needs of the images.
-        ref_arrays: What it needs of the reference statistics; empty if it needs none.
+        collectors: Names in `COLLECTORS` of what it needs from the images.
+        ref_arrays: Arrays that it needs from the reference statistics; empty if it needs no reference.
         min_images: Fewest images, on either side, for which it is defined.
         score: (stats, ref, seed) → {name: value}.
     """
@@ -76,18 +76,18 @@ def parse_metrics(text):
 # -- one pass over the images
 
 class Accumulator:
-    """Statistics of images for `metrics`, batch by batch; mu and sigma always. Made on all ranks together.
+    """Accumulates the statistics that `metrics` need, batch by batch; mu and sigma always. Made on all ranks together.
 
     Args:
         detector: A `training.detectors.Detector`.
         metrics: Names in `METRICS`.
         total: Number of images over all ranks, at least 2.
-        batch: Size of the batches that come, but for the last; it decides about the ranks' shares.
+        batch: Size of all batches but the last; it determines the ranks' shares.
         num_features: Number of features that the detector must give (the reference's), or None.
 
     Attributes:
         share: Indices of this rank's images (`rank_share`).
-        index: That of the next one expected.
+        index: Index of the next image expected.
 
     Raises:
         UserError: too few images, a detector without class probabilities.
@@ -106,7 +106,7 @@ class Accumulator:
         """Take the next images of this rank's share, uint8 [B, C, H, W].
 
         Raises:
-            UserError: NaN features, or their number is not `num_features`.
+            UserError: features that are not finite, or not `num_features` of them.
         """
         features, probs = self.detector(images, features=True, probs=self.need_probs)
         _check_features(features, self.index, self.detector, self.num_features)
@@ -115,19 +115,19 @@ class Accumulator:
         self.index += len(images)
 
     def state(self):
-        """What `restore` needs to go on from here: {name: array}."""
+        """What `restore` needs to continue from here: {name: array}."""
         arrays = {f'{name}.{key}': a for name, c in self.collectors.items() for key, a in c.state().items()}
         return {'index': np.int64(self.index), **arrays}
 
     def restore(self, state):
-        """Go on from where another accumulator of the same arguments and rank was."""
+        """Continue from the `state` of an accumulator with the same arguments and rank."""
         for name, c in self.collectors.items():
             arrays = {key.removeprefix(f'{name}.'): a for key, a in state.items() if key.startswith(f'{name}.')}
             c.restore(arrays, int(state['index']) - self.index, self.detector.device)
         self.index = int(state['index'])
 
     def statistics(self):
-        """Statistics of the images of all ranks, complete on rank 0. Called once, on all ranks."""
+        """Statistics of the images of all ranks, complete on rank 0. Call once, on all ranks."""
         if self.index != self.share.stop:
             raise ValueError(f'got {self.index - self.share.start} images where {len(self.share)} were announced')
         stats = {'num': np.int64(self.total), 'detector': np.str_(self.detector.name),
@@ -148,7 +148,7 @@ def accumulate(batches, detector, metrics, total, num_features=None):
 def check_images(metrics, total, detector, flags='--'):
     """Raise UserError unless `metrics` are defined for that many images and this detector.
 
-    `flags` is how the flags begin that the message names: train.py's are --eval-metrics and --eval-detector.
+    `flags` is the prefix of the flags that the message names: train.py's are --eval-metrics and --eval-detector.
     """
     for name in metrics:
         _check_enough(name, total, 'images', flags)
@@ -194,7 +194,7 @@ def score(metrics, stats, ref=None, seed=0):
 
 
 def best_scores(metrics, rounds):
-    """The best of several rounds' `score`s, each score for itself; a deviation is that of the round chosen.
+    """The best of several rounds' `score`s, separately for each; a deviation is that of the round chosen.
 
     Args:
         metrics: Names in `METRICS`.
@@ -218,7 +218,7 @@ def label(name, detector):
 
 
 def kind_of(label):
-    """The kind of score that a `label` names: 'FD' of 'FD-pixels'; a name without a detector's is its own."""
+    """The kind of score that a `label` names: 'FD' for 'FD-pixels'; a name without a detector is its own kind."""
     return label.split('-')[0]
 
 
@@ -228,9 +228,9 @@ SIZE = ('channels', 'resolution')  # arrays that `size_of` reads
 
 
 def check_destination(path, data=None):
-    """Raise UserError where `save_statistics` could not write, before the slow part of the work.
+    """Raise UserError if `save_statistics` could not write `path`, before the slow part of the work.
 
-    Nor may it replace anything but statistics, least of all the images themselves, `data`.
+    It must not replace anything but statistics, least of all the images themselves (`data`).
     """
     check_writable(path, 'an .npz file')
     if data is not None and os.path.exists(data) and os.path.exists(path) and os.path.samefile(data, path):
@@ -251,17 +251,17 @@ def _holds_statistics(path):
 
 
 def save_statistics(path, stats):
-    """Write statistics as .npz, atomically; EDM reads mu and sigma of it."""
+    """Write statistics as .npz, atomically; EDM can read its mu and sigma."""
     check_destination(path)
     with atomic_write(path) as f:
         np.savez(f, **stats)
 
 
 def load_reference(path_or_url, metrics, detector):
-    """Reference statistics, checked to serve `metrics` with `detector`.
+    """Load reference statistics and check that they suit `metrics` and `detector`.
 
-    A file with mu and sigma only (EDM's layout) serves FID; nothing tells its detector, only its
-    number of features.
+    A file with only mu and sigma (EDM's layout) suffices for FID; it does not record its detector, so only
+    the number of features is checked.
 
     Raises:
         UserError: no such file, not an .npz, arrays missing or malformed, made by another detector.
@@ -272,7 +272,7 @@ def load_reference(path_or_url, metrics, detector):
         ref = read_npz(path, {'mu', 'sigma', 'num', 'detector', 'detector_hash', *SIZE, *needed})
     except (ValueError, OSError) as e:
         if is_url(path_or_url):
-            path.unlink(missing_ok=True)  # or the bad answer would be served from the cache for ever
+            path.unlink(missing_ok=True)  # otherwise the cache would serve the bad file for ever
         raise UserError(f'{path_or_url} is not an .npz file of statistics, or it is damaged (if it was downloaded, '
                         'it may be a web page); make one with fid.py ref, or get it again') from e
     _check_arrays(ref, metrics, path_or_url)
@@ -300,14 +300,14 @@ def _check_arrays(ref, metrics, what):
 
 
 def size_of(stats):
-    """(channels, resolution) of the images that statistics are of; None where they don't say, as EDM's."""
+    """(channels, resolution) of the images behind statistics; None if they do not record it, as EDM's."""
     values = [stats[name] for name in SIZE if name in stats]
     plain = len(values) == len(SIZE) and all(np.ndim(v) == 0 and np.asarray(v).dtype.kind in 'iu' for v in values)
     return tuple(map(int, values)) if plain else None
 
 
 def num_features_of(ref):
-    """D of statistics, taken from whichever array is there; None without any."""
+    """Number of features D of statistics, from whichever array is there; None without any."""
     return next((ref[a].shape[-1] for a in ('mu', 'features', 'sigma') if a in ref and ref[a].ndim), None)
 
 

@@ -1,4 +1,4 @@
-"""All networks under EDM's one name: training.networks.SongUNet, .EDMPrecond and so on."""
+"""All networks under EDM's module name: training.networks.SongUNet, .EDMPrecond and so on."""
 
 from training.architecture import Network
 from training.layers import Conv2d, FourierEmbedding, GroupNorm, Linear, PositionalEmbedding, UNetBlock

@@ -1,21 +1,21 @@
-"""NumPy's .npz files from anywhere: their arrays, never their code, and never more memory than the file has earned."""
+"""Reads .npz files from untrusted sources: arrays, never code, and no more memory than its size justifies."""
 
 import math
 import zipfile
 
 import numpy as np
 
-MAX_UNPACKED = 64 << 20  # bytes that a compressed file may become in any case
-MAX_RATIO = 4  # beyond it: real statistics hardly compress
+MAX_UNPACKED = 64 << 20  # bytes that any compressed file may unpack to
+MAX_RATIO = 4  # largest ratio of unpacked to packed size above that; real statistics hardly compress
 
 
 def read_npz(path, names):
-    """{name: array} of those of `names` that are there.
+    """{name: array} for those of `names` that the file has.
 
     Sizes are checked before NumPy allocates what an array's header asks for.
 
     Raises:
-        ValueError: not an .npz file, damaged, or larger inside than it can honestly be.
+        ValueError: not an .npz file, damaged, or unpacking to an implausible size.
         OSError: it cannot be read.
     """
     if not zipfile.is_zipfile(path):  # np.load would return a single array for an .npy file
@@ -31,7 +31,7 @@ def read_npz(path, names):
             return {name: _read_array(archive, infos[name]) for name in wanted}
     except (OSError, ValueError):
         raise
-    except Exception as e:  # zipfile, zlib and NumPy's parser of headers fail in many ways
+    except Exception as e:  # zipfile, zlib and NumPy's header parser fail in many ways
         raise ValueError(f'it is damaged ({type(e).__name__})') from e
 
 

@@ -1,9 +1,9 @@
-"""A machine for pickle programs that imports and executes nothing, for EDM's snapshots, training states, CIFAR-10.
+"""A pickle interpreter that imports and executes nothing, for EDM's snapshots, training states and CIFAR-10.
 
-A pickle is a program for a small stack machine. Python's own machine can be told which globals to
-refuse, yet it can still be crashed or starved by the program alone (a tuple nested a million deep is
-hashed recursively until the C stack ends; a memo index of 2^31 is an allocation). So the machine here
-is ours: the binary opcodes and nothing else, at most `MAX_STEPS` of them, and every callable is a stand-in.
+A pickle is a program for a small stack machine. Python's own can be told which globals to refuse, yet the
+program alone can still crash it or exhaust its memory (a tuple nested a million deep is hashed recursively
+until the C stack overflows; a memo index of 2^31 is an allocation). So the machine here is ours: the binary
+opcodes and nothing else, at most `MAX_STEPS` of them, and every callable is a stand-in.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Refused(Exception):
 
 
 def require(condition, reason):
-    """Raise Refused for that reason unless the condition holds."""
+    """Raise Refused with that reason unless the condition holds."""
     if not condition:
         raise Refused(reason)
 
@@ -34,7 +34,7 @@ class StandIn:
 
 
 class Buildable:
-    """An object that a program may give a state, by `set_state`: what pickle calls BUILD."""
+    """An object whose state a program may set, through `set_state`: pickle's opcode BUILD."""
 
 
 # -- the machine
@@ -74,7 +74,7 @@ class Machine:
         require(self.steps_left >= 0, f'it has more than {MAX_STEPS} parts')
 
     def load(self):
-        """Run one program up to its STOP and return what it leaves on the stack."""
+        """Run one program up to its STOP and return the top of the stack."""
         self.stack, self.marks, self.memo = [], [], {}
         while True:
             self.spend()
@@ -88,14 +88,14 @@ class Machine:
         self.stack.append(value)
 
     def pop(self, n):
-        """The top n values, as a tuple, removed."""
+        """Remove and return the top n values, as a tuple."""
         require(len(self.stack) >= n, 'it is damaged')
         values = tuple(self.stack[len(self.stack) - n:])
         del self.stack[len(self.stack) - n:]
         return values
 
     def pop_mark(self):
-        """All values above the last mark, removed with it."""
+        """Remove the last mark and return all values above it."""
         values, self.stack = self.stack, self.marks.pop()
         return values
 
@@ -148,7 +148,7 @@ class Machine:
 
 
 def _text(fmt):
-    # As pickle writes them: a file name that is no UTF-8 holds surrogates.
+    # As pickle writes strings: a file name that is not UTF-8 contains surrogates.
     return lambda m: m.push(str(m.take(m.number(fmt)), 'utf-8', 'surrogatepass'))
 
 

@@ -1,4 +1,4 @@
-"""Tensors as torch.save pickles them, in snapshots and in training states alike: what the machine builds of them."""
+"""Tensors as torch.save pickles them, in EDM's snapshots and training states: rebuilt for training.pickle_machine."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ def _is_count(value):
 
 
 def rebuild_tensor(storage, offset, size, stride, *_ignored):
-    """A view of `storage` (in elements), refused where it would reach outside or repeat elements."""
+    """A view of `storage` (all in elements), refused if it reaches outside or has more elements."""
     sound = isinstance(storage, Storage) and type(size) is tuple and type(stride) is tuple
     require(sound, 'a tensor in it is malformed')
     require(all(map(_is_count, (offset, *size, *stride))), 'a tensor in it has an impossible size')

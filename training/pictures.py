@@ -1,4 +1,4 @@
-"""uint8 images [C, H, W] as pictures: for Pillow, and many on one sheet."""
+"""uint8 images [C, H, W] as pictures: Pillow images and contact sheets."""
 
 import numpy as np
 import PIL.Image
@@ -19,7 +19,7 @@ def to_pil(image):
 def tile(images, columns=None, min_cell=64, gap=2):
     """uint8 images [N, C, H, W] → one [C, H', W'], row by row on grey.
 
-    Images narrower than `min_cell` are enlarged by a whole factor; `gap` pixels of grey stand around each.
+    Images narrower than `min_cell` are enlarged by an integer factor; `gap` pixels of grey surround each.
     """
     zoom = max(min_cell // images.shape[-1], 1)
     images = images.repeat(zoom, axis=2).repeat(zoom, axis=3)

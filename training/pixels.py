@@ -1,4 +1,4 @@
-"""The scale of pixels: 0…255 in files and data sets, [−1, 1] in networks (EDM's)."""
+"""The scale of pixels: 0…255 in files and data sets, [−1, 1] in networks (as in EDM)."""
 
 import torch
 

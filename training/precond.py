@@ -1,6 +1,6 @@
 """Preconditioned denoisers D(x; σ) = c_skip·x + c_out·F(c_in·x; c_noise) (Karras et al. 2022, Eq. 7 and Table 1).
 
-One class a column of that table; what differs between them is `scalings` and the range of σ.
+One class per column of that table; they differ in `scalings` and in the range of σ.
 """
 
 import copy
@@ -30,31 +30,31 @@ def edm_scalings(sigma, sigma_data=SIGMA_DATA):
 # -- base
 
 class Precond(torch.nn.Module):
-    """A U-Net F and what surrounds it: the noise level, the labels, the precision.
+    """A network F and what surrounds it: noise levels, labels, precision.
 
-    A subclass gives `scalings`, or a `forward` of its own that calls `run_model`. Its constructor takes its own
-    arguments by keyword; those that all have, from img_resolution on, it hands over unseen as `args` and `network`.
+    A subclass defines `scalings`, or its own `forward` that calls `run_model`. Its constructor takes its own arguments
+    by keyword and passes on the common ones, from img_resolution on, as `args` and `network`.
 
     Args:
         constants: The subclass's own arguments by name; they become attributes.
         sigma_min, sigma_max: Range of noise levels the network supports.
-        out_branches: How many images F gives; D is of the first.
-        img_resolution, img_channels: Of the images.
+        out_branches: How many images F returns; D is computed from the first.
+        img_resolution, img_channels: Size of the images, and their channels.
         label_dim: Width of the class labels, 0 for none.
-        use_fp16: EDM's switch: the default of `precision` is fp16 instead of fp32.
+        use_fp16: EDM's switch: makes fp16 instead of fp32 the default of `precision`.
         model_type: A name in training.unet.MODELS.
-        model_kwargs: Its further arguments.
+        model_kwargs: Further arguments of that model.
 
     Attributes: All of these, and
         model: F.
-        init_kwargs: The subclass's constructor arguments as a dict that JSON can hold; type(net)(**net.init_kwargs)
-            has the same architecture.
+        init_kwargs: The subclass's constructor arguments as a JSON-serialisable dict; type(net)(**net.init_kwargs) has
+            the same architecture.
         precision: A name in torch_utils.precision.PRECISIONS: how F runs. It may be set at any time and is not part of
-            a snapshot. Weights, embeddings, group norms' statistics, softmax and all that surrounds F are float32 in
-            any case.
+            a snapshot. Weights, embeddings, group norms' statistics, softmax and all that surrounds F are always
+            float32.
 
     Raises:
-        UserError: an argument that is not in its table, or that the network cannot be built with.
+        UserError: an unknown name, or an argument that the network cannot be built with.
     """
 
     _precision = None
@@ -84,7 +84,7 @@ class Precond(torch.nn.Module):
         self._precision = name
 
     def products(self):
-        """Context in which CUDA rounds float32 products as `precision` says; F runs in it, backward passes should."""
+        """Context where CUDA rounds float32 products as `precision` says; F runs in it, backward passes should too."""
         return float32_products(PRECISIONS[self.precision].tf32)
 
     def forward(self, x, sigma, class_labels=None, force_fp32=False, **model_kwargs):
@@ -94,7 +94,7 @@ class Precond(torch.nn.Module):
             x: [B, img_channels, img_resolution, img_resolution], of any float dtype.
             sigma: Noise level > 0, in units of the images: a number or tensor of 1 or B values.
             class_labels: [B, label_dim] or [1, label_dim]; None means zeros.
-            force_fp32: Take fp32 instead of `precision`.
+            force_fp32: Use fp32 instead of `precision`.
             model_kwargs: Passed on to F, such as augment_labels.
 
         Returns:
@@ -113,7 +113,7 @@ class Precond(torch.nn.Module):
         raise NotImplementedError
 
     def run_model(self, c_in_x, c_noise, class_labels=None, force_fp32=False, **model_kwargs):
-        """F at a scaled image, in the precision that suits the device; float32 [B, out_channels, H, W]."""
+        """F of a scaled image, in the precision that suits the device; float32 [B, out_channels, H, W]."""
         precision = PRECISIONS['fp32' if force_fp32 else self.precision]
         labels = self.check_labels(class_labels, c_in_x)
         with float32_products(precision.tf32):
@@ -122,7 +122,7 @@ class Precond(torch.nn.Module):
 
     @classmethod
     def meaning(cls, kwargs):
-        """Constructor arguments in one spelling, for comparisons: the same where they make the same network."""
+        """Constructor arguments in canonical form, for comparisons: equal if they make the same network."""
         return dict(kwargs)
 
     def transfer(self, source):
@@ -130,11 +130,11 @@ class Precond(torch.nn.Module):
         return copy_matching_tensors(source, self)
 
     def round_sigma(self, sigma):
-        """The noise level nearest to σ that the network knows: a tensor like σ."""
+        """The noise level nearest to σ that the network supports, as a tensor like σ."""
         return torch.as_tensor(sigma)
 
     def check_images(self, x):
-        """x in float32; UserError unless its shape is the network's."""
+        """x in float32; UserError unless its image shape is the network's."""
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
         if tuple(x.shape[1:]) != expected:
             raise UserError(f'images of [channels, height, width] = {list(x.shape[1:])} do not fit a network for '
@@ -163,11 +163,11 @@ class Precond(torch.nn.Module):
 # -- the four columns
 
 class VPPrecond(Precond):
-    """Variance preserving (Song et al. 2021): F predicts the unit noise, time stands for σ.
+    """Variance preserving (Song et al. 2021): F predicts the unit-variance noise and is conditioned on time, not σ.
 
     Args, beyond those of `Precond`:
-        beta_d, beta_min: Of the noise schedule.
-        M: Number of steps that time is expressed in.
+        beta_d, beta_min: Constants of the noise schedule.
+        M: Number of time steps that c_noise counts in.
         epsilon_t: Smallest time.
     """
 
@@ -202,10 +202,10 @@ class VEPrecond(Precond):
 
 
 class iDDPMPrecond(Precond):
-    """Improved DDPM (Nichol & Dhariwal 2021): a grid of noise levels, F's second half of channels unused.
+    """Improved DDPM (Nichol & Dhariwal 2021): a grid of noise levels; the second half of F's channels is unused.
 
     Args, beyond those of `Precond`:
-        C_1, C_2, M: Of the grid, see training.schedules.iddpm_noise_levels.
+        C_1, C_2, M: Constants of the grid, see training.schedules.iddpm_noise_levels.
 
     Its buffer `u` is the grid.
     """

@@ -1,4 +1,4 @@
-"""Where a training run stands, and what it takes to go on from there bit for bit."""
+"""How far a training run has come, and what it takes to continue from there bit for bit."""
 
 import contextlib
 import dataclasses
@@ -17,10 +17,10 @@ from training.state import load_state
 from training.system import flag_of
 from training.unet import ARCHITECTURES, MODELS
 
-# What Python and PyTorch say to values of another kind, or of another shape, than expected.
+# What Python and PyTorch raise for values of an unexpected type or shape.
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
-# What the user calls arguments of a network, and what the data decides about it.
+# A network's arguments in the user's words: flags, and what follows from the data.
 ARGUMENT_NAMES = {
     'img_resolution': "the resolution of the data's images", 'img_channels': "the number of the images' channels",
     'label_dim': 'the number of classes (--cond)', 'augment_dim': 'the number of augmentation labels (--augment-with)',
@@ -29,25 +29,25 @@ ARGUMENT_NAMES = {
     **{name: flag_of(flag) for model in MODELS.values() for flag, name in model.size_arguments.items()},
 }
 
-# Arguments of a network that change how it is trained, not what its tensors mean: a run may go on with others.
+# Arguments of a network that change how it is trained, not what its tensors mean: a run may resume with others.
 REGIME = ('use_fp16', 'dropout')
 
-# What a state's settings say of the run besides its network, as the user calls it; and what all older runs had.
+# What a state's settings say of the run besides its network, in the user's words; and what all older runs had.
 ORIGIN = {'system': '--precond=', 'augmentations': '--augment-with=', 'optimizer': 'the optimizer '}
 ORIGIN_BEFORE = {'optimizer': 'Adam'}
 
-MAX_SEED = (1 << 32) - 1  # the largest of NumPy's generators, from which the training order comes
+MAX_SEED = (1 << 32) - 1  # the largest of NumPy's generators, which make the training order
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands.
+    """How far a run has come.
 
     Attributes:
         nimg: Images seen.
-        tick: Ticks ended.
-        tick_nimg: Images seen when the present tick began.
-        nonfinite: Steps of the present tick whose loss or gradients were not finite.
+        tick: Ticks completed.
+        tick_nimg: Images seen when the current tick began.
+        nonfinite: Steps of the current tick whose loss or gradients were not finite.
         seconds: Time spent.
     """
 
@@ -59,7 +59,7 @@ class Progress:
 
 
 def checked_seed(seed):
-    """`seed` as a plain int, such as states hold.
+    """`seed` as a plain int, as states store it.
 
     Raises:
         UserError: it is not a whole number from 0 to MAX_SEED.
@@ -73,10 +73,10 @@ def run_state(net, ema, optimizer, progress, settings, last_tick):
     """The content of a training state. Call on all ranks.
 
     Args:
-        net, optimizer: As they are; `save_state` or a copy has to follow before they change.
-        ema: State dict of the moving average.
-        settings: Plain values of this run that its command line alone doesn't tell (the seed drawn, for one).
-        last_tick: Statistics of the last tick that ended, for stats.jsonl.
+        net, optimizer: Referenced, not copied: save or copy the result before they change.
+        ema: State dict of the EMA network.
+        settings: Plain values of this run that its command line alone does not determine (such as a drawn seed).
+        last_tick: Statistics of the last completed tick, for stats.jsonl.
     """
     return dict(net=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), network_kwargs=net.init_kwargs,
                 ranks=dist.gather_objects(dict(random=random_state(), statistics=training_stats.unread())),
@@ -87,7 +87,7 @@ def load_run_state(path):
     """The content of a training state as it was saved, compact or not.
 
     Raises:
-        UserError: as for `load_state`; or it holds something else than `run_state` makes.
+        UserError: as for `load_state`; or the content is not what `run_state` makes.
     """
     state = load_state(path)
     try:
@@ -100,7 +100,7 @@ def load_run_state(path):
 
 
 def _is_run_state(state):
-    """Whether all entries are there and of their kinds. Whether the tensors fit the network, `restore` finds out."""
+    """Whether all entries are there and of the right types. `restore` finds out whether the tensors fit the network."""
     progress, settings = Progress(**state['progress']), state['settings']
     counts = [progress.nimg, progress.tick, progress.tick_nimg, progress.nonfinite]
     ratio = settings['ema_rampup_ratio']
@@ -126,7 +126,7 @@ def _is_of_a_rank(entry):
 
 
 def resume_from(path):
-    """The content of a training state, expanded where it is compact; says where the run starts. Call on all ranks.
+    """Load a training state, expanded if it is compact; prints where the run starts from. Call on all ranks.
 
     Raises:
         UserError: as for `load_run_state`.
@@ -141,12 +141,12 @@ def resume_from(path):
 
 
 def check_origin(state, path, **origin):
-    """Refuse the state of a run that was something else, though its tensors may have the same names and shapes.
+    """Raise UserError if a state is of another kind of run, even one with tensors of the same names and shapes.
 
     Args:
-        state: Its `settings` count; what those of older states do not say is taken as equal.
+        state: Its `settings` are compared; what those of older states do not record is taken as equal.
         path: For the message.
-        origin: What is to go on from it, by the names in ORIGIN.
+        origin: What this run has, by the names in ORIGIN.
 
     Raises:
         UserError: they differ.
@@ -159,23 +159,23 @@ def check_origin(state, path, **origin):
 
 
 def tell_other_data(state, dataset):
-    """Say so where a run goes on with a data set, here its name, that is not the one it began with."""
+    """Print a warning if a run goes on with another data set (`dataset`, its name) than it began with."""
     before = state['settings'].get('dataset', dataset)
     if before != dataset:
         dist.print0(f'Warning: this run was trained on {excerpt(before)} and goes on with {dataset}.')
 
 
 def check_network(state, path, net, options=()):
-    """Refuse the state of a run with another network.
+    """Raise UserError if a state is of a run with another network.
 
     Args:
-        state: Its `network_kwargs` count.
+        state: Its `network_kwargs` are compared.
         path: For the message.
-        net: The network that is to go on from it (training.precond.Precond).
-        options: Names of its arguments that are flags of train.py under these names, for the message.
+        net: The network that is to continue from it (training.precond.Precond).
+        options: Those of its arguments that train.py has as flags of the same names, for the message.
 
     Raises:
-        UserError: they differ in what they mean, REGIME apart.
+        UserError: they differ in meaning, REGIME apart.
     """
     with _refusing(path):
         changed = _changes(state, net, {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}})
@@ -186,7 +186,7 @@ def check_network(state, path, net, options=()):
 
 
 def _changes(state, net, names):
-    """{argument: sentence} for the arguments of `net` that are not those of the state's network; `names` for them."""
+    """{argument: sentence} where the arguments of `net` and the state's network differ; `names` in the user's words."""
     before, now = net.meaning(state['network_kwargs']), net.meaning(net.init_kwargs)
     return {name: f'{names.get(name) or excerpt(name)} was {_shown(before.get(name))} there and is '
                   f'{_shown(now.get(name))} here' for name in {**before, **now} if before.get(name) != now.get(name)}
@@ -202,7 +202,7 @@ def _shown(value):
 
 
 def restore(state, path, net, ema, optimizer):
-    """Bring network, moving average and optimiser to the recorded point.
+    """Restore network, EMA and optimiser from a state.
 
     Raises:
         UserError: the state belongs to another network.
@@ -218,7 +218,7 @@ def restore(state, path, net, ema, optimizer):
 
 @contextlib.contextmanager
 def _refusing(path):
-    """Turns any failure on a state's content into a UserError that names the file."""
+    """Context that turns any failure on a state's content into a UserError that names the file."""
     try:
         yield
     except (*MALFORMED, UserError) as e:
@@ -230,7 +230,7 @@ def _refusing(path):
 def load_optimizer(optimizer, saved):
     """Load Adam's moments and step counts, or what another optimiser keeps: numbers, and tensors like the parameters.
 
-    Its options, and which kernels it uses, are this run's own.
+    Its options, and the kernels it uses, remain those of this run.
 
     Raises:
         ValueError: they do not fit the parameters.
@@ -255,10 +255,10 @@ def random_state():
 
 
 def seed_rank(seed, state=None, path=None):
-    """Give each rank noise of its own; from a recorded state, continue it where the number of ranks is the same.
+    """Give each rank its own noise; with a state recorded by as many ranks, continue from its random state.
 
     Raises:
-        UserError: the state of the file `path` holds no random state of this version of PyTorch.
+        UserError: the state in the file `path` holds no random state for this version of PyTorch.
     """
     ranks, rank = dist.get_world_size(), dist.get_rank()
     nimg = state['progress']['nimg'] if state is not None else 0

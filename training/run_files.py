@@ -1,14 +1,14 @@
 """The files of a run folder, by name.
 
-    training_options.json              what the run was made with: the keywords of `training_loop`
-    log.txt                            all that it printed
-    stats.jsonl                        a line a tick: losses, timing, memory
-    metrics.jsonl                      a line a score of its networks, by --eval or fid.py
+    training_options.json              the run's options: the keywords of `training_loop`
+    log.txt                            everything it printed
+    stats.jsonl                        one line per tick: losses, timing, memory
+    metrics.jsonl                      one line per score of its networks, from --eval or fid.py
     eval-ref.npz                       what --eval compares with, unless it is given a reference
-    network-snapshot-KIMG.safetensors  the averaged network after KIMG thousand images; .pkl where EDM wrote it
+    network-snapshot-KIMG.safetensors  the EMA network after KIMG thousand images; .pkl if EDM wrote it
     training-state-KIMG.pt             what --resume continues from
 
-Besides, there are pictures of training and generated images (`training_loop`), which nothing reads.
+There are also pictures of training and generated images (`training_loop`), which nothing reads.
 """
 
 import os
@@ -22,7 +22,7 @@ LOG_NAME = 'log.txt'
 STATS_NAME = 'stats.jsonl'
 SCORES_NAME = 'metrics.jsonl'
 REF_NAME = 'eval-ref.npz'
-STATE, SNAPSHOT = 'training-state', 'network-snapshot'  # kinds of which there are several
+STATE, SNAPSHOT = 'training-state', 'network-snapshot'  # kinds of files that a run has several of
 ENDINGS = {STATE: 'pt', SNAPSHOT: 'safetensors'}
 KIMG = r'\d{6,12}'
 
@@ -33,7 +33,7 @@ def saved_path(run_dir, kind, nimg):
 
 
 def saved_files(run_dir, kind):
-    """The run folder's files of that kind, newest (highest KIMG) first."""
+    """The run folder's files of one kind, newest (highest KIMG) first."""
     pattern = rf'{kind}-{KIMG}\.{ENDINGS[kind]}'
     return sorted((path for path in pathlib.Path(run_dir).glob(f'{kind}-*') if re.fullmatch(pattern, path.name)),
                   key=parse_kimg, reverse=True)
@@ -43,7 +43,7 @@ def parse_kimg(path):
     """The KIMG in 'network-snapshot-KIMG.*' or 'training-state-KIMG.pt'.
 
     Raises:
-        UserError: the file is not named so.
+        UserError: the name is of neither form.
     """
     name = os.path.basename(os.fspath(path))
     match = re.search(rf'(?:{SNAPSHOT}-({KIMG})\.(?:safetensors|pkl)|{STATE}-({KIMG})\.pt)$', name)

@@ -1,8 +1,8 @@
-"""The samplers of EDM: its stochastic second-order one, and the general one that spans earlier methods'.
+"""EDM's samplers: the stochastic second-order one, and the general one that covers earlier methods.
 
 Karras et al. 2022, algorithms 1 to 3. All that depends on time alone is computed on the CPU in float64;
 inside the loop nothing is read back from the device. Gradients are recorded if the caller's context
-says so.
+enables them.
 """
 
 import math
@@ -30,10 +30,10 @@ class StackedRandomGenerator:
     def randn(self, size, **kwargs):
         """Standard normal tensor of shape `size`, whose first dimension is the number of seeds.
 
-        Keywords (dtype, device, …) as in torch.randn; the device is the generators' if not given.
+        Keywords (dtype, device, …) as in torch.randn; the device defaults to the generators'.
 
         Raises:
-            UserError: another number of images than of seeds.
+            UserError: the number of images is not that of the seeds.
         """
         return self._stack(torch.randn, size, kwargs)
 
@@ -42,7 +42,7 @@ class StackedRandomGenerator:
         return self.randn(input.shape, dtype=input.dtype, layout=input.layout, device=input.device)
 
     def randint(self, *bounds, size, **kwargs):
-        """Uniform integers: randint(high, size=…) or randint(low, high, size=…), else as `randn`."""
+        """Uniform integers: randint(high, size=…) or randint(low, high, size=…), otherwise as `randn`."""
         return self._stack(lambda shape, **kw: torch.randint(*bounds, size=shape, **kw), size, kwargs)
 
     def _stack(self, draw, size, kwargs):
@@ -53,7 +53,7 @@ class StackedRandomGenerator:
         return torch.stack([draw(list(size[1:]), generator=generator, **kwargs) for generator in self.generators])
 
 
-# -- steps along dx/dt = slope(x, t), times as floats
+# -- solver steps for dx/dt = slope(x, t), times as floats
 
 def euler_step(slope, x, t, t_next, alpha=1):
     """First-order step from t to t_next."""
@@ -96,7 +96,7 @@ def edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net):
 
 
 def churned(sigma, num_steps, S_churn, S_min, S_max):
-    """The noise level σ + γσ that a step starts from once its noise has been renewed (floats)."""
+    """The noise level σ + γσ that a step starts from after churn (floats)."""
     gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma <= S_max else 0
     return sigma + gamma * sigma
 
@@ -112,7 +112,7 @@ def noise_spread(sigma, sigma_hat):
 
 
 def rounded(net, sigmas):
-    """Noise levels as the network takes them: float64 on the CPU, in and out.
+    """Noise levels rounded to those the network supports: float64 on the CPU, in and out.
 
     Call it once with all levels: looking them up on a GPU makes the host wait.
     """
@@ -120,9 +120,9 @@ def rounded(net, sigmas):
 
 
 def evaluate(net, x, level, class_labels=None):
-    """The network's answer to x [B, C, H, W] at the number `level`, such as σ: float64 like x.
+    """The network's output for x [B, C, H, W] at the number `level`, such as σ: float64 like x.
 
-    The level is filled in on the device: for a copy the host would wait.
+    The level is filled in on the device: a copy would make the host wait.
     """
     return net(x, x.new_full([], level), class_labels).to(torch.float64)
 
@@ -140,8 +140,8 @@ def edm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
         randn_like: Source of the noise, drawn at every step whether it is used or not.
         num_steps: Number of steps n; the network is called 2n − 1 times.
         sigma_min, sigma_max, rho: Range and curvature of the time grid (equation 5).
-        S_churn, S_min, S_max, S_noise: Amount of noise renewed over all steps, the noise levels between
-            which it is, and its standard deviation.
+        S_churn, S_min, S_max, S_noise: Amount of churn over all steps, the noise levels between which it
+            applies, and the standard deviation of the noise it adds.
 
     Returns:
         Images [B, C, H, W], float64.
@@ -171,7 +171,7 @@ def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
     """The general sampler (algorithm 1 with the steps of algorithm 3), churn included.
 
     Args, beyond those of `edm_sampler`:
-        sigma_min, sigma_max: None for the range that belongs to the discretisation.
+        sigma_min, sigma_max: None for the discretisation's own range.
         solver, discretization, schedule, scaling: Keys of SOLVERS, DISCRETIZATIONS, SCHEDULES, SCALINGS.
         epsilon_s: Smallest time of the VP schedule.
         C_1, C_2, M: Constants of iDDPM's noise levels.
@@ -221,7 +221,7 @@ def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
 # -- checks
 
 def check_steps(num_steps, at_most=None):
-    """Refuse a number of sampling steps that is not a whole number from 1 up to `at_most` (UserError)."""
+    """Raise UserError unless the number of sampling steps is a whole number from 1 up to `at_most`."""
     if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise UserError(f'the number of sampling steps is {num_steps}; give a whole number of at least 1')
     if at_most is not None and num_steps > at_most:
@@ -236,7 +236,7 @@ def _check_grid(num_steps, rho):
 
 
 def check_churn(S_churn, S_noise):
-    """UserError unless both are finite and not negative."""
+    """Raise UserError unless both are finite and not negative."""
     for name, value in dict(S_churn=S_churn, S_noise=S_noise).items():
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f'{name} is {value}; give a number of at least 0')
@@ -252,7 +252,7 @@ def _check_constants(epsilon_s, alpha, M):
 
 
 def _clipped(net, sigma_min, sigma_max):
-    """The given range of noise levels, confined to that of the network: two floats."""
+    """The given range of noise levels, clipped to the network's: two floats."""
     if not (sigma_min > 0 and math.isfinite(sigma_max) and sigma_min < sigma_max):
         raise UserError(f'the noise levels from sigma_min {sigma_min} to sigma_max {sigma_max} are no range; '
                         'give 0 < sigma_min < sigma_max')

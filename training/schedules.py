@@ -1,7 +1,7 @@
-"""Noise levels: the constants and formulas of the VP, VE, iDDPM and EDM processes, and what a sampler chooses of time.
+"""Noise levels: constants and formulas of the VP, VE, iDDPM and EDM processes, and a sampler's choices about time.
 
 Karras et al. 2022, table 1 and appendix C. The choices (noise schedule σ(t), signal scaling s(t), discretisation) take
-and give float64 tensors on the CPU.
+and return float64 tensors on the CPU.
 """
 
 import math
@@ -23,8 +23,8 @@ IDDPM_C_1, IDDPM_C_2, IDDPM_M = 0.001, 0.008, 1000
 def vp_sigma(t, beta_d=VP_BETA_D, beta_min=VP_BETA_MIN):
     """Noise level of the VP process at time t (a tensor, 0…1): σ(t) = √(e^{β_d t²/2 + β_min t} − 1).
 
-    With expm1 and log1p, which networks and losses need in float32; samplers have `vp_schedule`, which must not have
-    them.
+    With expm1 and log1p, which networks and losses need in float32; samplers use `vp_schedule`, which must do
+    without.
     """
     return torch.expm1(0.5 * beta_d * t ** 2 + beta_min * t).sqrt()
 
@@ -38,7 +38,7 @@ def iddpm_noise_levels(C_1, C_2, M, dtype=torch.float32):
     """iDDPM's noise levels u_0 > … > u_M = 0, [M + 1] on the CPU (Karras et al. 2022, Table 1).
 
     u_{j−1} = √((u_j² + 1) / max(ᾱ_{j−1}/ᾱ_j, C_1) − 1) in `dtype`, ᾱ_j = sin²(½π·j/M/(C_2 + 1)). The ratios of ᾱ are
-    in float32 whatever the dtype, as iDDPM was trained.
+    in float32 whatever the dtype, as in iDDPM's training.
     """
     j = torch.arange(M + 1, dtype=torch.float32, device='cpu')
     alpha_bar = (0.5 * torch.pi * j / M / (C_2 + 1)).sin() ** 2
@@ -63,7 +63,7 @@ def vp_schedule(beta_d, beta_min):
     """σ(t) = √(exp(½β_d t² + β_min t) − 1).
 
     Not written with expm1 and log1p: σ⁻¹(σ(t)) differs from t by round-off, the square root of which
-    decides how much noise a step without churn adds, and the recorded samples contain that noise.
+    determines how much noise a step without churn adds, and the recorded samples contain that noise.
     """
     def sigma(t):
         return ((0.5 * beta_d * t ** 2 + beta_min * t).exp() - 1).sqrt()
@@ -101,24 +101,24 @@ SCHEDULES = {'vp': fitted_vp_schedule, 've': ve_schedule, 'linear': linear_sched
 # -- signal scalings s(t)
 
 class Scaling(NamedTuple):
-    """s as a function of σ, and ds/dt of (σ, dσ/dt)."""
+    """s as a function of σ, and ds/dt as one of (σ, dσ/dt)."""
 
     s: Callable
     s_deriv: Callable
 
 
 SCALINGS = {
-    # Data of variance 1 plus noise keep variance 1.
+    # Data of variance 1, plus noise, keep variance 1.
     'vp': Scaling(lambda sigma: 1 / (1 + sigma ** 2).sqrt(),
                   lambda sigma, sigma_deriv: -sigma * sigma_deriv / (1 + sigma ** 2) ** 1.5),
     'none': Scaling(torch.ones_like, lambda sigma, sigma_deriv: torch.zeros_like(sigma)),
 }
 
 
-# -- discretisations: noise levels decreasing from sigma_max to sigma_min, the final 0 not among them
+# -- discretisations: noise levels decreasing from sigma_max to sigma_min, without the final 0
 
 class Discretization(NamedTuple):
-    """How the steps are spread, and over what range unless told otherwise.
+    """How the noise levels are spaced, and over which range by default.
 
     `levels`(num_steps, sigma_min, sigma_max, *, rho, epsilon_s, C_1, C_2, M) → [num_steps], each using
     what it needs; `default_range`(epsilon_s) → floats (sigma_min, sigma_max).
@@ -129,7 +129,7 @@ class Discretization(NamedTuple):
 
 
 def _fractions(num_steps):
-    """num_steps numbers evenly from 0 to 1; a single one is 0."""
+    """num_steps evenly spaced numbers from 0 to 1; a single one is 0."""
     return torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
 
 
@@ -151,7 +151,7 @@ def ve_sigmas(num_steps, sigma_min, sigma_max, **_):
 
 
 def iddpm_sigmas(num_steps, sigma_min, sigma_max, *, C_1, C_2, M, **_):
-    """Evenly chosen among those of iDDPM's levels u_0…u_M that lie between sigma_min and sigma_max.
+    """Chosen at even intervals from those of iDDPM's levels u_0…u_M that lie between sigma_min and sigma_max.
 
     Raises:
         UserError: no level is in the range.

@@ -1,8 +1,8 @@
-"""Network snapshots: weights and what is needed to rebuild the network around them, as data alone.
+"""Network snapshots: the weights and what is needed to rebuild the network around them, as pure data.
 
 A snapshot is one safetensors file. The key `HEADER_KEY` of its metadata holds a JSON object: format
 (version), system, network_kwargs (constructor arguments), dataset (facts about the training data),
-kimg, extra, and checksum (of all the rest and the tensors). Unknown entries are ignored, so that a later
+kimg, extra, and checksum (of the other entries and the tensors). Unknown entries are ignored, so that a later
 version may add some without a new format.
 EDM's .pkl snapshots are read too (training.edm_pickle).
 """
@@ -33,12 +33,12 @@ SYSTEM_OF_EDM_CLASS = {'VPPrecond': 'vp', 'VEPrecond': 've', 'iDDPMPrecond': 'id
 
 @dataclasses.dataclass
 class Snapshot:
-    """What a snapshot file says.
+    """The content of a snapshot file.
 
     Attributes:
         system: Name in the registry of systems, e.g. 'edm'.
         network_kwargs: Constructor arguments of the system's network.
-        state_dict: {name: CPU tensor}; of EDM's files they may be views, copy before changing them.
+        state_dict: {name: CPU tensor}; from EDM's files they may be views, so copy before changing them.
         dataset: Facts about the training data, plain values.
         kimg: Thousands of images trained on, or None.
         extra: Whatever else the writer recorded, plain values.
@@ -55,7 +55,7 @@ class Snapshot:
 
 
 def save_snapshot(path, net, system, *, dataset=None, kimg=None, extra=None):
-    """Write `net`'s weights with the header; `path` keeps its former content unless all of it reaches the disk.
+    """Write `net`'s weights with the header; `path` keeps its old content unless all of it reaches the disk.
 
     Args:
         path: Usually network-snapshot-KIMG.safetensors in the run folder.
@@ -65,18 +65,18 @@ def save_snapshot(path, net, system, *, dataset=None, kimg=None, extra=None):
         kimg: Thousands of images trained on.
 
     Raises:
-        TypeError: a value that JSON cannot hold (a mistake of the program).
+        TypeError: a value that JSON cannot hold (a programming error).
         UserError: the disk is full or not writable.
     """
     write_snapshot(path, net.state_dict(), net.init_kwargs, system, dataset=dataset, kimg=kimg, extra=extra)
 
 
 def write_snapshot(path, tensors, network_kwargs, system, *, dataset=None, kimg=None, extra=None):
-    """As `save_snapshot`, of a state dict {name: tensor} and the constructor arguments that belong to it."""
+    """As `save_snapshot`, for a state dict {name: tensor} and the matching constructor arguments."""
     header = {'format': SNAPSHOT_FORMAT, 'system': system, 'network_kwargs': network_kwargs,
               'dataset': dataset or {}, 'kimg': kimg, 'extra': extra or {}}
-    header = json.loads(json.dumps(header))  # as a reader will see it, which the checksum is of
-    # Each tensor is copied: safetensors takes neither views of one storage nor strides.
+    header = json.loads(json.dumps(header))  # as a reader will see it: the checksum is of this form
+    # Each tensor is copied: safetensors accepts neither shared storage nor non-contiguous tensors.
     tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, tensor in tensors.items()}
     header['checksum'] = _checksum(header, tensors)
@@ -86,7 +86,7 @@ def write_snapshot(path, tensors, network_kwargs, system, *, dataset=None, kimg=
 
 
 def _checksum(header, tensors):
-    """Of all but the header's own entry for it; tensors by name, since safetensors orders them its own way."""
+    """Of the header but for its own entry, and the tensors sorted by name, since safetensors has its own order."""
     facts = {key: value for key, value in header.items() if key != 'checksum'}
     return 'sha256:' + content_digest([facts, dict(sorted(tensors.items()))])
 
@@ -115,8 +115,8 @@ def _read_safetensors(path, header_bytes):
     if header_bytes > min(MAX_HEADER_BYTES, os.path.getsize(path)):
         raise UserError(damaged)
     try:
-        # Not safetensors.safe_open: it takes no path that isn't UTF-8, and its get_tensor loses some memory with each
-        # tensor (safetensors 0.8), where training reads often.
+        # Not safetensors.safe_open: it takes no path that isn't UTF-8, and its get_tensor leaks some memory with each
+        # tensor (safetensors 0.8), while training reads often.
         with open(path, 'rb') as f:
             f.seek(8)
             text = json.loads(f.read(header_bytes)).get('__metadata__', {}).get(HEADER_KEY)
@@ -130,13 +130,13 @@ def _read_safetensors(path, header_bytes):
                             'another snapshot')
     except UserError:
         raise
-    except Exception as e:  # SafetensorError, but also what torch says to dtypes it lacks or sizes it cannot map
+    except Exception as e:  # SafetensorError, but also what torch raises for dtypes it lacks or sizes it cannot map
         raise UserError(damaged) from e
     return Snapshot(**header, state_dict=state_dict, path=path)
 
 
 def _check_header(text, path):
-    """The header's entries, by name, with their types checked; a checksum of None where there is none."""
+    """The header's entries, by name, with their types checked; `checksum` is None if there is none."""
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -162,7 +162,7 @@ def _read_edm_pickle(path):
         raise UserError(f"{path} holds a network of the class {excerpt(content['class_name'])}; "
                         f"EDM snapshots of {', '.join(SYSTEM_OF_EDM_CLASS)} can be read")
     kimg = None
-    with contextlib.suppress(UserError):  # published networks carry other names
+    with contextlib.suppress(UserError):  # published networks have other names
         kimg = parse_kimg(path)
     extra = {name: content[name] for name in ('class_name', 'loss_class', 'loss_kwargs', 'augment_kwargs')}
     return Snapshot(system=SYSTEM_OF_EDM_CLASS[content['class_name']], network_kwargs=content['kwargs'],
@@ -171,10 +171,10 @@ def _read_edm_pickle(path):
 
 
 def build_network(snapshot, systems, device='cpu'):
-    """The snapshot's network, in evaluation mode, without gradients.
+    """Build the snapshot's network, in evaluation mode, without gradients.
 
     The arguments in a file may ask for a network of any size. So it is first built without memory (device
-    'meta') and compared with the tensors in the file, and only then for real.
+    'meta') and compared with the tensors in the file, and only then built for real.
 
     Args:
         snapshot: From `read_snapshot`.
@@ -190,14 +190,14 @@ def build_network(snapshot, systems, device='cpu'):
     with torch.device('meta'), _Bounded(snapshot.state_dict):
         outline = _construct(network_class, snapshot.network_kwargs, snapshot.path)
     _check_tensors(snapshot, outline)
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, but not from the caller's random numbers
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, but not from the caller's generator
         net = _construct(network_class, snapshot.network_kwargs, snapshot.path)
     net.load_state_dict(snapshot.state_dict)
     return net.eval().requires_grad_(False).to(device)
 
 
 def _construct(network_class, kwargs, path):
-    """network_class(**kwargs); the arguments come from a file, so that is to blame whatever goes wrong."""
+    """network_class(**kwargs); the arguments come from a file, which is blamed for any error."""
     try:
         return network_class(**kwargs)
     except Exception as e:
@@ -207,17 +207,17 @@ def _construct(network_class, kwargs, path):
 
 
 class _Bounded(TorchFunctionMode):
-    """Ends a construction that makes far more tensors, or far larger ones, than belong to the given weights."""
+    """Ends a construction that makes far more tensors, or far larger ones, than the given weights need."""
 
     def __init__(self, state_dict):
         super().__init__()
-        self.calls_left = 15_000 + 20 * len(state_dict)  # U-Nets take four a tensor, iDDPM's table ten thousand in all
-        # Drawing and scaling the initial weights makes five tensors for each; the constant is for tables.
+        self.calls_left = 15_000 + 20 * len(state_dict)  # U-Nets take four per tensor, iDDPM's table 10,000 in all
+        # Drawing and scaling the initial weights makes five tensors for each weight; the constant is for tables.
         self.elements_left = (1 << 24) + 16 * sum(t.numel() for t in state_dict.values())
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if kwargs.get('device') is not None:  # a table that insists on real memory: ask for its size first
+        if kwargs.get('device') is not None:  # a table that insists on real memory: count its size first
             self.count(func(*args, **{**kwargs, 'device': 'meta'}))
         result = func(*args, **kwargs)
         self.count(result)
@@ -232,7 +232,7 @@ class _Bounded(TorchFunctionMode):
 
 
 def _check_tensors(snapshot, net):
-    """Compare names and shapes; the sentence names the first difference."""
+    """Raise UserError unless names and shapes match; the sentence names the first difference."""
     expected, found = net.state_dict(), snapshot.state_dict
     problems = {
         'lacks the tensor': [name for name in expected if name not in found],

@@ -1,7 +1,7 @@
-"""What a system (EDM, Warm, …) has to bring to be trained, sampled and scored: `System`, and EDM's own.
+"""What a system (EDM, Warm, …) must provide to be trained, sampled and scored: `System`, and EDM's own systems.
 
 A system is a network class, a loss, and samplers, with the options they take. The registry of all
-systems is warm/systems.py; training code receives the system that it works for.
+systems is warm/systems.py; training code is handed the system that it works on.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
 class Option:
     """An option that only some systems have; train.py and generate.py make their flags from these.
 
-    Names are unique. One that the command has itself (train.py's `lr`, every sampler's `rho`) is refused by
-    warm.flags.SystemFlag; systems that have the same option share one Option object, which `own_options` checks.
+    Names are unique. One that the command itself has (train.py's `lr`, every sampler's `rho`) is refused by
+    warm.flags.SystemFlag; systems with the same option share one Option object, which `own_options` checks.
 
     Attributes:
         name: Keyword of the network's constructor, the loss or the sampler; the flag is --name with dashes.
-        default: Value where the user gives none; None leaves it to the constructor or sampler.
+        default: Value if the user gives none; None leaves it to the constructor or sampler.
         help: For the help text.
         type: Converts the text of the command line: str, int, float or a click type.
-        shown: The default as the help text shows it, where it is not `default`.
-        from_data: from_data(value, dataset) → value, for values that have to be measured ('auto'); None: taken as is.
+        shown: The default as the help text shows it, if not `default`.
+        from_data: from_data(value, dataset) → value, for values measured from the data ('auto'); None: taken as is.
     """
 
     name: str
@@ -44,29 +44,29 @@ class Option:
 
     @property
     def flag(self):
-        """As typed on the command line."""
+        """The flag, as typed on the command line."""
         return flag_of(self.name)
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """A diffusion system under the common data, networks, loop and scores.
+    """A diffusion system, which shares data, networks, training loop and scores with the others.
 
     Attributes:
         name: As in `--precond`; also recorded in snapshots.
         title, paper: For help texts.
         network_class: Preconditioned network, called as net(x, sigma, class_labels, …) (training.precond.Precond).
         loss: loss(net, **loss options) → callable(net, images, labels, augment_pipe) → tensor like images; `net` is
-            bare, not wrapped.
+            bare, not wrapped for data parallelism.
         network_options: Options of train.py that become constructor arguments of the network, recorded in snapshots.
         loss_options: Options of train.py that become arguments of `loss`.
-        sample_options: Names of the options common to generate.py that its sampler accepts.
-        own_sample_options: Options of generate.py that only such systems have.
+        sample_options: Names of generate.py's common options that its sampler accepts.
+        own_sample_options: Options of generate.py specific to such systems.
         sampler: sampler(net, **options) → callable(net, latents, class_labels, randn_like) → float64 images.
-        trainable: Whether train.py offers it; otherwise its snapshots can only be used.
-        describe: describe(net, sample options) → {name: plain value}: what tables of results say of the path that
-            is sampled, such as Warm's `bnr`.
-        draw_process: draw_process(path, net): a picture of the reverse process beside the image grids in training.
+        trainable: Whether train.py offers it; otherwise only existing snapshots can be used.
+        describe: describe(net, sample options) → {name: plain value}: what tables of results say of the sampled
+            path, such as Warm's `bnr`.
+        draw_process: draw_process(path, net) draws the reverse process, beside the image grids in training.
         predicts_images: Whether its network's prediction is an image, x̂₀; otherwise it is noise, or another state.
     """
 
@@ -87,7 +87,7 @@ class System:
 
     @property
     def train_options(self):
-        """Options of train.py that only such systems have."""
+        """Options of train.py specific to such systems."""
         return self.network_options + self.loss_options
 
     def network_kwargs(self, given):
@@ -115,13 +115,13 @@ class System:
 
     @property
     def starts_from_data(self):
-        """Whether its samples start from training images, which its sampler's option `data` then names."""
+        """Whether its samples start from training images, which its sampler's option `data` names."""
         return any(option.name == 'data' for option in self.own_sample_options)
 
     def check_options(self, names, shown=None):
-        """Raise UserError for a name that is no option of the sampler.
+        """Raise UserError for a name that is not an option of the sampler.
 
-        `shown` turns a name into what the user calls it: by default the flag.
+        `shown` turns a name into the user's name for it, by default the flag.
         """
         shown = shown or flag_of
         known = (*self.sample_options, *(option.name for option in self.own_sample_options))
@@ -142,13 +142,13 @@ class System:
 
 
 def edm_samplers(net, **options):
-    """EDM's sampler, or the generalised ablation sampler as soon as one of its four own options is given."""
+    """EDM's sampler, or the generalised ablation sampler as soon as one of its own four options is given."""
     ablated = any(name in options for name in ABLATION_OPTIONS)
     return functools.partial(ablation_sampler if ablated else edm_sampler, **options)
 
 
 def loss_for(loss_class):
-    """loss(net, **options) of a dataclass; what network and loss both have, such as sigma_data, is the network's."""
+    """loss(net, **options) for a loss dataclass; fields that the network has, such as sigma_data, take its values."""
     def loss(net, **options):
         shared = [field.name for field in dataclasses.fields(loss_class) if hasattr(net, field.name)]
         return loss_class(**{**{name: getattr(net, name) for name in shared}, **options})
@@ -172,16 +172,16 @@ EDM_SYSTEMS = (
 
 
 def flag_of(name):
-    """The command-line flag of an option's name; EDM's own keep their underscores."""
+    """The command-line flag for an option's name; EDM's own keep their underscores."""
     edm = (*COMMON_SAMPLE_OPTIONS, *ABLATION_OPTIONS)
     return '--' + (FLAG_NAMES.get(name, name) if name in edm else name.replace('_', '-'))
 
 
 def own_options(systems, attribute):
-    """{option: [names of the systems that have it]} over a registry; `attribute` is the System's list of them.
+    """{option: [names of the systems that have it]} over a registry; `attribute` names the System's list of them.
 
     Raises:
-        UserError: two systems have different options of one name, which would be two flags of one name.
+        UserError: two systems have different options of the same name, hence two flags of that name.
     """
     users, by_name = {}, {}
     for system in systems.values():

@@ -31,23 +31,23 @@ MIN_TRANSFER = 0.1  # of a network's tensors; other architectures share up to 0.
 
 
 def training_loop(
-    run_dir,                    # Folder of this run; exists already.
+    run_dir,                    # Folder of this run; must exist.
     systems,                    # The registry of systems, {name: training.system.System}.
     system,                     # Name of the system to train.
     dataset_kwargs,             # Arguments of ImageFolderDataset.
-    network_kwargs,             # Arguments of the system's network, without those that the data set decides.
+    network_kwargs,             # Arguments of the system's network, except those that follow from the data set.
     optimizer_kwargs,           # Arguments of torch.optim.Adam: lr, betas, eps.
     augment_kwargs=None,        # Arguments of AugmentPipe; None = no augmentation.
     data_loader_kwargs=None,    # Arguments of torch.utils.data.DataLoader, for sets that are not decoded in advance.
-    data_device='cpu',          # Where the decoded data set lies; 'cuda' puts all of it on each GPU.
+    data_device='cpu',          # Where the decoded data set is kept; 'cuda' puts all of it on each GPU.
     accelerate_kwargs=None,     # Arguments of training.acceleration.accelerate: precision, compile, …
     seed=0,                     # The same on all ranks.
     batch_size=512,             # Images per step, over all ranks.
-    batch_gpu=None,             # Images per forward pass and rank; smaller than a rank's share = accumulation.
+    batch_gpu=None,             # Images per forward pass and rank; smaller than a rank's share = gradient accumulation.
     total_kimg=200000,          # Length of training, in thousands of images.
-    ema_halflife_kimg=500,      # Half-life of the moving average of the weights.
+    ema_halflife_kimg=500,      # Half-life of the EMA of the weights.
     ema_rampup_ratio=0.05,      # The half-life is at most this share of the images seen; None = no ramp-up.
-    lr_rampup_kimg=10000,       # Linear learning-rate ramp-up.
+    lr_rampup_kimg=10000,       # Length of the linear learning-rate warm-up.
     loss_scaling=1,             # Scale of the loss in the backward pass, undone in the gradients.
     kimg_per_tick=50,           # Interval of status lines and statistics.
     snapshot_ticks=50,          # Interval of snapshots; 0 = only at the end.
@@ -58,21 +58,21 @@ def training_loop(
     resume=None,                # Training state to continue.
     compact_state=False,        # Whether states take 10 bytes per parameter, not 16, and do not resume exactly.
     keep=0,                     # Snapshots and states kept; 0 = all.
-    max_nonfinite=100,          # Steps in a row with a non-finite loss or gradients that end the run; 0 = none do.
+    max_nonfinite=100,          # Steps in a row with a non-finite loss or gradients that end the run; 0 = no limit.
     timeout=600,                # Seconds without a finished step after which a rank counts as hung; 0 = never.
     eval_kwargs=None,           # Arguments of make_evaluator: ticks, num, ref, detector, metrics; None = no scores.
     tensorboard=False,          # Whether to write event files for TensorBoard too.
-    dataset=None,               # What open_dataset(**dataset_kwargs) gave, if it was called before.
+    dataset=None,               # What open_dataset(**dataset_kwargs) returned, if already called.
     cudnn_benchmark=True,
 ):
-    """Train a system and leave snapshots, states, image grids and stats.jsonl in `run_dir`.
+    """Train a system and write snapshots, states, image grids and stats.jsonl to `run_dir`.
 
     Returns:
-        Whether the training is done; False where a signal has stopped it (torch_utils.signals), its state saved.
+        Whether training is done; False if a signal stopped it (torch_utils.signals), with its state saved.
 
     Raises:
-        UserError: batch sizes that do not divide, data or files that cannot be used, a full disk, numbers that
-            stay non-finite.
+        UserError: batch sizes that do not divide, data or files that cannot be used, a full disk, a loss or
+            gradients that stay non-finite.
     """
     device = dist.device()
     torch.backends.cudnn.benchmark = cudnn_benchmark
@@ -118,7 +118,7 @@ def training_loop(
     evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, **(eval_kwargs or {}))
     batches = Batches(dataset, batch_gpu, seed, progress.nimg, data_loader_kwargs or {}, device, data_device)
     seed_rank(seed, state, resume)
-    del state  # it is as large as what is trained
+    del state  # it is as large as network, EMA and optimiser together
 
     grid_sampler = system.make_sampler(ema, sample_options)
     if grid_images and dist.get_rank() == 0:
@@ -133,7 +133,7 @@ def training_loop(
             watchdog.beat()
             optimizer.zero_grad(set_to_none=True)
             finite = accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, loss_scaling / batch_rank)
-            for group in optimizer.param_groups:  # whatever the schedule computes with, states hold plain numbers
+            for group in optimizer.param_groups:  # states hold plain numbers, whatever the schedule computes with
                 group['lr'] = float(learning_rate(progress.nimg, optimizer_kwargs['lr'], lr_rampup_kimg * 1000))
             finite.append(clean_gradients(net, loss_scaling))
             optimizer.step()
@@ -163,9 +163,9 @@ def training_loop(
                 save_run(saver, net, ema, optimizer, progress, settings, facts(dataset), status.last_line(), dump)
                 if grid_images and not health.stopping:
                     draw_images(run_dir, ema, system, grid_sampler, grid_images, progress)
-                dist.barrier()  # the others wait for rank 0 here, where no watchdog takes that for a hang
+                dist.barrier()  # the others wait for rank 0 here, where the watchdog does not count it as a hang
             if tick_ends:
-                if not health.stopping:  # time may be short
+                if not health.stopping:  # when stopping, time may be short
                     status.add(evaluate(ema, tick, progress.nimg, done))
                 status.start_tick(progress.nimg)
             if leaving:
@@ -184,7 +184,7 @@ def split_batch(batch_size, batch_gpu=None):
     """(images per rank and step, images per forward pass, accumulation rounds).
 
     Raises:
-        UserError: a batch that does not divide over the ranks or over the rounds.
+        UserError: a batch that does not divide evenly over the ranks or the rounds.
     """
     ranks = dist.get_world_size()
     if batch_size % ranks:
@@ -198,7 +198,7 @@ def split_batch(batch_size, batch_gpu=None):
 
 
 def interface_kwargs(dataset, augment_kwargs):
-    """What the data and the augmentation decide about the network."""
+    """Arguments of the network that follow from the data and the augmentation."""
     kwargs = dict(img_resolution=dataset.resolution, img_channels=dataset.num_channels, label_dim=dataset.label_dim)
     if augment_kwargs:
         kwargs['augment_dim'] = AugmentPipe(**augment_kwargs).label_dim
@@ -212,7 +212,7 @@ def facts(dataset):
 
 
 def worth_saving(health, progress, ema, leaving):
-    """Whether the last step was sound: otherwise what was saved before must stay the newest.
+    """Whether to save after this step: not if it was a bad one, so that what was saved before stays the newest.
 
     A run that ends has no later step to wait for. Its bad gradients were replaced, so finite weights are good ones.
 
@@ -233,7 +233,7 @@ def save_run(saver, net, ema, optimizer, progress, settings, dataset_facts, last
     """Hand a snapshot, and with `dump` a training state, to rank 0's saver. Call on all ranks.
 
     Args:
-        settings, last_line: As of training.progress.run_state.
+        settings, last_line: `settings` and `last_tick` of training.progress.run_state.
         dataset_facts: From `facts`.
     """
     weights = ema.state_dict()
@@ -245,7 +245,7 @@ def save_run(saver, net, ema, optimizer, progress, settings, dataset_facts, last
 
 
 def draw_images(run_dir, ema, system, sampler, count, progress):
-    """The pictures beside a snapshot: a grid of `count` images, and the system's reverse process. Call on all ranks."""
+    """Draw pictures beside a snapshot: a grid of `count` images and the system's reverse process. Call on all ranks."""
     images = gather_images(ema, list(range(count)), sampler)
     if dist.get_rank() == 0:
         save_grid(name_in(run_dir, 'fakes', progress), images)
@@ -261,7 +261,7 @@ def transfer_weights(path, net):
     """Start `net` from the EMA weights of a snapshot (Precond.transfer); returns how many of its tensors were set.
 
     Raises:
-        UserError: it is no snapshot, or one of another architecture, with which hardly a tensor is shared.
+        UserError: it is not a snapshot, or one of another architecture, with hardly a tensor in common.
     """
     snapshot = read_snapshot(path)
     copied, total = net.transfer(snapshot.state_dict), len(net.state_dict())
@@ -275,14 +275,14 @@ def transfer_weights(path, net):
 
 
 def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale):
-    """Add the gradients of scale · Σ loss over `rounds` batches; the ranks' are averaged in the last round.
+    """Accumulate the gradients of scale · Σ loss over `rounds` batches; the last round averages them over ranks.
 
     Args:
         ddp: The network, perhaps wrapped (torch_utils.distributed.data_parallel).
-        loss_fn: As of training.system.System.loss.
+        loss_fn: As made by training.system.System.loss.
         batches: Iterator of (images, labels).
         augment_pipe: As for the loss.
-        scale: Loss scaling over the images of a rank.
+        scale: Loss scaling divided by the number of images per rank.
 
     Returns:
         Whether each round's loss was finite: 0-d bool tensors, which stay on the device.
@@ -301,7 +301,7 @@ def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale):
 
 
 def open_dataset(cache=True, **kwargs):
-    """The data set; with `cache` its images decoded in advance, unless it is too large for that. Call on all ranks."""
+    """Open the data set; with `cache`, decode its images in advance unless it is too large. Call on all ranks."""
     dist.print0('Loading dataset...')
     dataset = ImageFolderDataset(**kwargs)
     images = decoded_images(dataset) if cache else None
@@ -311,23 +311,23 @@ def open_dataset(cache=True, **kwargs):
 
 
 def make_optimizer(net, **kwargs):
-    """Adam, on a GPU in its fused form: one pass over all weights, and nothing that the host waits for."""
+    """Adam, on a GPU in its fused form: one pass over all weights, which never makes the host wait."""
     parameters = list(net.parameters())
     return torch.optim.Adam(parameters, **kwargs, fused=True if parameters[0].is_cuda else None)
 
 
 def clean_gradients(net, loss_scaling=1):
-    """Undo the loss scaling; NaN becomes 0 and ±inf ±1e5, so that one bad batch does not end a run.
+    """Undo the loss scaling; replace NaN by 0 and ±inf by ±1e5, so that one bad batch does not end a run.
 
     Returns:
-        Whether all were finite, as a tensor on their device.
+        Whether all were finite, as a 0-d bool tensor on their device.
     """
     grads = [param.grad for param in net.parameters() if param.grad is not None]
     if loss_scaling != 1:
         torch._foreach_div_(grads, loss_scaling)
-    # On a GPU hundreds of kernels take longer to launch than the gradients to copy into one tensor and back.
+    # On a GPU, launching hundreds of kernels takes longer than copying the gradients into one tensor and back.
     pieces = [torch.cat([grad.flatten() for grad in grads])] if grads[0].is_cuda else grads
-    finite = torch.stack([piece.sum() for piece in pieces]).isfinite().all()  # infinities and NaN come through
+    finite = torch.stack([piece.sum() for piece in pieces]).isfinite().all()  # infinities and NaN survive the sum
     for piece in pieces:
         piece.nan_to_num_(nan=0, posinf=1e5, neginf=-1e5)
     if pieces is not grads:
@@ -337,12 +337,12 @@ def clean_gradients(net, loss_scaling=1):
 
 
 def learning_rate(nimg, lr, rampup_nimg):
-    """The schedule: the rate of the step after `nimg` images rises linearly from 0 to `lr` over `rampup_nimg` (EDM)."""
+    """Learning rate of the step after `nimg` images: linear warm-up from 0 to `lr` over `rampup_nimg` images (EDM)."""
     return lr * min(nimg / max(rampup_nimg, 1e-8), 1)
 
 
 def ema_beta(batch_size, nimg, halflife_nimg, rampup_ratio):
-    """Decay of one step: 0.5^(batch/half-life), the half-life at most `rampup_ratio`·nimg; 0 at nimg 0."""
+    """EMA decay of one step: 0.5^(batch/half-life), the half-life at most `rampup_ratio`·nimg; 0 at nimg 0."""
     if rampup_ratio is not None:
         halflife_nimg = min(halflife_nimg, nimg * rampup_ratio)
     return 0.5 ** (batch_size / max(halflife_nimg, 1e-8))
@@ -355,7 +355,7 @@ def update_ema(ema, net, beta):
 
 
 def is_due(tick, interval):
-    """Whether what happens every `interval` ticks (0: never) happens at `tick`."""
+    """Whether something done every `interval` ticks (0: never) is due at `tick`."""
     return bool(interval) and tick % interval == 0
 
 

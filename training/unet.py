@@ -21,10 +21,10 @@ def drop_labels(labels, probability, batch):
 
 
 class UNet(Network):
-    """What the two networks share: levels of blocks going down, then up with the skips joined.
+    """What the two networks share: levels of blocks going down, then up with skip connections.
 
-    A subclass sets up its embedding (`embed`), calls `build`, and says how images pass through `enc` and `dec`
-    (`encode`, `decode`). Their keys are {R}x{R}_{kind}, in order of execution.
+    A subclass defines its embedding (`embed`), calls `build`, and defines how images pass through `enc` and `dec`
+    (`encode`, `decode`). The keys of those two are {R}x{R}_{kind}, in order of execution.
     """
 
     can_recompute = True
@@ -51,16 +51,16 @@ class UNet(Network):
         return self.decode(x, skips, emb)
 
     def features_per_image(self):
-        """The skips, and two more features a level."""
+        """The skips, num_blocks + 1 feature maps per level, and one more per level."""
         return sum((self.num_blocks + 2) * channels * (self.img_resolution >> level) ** 2
                    for level, channels in enumerate(self.level_channels))
 
     def run_layer(self, layer, x, emb):
-        """Blocks take the embedding, plain convolutions do not."""
+        """Run a layer: blocks take the embedding, plain convolutions do not."""
         return self.run_block(layer, x, emb) if isinstance(layer, UNetBlock) else layer(x)
 
     def run_decoder_block(self, block, x, skips, emb):
-        """Join the latest skip, if the block is wider than x, and run it."""
+        """Run a block, first concatenating the latest skip if the block takes more channels than x has."""
         if block.in_channels == x.shape[1]:
             return self.run_block(block, x, emb)
         return self.run_block(lambda *inputs: block(torch.cat(inputs[:2], dim=1), inputs[2]), x, skips.pop(), emb)
@@ -68,7 +68,7 @@ class UNet(Network):
     # -- construction
 
     def build(self, style, stem_channels):
-        """Create `enc` and `dec` from blocks of that style, the first convolution giving stem_channels."""
+        """Create `enc` and `dec` from blocks of that style, with stem_channels out of the first convolution."""
         self.enc, self.dec = torch.nn.ModuleDict(), torch.nn.ModuleDict()
         skip_channels = self._build_encoder(style, stem_channels)
         self._build_decoder(style, skip_channels)
@@ -116,18 +116,18 @@ class UNet(Network):
         return True
 
     def add_encoder_aux(self, style, level, channels):
-        """Called after each down block; a subclass may add layers of its own to `enc`."""
+        """Called after each down block; a subclass may add its own layers to `enc`."""
 
     def add_decoder_aux(self, style, level, channels):
-        """Called after each level's blocks; a subclass may add layers of its own to `dec`."""
+        """Called after each level's blocks; a subclass may add its own layers to `dec`."""
 
 
 def kinds(layers):
-    """(kind, layer) of every entry of `enc` or `dec`, the key's resolution left out."""
+    """(kind, layer) for every entry of `enc` or `dec`: its key without the resolution."""
     return ((name.split('_', 1)[1], layer) for name, layer in layers.items())
 
 
-# name → class, or function of the number of channels, that makes the noise embedding
+# name → class or function that makes the noise embedding from the number of channels
 EMBEDDINGS = {
     'positional': lambda channels: PositionalEmbedding(channels, endpoint=True, sin_first=True),
     'fourier': FourierEmbedding,
@@ -140,16 +140,16 @@ class SongUNet(UNet):
     """DDPM++ (positional, standard, standard), NCSN++ (fourier, residual, standard) and kin.
 
     Args:
-        img_resolution, in_channels, out_channels: Of the images.
+        img_resolution, in_channels, out_channels: Size of the images, and channels in and out.
         label_dim, augment_dim: Width of the labels, 0 for none.
         model_channels, channel_mult: Channels of level i are model_channels·channel_mult[i].
-        channel_mult_emb, channel_mult_noise: Width of the embedding, and of the noise embedding, in model_channels.
-        num_blocks, attn_resolutions: Blocks a level, and the resolutions with attention.
+        channel_mult_emb, channel_mult_noise: Widths of the embedding and the noise embedding, in model_channels.
+        num_blocks, attn_resolutions: Blocks per level, and the resolutions with attention.
         dropout, label_dropout: Probabilities, active in training only.
         embedding_type: A name in EMBEDDINGS.
         encoder_type: One of ENCODERS: plain; the downsampled image added at each level (skip); a residual pyramid.
         decoder_type: One of DECODERS: output at the highest resolution, or a sum over all (skip).
-        resample_filter: 1-D filter of all resampling: [1, 1] DDPM++, [1, 3, 3, 1] NCSN++.
+        resample_filter: 1-D filter of all resampling: [1, 1] for DDPM++, [1, 3, 3, 1] for NCSN++.
 
     Raises:
         UserError: an unknown type, or an image size that the levels do not fit.
@@ -234,7 +234,7 @@ class SongUNet(UNet):
         return x, skips
 
     def decode(self, x, skips, emb):
-        """Features → image; with the skip decoder, the sum of each level's image, upsampled on the way."""
+        """Features → image; with the skip decoder, the sum of all levels' images, upsampled on the way."""
         image = 0
         for kind, layer in kinds(self.dec):
             if kind == 'aux_up':
@@ -306,7 +306,7 @@ class DhariwalUNet(UNet):
 
 MODELS = {'SongUNet': SongUNet, 'DhariwalUNet': DhariwalUNet}
 
-# What --arch stands for: arguments of the network, EDM's. --cbase and --cres replace two of them, if it has such.
+# What --arch stands for: the network's arguments, as in EDM. --cbase and --cres replace two of them, if it has these.
 ARCHITECTURES = {
     'ddpmpp': dict(model_type='SongUNet', embedding_type='positional', encoder_type='standard',
                    decoder_type='standard', channel_mult_noise=1, resample_filter=[1, 1], model_channels=128,

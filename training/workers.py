@@ -1,4 +1,4 @@
-"""Processes that work through chunks of items side by side, the first process among them; results come in order."""
+"""Processes, including this one, that work through chunks of items in parallel; results come in order."""
 
 import collections
 import concurrent.futures
@@ -11,14 +11,14 @@ import signal
 
 from dnnlib import UserError
 
-AHEAD = 2  # chunks that wait for each of the other processes
+AHEAD = 2  # chunks queued for each of the other processes
 
 
 class Workers:
-    """A context in which `map` has so many processes, this one included.
+    """A context in which `map` uses `count` processes, this one included.
 
-    The others start when it is entered, so that their imports pass while this one still finds out what there is to do.
-    Ctrl-C is this process's to handle: the others never see it.
+    The others start when it is entered, so that their imports run while this one still finds out what there is to do.
+    Ctrl-C is handled by this process: the others never see it.
     """
 
     def __init__(self, count=1):
@@ -38,13 +38,13 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def _submit(self, *call):
-        with _interrupts_wait():  # a process started in it blocks the signal for good
+        with _interrupts_wait():  # a process started in it keeps the signal blocked for good
             return self.pool.submit(*call)
 
     def map(self, function, chunks):
-        """Yield ``function(chunk)`` of each chunk, in order; few are under way at a time, so memory stays bounded.
+        """Yield ``function(chunk)`` for each chunk, in order; few are in flight at a time, so memory stays bounded.
 
-        This process takes a chunk whenever the next result is not there yet.
+        This process takes a chunk itself whenever the next result is not ready yet.
 
         Args:
             function: Picklable; each process unpickles it once.
@@ -74,7 +74,7 @@ class Workers:
                     pending.append(function(chunk))
 
 
-ALONE = Workers()  # this process; needs no entering
+ALONE = Workers()  # this process alone; need not be entered
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def _broken_pool_named():
 
 @contextlib.contextmanager
 def _interrupts_wait():
-    """Ctrl-C waits for the block to end."""
+    """Context that holds Ctrl-C back until the block ends."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -96,7 +96,7 @@ def _interrupts_wait():
 
 
 def _nothing():
-    """A call that only brings a process up."""
+    """A call that only starts a process."""
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""The library in a few lines: load a snapshot, draw images. For D and R of a noisy image see WarmPrecond."""
+"""The library interface: load a snapshot and sample images. For D and R of a noisy image, see WarmPrecond."""
 
 import contextlib
 import dataclasses
@@ -20,16 +20,16 @@ from warm.systems import SYSTEMS
 
 
 def load(path_or_url, device=None):
-    """The network of a snapshot (.safetensors, or EDM's .pkl), ready to sample.
+    """Load the network of a snapshot (.safetensors, or EDM's .pkl), ready to sample.
 
     Args:
         path_or_url: A file or an https address.
         device: Where it runs, such as 'cpu' or 'cuda:1'; by default the GPU if there is one.
 
     Returns:
-        The preconditioned network in evaluation mode. `net.system` names its system, `net.snapshot` holds the
-        file's other facts (training.snapshot.Snapshot, without tensors); Warm networks have
-        `net.denoise_deblur(x, sigma, class_labels=None, alpha=None)` → (D, R), which networks without blur lack.
+        The preconditioned network in evaluation mode. `net.system` is the name of its system, and `net.snapshot` has
+        the file's other contents (training.snapshot.Snapshot, without tensors). Only Warm networks have
+        `net.denoise_deblur(x, sigma, class_labels=None, alpha=None)` → (D, R).
 
     Raises:
         UserError: the file is missing, damaged, or of an unknown system; this machine has no such device.
@@ -42,14 +42,14 @@ def load(path_or_url, device=None):
 
 
 def sample(net, seeds, class_idx=None, batch=None, system=None, **options):
-    """Draw the images that generate.py writes for the same seeds.
+    """Generate the images that generate.py writes for the same seeds.
 
     Args:
-        net: From `load`, or any network of a system; one in training mode is drawn from as if it were not.
-        seeds: Integers from 0 on, one per image, each once, at least one.
+        net: From `load`, or any network of a system; sampled in evaluation mode even if it is in training mode.
+        seeds: At least one integer ≥ 0, one per image, without duplicates.
         class_idx: Class of all images; None draws one per seed.
-        batch: Images at a time; by default what suits the device, as for generate.py.
-        system: Name of the network's system, or a training.system.System; by default what `load` says it is.
+        batch: Batch size; by default what suits the device, as in generate.py.
+        system: Name of the network's system, or a training.system.System; by default `net.system`, set by `load`.
         options: Sampler options by name, such as num_steps=18, solver='heun', bnr=0.5. Systems whose samples start
             from training images (ihdm, cold) take them from `data`, a folder or zip; by default from the embedded
             digits, if the network was trained on them.
@@ -58,8 +58,9 @@ def sample(net, seeds, class_idx=None, batch=None, system=None, **options):
         uint8 [N, C, H, W] on the CPU.
 
     Raises:
-        UserError: an option that the network's sampler does not have; training images that are not at hand; no seeds,
-            a seed twice, or no batch; more than warm.sources.MAX_STEPS; a network of no known system.
+        UserError: an option that the network's sampler does not have; training images that are needed but not given;
+            no seeds, invalid or repeated seeds, or an invalid batch size; more than warm.sources.MAX_STEPS steps; a
+            network of no known system.
     """
     system = _system_of(net, system)
     seeds = _integers(seeds)
@@ -79,7 +80,7 @@ def sample(net, seeds, class_idx=None, batch=None, system=None, **options):
 
 @contextlib.contextmanager
 def _evaluating(net):
-    """Within it no part of the network is in training mode, in which dropout would change the images."""
+    """Context in which the whole network is in evaluation mode, since dropout would change the images."""
     training = [module for module in net.modules() if module.training]
     try:
         net.eval()
@@ -90,12 +91,12 @@ def _evaluating(net):
 
 
 def _device(device):
-    """`device` as a torch.device of this machine; None stands for the best one."""
+    """`device` as a torch.device that this machine has; None is its GPU, or the CPU if it has none."""
     if device is None:
         return dist.device()
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)  # which brings PyTorch to look for it
+        torch.empty(0, device=device)  # makes PyTorch look for it
     except (RuntimeError, AssertionError, TypeError, ImportError) as e:
         raise UserError(f"this machine has no device '{excerpt(device)}' for PyTorch; give 'cpu' or, where there is a "
                         "GPU, 'cuda'") from e
@@ -103,7 +104,7 @@ def _device(device):
 
 
 def _system_of(net, system):
-    """The System that is meant by an instance, by a name, or by None: what `net` says itself."""
+    """The System given as an instance or by name; None takes the name recorded in `net`."""
     if isinstance(system, System):
         return system
     name = getattr(net, 'system', None) if system is None else system
@@ -114,7 +115,7 @@ def _system_of(net, system):
 
 
 def _integers(seeds):
-    """Seeds of any kind of sequence as a list of ints."""
+    """The seeds of any iterable as a list of ints, checked."""
     try:
         integers = [operator.index(seed) for seed in seeds]
     except TypeError as e:
@@ -128,7 +129,7 @@ def _integers(seeds):
 
 
 def _start_data(snapshot, path):
-    """`data_for`, which speaks of flags, with the library's remedy."""
+    """`data_for`, but its error names the argument to pass here instead of a command-line flag."""
     try:
         return data_for(snapshot, path)
     except UserError as e:

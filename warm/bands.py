@@ -1,12 +1,12 @@
 """The family of blur–noise processes that the systems here share: x_t = V (a_t ∘ Vᵀx₀) + V (s_t ∘ Vᵀε).
 
-a and s are per DCT band. Systems that blur say what their `Bands` (a_t, s_t) are at each time; cold ones have s = 0.
-What they need of them stands here once: the marginal that their losses draw from, and for ancestral sampling the
+a and s are per DCT band. Each blurring system defines its `Bands` (a_t, s_t) at each time; Cold Diffusion has s = 0.
+Here is what they derive from these: the marginal that their losses draw from and, for ancestral sampling, the
 transition q(z_t|z_s) and the posterior q(z_s|z_t, x₀). EDM is a = 1, s = σ, and Warm is a = M_α, s = β, but both have
-losses and samplers of their own, which tests/test_family_bands.py holds against the family's. Equation numbers are
-Blurring Diffusion's (Hoogeboom and Salimans 2023).
+their own losses and samplers, which tests/test_family_bands.py checks against the family's. Equation numbers are
+those of Blurring Diffusion (Hoogeboom and Salimans 2023).
 
-a is kept as its logarithm: at strong blur it underflows, and only ratios of it matter then.
+a is stored as its logarithm: at strong blur it underflows, and then only ratios of it matter.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from warm.blur import dct2, idct2
 
 @dataclasses.dataclass(frozen=True)
 class Bands:
-    """Signal and noise of the state at one time, or at one time per image; float64, on the images' device.
+    """Scales of signal and noise at one time, or at one time per image; float64, on the images' device.
 
     Attributes:
-        log_signal: ln a ≤ 0: [N, N] or [B, 1, N, N]; a single number ([] or [B, 1, 1, 1]) where all bands are alike.
-        noise: s ≥ 0, likewise.
+        log_signal: ln a ≤ 0: [N, N] or [B, 1, N, N]; [] or [B, 1, 1, 1] if all bands are equal.
+        noise: s ≥ 0, shaped likewise.
     """
 
     log_signal: torch.Tensor
@@ -35,7 +35,7 @@ class Bands:
 
     @property
     def is_white(self):
-        """Whether all bands have the same noise, which then needs no DCT."""
+        """Whether all bands have the same noise, so that it needs no DCT."""
         return self.noise.shape[-1:] in ((), (1,))
 
 
@@ -48,23 +48,23 @@ def diffuse(x0, eps, at):
 
 
 def transition_moments(earlier, later):
-    """q(z_later|z_earlier): (a_{t|s}, σ²_{t|s}) per band, the factor of the state and the variance added (Eq. 15).
+    """Moments (a_{t|s}, σ²_{t|s}) of q(z_later|z_earlier) per band: the state's factor, the variance added (Eq. 15).
 
-    a_{t|s} = a_t/a_s and σ²_{t|s} = s_t² − a²_{t|s} s_s² stand below Eq. 15, without a number of their own.
+    a_{t|s} = a_t/a_s and σ²_{t|s} = s_t² − a²_{t|s} s_s² are given, unnumbered, below Eq. 15.
     """
     ratio = (later.log_signal - earlier.log_signal).exp()
     return ratio, (later.noise.square() - (ratio * earlier.noise).square()).clamp(min=0)
 
 
 def posterior(here, there, delta=0):
-    """q(z_there|z_here, x₀) at an earlier time: its mean is w_x·Vᵀx + w_0·(a_s Vᵀx₀), both per band (Eq. 18).
+    """Weights and variance of q(z_there|z_here, x₀) per band; its mean is w_x·Vᵀx + w_0·(a_s Vᵀx₀) (Eq. 18).
 
     σ² = (1/s_s² + a²_{t|s}/σ²_{t|s})⁻¹, w_x = a_{t|s} σ²/σ²_{t|s}, w_0 = σ²/s_s², written so that s_s = 0 and
-    a_{t|s} = 0 need no exception.
+    a_{t|s} = 0 need no special case.
 
     Args:
         here, there: Bands at t and at s < t.
-        delta: Guard of Blurring Diffusion's appendix A.1: lower clip of s_s² and of σ²_{t|s}/a²_{t|s}, and added to
+        delta: Guard of Blurring Diffusion's appendix A.1: lower bound of s_s² and of σ²_{t|s}/a²_{t|s}, also added to
             σ²_{t|s} in w_x; 0 is Eq. 18 itself.
 
     Returns:
@@ -78,13 +78,13 @@ def posterior(here, there, delta=0):
 
 
 def ancestral_noise_step(x, eps, here, there, z=None, delta=0):
-    """Draw from q(z_there|z_here, x̂₀) for an estimate ε̂, or take its mean where z is None (Eq. 22, 23); float64.
+    """Draw from q(z_there|z_here, x̂₀) given an estimate ε̂, or return its mean if z is None (Eq. 22, 23); float64.
 
-    There is no detour over x̂₀, which overflows at strong blur.
+    x̂₀ itself is never computed, since it overflows at strong blur.
 
     Args:
         x, eps: State and estimate of its noise [B, C, N, N].
-        here, there: Bands now and at an earlier time.
+        here, there: Bands at the current and at an earlier time.
         z: Standard normal noise like x.
         delta: As in `posterior`.
     """
@@ -96,5 +96,5 @@ def ancestral_noise_step(x, eps, here, there, z=None, delta=0):
 
 
 def spread_levels(num_steps, last):
-    """num_steps whole levels evenly spread from `last` down to above 0, then 0: a list of num_steps + 1 integers."""
+    """num_steps + 1 integers, evenly spaced (rounded up) from `last` down to 0."""
     return [-(-last * i // num_steps) for i in range(num_steps, -1, -1)]

@@ -4,9 +4,9 @@ Vᵀ is the orthonormal two-dimensional DCT-II of each channel of an N×N image,
 diagonal: M = exp(−λ α²/2) with λ[k,l] = (πk/N)² + (πl/N)², a Gaussian blur of standard deviation α
 pixels with reflecting edges.
 
-Everything here is computed in float64 and returned in the precision of its input. That is immune to
-TF32 and autocast, which touch float32 products only, and needs no global switch; at these sizes its
-cost is far below that of a network (tests/benchmarks/bench_warm.py).
+Everything here is computed in float64 and returned in the precision of its input. TF32 and autocast
+affect only float32 products, so no global switch is needed against them; at these sizes the cost is
+far below that of a network (tests/benchmarks/bench_warm.py).
 """
 
 import functools
@@ -19,7 +19,7 @@ from training.precond import SIGMA_DATA
 
 
 def constant(function):
-    """Cache a function's tensors; made outside inference mode, since autograd may need them later."""
+    """Cache the tensors a function returns, computed outside inference mode since autograd may need them later."""
     return functools.lru_cache(maxsize=32)(torch.inference_mode(False)(function))
 
 
@@ -34,7 +34,7 @@ def dct_matrix(n, device=torch.device('cpu')):
 
 @constant
 def frequencies(n, device=torch.device('cpu')):
-    """λ[k,l] = (πk/n)² + (πl/n)² [n, n], float64, per squared pixel: the eigenvalues of −Laplace."""
+    """λ[k,l] = (πk/n)² + (πl/n)² [n, n], float64, per squared pixel: the eigenvalues of −Δ (negative Laplacian)."""
     f = (torch.arange(n, dtype=torch.float64) * (math.pi / n)).square()
     return (f[:, None] + f).to(device)
 
@@ -70,7 +70,7 @@ def _half_square(alpha):
 
 
 def log_blur_mask(alpha, n):
-    """ln M_α = −λ α²/2, of any blur; arguments and shape as of `blur_mask`."""
+    """ln M_α = −λ α²/2, finite at any blur; arguments and shape as in `blur_mask`."""
     tau = _half_square(alpha)
     return -frequencies(n, tau.device) * tau
 
@@ -89,18 +89,18 @@ def blur_mask(alpha, n):
 
 
 def rest_mask(alpha, n):
-    """1 − M_α, shaped as `blur_mask`; through expm1, so that a blur near 0 keeps its relative precision."""
+    """1 − M_α, shaped like `blur_mask`; uses expm1 to keep its relative precision at blur near 0."""
     return -torch.expm1(log_blur_mask(alpha, n))
 
 
 def log_mask_ratio(alpha, alpha_next, n):
-    """ln(M′/M) = λ(α² − α′²)/2, shaped as `blur_mask`; never a quotient of masks, nearly all 0 at strong blur."""
+    """ln(M′/M) = λ(α² − α′²)/2, shaped like `blur_mask`; not from the masks, which are nearly all 0 at strong blur."""
     tau, tau_next = _half_square(alpha), _half_square(alpha_next)
     return frequencies(n, tau.device) * (tau - tau_next.to(tau.device))
 
 
 def mask_difference(alpha, alpha_next, n):
-    """M′ − M, shaped as `blur_mask`: ±max(M, M′)·(1 − exp(−|ln M′/M|)), which neither cancels nor overflows."""
+    """M′ − M, shaped like `blur_mask`: ±max(M, M′)·(1 − exp(−|ln M′/M|)), which neither cancels nor overflows."""
     log_ratio = log_mask_ratio(alpha, alpha_next, n)
     larger = torch.maximum(blur_mask(alpha, n), blur_mask(alpha_next, n))
     return -log_ratio.sign() * larger * torch.expm1(-log_ratio.abs())
@@ -112,7 +112,7 @@ def blur(x, alpha):
 
 
 def rest(x, alpha):
-    """V (I − M_α) Vᵀ x: what `blur` takes away, without the cancellation of x − blur(x, α); x's dtype."""
+    """V (I − M_α) Vᵀ x: what `blur` removes, without the cancellation of x − blur(x, α); x's dtype."""
     return filter_bands(x, rest_mask(_on(alpha, x), x.shape[-1]))
 
 
@@ -128,7 +128,7 @@ def _on(alpha, x):
 
 
 def prior_spectrum(n, sigma_data=SIGMA_DATA):
-    """Natural-image prior S ∝ (k² + l² + 1)^−1.2 of mean σ_data² over the bands: [n, n], float64 (ours)."""
+    """Natural-image prior S ∝ (k² + l² + 1)^−1.2 with mean σ_data² over the bands: [n, n], float64 (ours)."""
     k = torch.arange(n, dtype=torch.float64).square()
     s = (k[:, None] + k + 1) ** -1.2
     return s * (sigma_data ** 2 / s.mean())

@@ -1,19 +1,19 @@
 """Blurring Diffusion (Hoogeboom and Salimans, ICLR 2023): blur and white noise, ε-prediction, ancestral sampling.
 
-At time t ∈ [0, 1] the signal is a_t·d_t, d_t = (1−d_min) exp(−λτ_t) + d_min with τ = σ_B²/2, and the noise s_t
-the same in all bands (Eq. 25–27). --sigma-blur-max=0 gives d = 1: the paper's Denoising Diffusion, a DDPM with
-cosine schedule.
+At time t ∈ [0, 1] the signal's scale is a_t·d_t, with d_t = (1−d_min) exp(−λτ_t) + d_min and τ = σ_B²/2; the noise's
+scale s_t is the same in all bands (Eq. 25–27). --sigma-blur-max=0 gives d = 1: the paper's Denoising Diffusion, a DDPM
+with cosine schedule.
 
 What the paper leaves open, and our choice:
-- The text clips the log-SNR to ±10, the pseudo-code of A.1 rescales it; the code is taken. The noise then is
-  cos and sin of one angle, while the blur keeps the plain sin²(πt/2).
-- Where A.1 guards a division with δ = 1e-8 it adds δ in one coefficient and clips in the others; so do we
-  (`warm.bands.posterior`). With exact predictions this costs 1.8 % of the samples' variance at T = 1000, in
-  proportion to T²; `delta=0` of `blurring_sampler` does without.
-- The embedding of t is not described: 1000·t goes into the U-Net's embedding, the range of DDPM's.
-- No clipping of x̂₀ (the authors have no way of it either), and the last state is returned as it is: it still
-  holds the noise s_0 = 0.0067, below one grey level.
-- Their U-Net for CIFAR-10 (256 channels at all of 32, 16, 8; 3 blocks; dropout 0.2) is nearest to
+- The text clips the log-SNR to ±10, the pseudo-code of A.1 rescales it; we follow the pseudo-code. a_t and s_t are
+  then the cos and sin of one angle, while the blur keeps the plain sin²(πt/2).
+- To guard divisions, A.1 adds δ = 1e-8 in one coefficient and clips in the others; so do we (`warm.bands.posterior`).
+  With exact predictions this costs 1.8 % of the samples' variance at T = 1000, growing with T²; `delta=0` of
+  `blurring_sampler` turns it off.
+- The time embedding is not described: we feed 1000·t to the U-Net's embedding, the range of DDPM's.
+- x̂₀ is not clipped (the authors have no way of doing so either), and the last state is returned as it is: it still
+  contains noise of s_0 = 0.0067, below one grey level.
+- The closest match to their U-Net for CIFAR-10 (256 channels at all of 32, 16, 8; 3 blocks; dropout 0.2) is
   --arch=ddpmpp --cbase=256 --cres=1,1,1 --dropout=0.2 --batch=128 --lr=2e-4 --augment=0.
 """
 
@@ -48,9 +48,9 @@ class BlurringProcess:
     """The forward process.
 
     Attributes:
-        sigma_blur_max: Blur at t = 1 in pixels.
+        sigma_blur_max: Blur at t = 1, in pixels.
         blur_schedule: A name in BLUR_SCHEDULES.
-        d_min: What blur leaves of every band.
+        d_min: Smallest factor by which the blur scales a band.
     """
 
     sigma_blur_max: float = 20.0
@@ -67,14 +67,14 @@ class BlurringProcess:
     def at(self, t, n):
         """`Bands` of N×N images at time t, a float64 tensor ([] or [B, 1, 1, 1]) in 0…1 on their device."""
         margin = math.atan(math.exp(-LOGSNR_MAX / 2))
-        angle = margin + (math.pi / 2 - 2 * margin) * t  # logSNR = −2 ln tan(angle), hence a = cos and s = sin of it
+        angle = margin + (math.pi / 2 - 2 * margin) * t  # logSNR = −2 ln tan(angle), so a = cos(angle), s = sin(angle)
         alpha = self.sigma_blur_max * BLUR_SCHEDULES[self.blur_schedule](t)
         d = (1 - self.d_min) * blur_mask(alpha, n) + self.d_min
         return Bands(angle.cos().log() + d.log(), angle.sin())
 
 
 class BlurringPrecond(Precond):
-    """ε̂ = net(z_t, t): the second argument, elsewhere σ, is the time t in 0…1.
+    """ε̂ = net(z_t, t): the second argument, σ in other networks, is the time t in 0…1.
 
     Args:
         sigma_blur_max, blur_schedule, d_min: See `BlurringProcess`.
@@ -92,7 +92,7 @@ class BlurringPrecond(Precond):
 
 
 def blurring_loss(net, images, labels=None, augment_pipe=None):
-    """(ε̂ − ε)² without weight, t uniform (Eq. 24); `net` may be wrapped. Draws t [B, 1, 1, 1], augmentation, ε."""
+    """Unweighted (ε̂ − ε)², t uniform (Eq. 24); `net` may be wrapped. Draws t [B, 1, 1, 1], augmentation, ε."""
     process = unwrapped(net).process
     t = torch.rand([len(images), 1, 1, 1], device=images.device)
     y, augment_labels = augment(images, augment_pipe)
@@ -108,9 +108,9 @@ def blurring_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
         net: ε-predictor with a `process`.
         latents: Standard normal [B, C, N, N].
         class_labels: [B, label_dim], or None.
-        randn_like: Source of the noise, called once a step.
+        randn_like: Source of the noise, called once per step.
         num_steps: T, also the number of network evaluations.
-        delta: The guard of A.1.
+        delta: δ of A.1, which guards divisions.
 
     Returns:
         float64 images [B, C, N, N].
@@ -138,11 +138,11 @@ BLURRING = System(
     sampler=blurring_samplers,
     sample_options=('num_steps',),
     network_options=(
-        Option('sigma_blur_max', BlurringProcess.sigma_blur_max, 'Blur at the end, in pixels; 0 is their DDPM',
+        Option('sigma_blur_max', BlurringProcess.sigma_blur_max, "Blur at t = 1, in pixels; 0 is the paper's DDPM",
                type=float),
-        Option('blur_schedule', BlurringProcess.blur_schedule, 'How the blur rises',
+        Option('blur_schedule', BlurringProcess.blur_schedule, 'How the blur rises with time',
                type=click.Choice(list(BLUR_SCHEDULES))),
-        Option('d_min', BlurringProcess.d_min, 'What blur leaves of every band', type=float),
+        Option('d_min', BlurringProcess.d_min, 'Smallest factor by which the blur scales a band', type=float),
     ),
     predicts_images=False,
 )

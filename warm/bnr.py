@@ -1,13 +1,13 @@
-"""Choosing the Blur-to-Noise Ratio by the spectrum of the data (Sec. 2.4).
+"""Choosing the Blur-to-Noise Ratio from the spectrum of the data (Sec. 2.4).
 
-The paper takes 0.5, up to which what is observed stays comparable to hot diffusion. The rule that makes this a number
-is ours: the largest BNR at which the observed spectrum M²S + β² stays within 0.5 dB of hot diffusion's S + β², over all
-bands and noise levels. On CIFAR-10 that is the paper's 0.5. S is taken per band [k, l] of the DCT. After averaging over
-rings k² + l² ≈ r², the gap would be about half as large, since the power in a ring is uneven: the bands with k = 0 or
-l = 0 hold most, and they decide. For the same reason the fitted power law is only printed: it would allow CIFAR-10 a
-BNR of 0.86.
+The paper uses 0.5, up to which the observation stays comparable to hot diffusion's. The rule that turns this into a
+number is ours: the largest BNR at which the observed spectrum M²S + β² stays within 0.5 dB of hot diffusion's S + β²,
+over all bands and noise levels. On CIFAR-10 that is the paper's 0.5. S is measured per DCT band [k, l]. Averaged over
+rings k² + l² ≈ r², the gap would be about half as large, since the power within a ring is uneven: the bands with k = 0
+or l = 0 hold most of it, and they decide. For the same reason the fitted power law is only printed: it would allow
+CIFAR-10 a BNR of 0.86.
 
-The command that measures a data set, with figures, is warm.spectrum.
+warm.spectrum is the command that measures a data set and draws the figures.
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ MIN_RESOLUTION = 4  # below it a spectrum has no shape
 WORKERS = 2
 BATCH_ELEMENTS = 1 << 21  # pixel values in memory per worker: 16 MB as float64
 BETAS = torch.logspace(math.log10(SIGMA_MIN), math.log10(SIGMA_MAX), 400,
-                       dtype=torch.float64)  # finer ones change a gap by less than 0.001 dB
+                       dtype=torch.float64)  # a finer grid changes a gap by less than 0.001 dB
 
 
 # -- measuring
@@ -36,14 +36,14 @@ def band_power(dataset, max_images=None, seed=0):
     """Mean power of each DCT band over images and channels, in one pass.
 
     Args:
-        dataset: training.dataset.ImageFolderDataset (items (uint8 [C, N, N], label)).
+        dataset: training.dataset.ImageFolderDataset, whose items are (uint8 [C, N, N], label).
         max_images: Take a random subset of this many, chosen by `seed`; None takes all.
 
     Returns:
         float64 [N, N]: mean of (Vᵀx)², x in [−1, 1]; its mean over the bands is the mean square of a pixel.
 
     Raises:
-        UserError: images below 4×4, damaged images, a subset of none.
+        UserError: images smaller than 4×4, damaged images, an empty subset.
     """
     n = dataset.resolution
     if n < MIN_RESOLUTION:
@@ -61,7 +61,7 @@ def band_power(dataset, max_images=None, seed=0):
         images = torch.from_numpy(np.stack([dataset[i][0] for i in batch]))
         return dct2(to_float(images)).square().sum((0, 1))
 
-    # Decoding in one thread overlaps with another's transforms. The sum goes in the order of the batches.
+    # Decoding in one thread overlaps with another's transforms. The batches are summed in order.
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         return sum(pool.map(power, batches)) / (len(indices) * dataset.num_channels)
 
@@ -83,10 +83,10 @@ def spectral_gap(power, bnr):
 
 
 def undominated(power):
-    """(S [K], λ [K]) of those bands that no other surpasses in both, float64.
+    """(S [K], λ [K]) of the bands that no other band exceeds in both, float64.
 
-    A band which another surpasses in both S and λ never has the largest gap: M² = exp(−λα²), so that a gap grows with
-    either.
+    A band that another exceeds in both never has the largest gap, since the gap grows with S and, as M² = exp(−λα²),
+    with λ.
     """
     rate = frequencies(len(power)).flatten()
     order = torch.argsort(rate, descending=True, stable=True)
@@ -96,10 +96,10 @@ def undominated(power):
 
 
 def recommended_bnr(power, tolerance=TOLERANCE):
-    """The largest BNR, in hundredths, whose `spectral_gap` is at most `tolerance` dB; 0 if even 0.01 is too much.
+    """The largest BNR, to two decimals, whose `spectral_gap` is at most `tolerance` dB; 0 if even 0.01 is too much.
 
     Raises:
-        UserError: tolerance not above 0, or so large (or images so even) that every BNR would do.
+        UserError: tolerance not above 0, or so large (or images with so little detail) that every BNR would do.
     """
     if not (tolerance > 0 and math.isfinite(tolerance)):
         raise UserError(f'a tolerance of {tolerance} dB allows no blur at all; give a number above 0, '
@@ -117,7 +117,7 @@ def recommended_bnr(power, tolerance=TOLERANCE):
 def fit_power_law(power):
     """(c, γ) of S ≈ c·(k² + l² + 1)^−γ, the form of warm.blur.prior_spectrum; at high frequencies that is 1/f^2γ.
 
-    Least squares of ln S over all bands with power but the mean, each octave of frequency counting alike.
+    A least-squares fit of ln S over all bands with power except the mean, with equal weight for each octave.
     """
     r2 = radius(len(power)).square()
     used = (r2 > 0) & (power > 0)

@@ -1,18 +1,18 @@
-"""Choices in Warm that are ours, since the paper is silent, each with alternatives to try it against.
+"""Choices in Warm that are ours, since the paper leaves them open, each with alternatives to compare it with.
 
-What is on offer, and what speaks for the defaults:
+The options, their defaults, and the reasons for these:
 
-- `rest_weight`, the factor of R's term in the loss, 1. At small blur and constant BNR an error of R enters the
-  sampler like one of D: the ODE's coefficient of R, Ṁ/(1−M), tends to −2/β there, D's is 1/β. Squared, that may be
-  read as a factor of 4; at strong blur R's coefficient vanishes, which asks for less than 1.
-- `rest_scale`, the scale of R's output, 'prior'. Its target R is very small at little blur (0.010 at α = 0.15,
-  N = 32), where EDM's c_out is 0.26 on the path of BNR 0.5; with s_R(α) the network's F_R has 0.5 to 1 of unit scale
-  at every blur on CIFAR-10. Heun's corrector amplifies R′ by (α/α′)², so R has to be right relative to its own scale.
-- `blur_embedding`, how the network is told the blur, 'log': as EDM tells it the noise, by a logarithm / 4, since β
-  and with it α span orders of magnitude.
+- `rest_weight`, the weight of R's term in the loss: 1. At small blur and constant BNR an error in R enters the
+  sampler like one in D: the ODE's coefficient of R, Ṁ/(1−M), tends to −2/β there, and D's is −1/β. Squared, this
+  could suggest a factor of 4; at strong blur R's coefficient vanishes, which suggests less than 1.
+- `rest_scale`, the scale of R's output: 'prior'. The target of R is very small at small blur (0.010 at α = 0.15,
+  N = 32), where EDM's c_out is 0.26 along the path of BNR 0.5; with s_R(α) the network's F_R has a scale of 0.5 to 1 at
+  every blur on CIFAR-10. Heun's corrector amplifies R′ by (α/α′)², so R must be accurate relative to its own scale.
+- `blur_embedding`, how the blur is embedded: 'log', the logarithm / 4, as EDM embeds the noise level, since β and with
+  it α span orders of magnitude.
 
-Each has its effect on networks that know blur only, the first two only where a branch estimates the rest.
-None of the defaults is written into `init_kwargs`: headers and states from before there was a choice stay valid.
+All three only affect networks that are trained with blur, and the first two only those with a branch for the rest.
+Defaults are not written into `init_kwargs`, so snapshots and states from before these options existed stay valid.
 """
 
 import math
@@ -26,10 +26,10 @@ from warm.path import OnePath
 
 DEFAULTS = dict(rest_weight=1.0, rest_scale='prior', blur_embedding='log')
 REST = 'deblur'  # the name of the branch that estimates the rest (warm.targets)
-BLUR_UNIT = 1.0  # pixels; at BNR 0.5 α/BLUR_UNIT then spreads in training (by 0.55) about as ln(α)/4 does (by 0.3)
+BLUR_UNIT = 1.0  # pixels; at BNR 0.5 the spread of α/BLUR_UNIT in training (0.55) is then similar to ln(α)/4's (0.3)
 
 
-# Scales of R, [B or 1, 1, 1, 1], where the network is evaluated (warm.targets.Point). All are 0 at α = 0, where R is.
+# Scales of R, [B or 1, 1, 1, 1], at the point of evaluation (warm.targets.Point). All are 0 at α = 0, like R.
 
 def prior_scale(point):
     """s_R(α), the rest's magnitude under a natural-image prior (warm.blur.rest_magnitude)."""
@@ -37,19 +37,19 @@ def prior_scale(point):
 
 
 def edm_scale(point):
-    """EDM's c_out(β), as D has it."""
+    """EDM's c_out(β), as for D."""
     return (point.alpha > 0) * point.c_out
 
 
 def unit_scale(point):
-    """σ_data at any blur."""
+    """σ_data at any blur above 0."""
     return (point.alpha > 0) * point.sigma_data
 
 
 REST_SCALES = {'prior': prior_scale, 'edm': edm_scale, 'unit': unit_scale}
 
 
-# What the blur's positional embedding is of: a float tensor like α [B] in pixels, ≥ 0.
+# Inputs of the blur's positional embedding, from α [B] in pixels, ≥ 0: float tensors like it.
 
 def log_blur(alpha):
     """ln(α)/4, finite at α = 0."""
@@ -65,16 +65,16 @@ BLUR_EMBEDDINGS = {'log': log_blur, 'linear': linear_blur, 'none': None}
 
 
 def checked_choices(choices, family, targets, branches):
-    """Those of `choices` that differ from the defaults, checked.
+    """Check `choices` and return those that differ from the defaults.
 
     Args:
         choices: {name: value} with the names of DEFAULTS.
         family: The paths that the network is trained on (warm.path).
-        targets: Its name in warm.targets.TARGETS, for messages.
+        targets: Name of the parametrisation in warm.targets.TARGETS, for messages.
         branches: Names of its branches.
 
     Raises:
-        UserError: an unknown or impossible value; one without effect on this network.
+        UserError: an unknown or invalid value; one that has no effect on this network.
     """
     chosen('rest_scale', choices['rest_scale'], REST_SCALES)
     feature = chosen('blur_embedding', choices['blur_embedding'], BLUR_EMBEDDINGS)

@@ -1,22 +1,23 @@
 """Cold Diffusion, blur (Bansal, Borgnia, Chu, Li, Kazemi, Huang, Goldblum, Geiping and Goldstein, 2022).
 
-No noise at all: x_s is the image after s blurs, the network predicts x₀ (L1), and a step of the improved sampler is
+There is no noise: x_s is the image after s blurs, the network predicts x₀ (L1 loss), and a step of the paper's
+improved sampler is
 
     x_{s−1} = x_s − blur_s(x̂₀) + blur_{s−1}(x̂₀),
 
-exact for any x̂₀ as far as blur is linear in s, and otherwise for an exact x̂₀. Nothing in it is random but the start.
+exact for any x̂₀ as far as blur is linear in s, and otherwise for an exact x̂₀. Only the start is random.
 
-Two blurs (--cold-blur) and two starts (--cold-start), since a start must be a state that training has seen:
-- `paper`: 50 cumulative 11×11 kernels of standard deviation 0.35 + 0.01·i, i = 0…49 (about 4.3 pixels in all). This
-  only goes with the start `blurred`, from blurred training images: restoration, as for the paper's FID of 80.08. It
-  is not unconditional generation.
-- `strong`: Gaussian blurs of 0.5 pixels up to 1.25 image widths, evenly in the logarithm, whose last level is a
-  constant colour up to 0.05 %. It goes with both starts; `colours` draws that colour from a Gaussian fitted to the
+There are two blurs (--cold-blur) and two starts (--cold-start), since a start must be a state seen in training:
+- `paper`: 50 cumulative 11×11 kernels of standard deviation 0.35 + 0.01·i, i = 0…49 (about 4.3 pixels in all). It
+  only goes with the start `blurred`, from blurred training images: restoration, as for the paper's FID of 80.08, not
+  unconditional generation.
+- `strong`: Gaussian blurs from 0.5 pixels to 1.25 image widths, evenly spaced in the logarithm; the last level is a
+  constant colour to within 0.05 %. It goes with both starts; `colours` draws that colour from a Gaussian fitted to the
   mean colours of the training images, with 0.002 of noise to break the symmetry (from memory of the paper). The levels
   are ours, modelled on IHDM's.
 
-What else is ours: edges are reflecting (so that blur is diagonal in the DCT, a kernel's eigenvalues being its cosine
-series), and s goes into the U-Net's embedding as it is. The paper's program may treat edges otherwise.
+Also ours: edges are reflecting (so that blur is diagonal in the DCT, with a kernel's cosine series as its
+eigenvalues), and s goes into the U-Net's embedding unscaled. The authors' code may treat edges differently.
 """
 
 import dataclasses
@@ -51,14 +52,14 @@ def kernel_gains(first, last, n):
 
 
 def kernel_log_gains(num_steps, n):
-    """ln of what s = 0 … num_steps of the paper's kernels leave of each band: float64 [num_steps + 1, N, N]."""
+    """Log gain of each band after s = 0 … num_steps of the paper's kernels: float64 [num_steps + 1, N, N]."""
     rows = kernel_gains(0, num_steps, n).log().cumsum(0)
     rows = torch.cat([rows.new_zeros([1, n]), rows])
     return rows[:, :, None] + rows[:, None, :]
 
 
 def strong_log_gains(num_steps, n):
-    """ln of what Gaussian blurs from 0.5 pixels to 1.25·N leave: float64 [num_steps + 1, N, N], 0 at s = 0."""
+    """Log gain of each band under Gaussian blurs of 0.5 to 1.25·N pixels: float64 [num_steps + 1, N, N], 0 at s = 0."""
     ends = math.log(0.5), math.log(1.25 * n)
     alphas = torch.linspace(*ends, num_steps, dtype=torch.float64, device='cpu').exp()
     alphas = torch.cat([alphas.new_zeros([1]), alphas])
@@ -70,7 +71,7 @@ BLURS = {'paper': kernel_log_gains, 'strong': strong_log_gains}
 
 @constant
 def log_gains(name, num_steps, n, device=torch.device('cpu')):
-    """The table of BLURS[name] on a device."""
+    """The table of log gains of BLURS[name], on a device."""
     return BLURS[name](num_steps, n).to(device)
 
 
@@ -87,10 +88,10 @@ class ColdProcess:
             raise UserError(f'--cold-steps={self.num_steps} are too few; give at least 2')
 
     def check(self, n):
-        """Refuse (UserError) more of the paper's kernels than blur N×N images.
+        """Raise UserError if there are more of the paper's kernels than can blur N×N images.
 
-        The wider a Gaussian, the more its 11 taps cut off, until what is left turns fine detail into its negative.
-        Once a kernel does, all wider ones do, so that the last one tells.
+        The wider the Gaussian, the more of it the 11 taps cut off, until the kernel inverts fine detail. Once one
+        kernel does, all wider ones do, so it is enough to check the last.
         """
         if self.blur == 'paper' and (kernel_gains(self.num_steps - 1, self.num_steps, n) <= 0).any():
             raise UserError(f"--cold-steps={self.num_steps} is too many for the paper's kernels, the widest of which "
@@ -105,7 +106,7 @@ class ColdProcess:
 
 
 class ColdPrecond(Precond):
-    """x̂₀ = net(x_s, s): the second argument, elsewhere σ, is the number of blurs s in 1…T.
+    """x̂₀ = net(x_s, s): the second argument, σ in other networks, is the number of blurs s in 1…T.
 
     Args:
         cold_blur: A name in BLURS.
@@ -137,16 +138,16 @@ def restoration_step(x, x0, here, there):
 
 
 def blurred_start(images, last):
-    """start(latents, class_labels, randn_like): training images, blurred to the last level."""
+    """Make start(latents, class_labels, randn_like), which draws training images blurred to the last level."""
     def start(latents, class_labels, randn_like):
         return filter_bands(images.draw(latents, class_labels, randn_like), last.signal.to(latents.device))
     return start
 
 
 def colour_start(images, last):
-    """start(latents, class_labels, randn_like): constant colours like the training images' means, a little noise.
+    """Make start(latents, class_labels, randn_like): constant colours like the training images' means, a little noise.
 
-    The class is left out of account: all images' colours make one Gaussian, and only the network knows of classes.
+    The class is ignored: one Gaussian is fitted to the colours of all images, and only the network knows the classes.
     """
     mean, covariance = images.colours()
     values, vectors = torch.linalg.eigh(covariance)
@@ -160,19 +161,19 @@ def colour_start(images, last):
 
 
 STARTS = {'blurred': blurred_start, 'colours': colour_start}
-PRIORS = {'blurred': BLURRED_IMAGES, 'colours': 'mean colours of training images'}  # for records of scores
+PRIORS = {'blurred': BLURRED_IMAGES, 'colours': 'mean colours of training images'}  # as recorded with scores
 DEFAULT_START = 'blurred'
 
 
 def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, start=None,
                  num_steps=ColdProcess.num_steps):
-    """From `start` back through num_steps of the network's steps, one evaluation each.
+    """Sample from `start` back through num_steps of the network's steps, one evaluation each.
 
     Args:
         net: x̂₀-predictor with a `process`.
         latents: Standard normal [B, C, N, N].
         class_labels: [B, label_dim], or None.
-        randn_like: Source of what the start needs.
+        randn_like: Source of random numbers for the start.
         start: start(latents, class_labels, randn_like) → state at the last step, see STARTS.
         num_steps: At most the network's.
 
@@ -201,7 +202,7 @@ def cold_samplers(net, num_steps=None, data=None, cold_start=DEFAULT_START):
 
 
 def cold_facts(net, options):
-    """What the samples start from, and the blur and the start chosen, the default too."""
+    """What the samples start from, and the names of the blur and the start, defaults included."""
     start = options.get('cold_start', DEFAULT_START)
     return dict(prior=PRIORS[start], cold_blur=net.process.blur, cold_start=start)
 

@@ -28,11 +28,11 @@ NO_DATA = ('No --data given: training on the embedded handwritten digits (8×8).
 
 
 def training_config(flags, system_options):
-    """Arguments of `training_loop` (all but run_dir and systems), as plain JSON values.
+    """Arguments of `training_loop` (all but run_dir, systems and dataset), as plain JSON values.
 
     Args:
         flags: Values of train.py's flags, by name.
-        system_options: {name: value} of the flags that only some systems have, as far as the user gave them.
+        system_options: {name: value} of the system-specific flags that the user gave.
 
     Raises:
         UserError: options that do not go together, data that cannot be used.
@@ -91,12 +91,12 @@ def training_config(flags, system_options):
 
 
 def size_arguments(arch):
-    """{flag of SIZE_FLAGS: argument that it replaces}, of --arch's network; without those that it does not have."""
+    """{flag in SIZE_FLAGS: network argument that it sets}, for those flags that --arch's network has."""
     return MODELS[ARCHITECTURES[arch]['model_type']].size_arguments
 
 
 def chosen_precision(precision, fp16):
-    """The name in PRECISIONS that --precision and EDM's --fp16 stand for, None where they were not given.
+    """The name in PRECISIONS that --precision and EDM's --fp16 select; each of them is None if not given.
 
     Raises:
         UserError: they contradict each other.
@@ -107,7 +107,7 @@ def chosen_precision(precision, fp16):
 
 
 def measured(system, own, dataset_kwargs):
-    """The system's options whose values are measured on the data, as {name: value}; nothing is read without any."""
+    """{name: value} of the system's options that are measured on the data; if there are none, nothing is read."""
     wanted = [option for option in system.network_options if option.from_data and own[option.name] is not None]
 
     def measure():
@@ -117,7 +117,7 @@ def measured(system, own, dataset_kwargs):
 
 
 def open_data(path, **kwargs):
-    """The data set, its images not decoded in advance; the message on a preset's missing one says how it is made.
+    """Open the data set without decoding it in advance; if a preset's is missing, the error says how to make it.
 
     Args:
         path, kwargs: As for ImageFolderDataset.
@@ -129,7 +129,7 @@ def open_data(path, **kwargs):
 
 
 def check_config(config, start, fetch=True):
-    """Find mistakes before there is a run folder: open the data, outline the network, look into the files.
+    """Find mistakes before the run folder is made: open the data, outline the network (meta device), check the files.
 
     Args:
         config: From `training_config`.
@@ -142,7 +142,7 @@ def check_config(config, start, fetch=True):
     split_batch(config['batch_size'], config['batch_gpu'])
     dataset = open_data(**config['dataset_kwargs'])
     system = SYSTEMS[config['system']]
-    with torch.device('meta'):  # names and shapes, without the memory
+    with torch.device('meta'):  # names and shapes, without memory
         net = system.network_class(**interface_kwargs(dataset, config['augment_kwargs']), **config['network_kwargs'])
     if config['accelerate_kwargs']['recompute']:
         net.model.check_recompute()
@@ -150,20 +150,20 @@ def check_config(config, start, fetch=True):
         check_origin(start, start['path'], system=system.name, augmentations=enabled_names(config['augment_kwargs']))
         check_network(start, start['path'], net, [option.name for option in system.network_options])
     elif config['transfer'] is not None and (fetch or not is_url(config['transfer'])):
-        transfer_weights(config['transfer'], net)  # which sets nothing: there are only names and shapes
+        transfer_weights(config['transfer'], net)  # only a check here: on the meta device there is nothing to set
     if config['eval_kwargs'] is not None:
         check_evaluation(dataset.num_files, **config['eval_kwargs'])
 
 
 def check_evaluation(num_files, num, ref, detector, metrics, ticks=None):
-    """Check the --eval flags without downloading anything; of a detector that is downloaded, only the name is checked.
+    """Check the --eval flags without downloading anything; a detector that needs a download is only checked by name.
 
     Args:
-        num_files: Images of the training data, of which the reference is made if there is no `ref`.
+        num_files: Number of training images, from which the reference is computed if there is no `ref`.
         num, ref, detector, metrics, ticks: As for training.evaluation.make_evaluator.
 
     Raises:
-        UserError: what `make_evaluator` would refuse, as far as that is known without the download.
+        UserError: what `make_evaluator` would refuse, as far as can be told without downloading.
     """
     names = parse_metrics(metrics)
     elsewhere = is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector

@@ -1,4 +1,4 @@
-"""More samplers for a system whose network is a denoiser D(x; σ) and whose sampler is EDM's: what `edm_like` adds."""
+"""More sampling options for systems whose network is a denoiser D(x; σ) and whose sampler is EDM's."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from warm.samplers import SAMPLER_DEFAULTS, SOLVERS, check_foreign, options_of, 
 
 
 def with_multistep(system):
-    """`system` with those solvers of warm.samplers, at BNR 0, that EDM has not: dpmpp2m."""
+    """A copy of `system` with those solvers of warm.samplers that EDM lacks (dpmpp2m), at BNR 0."""
     added = [name for name in SOLVERS if name not in EDM_SOLVERS]
     own = options_of(added)
     own_names = [option.name for option in own]
@@ -32,5 +32,5 @@ def with_multistep(system):
 
 
 def edm_like(system):
-    """`system` with these solvers and epsilon scaling."""
+    """A copy of `system` with these solvers and epsilon scaling."""
     return with_epsilon_scaling(with_multistep(system))

@@ -1,11 +1,11 @@
-"""EDM-ES, epsilon scaling (Ning et al. 2023): at sampling, the predicted noise is divided by a factor just above 1.
+"""EDM-ES, epsilon scaling (Ning et al. 2023): in sampling, the predicted noise is divided by a factor just above 1.
 
-A network sees its own errors only when sampling; its predicted noise (x − D)/σ then comes out too large by a little.
-Nothing is trained anew: this is an option of the samplers of EDM-like systems, applied in both slopes of Heun's step.
+A network meets its own errors only in sampling, where its predicted noise (x − D)/σ then comes out slightly too large.
+Nothing is retrained: this is an option of the samplers of EDM-like systems, applied to both slopes of Heun's step.
 
 What is ours: the value. The published ones for CIFAR-10 at 35 evaluations are near 1.0006, and 1.0002 to 1.001 is
-the range worth scanning; there is no default. A factor that grows linearly along the steps is given by its ends.
-Churn and the ablation sampler are refused together with it.
+the range worth scanning; there is no default. A factor that changes linearly over the steps is given by its two ends.
+Churn and the ablation sampler cannot be combined with it.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from training.system import GRID_OPTIONS, Option, flag_of
 from warm.samplers import grid_options
 
 EPSILON_SCALE = Option('epsilon_scale', None, 'Epsilon scaling: divide the predicted noise by this, such as 1.0006, '
-                                              'or from the first to the last step by 1.0002:1.001', shown='none')
+                                              'or 1.0002:1.001 from the first to the last step', shown='none')
 
 
 def parse_scale(text):
@@ -47,7 +47,7 @@ def scaled_sampler(net, latents, class_labels=None, randn_like=torch.randn_like,
     Args:
         net, latents, class_labels, num_steps, sigma_min, sigma_max, rho: As in training.samplers.edm_sampler.
         randn_like: Not used; no noise is drawn.
-        scale: Factor of the first and of the last step, linear in between; a step has one for both of its slopes.
+        scale: Factors of the first and the last step, linear in between; both slopes of a step have the same.
 
     Returns:
         float64 images [B, C, H, W].
@@ -63,11 +63,11 @@ def scaled_sampler(net, latents, class_labels=None, randn_like=torch.randn_like,
 
 
 def with_epsilon_scaling(system, around=lambda sampler: sampler):
-    """`system` with --epsilon-scale among its sampler's options.
+    """A copy of `system` whose sampler also takes --epsilon-scale.
 
     Args:
         system: A System whose network is an EDM-like denoiser D(x; σ).
-        around: What wraps the sampler, such as a start of its own: around(sampler) → sampler.
+        around: around(sampler) → sampler, to wrap the sampler, for example to start it from another prior.
     """
     def sampler(net, epsilon_scale=None, **options):
         if epsilon_scale is None:

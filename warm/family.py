@@ -2,7 +2,7 @@
 
     python -m warm.family
 
-trains what is not trained yet (in --outdir), and writes docs/family.md with a table and docs/family.png, a contact
+trains what is not trained yet (in --outdir) and writes docs/family.md with a table, and docs/family.png, a contact
 sheet. The systems come from the registry, so a new one appears in both.
 """
 
@@ -40,12 +40,12 @@ class Member:
     """A row of the table.
 
     Attributes:
-        title: What it is called.
+        title: Its name in the table.
         system: Name in the registry.
         train: Flags of train.py besides --precond; members of one system with the same flags share a run.
         sample: Options of its sampler.
-        note: What a reader of its score has to know.
-        paper: Where it is not the system's.
+        note: What one has to know to read its score.
+        paper: Its paper, if not the system's.
     """
 
     title: str
@@ -57,19 +57,19 @@ class Member:
 
     @property
     def run(self):
-        """Name of its run's folder."""
+        """Name of its run folder."""
         return '-'.join([self.system, *(flag.strip('-').replace('=', '-') for flag in self.train)])
 
 
 # What the digits need instead of a system's defaults, which are for CIFAR-10.
 ON_DIGITS = {
     've': ('--arch=ncsnpp',),  # its own network
-    'ihdm': ('--ihdm-blur-max=6', '--ihdm-levels=60'),  # 24 pixels on 32, scaled to 8; large steps for a short training
+    'ihdm': ('--ihdm-blur-max=6', '--ihdm-levels=60'),  # 24 pixels at 32×32, scaled to 8×8; few large steps
 }
-FROM_DATA = 'starts from blurred training images, so part of the score is theirs'
+FROM_DATA = 'starts from blurred training images, which account for part of the score'
 NOTES = {
     've': 'has not converged: D = x + σF has to cancel noise of σ = 100 with an F that is not scaled for it',
-    'ihdm': f'{FROM_DATA}; blur scaled to 8 pixels, and fewer levels for so short a training',
+    'ihdm': f'{FROM_DATA}; blur scaled to 8 pixels, fewer levels because training is so short',
     'lee': "our kernel blurs about twice as much per unit of f as the paper's code",
     'cold': f'{FROM_DATA}; restoration, not generation',
 }
@@ -83,7 +83,7 @@ VARIANTS = (
 )
 
 
-# Flags of train.py that come nearest to each paper's own network and training (see the notes in each system's file).
+# Flags of train.py closest to each paper's own network and training (see the notes in each system's file).
 PAPER_SETTINGS = {
     'blurring': ('CIFAR-10; 2 million steps', '--data=datasets/cifar10-32x32.zip --arch=ddpmpp --cbase=256 '
                  '--cres=1,1,1 --dropout=0.2 --augment=0 --batch=128 --lr=2e-4 --ema=0.89 --duration=256'),
@@ -91,8 +91,8 @@ PAPER_SETTINGS = {
             '--cres=1,2,3,4 --dropout=0 --augment=0 --batch=16 --lr=5e-5 --ema=0.11 --duration=9.6'),
     'ihdm': ('CIFAR-10, as Blurring Diffusion describes its network',
              '--data=datasets/cifar10-32x32.zip --arch=ddpmpp --cbase=128 --cres=1,2,2,2 --augment=0'),
-    'stf': ("CIFAR-10, EDM's", '--data=datasets/cifar10-32x32.zip'),
-    'pfgmpp': ("CIFAR-10, EDM's", '--data=datasets/cifar10-32x32.zip --aug-dim=2048'),
+    'stf': ("CIFAR-10, EDM's settings", '--data=datasets/cifar10-32x32.zip'),
+    'pfgmpp': ("CIFAR-10, EDM's settings", '--data=datasets/cifar10-32x32.zip --aug-dim=2048'),
 }
 
 
@@ -105,7 +105,7 @@ def members():
 
 
 def train(outdir, member, duration):
-    """Train `member` unless a finished run is there."""
+    """Train `member` unless its run is finished already."""
     if not is_trained(outdir, member.run, duration):
         finish([start(['train.py', f'--outdir={outdir / member.run}', '--nosubdir', '--auto-resume',
                        f'--precond={member.system}', *member.train, *TRAINING, f'--duration={duration}'])])
@@ -113,7 +113,7 @@ def train(outdir, member, duration):
 
 @dataclasses.dataclass
 class Result:
-    """What became of a member: uint8 images [COLUMNS, C, H, W], evaluations an image, score, seconds of sampling."""
+    """What a member gave: uint8 images [COLUMNS, C, H, W], evaluations per image, score, seconds of sampling."""
 
     member: Member
     images: object
@@ -123,7 +123,7 @@ class Result:
 
 
 def evaluate(outdir, member, num, detector, reference):
-    """Draw the images of seeds 0 … num − 1 and score them."""
+    """Generate the images of seeds 0 … num − 1 and score them."""
     snapshot = read_snapshot(last_snapshot(outdir, member.run))
     net, system = build_network(snapshot, SYSTEMS, dist.device()), SYSTEMS[member.system]
     options = {**dict(member.sample), **({'data': data_for(snapshot)} if system.starts_from_data else {})}
@@ -134,7 +134,7 @@ def evaluate(outdir, member, num, detector, reference):
 
 
 def distance(batches, total, detector, reference):
-    """Frechet distance of the detector's features."""
+    """Frechet distance between the detector's features of the images and the reference."""
     stats = metrics.accumulate(batches, detector, ['fid'], total)
     return metrics.score(['fid'], stats, reference)['FID']
 
@@ -146,7 +146,7 @@ def reals():
 
 
 def draw_sheet(figure, rows):
-    """One line of images for each (label, images)."""
+    """Draw one row of images for each (label, images)."""
     panels = figure.subplots(len(rows), 1)
     for ax, (label, images) in zip(panels, rows):
         ax.imshow(tile(images, columns=COLUMNS)[0], cmap='gray', vmin=0, vmax=255)
@@ -156,7 +156,7 @@ def draw_sheet(figure, rows):
 
 
 def paragraph(text):
-    """`text` in lines of at most 100 characters, never broken within a flag."""
+    """`text` wrapped at 100 characters, never within a flag."""
     return textwrap.fill(text, width=100, break_long_words=False, break_on_hyphens=False)
 
 
@@ -168,11 +168,12 @@ def page(results, floor, num, duration, figure):
             f'Made by `python -m warm.family --duration={duration:g} --num={num}`: every system trained on the '
             f'embedded handwritten digits (8×8) for {duration * 1000:g} thousand images with '
             f'`train.py {" ".join(TRAINING)}`, seeds 0 to {num - 1} drawn with its own sampler at its defaults, and '
-            'scored by FD-pixels (`fid.py`, `--detector=pixels`) against all 1797 digits. The floor to compare with, '
+            'scored by FD-pixels (`fid.py`, `--detector=pixels`) against all 1797 digits. The floor for comparison, '
             f'{num} real digits, scores {floor:.2f}; it is biased low, since these digits are part of the reference. '
-            f'NFE is counted. PyTorch {torch.__version__.split("+")[0]} on {dist.device().type}, threads: '
-            f'{torch.get_num_threads()}. So short a training on so small images says that a system works, not which '
-            'is better.'), '',
+            'NFE is the counted number of network calls. '
+            f'PyTorch {torch.__version__.split("+")[0]} on {dist.device().type}, '
+            f'threads: {torch.get_num_threads()}. Training this short on images this small shows that a system works, '
+            'not which is better.'), '',
         f'![Contact sheet]({figure})', '',
         '| system | paper | flags | NFE | FD-pixels | sampling | note |',
         '|---|---|---|---|---|---|---|',
@@ -189,21 +190,21 @@ def page(results, floor, num, duration, figure):
 def settings():
     """Lines of the page: the papers' own settings as commands."""
     lines = ['', "## The papers' own settings", '',
-             paragraph("What their text says about network and training, as far as the flags go (the U-Nets are EDM's, "
-                       "with their number of blocks and attention); Cold and Soft Diffusion's papers were not at "
-                       'hand.'), '']
+             paragraph("What the papers say about network and training, as far as our flags can express it (the U-Nets "
+                       "are EDM's, with EDM's number of blocks and attention). Cold and Soft Diffusion's papers were "
+                       'not available.'), '']
     for name, (what, flags) in PAPER_SETTINGS.items():
         lines.append(f'- {SYSTEMS[name].title} ({what}): `python train.py --precond={name} {flags}`')
     return lines
 
 
 @click.command(context_settings=dict(show_default=True))
-@click.option('--outdir', metavar='DIR', default='family', help='Where the runs are, or are put')
+@click.option('--outdir', metavar='DIR', default='family', help='Folder of the training runs')
 @click.option('--docs', metavar='DIR', default='docs', help='Where to write family.md and family.png')
 @click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=0.08,
-              help='Length of each training, in millions of images')
+              help='Length of each training run, in millions of images')
 @click.option('--num', metavar='INT', type=click.IntRange(min=COLUMNS, max=1797), default=500,
-              help='Images to draw and score of each system')
+              help='Images to generate and score per system')
 def main(outdir, docs, duration, num):
     """Train, sample and score every system on the embedded digits."""
     outdir = pathlib.Path(outdir)

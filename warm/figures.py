@@ -1,4 +1,4 @@
-"""Figures for the pages and commands: one look, and files that depend on what they show alone."""
+"""Figures for the pages and commands: one style, and files that depend only on what they show."""
 
 import os
 
@@ -12,15 +12,15 @@ STYLE = {'svg.hashsalt': 'warm-diffusion', 'axes.grid': True, 'grid.alpha': 0.25
 
 
 def draw(path, size, make):
-    """Write make(figure) to `path`.png and `path`.svg; the folder is made where it is missing.
+    """Draw a figure with `make` and write it to `path`.png and `path`.svg; the folder is created if missing.
 
     Args:
-        path: Path without ending.
+        path: Path without extension.
         size: Width and height in inches.
         make: Called with an empty `matplotlib.figure.Figure` to draw on.
 
     Returns:
-        Paths of the files.
+        Paths of the two files.
     """
     import matplotlib  # slow to load, and most commands draw nothing
     import matplotlib.figure

@@ -1,4 +1,4 @@
-"""Flags that several commands share: the samplers', and those that only some systems have, made from the registry."""
+"""Flags that several commands share: the samplers' flags, and system-specific flags made from the registry."""
 
 import click
 
@@ -16,23 +16,23 @@ class_flag = click.option('--class', 'class_idx', metavar='INT', type=click.IntR
                           help='Class of all images  [default: random]')
 
 compile_flag = click.option('--compile', is_flag=True, default=None, show_default=False,
-                            help='Compile the network for this machine: minutes at first, then faster')
+                            help='Compile the network for this machine: takes minutes at first, then runs faster')
 
 # How the network runs; None leaves it as it is.
 RUN_FLAGS = (
     click.option('--precision', type=click.Choice(list(PRECISIONS)), default=None,
-                 help='What the network computes in; the rest is float32  [default: fp32; fp16 if trained so]'),
+                 help='Precision of the network; the rest is float32  [default: fp32; fp16 if trained in it]'),
     compile_flag,
 )
 
-# Of every sampler; None leaves the value to the sampler.
+# The samplers' flags; None leaves the value to the sampler.
 SAMPLER_FLAGS = (
     click.option('--steps', 'num_steps', metavar='INT', type=click.IntRange(min=1), default=None,
-                  help=f"Number of steps  [default: of the system, {SAMPLER_DEFAULTS['num_steps']} for EDM and Warm]"),
+                  help=f"Number of steps  [default: the system's, {SAMPLER_DEFAULTS['num_steps']} for EDM and Warm]"),
     click.option('--sigma_min', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
-                  help=f"Lowest noise level  [default: {SAMPLER_DEFAULTS['sigma_min']:g}, or of the ablation]"),
+                  help=f"Lowest noise level  [default: {SAMPLER_DEFAULTS['sigma_min']:g}, or the ablation's]"),
     click.option('--sigma_max', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
-                  help=f"Highest noise level  [default: {SAMPLER_DEFAULTS['sigma_max']:g}, or of the ablation]"),
+                  help=f"Highest noise level  [default: {SAMPLER_DEFAULTS['sigma_max']:g}, or the ablation's]"),
     click.option('--rho', metavar='FLOAT', type=NumberRange(min=0, min_open=True), default=None,
                   help=f"Exponent of the time steps  [default: {SAMPLER_DEFAULTS['rho']:g}]"),
     click.option('--S_churn', 'S_churn', metavar='FLOAT', type=NumberRange(min=0), default=None,
@@ -54,7 +54,7 @@ SAMPLER_FLAGS = (
 
 
 def sampler_flags(command):
-    """Decorator that adds the flags of drawing: how the network runs, every sampler's, those of some systems only."""
+    """Decorator that adds the sampling flags: how the network runs, the samplers', system-specific ones, --preset."""
     command = system_flags('own_sample_options')(command)
     for option in reversed(RUN_FLAGS + SAMPLER_FLAGS):
         command = option(command)
@@ -62,10 +62,10 @@ def sampler_flags(command):
 
 
 class SystemFlag(click.Option):
-    """A flag made from an Option. One whose name the command has already would hide the command's own.
+    """A flag made from an Option, with a name that no other flag of the command has, as it would hide that flag.
 
     Raises:
-        UserError: it has; raised when the command runs, since its flags are complete only then.
+        UserError: the name is taken; raised when the command runs, since only then are all its flags known.
     """
 
     def add_to_parser(self, parser, ctx):
@@ -76,7 +76,7 @@ class SystemFlag(click.Option):
         super().add_to_parser(parser, ctx)
 
 
-TYPES = {float: Number(), str: Text()}  # of an Option → of its flag, where they differ
+TYPES = {float: Number(), str: Text()}  # type of an Option → type of its flag, where they differ
 
 
 def system_flags(attribute):
@@ -92,10 +92,10 @@ def system_flags(attribute):
 
 
 def typed_flags(*names):
-    """Those flags, as typed, which the user has given on the command line; presets and defaults do not count.
+    """Those of these flags, as typed, that the user gave on the command line; presets and defaults do not count.
 
     Args:
-        names: Python names of flags of the command that is running.
+        names: Python names of flags of the running command.
     """
     ctx = click.get_current_context()
     others = (click.core.ParameterSource.DEFAULT, click.core.ParameterSource.DEFAULT_MAP)
@@ -104,7 +104,7 @@ def typed_flags(*names):
 
 
 def given_flags(attribute, values):
-    """The part of the click values that belongs to those options and was given by the user."""
+    """{name: value} of the Options in the systems' lists `attribute` that have a value in `values`, click's."""
     names = {option.name for option in own_options(SYSTEMS, attribute)}
     return {name: value for name, value in values.items() if name in names and value is not None}
 

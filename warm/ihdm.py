@@ -1,20 +1,20 @@
 """IHDM, generative modelling with inverse heat dissipation (Rissanen, Heinonen and Solin, 2022; ICLR 2023).
 
-Images in [0, 1] are blurred over levels k = 0 … K, with σ = 0.01 of noise on the network's input only. The network
-learns the previous level, without noise, as its input plus a correction, from a plain squared error. Sampling adds
-noise δ = 0.0125 after each level; the result is the last mean.
+Images in [0, 1] are blurred over levels k = 0 … K, with noise of σ = 0.01 on the network's input only. The network
+learns to predict the previous level, without noise, as its input plus a correction, with a plain squared error.
+Sampling adds noise of δ = 0.0125 after each level; the result is the last mean.
 
-As a member of the family (`warm.bands`) a_k = exp(−λα_k²/2) and s = σ, but the sampler is not the one that would
-follow: its noise is the same at all levels and in all bands. Even with exact predictions the samples do not have the
-data's covariance (tests/test_family_cold.py measures it); Blurring Diffusion's Section 3 is about that.
+As a member of the family (`warm.bands`) it has a_k = exp(−λα_k²/2) and s = σ, but its sampler is not the one that would
+follow from these: its noise is the same at all levels and in all bands. Even with exact predictions the samples do not
+have the data's covariance (tests/test_family_cold.py measures this); Section 3 of Blurring Diffusion is about that.
 
 Notes:
-- It starts from blurred training images, without noise (as the authors' program does): the prior is the training
-  set's, and so is a part of every score.
-- Levels: 0, then 200 from 0.5 to 24 pixels, evenly in the logarithm (CIFAR-10). --steps does not exist here, since
-  the network only knows the way from each level to the one before.
-- k goes into the U-Net's embedding as it is. Their network for CIFAR-10: 128 channels at 32×32, 256 at 16, 8 and 4,
-  4 blocks a resolution: --arch=ddpmpp --cbase=128 --cres=1,2,2,2 --augment=0.
+- Sampling starts from blurred training images, without noise (as in the authors' code): the prior comes from the
+  training set, and so does part of every score.
+- Levels: 0, then 200 from 0.5 to 24 pixels, evenly spaced in the logarithm (CIFAR-10). There is no --steps, since the
+  network only goes from each level to the one before.
+- k goes into the U-Net's embedding unscaled. Their network for CIFAR-10: 128 channels at 32×32, 256 at 16, 8 and 4,
+  4 blocks per resolution: --arch=ddpmpp --cbase=128 --cres=1,2,2,2 --augment=0.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class HeatLevels:
         return torch.cat([blurs.new_zeros([1]), blurs])
 
     def alpha(self, k):
-        """Blur at levels k, an integer tensor; its shape and device."""
+        """Blur in pixels at levels k, an integer tensor; same shape and device."""
         return _alphas_on(self, k.device).take(k)
 
     def at(self, k, n):
@@ -77,12 +77,12 @@ class HeatLevels:
 
 @constant
 def _alphas_on(levels, device):
-    """The table of blurs on a device: copied once, since each copy would be waited for."""
+    """The table of blurs on a device, copied only once, since the host waits for each copy."""
     return levels.alphas.to(device)
 
 
 class IHDMPrecond(Precond):
-    """Level k − 1 from level k: net(u_k, k) = u_k + F(u_k, k), in units of [0, 1]; k stands where elsewhere σ does.
+    """Level k − 1 from level k: net(u_k, k) = u_k + F(u_k, k), in units of [0, 1]; k takes the place of σ.
 
     Args:
         ihdm_levels, ihdm_blur_max: `HeatLevels`' num_levels and blur_max.
@@ -99,7 +99,7 @@ class IHDMPrecond(Precond):
 
 
 def ihdm_loss(net, images, labels=None, augment_pipe=None):
-    """(net(blurred + noise, k) − image at level k − 1)², k uniform in 1…K, for images in [0, 1]; `net` may be wrapped.
+    """(net(blurred + noise, k) − image at level k − 1)², k uniform in 1…K, in units of [0, 1]; `net` may be wrapped.
 
     Draws k [B, 1, 1, 1], the augmentation, the noise.
     """
@@ -112,13 +112,13 @@ def ihdm_loss(net, images, labels=None, augment_pipe=None):
 
 
 def ihdm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, images=None, delta=DELTA):
-    """From a training image at level K down to level 0, one evaluation a level.
+    """Sample from blurred training images at level K down to level 0, one evaluation per level.
 
     Args:
         net: Predictor of the previous level with a `process`.
         latents: [B, C, N, N]; only its shape and device matter.
         class_labels: [B, label_dim], or None.
-        randn_like: Source of the noise, called once for the start and once a level.
+        randn_like: Source of the noise, called once for the start and once per level.
         images: `TrainingImages` to start from.
         delta: Standard deviation of the noise added after each level, for images in [0, 1].
 
@@ -152,7 +152,7 @@ IHDM = System(
     describe=lambda net, options: {'prior': BLURRED_IMAGES},
     own_sample_options=(
         DATA,
-        Option('ihdm_delta', DELTA, "IHDM's noise at sampling, for images in [0, 1]", type=float),
+        Option('ihdm_delta', DELTA, "IHDM's noise in sampling, for images in [0, 1]", type=float),
     ),
     network_options=(
         Option('ihdm_levels', HeatLevels.num_levels, 'Number of blur levels', type=int),

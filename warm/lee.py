@@ -1,20 +1,21 @@
 """Blur Diffusion (Lee, Chung, Kim and Ye, 2022): a variance-preserving chain that blurs and adds noise.
 
-At level i of N the signal is √Ā_i, Ā_i = ᾱ_i exp(−λσ² Σ_{j≤i} f(j)), and the noise √(1 − Ā_i); one step of the
-chain has B_i = 1 − α_i exp(−λσ² f(i)) (Proposition 1). The network predicts ε, loss Eq. 10.
+At level i of N the signal's scale is √Ā_i, with Ā_i = ᾱ_i exp(−λσ² Σ_{j≤i} f(j)), and the noise's is √(1 − Ā_i); one
+step of the chain has B_i = 1 − α_i exp(−λσ² f(i)) (Proposition 1). The network predicts ε with the loss of Eq. 10.
 
 What differs from the paper, or is left open there:
-- The basis is the DCT with exp(−λσ²/2) as eigenvalues of W. Theirs are the eigenvectors of a sampled kernel of
+- The basis is the DCT, with exp(−λσ²/2) as eigenvalues of W. Theirs are the eigenvectors of a sampled kernel of
   0.4 pixels with zero padding, 1-D eigenvalues floored at 0.03; ours blurs about twice as much per unit of f.
 - In Eq. 7, 8, 9 and 12 the exponent of (I − Ā) is taken to be −1/2, as the ε of Eq. 4 requires.
-- Eq. 12 steps from i to i − 1 with B_{i+1}, W_{i+1}, which do not exist at N; B_i and W_i are taken.
-- The last step's noise is left out, as score-based samplers do (Eq. 12 read literally would add √B_1 z).
-- Fewer steps than N: the chain between the levels visited, whose factor and B follow from `warm.bands`. Eq. 12
-  is a first-order rule that suffers from long steps; --reverse-step=ancestral draws from the posterior instead. As
-  that divides by the step's factor a_t/a_s, it has a longest step too (MAX_LOG_GAIN).
-- Linear f is f(N)·i/N; the paper only names it in a figure. λ(i) = 1. Level i goes into the embedding as it is.
+- Eq. 12 steps from i to i − 1 with B_{i+1}, W_{i+1}, which do not exist at N; we use B_i and W_i.
+- The last step adds no noise, as usual in score-based samplers (Eq. 12 read literally would add √B_1 z).
+- With fewer steps than N, the chain is that between the levels visited, whose factor and B follow from `warm.bands`.
+  Eq. 12 is a first-order rule that suffers from long steps; --reverse-step=ancestral draws from the posterior instead.
+  Since that divides by the step's factor a_t/a_s, its steps are limited too (MAX_LOG_GAIN).
+- Linear f is f(N)·i/N; the paper only names it in a figure. The loss weight λ(i) is 1. Level i goes into the embedding
+  unscaled.
 - Their network (LSUN 64×64): --arch=adm --cbase=128 --cres=1,2,3,4 --dropout=0 --augment=0 --batch=16 --lr=5e-5
-  (App. B; App. G says 1e-5). The paper has no CIFAR-10 result; the defaults are those of LSUN.
+  (App. B; App. G says 1e-5). The paper has no CIFAR-10 result; the defaults are those for LSUN.
 """
 
 import dataclasses
@@ -42,8 +43,8 @@ F_TYPES = {
 }
 F_FINAL = {'quartic': 0.14, 'linear': 0.14, 'log': 0.6, 'none': 0.0}  # f(N); linear's is ours
 
-# ln of the largest a_s/a_t of an ancestral step, by which it multiplies errors of ε̂: those include the rounding of
-# the network's float32, which would become as large as the image.
+# ln of the largest a_s/a_t allowed in an ancestral step. The step multiplies errors of ε̂ by that: beyond the limit,
+# the network's float32 rounding alone would become as large as the image.
 MAX_LOG_GAIN = -math.log(torch.finfo(torch.float32).eps)
 
 
@@ -53,7 +54,7 @@ class LeeChain:
 
     Attributes:
         f_type: Blur schedule, a name in F_TYPES.
-        f_final: f(N); None takes the paper's for that schedule.
+        f_final: f(N); None takes the default for that schedule, F_FINAL.
         num_levels: N.
         sigma: Unit of blur, in pixels.
         beta_min, beta_max: Ends of the linear noise schedule.
@@ -81,7 +82,7 @@ class LeeChain:
         return tuple(torch.cat([v.new_zeros([1]), v.cumsum(0)]) for v in (torch.log1p(-beta), f))
 
     def log_power(self, i, frequency):
-        """ln Ā at level i, an integer tensor, of bands of these λ, a float64 tensor; their shapes broadcast."""
+        """ln Ā at level i (integer tensor) in bands with λ = frequency (float64 tensor); their shapes broadcast."""
         log_alpha, f = (table.take(i) for table in _sums_on(self, i.device))
         return log_alpha - frequency * self.sigma ** 2 * f
 
@@ -92,19 +93,19 @@ class LeeChain:
         return Bands(log_power / 2, (-torch.expm1(log_power)).sqrt())
 
     def log_gain(self, levels, n):
-        """ln of the largest a_s/a_t over all bands of N×N images and all steps t → s between neighbours in a list."""
+        """ln of the largest a_s/a_t over all bands of N×N images and all steps t → s between successive `levels`."""
         highest = self.log_power(torch.tensor(levels, device='cpu'), frequencies(n)[-1, -1])
         return highest.diff().max().item() / 2
 
 
 @constant
 def _sums_on(chain, device):
-    """The chain's tables on a device: copied once, since each copy would be waited for."""
+    """The chain's tables on a device, copied only once, since the host waits for each copy."""
     return tuple(table.to(device) for table in chain.sums)
 
 
 class LeePrecond(Precond):
-    """ε̂ = net(x_i, i): the second argument, elsewhere σ, is the level i in 1…N.
+    """ε̂ = net(x_i, i): the second argument, σ in other networks, is the level i in 1…N.
 
     Args:
         f_type, f_final, num_levels: See `LeeChain`.
@@ -150,12 +151,12 @@ def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
         net: ε-predictor with a `process`.
         latents: Standard normal [B, C, N, N].
         class_labels: [B, label_dim], or None.
-        randn_like: Source of the noise, called once a step.
+        randn_like: Source of the noise, called once per step.
         num_steps: Number of steps, at most the chain's.
         reverse_step: A name in REVERSE_STEPS.
 
     Returns:
-        float64 images [B, C, N, N]; the last step is without noise.
+        float64 images [B, C, N, N]; the last step adds no noise.
     """
     levels = spread_levels(num_steps, net.process.num_levels)
     x = latents.to(torch.float64)
@@ -167,7 +168,7 @@ def lee_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
 
 
 def check_gain(net, num_steps):
-    """Refuse (UserError) a number of steps in which the ancestral step would amplify mere rounding to an image."""
+    """Raise UserError if, with so few steps, the ancestral step would make rounding errors as large as the image."""
     process = net.process
     gain = process.log_gain(spread_levels(num_steps, process.num_levels), net.img_resolution)
     if gain > MAX_LOG_GAIN:
@@ -195,7 +196,7 @@ LEE = System(
     sampler=lee_samplers,
     sample_options=('num_steps',),
     own_sample_options=(
-        Option('reverse_step', DEFAULT_STEP, 'Step of the sampler', type=click.Choice(list(REVERSE_STEPS))),
+        Option('reverse_step', DEFAULT_STEP, 'Reverse step of the sampler', type=click.Choice(list(REVERSE_STEPS))),
     ),
     network_options=(
         Option('f_type', LeeChain.f_type, 'Blur schedule f', type=click.Choice(list(F_TYPES))),

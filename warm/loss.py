@@ -1,4 +1,4 @@
-"""Warm's training loss: Eq. 5 and 6 under EDM's weight and noise levels."""
+"""Warm's training loss: Eq. 5 and 6 with EDM's weight and distribution of noise levels."""
 
 import dataclasses
 
@@ -17,17 +17,17 @@ from warm.targets import Example
 class WarmLoss:
     """λ(β)·Σ over the branches of (estimate − target)², by default ‖D − V M Vᵀ x₀‖² + ‖R − V (I−M) Vᵀ x₀‖².
 
-    The same λ for both (ours): at small blur and constant BNR an error of R enters the sampler like one of
-    D, since Ṁ/(1−M) tends to −2/β there; `rest_weight` multiplies R's. Random numbers are drawn in this
+    Both terms have the same λ (ours): at small blur and constant BNR an error in R enters the sampler like one in
+    D, since Ṁ/(1−M) tends to −2/β there; `rest_weight` multiplies R's term. Random numbers are drawn in this
     order: β's variate [B, 1, 1, 1], the BNR's [B, 1, 1, 1] if the network is trained on several, the
-    augmentation, the noise. The blur comes after the augmentation. Each branch's term is also reported by
-    itself, as `Loss/` and its name, by default `Loss/denoise` and `Loss/deblur`, without `rest_weight`, so that runs
-    of different weights compare.
+    augmentation, the noise. The blur comes after the augmentation. Each branch's term is also reported
+    separately as `Loss/NAME`, by default `Loss/denoise` and `Loss/deblur`, without `rest_weight`, so that runs
+    with different weights can be compared.
 
     Args:
         P_mean, P_std: EDM's distribution of ln β.
         sigma_data: Standard deviation of the data.
-        rest_weight: Factor of the rest's term, where a branch estimates the rest (warm.choices).
+        rest_weight: Weight of R's term, if a branch estimates the rest (warm.choices).
     """
 
     P_mean: float = P_MEAN

@@ -1,13 +1,13 @@
-"""The exact network for Gaussian data, and what it shows: every solver's error against its evaluations.
+"""The exact network for Gaussian data, and with it the error of every solver against its network evaluations.
 
 For data with covariance diag(S) in the DCT basis, E[x₀|x] = V [M S/(M² S + β²)] Vᵀ x. With that, the
 probability-flow ODE of warm.samplers reads, in each band,
 
     dx/dβ = ½ x·d ln(M²S + β²)/dβ,    so    x ∝ √(M²S + β²)
 
-along any path: the solution is known without a reference run. Every sampler is then linear and acts on
-each band by itself, so a run on images whose bands are all 1 gives its factor on every band at once, and
-errors and variances come as expectations over all noise, not as estimates from samples.
+along any path, so the solution is known without a reference run. Every sampler is then linear and acts on
+each band separately, so one run on an image whose bands are all 1 gives its factor on every band, and
+errors and variances are expectations over all noise, not estimates from samples.
 
     python -m warm.oracle --outdir=docs
 """
@@ -72,20 +72,20 @@ def marginal_variance(spectrum, path, beta):
 
 
 def ode_factor(spectrum, path, beta, beta_next):
-    """By what the exact solution of the ODE multiplies each band from noise level β to β′: float64 [N, N]."""
+    """Factor by which the exact ODE solution scales each band from noise level β to β′: float64 [N, N]."""
     return (marginal_variance(spectrum, path, beta_next) / marginal_variance(spectrum, path, beta)).sqrt()
 
 
 def last_step_factor(spectrum, path, beta):
-    """By what the last step (β′ = 0), x′ = x̂₀, multiplies each band: M S/(M² S + β²), float64 [N, N]."""
+    """Factor by which the last step (β′ = 0), x′ = x̂₀, scales each band: M S/(M² S + β²), float64 [N, N]."""
     return blur_mask(path.alpha(beta), len(spectrum)) * spectrum / marginal_variance(spectrum, path, beta)
 
 
 def sampler_factors(net, num_steps, **options):
-    """What `warm_sampler` makes of each of its noise sources, with a `GaussianOracle`.
+    """Factors by which `warm_sampler` with a `GaussianOracle` scales each of its sources of noise.
 
-    Image j of one batch has bands of 1 in the j-th source and of 0 in all others. The sources are the
-    latents and the noise drawn at each step; they are independent and standard normal when sampling.
+    Image j of one batch has all bands 1 in the j-th source and 0 in all others. The sources are the
+    latents and the noise drawn at each step; in real sampling they are independent and standard normal.
 
     Args:
         net: The oracle.
@@ -103,15 +103,15 @@ def sampler_factors(net, num_steps, **options):
 
 
 def deterministic_factor(net, num_steps, **options):
-    """The first of `sampler_factors`, [N, N], for options that use no other noise."""
+    """The factor of the latents alone, [N, N], as in `sampler_factors`, for options that use no other noise."""
     ones = idct2(torch.ones([1, 1, *net.spectrum.shape], dtype=torch.float64))
     return dct2(warm_sampler(net, ones, randn_like=torch.zeros_like, num_steps=num_steps, **options))[0, 0]
 
 
 def solver_error(spectrum, path, solver, num_steps):
-    """Root mean square difference of a pixel between samples and the exact solution at β = 0; (error, NFE).
+    """(error, NFE): root mean square difference per pixel between samples and the exact solution at β = 0.
 
-    The expectation over latents, from the default grid. The last step leaves a small error even if all
+    The expectation is over latents, on the default grid. The last step leaves a small error even if all
     others are exact: `last_step_error`.
     """
     net = GaussianOracle(spectrum)
@@ -135,7 +135,7 @@ def ode_solvers():
 
 
 def steps_for(solver, nfe):
-    """The largest number of steps that needs at most `nfe` evaluations, which are a·n + b with n steps."""
+    """The largest number of steps that needs at most `nfe` evaluations; n steps need a·n + b."""
     spectrum = prior_spectrum(2)
     few, more = (solver_error(spectrum, ConstantBNR(0), solver, n)[1] for n in (4, 5))
     per_step = more - few
@@ -143,7 +143,7 @@ def steps_for(solver, nfe):
 
 
 def errors(spectrum, budgets):
-    """{path: {solver: {NFE: error}}} for all in COMPARED and `ode_solvers`; NFE may fall short of the budget."""
+    """{path: {solver: {NFE: error}}} for all in COMPARED and `ode_solvers`; the true NFE may be below the budget."""
     steps = {(solver, nfe): steps_for(solver, nfe) for solver in ode_solvers() for nfe in budgets}
     return {path: {solver: {nfe: solver_error(spectrum, path, solver, steps[solver, nfe])[0] for nfe in budgets}
                    for solver in ode_solvers()} for path in COMPARED}
@@ -189,7 +189,7 @@ def ratio_rows(table):
 
 
 def page(table, floors, data, command, rms, note=''):
-    """The Markdown page; what it says follows from the numbers, but for a `note`."""
+    """The Markdown page; all that it says follows from the numbers, except the `note`."""
     hot, *others = table
 
     def where(better, worse, paths=None):
@@ -207,29 +207,30 @@ def page(table, floors, data, command, rms, note=''):
         f'Data: Gaussian, with {data}.',
         '',
         'For such data the best possible network is known in closed form, and so is the exact solution of the',
-        'probability-flow ODE along any path (`warm/oracle.py`). The numbers are the root mean square difference of a',
-        'pixel between the samples of a solver and that solution, expected over all latents; images are in [−1, 1] and',
+        'probability-flow ODE along any path (`warm/oracle.py`). The numbers are the root mean square difference per',
+        "pixel between a solver's samples and that solution, expected over all latents; images are in [−1, 1] and",
         f"have a root mean square of {rms:.2g}. The noise levels are EDM's, {SIGMA_MAX} to {SIGMA_MIN}; the last step,",
-        f'from there to 0, costs {max(floors.values()):.1e} by itself (the dotted line).',
+        f'from there to 0, alone contributes {max(floors.values()):.1e} (the dotted line).',
         '',
         '![Error against evaluations for each path and solver](solvers.png)',
         '',
         *error_rows(table),
         '',
-        'Bold: the smallest error on a path with that number of evaluations.',
+        'Bold: the smallest error on each path with that number of evaluations.',
         '',
         *ratio_rows(table),
         '',
-        f"- 35 evaluations each: dpmpp2m ahead of Heun on {where(error('dpmpp2m', 35), error('heun', 35))}.",
-        f"- 19 evaluations of dpmpp2m ahead of 35 of Heun on {where(error('dpmpp2m', 19), error('heun', 35))}.",
-        f"- 19 evaluations each: Heun behind even Euler on {where(error('euler', 19), error('heun', 19))}.",
-        '- 35 evaluations, against the same solver without blur: dpmpp2m better on '
+        f"- With 35 evaluations each, dpmpp2m beats Heun on {where(error('dpmpp2m', 35), error('heun', 35))}.",
+        f"- With 19 evaluations, dpmpp2m beats Heun with 35 on {where(error('dpmpp2m', 19), error('heun', 35))}.",
+        f"- With 19 evaluations each, even Euler beats Heun on {where(error('euler', 19), error('heun', 19))}.",
+        '- With 35 evaluations, compared with the same solver without blur, dpmpp2m is better on '
         f"{where(error('dpmpp2m', 35), error('dpmpp2m', 35, hot), others)}; "
-        f"Heun better on {where(error('heun', 35), error('heun', 35, hot), others)}.",
+        f"Heun is better on {where(error('heun', 35), error('heun', 35, hot), others)}.",
         '',
         *([note, ''] if note else []),
-        'What this does not show: a trained network errs too, and images are not Gaussian, so that an error below the',
-        "network's buys nothing. And it compares solvers of an ODE, not the quality of images at different BNRs.",
+        'What this does not show: a trained network also makes errors, and images are not Gaussian, so reducing the',
+        "solver's error below the network's gains nothing. And it compares ODE solvers, not image quality at different",
+        'BNRs.',
         ''])
 
 
@@ -240,7 +241,7 @@ def _names(paths):
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--outdir', metavar='DIR', required=True, help='Where to write solvers.md, solvers.png and solvers.svg')
 @click.option('--data', metavar='ZIP|DIR', default=None,
-              help='Take the spectrum of these images  [default: the natural-image prior at 32x32]')
+              help='Use the spectrum of these images  [default: the natural-image prior at 32x32]')
 def main(outdir, data):
     """Compare the solvers on Gaussian data, where the exact answer is known."""
     spectrum, what, note = prior_spectrum(RESOLUTION), 'the natural-image prior S ∝ (k² + l² + 1)^−1.2', CIFAR10_NOTE

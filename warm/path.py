@@ -1,11 +1,11 @@
 """Paths through the (α, β) plane: how many pixels of blur go with each noise level (Eq. 7, Table 4, Fig. 6).
 
-A path gives α for each β. What a network was trained on is a *family* of paths: a single one, a list of
-constant BNRs, or a range of them; training draws from it per image, sampling takes any path inside it.
+A path gives α for each β. A network is trained on a *family* of paths: a single one, a list of constant
+BNRs, or a range of them; training draws from it per image, sampling takes any path inside it.
 
-To add a schedule: one class here and one line in PATHS. The class is a frozen dataclass (paths are compared) of at most
-one number with a default, which --bnr-schedule=NAME:NUMBER gives, and has what `BlurringSchedule` has: `alpha`,
-`bnr_bounds`, `is_hot` and a text.
+To add a schedule: one class here and one line in PATHS. The class is a frozen dataclass (paths are compared) with at
+most one field, a number with a default that --bnr-schedule=NAME:NUMBER sets, and has what `BlurringSchedule` has:
+`alpha`, `bnr_bounds`, `is_hot` and `__str__`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import torch
 from dnnlib import UserError, chosen
 
 PAPER_BNR = 0.5  # the paper's choice (Table 3), and the default everywhere
-MAX_BNR = 1000  # the paper tries up to 10; at this even EDM's last noise level, 0.002, comes with two pixels of blur
+MAX_BNR = 1000  # the paper tries up to 10; at 1000 even EDM's lowest noise level, 0.002, comes with two pixels of blur
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ConstantBNR:
 class BlurringSchedule:
     """α = σ_B,max·β²/(1+β²): Blurring Diffusion's cosine schedule in this parametrisation (Table 4).
 
-    There β = tan(πt/2) and σ_B = σ_B,max·sin²(πt/2). This is the ideal form, without d_min and without
-    the rescaled log-SNR: at β = 0.01 the original's α is ten times smaller, from β = 1 on equal within 0.2 %.
+    There β = tan(πt/2) and σ_B = σ_B,max·sin²(πt/2). This is the ideal form, without d_min and without the
+    rescaled log-SNR: the original's α is ten times smaller at β = 0.01, and equal within 0.2 % from β = 1 on.
     """
 
     sigma_b_max: float = 20.0
@@ -81,8 +81,9 @@ class BlurringSchedule:
 PATHS = {'constant': ConstantBNR, 'blurring': BlurringSchedule}
 
 
-# Families: what a network was trained on. `draw_alpha` is training's draw, `contains` what sampling may follow, `flags`
-# the texts of --bnr and --bnr-schedule that `parse_family` makes it of: the same for all spellings of one, one None.
+# Families: what a network was trained on. `draw_alpha` draws the blur in training, `contains` says which paths sampling
+# may follow. `flags` gives the texts of --bnr and --bnr-schedule, one of them None, from which `parse_family` makes the
+# family; they are the same however the user wrote it.
 
 @dataclasses.dataclass(frozen=True)
 class OnePath:
@@ -96,16 +97,16 @@ class OnePath:
         return self.path.is_hot
 
     def draw_alpha(self, beta):
-        """α for β [B, 1, 1, 1]; no random numbers are drawn."""
+        """α for β [B, 1, 1, 1]; draws no random numbers."""
         return self.path.alpha(beta)
 
     def contains(self, path, beta_min, beta_max):
-        """Whether `path` was trained between the two noise levels."""
+        """Whether `path` is the trained one."""
         return path == self.path
 
     @property
     def default(self):
-        """The path that sampling takes when none is asked for."""
+        """The path that sampling takes by default."""
         return self.path
 
     @property
@@ -123,7 +124,7 @@ class OnePath:
 
 @dataclasses.dataclass(frozen=True)
 class BNRList:
-    """Training over several constant BNRs, one drawn uniformly per image."""
+    """Training on several constant BNRs, one drawn uniformly per image."""
 
     values: tuple
     is_hot = False
@@ -137,7 +138,7 @@ class BNRList:
     def draw_alpha(self, beta):
         """α for β [B, 1, 1, 1]; draws an index [B, 1, 1, 1] from the global generator."""
         index = torch.randint(len(self.values), beta.shape, device=beta.device)
-        values = torch.stack([beta.new_full([], bnr) for bnr in self.values])  # filled in there: a copy would wait
+        values = torch.stack([beta.new_full([], bnr) for bnr in self.values])  # filled on the device: a copy would wait
         return beta * values[index]
 
     def contains(self, path, beta_min, beta_max):
@@ -160,7 +161,7 @@ class BNRList:
 
 @dataclasses.dataclass(frozen=True)
 class BNRRange:
-    """Training over a range of BNRs, log-uniform per image."""
+    """Training on a range of BNRs, drawn log-uniformly per image."""
 
     low: float
     high: float
@@ -200,12 +201,12 @@ def _join(values):
 
 
 def _text(number):
-    """A number as short as it can be written without loss: 0.5, 2, 1e-05."""
+    """The shortest exact text of a number: 0.5, 2, 1e-05."""
     return repr(float(number)).removesuffix('.0')
 
 
 def _number(text, flag, what):
-    """Text as a number; `what` ends the sentence "'…' in FLAG is not …" where it is none."""
+    """The text's number; if it is none, `what` ends the error "'…' in FLAG is not …"."""
     try:
         value = float(text)
     except ValueError:
@@ -223,10 +224,10 @@ ANY_BNR = (f'a Blur-to-Noise Ratio; give a number ≥ 0 such as {PAPER_BNR}, a l
 def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
     """One path from the texts of --bnr (a number) and --bnr-schedule (`constant` or `blurring[:SIGMA_B_MAX]`).
 
-    `expected` says what --bnr should be where it is no number.
+    `expected` says, in the error, what --bnr should be if it is not a number.
 
     Raises:
-        UserError: unknown schedule, bad number, or a BNR together with a schedule that has none.
+        UserError: unknown schedule, bad number, or a BNR together with a schedule that takes none.
     """
     name, _, argument = (schedule or 'constant').partition(':')
     make_path = chosen('--bnr-schedule', name, PATHS)
@@ -246,12 +247,12 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
 
 
 def argument_of(name):
-    """The dataclass field that --bnr-schedule=NAME:NUMBER gives; None where there is none, or another flag gives it."""
+    """The dataclass field that --bnr-schedule=NAME:NUMBER sets; None if there is none or another flag sets it."""
     return None if name == 'constant' else next(iter(dataclasses.fields(PATHS[name])), None)
 
 
 def schedule_texts():
-    """What --bnr-schedule takes: 'constant', 'blurring[:SIGMA_B_MAX]' and so on."""
+    """What --bnr-schedule accepts: 'constant', 'blurring[:SIGMA_B_MAX]' and so on."""
     return [name + (f'[:{field.name.upper()}]' if (field := argument_of(name)) else '') for name in PATHS]
 
 

@@ -1,4 +1,4 @@
-"""PFGM++ (Xu, Liu, Tian, Tong, Tegmark and Jaakkola, ICML 2023): EDM with heavy-tailed noise of D extra dimensions.
+"""PFGM++ (Xu, Liu, Tian, Tong, Tegmark and Jaakkola, ICML 2023): EDM with heavy-tailed noise from D extra dimensions.
 
 The perturbation of an N-dimensional image at noise level σ has a uniform direction and the radius
 R = r·√(Beta-prime(N/2, D/2)), r = σ√D; D → ∞ is EDM. A Beta-prime variable is a quotient of Gamma variables,
@@ -6,11 +6,11 @@ R = r·√(Beta-prime(N/2, D/2)), r = σ√D; D → ∞ is EDM. A Beta-prime var
 
     σ·n/√(χ²_D/D),
 
-noise of a multivariate Student's t with D degrees of freedom: that is how it is drawn, in float64. The ODE in σ is
+multivariate Student's t noise with D degrees of freedom, and it is drawn this way, in float64. The ODE in σ is
 EDM's, and the sampler starts from the same distribution at σ_max.
 
 What is ours: network, noise levels and weight are EDM's (as in the paper's experiments on CIFAR-10); churn is
-refused, as it adds Gaussian noise, whose sum with the perturbation is none of these distributions.
+refused, since the perturbation plus its Gaussian noise is none of these distributions.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ AUG_DIM = 2048  # the paper's best on CIFAR-10
 
 
 class PFGMPPPrecond(Precond):
-    """EDM's network, with the number of extra dimensions that it is trained for.
+    """EDM's network, with the number of extra dimensions it is trained for.
 
     Args:
         sigma_min, sigma_max: Supported noise levels.
@@ -57,7 +57,7 @@ def heavy_tailed(normal, chi_square, aug_dim):
 def chi_square_of(z, aug_dim):
     """χ²_D as a function of a standard normal variable z (its quantile at Φ(z)): float64, shape and device of z."""
     variate = z.to('cpu', torch.float64).numpy()
-    # Both tails keep their precision: the smaller of Φ(z) and Φ(−z) decides.
+    # From the smaller of Φ(z) and Φ(−z), so that both tails keep their precision.
     p = scipy.special.ndtr(-abs(variate))
     half = torch.where(z.cpu() < 0, torch.as_tensor(scipy.special.gammaincinv(aug_dim / 2, p)),
                        torch.as_tensor(scipy.special.gammainccinv(aug_dim / 2, p)))
@@ -66,7 +66,7 @@ def chi_square_of(z, aug_dim):
 
 @dataclasses.dataclass
 class PFGMPPLoss:
-    """EDM's loss under the heavy-tailed perturbation. Draws ln σ's variate, the augmentation, n, χ²_D [B, 1, 1, 1]."""
+    """EDM's loss with the heavy-tailed perturbation. Draws ln σ's variate, the augmentation, n, χ²_D [B, 1, 1, 1]."""
 
     aug_dim: int = AUG_DIM
     sigma_data: float = SIGMA_DATA
@@ -79,7 +79,7 @@ class PFGMPPLoss:
         y, augment_labels = augment(images, augment_pipe)
         n = torch.randn_like(y)
         freedom = torch.full([len(y), 1, 1, 1], float(self.aug_dim), dtype=torch.float64, device=y.device)
-        # Not as Chi2, which would copy its rate ½ to the device and wait for that.
+        # Not torch's Chi2, which would copy its rate ½ to the device and wait for it.
         gamma = torch.distributions.Gamma(freedom / 2, torch.full_like(freedom, 0.5), validate_args=False)
         chi_square = gamma.sample()
         noise = (sigma * heavy_tailed(n, chi_square, self.aug_dim)).to(y.dtype)
@@ -88,7 +88,7 @@ class PFGMPPLoss:
 
 
 def with_heavy_tails(sampler):
-    """`sampler` started from PFGM++'s prior; one normal variate per image comes first from `randn_like`."""
+    """`sampler` started from PFGM++'s prior, which first takes one normal variate per image from `randn_like`."""
     def sample(net, latents, class_labels=None, randn_like=torch.randn_like):
         z = randn_like(latents.new_empty([len(latents), 1, 1, 1], dtype=torch.float64))
         start = heavy_tailed(latents, chi_square_of(z, net.aug_dim), net.aug_dim)
@@ -110,6 +110,6 @@ PFGMPP = System(
     sampler=pfgmpp_samplers,
     sample_options=GRID_OPTIONS,
     network_options=(
-        Option('aug_dim', AUG_DIM, 'Extra dimensions D', type=int),
+        Option('aug_dim', AUG_DIM, 'Number of extra dimensions, D', type=int),
     ),
 )

@@ -14,26 +14,26 @@ from warm.targets import PAPER_TARGETS, TARGETS, Hot, Point
 class WarmPrecond(Precond):
     """EDM's U-Net with a second conditioning input (blur) and one output per branch.
 
-    D = c_skip·x + c_out·F_D with EDM's coefficients at σ = β; R = s_R(α)·F_R (warm.targets). Noise is
-    conditioned on through ln(β)/4 as in EDM, blur through ln(α)/4: a positional embedding and a linear map
+    D = c_skip·x + c_out·F_D with EDM's coefficients at σ = β; R = s_R(α)·F_R (warm.targets). The noise level
+    is embedded through ln(β)/4 as in EDM, the blur through ln(α)/4: a positional embedding and a linear map
     without bias, added to the noise embedding; exactly zero for images with α = 0. A network whose only BNR
-    is 0 is EDM's, tensor for tensor. What of this is ours can be chosen otherwise (warm.choices).
+    is 0 is EDM's, tensor for tensor. Our choices in this have alternatives (warm.choices).
 
     Args:
         sigma_min, sigma_max: Supported noise levels β.
         sigma_data: Standard deviation of the data.
         bnr: What to train on: a number, a list '0,0.1,0.5' or a range '0.1-2' (None: the paper's 0.5).
-        bnr_schedule: 'constant', or 'blurring[:SIGMA_B_MAX]', which takes the place of `bnr`.
+        bnr_schedule: 'constant', or 'blurring[:SIGMA_B_MAX]', which replaces `bnr`.
         targets: What the branches estimate, a name in warm.targets.TARGETS (Table 5).
-        rest_weight: Factor of R's term in the loss, > 0; recorded here, applied by warm.loss.
+        rest_weight: Weight of R's term in the loss, > 0; recorded here, applied by warm.loss.
         rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
-        blur_embedding: How the network is told the blur, a name in warm.choices.BLUR_EMBEDDINGS; 'none' only for a
-            single path, on which α follows from β.
+        blur_embedding: How the blur is embedded, a name in warm.choices.BLUR_EMBEDDINGS; 'none' only for a single
+            path, on which α follows from β.
 
     Attributes:
         family: The paths that the network is trained on (warm.path).
         parametrisation: The one of warm.targets in use.
-        choices: Those of the last three arguments that are not the defaults; only they stand in `init_kwargs`.
+        choices: Those of the last three arguments that are not the defaults; only these are in `init_kwargs`.
 
     Raises:
         UserError: an argument that is unknown, or that has no effect together with the others.
@@ -65,7 +65,7 @@ class WarmPrecond(Precond):
         return edm_scalings(sigma, self.sigma_data)
 
     def point(self, x, sigma, alpha=None):
-        """The Point of warm.targets that the arguments of `forward` name, checked as described there."""
+        """The warm.targets.Point given by the arguments of `forward`, checked as described there."""
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
         return Point(x, sigma, self.as_alpha(alpha, sigma, x), *self.scalings(sigma), self.sigma_data, self.rest_scale)
 
@@ -80,7 +80,7 @@ class WarmPrecond(Precond):
         """α as [B or 1, 1, 1, 1] on x's device; checked as `forward` describes."""
         if alpha is None:
             alpha = self.family.default.alpha(sigma)
-        if not isinstance(alpha, torch.Tensor):  # a tensor's values would have to be waited for on a GPU
+        if not isinstance(alpha, torch.Tensor):  # reading a tensor's values would make the host wait for the GPU
             given = torch.as_tensor(alpha, dtype=torch.float64)
             if not (given.isfinite() & (given >= 0)).all():
                 raise UserError(f'{excerpt(given.flatten().tolist(), 100)} is no blur in pixels; give numbers ≥ 0')
@@ -90,7 +90,7 @@ class WarmPrecond(Precond):
         return alpha
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
-        """(D, R): the blurred image without noise (Eq. 5) and what the blur took away (Eq. 6); as `forward`."""
+        """(D, R): the blurred image without noise (Eq. 5) and what the blur removed (Eq. 6); arguments as `forward`."""
         point = self.point(x, sigma, alpha)
         return self.parametrisation.parts(self.estimates(point, class_labels, force_fp32, **model_kwargs), point)
 
@@ -104,15 +104,15 @@ class WarmPrecond(Precond):
             class_labels: [B, label_dim], or None.
             alpha: Blur in pixels ≥ 0: a number, or one per image; None: that of the network's default path.
             force_fp32, model_kwargs: As in training.precond.Precond.
-            return_estimates: Give a tuple of what the branches estimate instead, which a loss compares with
-                `parametrisation.targets`. It is asked for here since DDP only wraps `forward`.
+            return_estimates: Return instead a tuple of what the branches estimate, which a loss compares with
+                `parametrisation.targets`. This is an option of `forward` since DDP wraps only that.
 
         Returns:
             float32, like x.
 
         Raises:
-            UserError: images, noise levels or blur of another number or shape; blur that is negative or not finite
-                (the values of a tensor are not looked at).
+            UserError: images, noise levels or blur of the wrong number or shape; blur that is negative or not finite
+                (the values of a tensor are not checked).
         """
         if return_estimates:
             return self.estimates(self.point(x, sigma, alpha), class_labels, force_fp32, **model_kwargs)
@@ -124,7 +124,8 @@ class WarmPrecond(Precond):
 
         Every tensor of the same name and shape is copied. Where this network has an output for each of
         several branches, the first takes EDM's and the others start at zero, as does the blur embedding: at
-        BNR 0 the network then equals its source, if the first estimates an image as EDM does (all of Table 5).
+        BNR 0 the network then equals its source, if the first branch estimates an image as EDM does (as in
+        all of Table 5).
 
         Args:
             source: State dict of the source network.
@@ -136,7 +137,7 @@ class WarmPrecond(Precond):
                 first = source.get(name)
                 if name in copied or first is None or first.shape[1:] != tensor.shape[1:]:
                     continue
-                if len(first) == self.img_channels and len(tensor) == self.model.out_channels:  # the output's
+                if len(first) == self.img_channels and len(tensor) == self.model.out_channels:  # the output layer's
                     tensor.zero_()[:len(first)].copy_(first)
                     copied.append(name)
             if self.map_blur is not None and 'map_blur.linear.weight' not in source:

@@ -1,7 +1,7 @@
 """The paper's four experiments, and a small one, as presets: `train.py --preset=NAME`, `generate.py --preset=NAME`.
 
-A preset only changes defaults: an option that the user gives wins, so `--preset=ffhq --precond=edm` is the EDM twin
-of the paper's FFHQ experiment. To add one: one entry in PRESETS.
+A preset only changes defaults: options given explicitly take precedence, so `--preset=ffhq --precond=edm` is the EDM
+counterpart of the paper's FFHQ experiment. To add one: one entry in PRESETS.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ class Preset:
 
     Attributes:
         data: Command that prepares the data set.
-        train, sample: {flag's Python name: value, as typed} for train.py and generate.py.
+        train, sample: {Python name of a flag: value as typed} for train.py and generate.py.
     """
 
     data: str
@@ -41,7 +41,7 @@ PRESETS = {
         dict(data='datasets/lsun-church-128x128.zip', precond='warm', batch=256, cres='1,1,2,2,2', lr=2e-4,
              dropout=0.05, augment=0.15),
         dict(num_steps=256)),
-    'digits': Preset(  # not in the paper: a network of 1.5 M parameters, a quick ramp and a short average
+    'digits': Preset(  # not in the paper: 1.5 M parameters, a short learning-rate warm-up and a short EMA half-life
         '',
         dict(precond='warm', cond=True, cbase=32, cres='1,2', batch=64, duration=0.08, lr=2e-3, lr_rampup=0.005,
              ema=0.005, dropout=0.0, augment=0.0, tick=4, snap=0, dump=0, workers=0),
@@ -50,10 +50,10 @@ PRESETS = {
 
 
 def preset_option(part):
-    """The flag --preset; `part` is 'train' or 'sample'. The click context's defaults take the preset's values."""
+    """The flag --preset, which makes a preset's values the click context's defaults; `part`: 'train' or 'sample'."""
     def choose(ctx, param, value):
         if value is not None:
             ctx.default_map = {**(ctx.default_map or {}), **getattr(PRESETS[value], part)}
         return value
     return click.option('--preset', type=click.Choice(list(PRESETS)), default=None, is_eager=True, callback=choose,
-                        expose_value=False, help="A paper's experiment, or the digits; options given beside it win")
+                        expose_value=False, help="One of the paper's experiments, or the digits; explicit options win")

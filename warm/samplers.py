@@ -4,18 +4,18 @@ The deterministic limit of Eq. 4 is the probability-flow ODE of the process:
 
     dx/dβ = (x − D)/β + V [Ṁ/(1−M)] Vᵀ R.
 
-Unprimed symbols belong to the present level (α, β), primed ones to the next. Grid, churn and NFE are EDM's
+Unprimed symbols belong to the current level (α, β), primed ones to the next. Grid, churn and NFE are EDM's
 (training.samplers); at BNR 0 every step here does the same arithmetic as EDM's sampler, without a DCT.
 
 To add a solver: one function
 
     step(denoise, x, D, R, here, there, z, memory) → x′
 
-and one line in SOLVERS that says what kind it is (`Solver`). `denoise(x, level) → (D, R)` is the network, for steps
-that evaluate it again; D and R are its answer at x, `here`. At β′ = 0 a step returns x̂₀ = D + R. Noise: z is the
-step's own, standard normal like x; a solver that uses it says when in `adds_noise`. Options: each Option in `options`
-is a keyword of the step and a flag of generate.py, which solvers without it refuse. Several steps: `memory` is a
-dict, empty at first, that the step may write to; a solver that does is `multistep`.
+and one line in SOLVERS that describes it (`Solver`). D and R are the network's output at x, `here`; a step that needs
+more evaluations calls `denoise(x, level) → (D, R)`. At β′ = 0 a step returns x̂₀ = D + R.
+- Noise: z is the step's own, standard normal like x; `adds_noise` says when the solver uses it.
+- Options: each Option in `options` is a keyword of the step and a flag of generate.py, refused by the other solvers.
+- Multistep: `memory` is a dict, empty at first, that the step may write to; a solver that does is `multistep`.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from warm.path import ConstantBNR
 class Level:
     """A point of a path.
 
-    alpha: Blur in pixels: a number, or a 0-d tensor on the device of the images, which spares it a copy.
+    alpha: Blur in pixels: a number, or a 0-d tensor on the images' device, which saves a copy.
     beta: Noise level, a float, so that nothing is read back from the device.
     hot: Whether the path has no blur at all.
     """
@@ -50,7 +50,7 @@ class Level:
 def blur_fraction(here, there, n):
     """(M′ − M)/(1 − M) per band [n, n]: the share of the rest R that a step restores (Eq. 4).
 
-    0 at λ = 0, where R has no mean, and at α = 0. Backwards, towards more blur, it is negative.
+    0 at λ = 0, since R has zero mean, and at α = 0. Negative for a step backwards, towards more blur.
     """
     missing = rest_mask(here.alpha, n)
     gained = mask_difference(here.alpha, there.alpha, n)
@@ -66,7 +66,7 @@ def transition(x, D, R, here, there, sigma=0, z=None):
     """One step of Eq. 4: x + V [(M′−M)/(1−M)] Vᵀ R + (β − √(β′²−σ²))·(D−x)/β + σz.
 
     Args:
-        x, D, R: State, denoised and rest [B, C, N, N].
+        x, D, R: State, denoised image and rest [B, C, N, N].
         here, there: Levels before and after.
         sigma: The paper's σ_t, 0 ≤ σ ≤ β′; 0 is the deterministic step (Euler, DDIM).
         z: Standard normal noise like x; needed where σ > 0.
@@ -81,7 +81,7 @@ def transition(x, D, R, here, there, sigma=0, z=None):
 def add_churn(x, here, there, z, S_noise=1):
     """Raise the state from `here` to a noisier `there`: x̂ = V (M̂/M) Vᵀ x + V √(β̂² − (M̂/M)² β²) Vᵀ S_noise z (ours).
 
-    Blur rises with the noise, so that the marginal stays exactly that of the path (for S_noise = 1); at BNR 0
+    The blur rises with the noise, so that the marginal stays exactly that of the path (for S_noise = 1); at BNR 0
     it is EDM's churn.
     """
     if here.hot:
@@ -93,20 +93,21 @@ def add_churn(x, here, there, z, S_noise=1):
 def euler_step(denoise, x, D, R, here, there, z, memory, eta):
     """Eq. 4, first order, one evaluation: DDIM's step for η = 0, stochastic with σ_t = η·β′·√(1 − β′²/β²) (ours).
 
-    η = 1 at BNR 0 is DDPM's noise. With blur σ_t is the same in all bands, the most that every band's posterior admits.
+    η = 1 at BNR 0 is DDPM's noise. With blur, σ_t is still the same in all bands: at η = 1, the largest that every
+    band's posterior allows.
     """
     sigma = eta * there.beta * math.sqrt(1 - (there.beta / here.beta) ** 2)
     return transition(x, D, R, here, there, sigma, z if sigma > 0 else None)
 
 
 def check_eta(eta):
-    """Refuse an η outside [0, 1] (UserError)."""
+    """Raise UserError for an η outside [0, 1]."""
     if not 0 <= eta <= 1:
         raise UserError(f'eta is {eta}, but it must lie between 0 and 1')
 
 
 def heun_step(denoise, x, D, R, here, there, z, memory):
-    """Second order on any path, two evaluations; the last step is Euler's (the paper's and EDM's solver).
+    """Heun's step, second order on any path, two evaluations; the last step is Euler's (the paper's and EDM's solver).
 
     The corrector averages the noise slopes (x−D)/β and (x′−D′)/β′, and the blur increments
     (M′−M)/(1−M)·R and (M′−M)/(1−M′)·R′.
@@ -119,7 +120,7 @@ def heun_step(denoise, x, D, R, here, there, z, memory):
     corrected = x + (there.beta - here.beta) * (0.5 * slope + 0.5 * slope_next)
     if here.hot:
         return corrected
-    # Seen from the far end the step runs backwards, hence the minus sign.
+    # Seen from the next level the step runs backwards, hence the minus sign.
     return corrected + 0.5 * (deblur(R, here, there) - deblur(R_next, there, here))
 
 
@@ -132,7 +133,7 @@ def dpmpp2m_step(denoise, x, D, R, here, there, z, memory):
     clean = D if here.hot else D + R
     if there.beta == 0:
         return clean
-    if there.beta == here.beta:  # two levels that the network rounds to one: h would be 0 in the next step's slope
+    if there.beta == here.beta:  # the network rounded two levels to one: h would be 0 in the next step's slope
         return x
     n = x.shape[-1]
     h = torch.as_tensor(math.log(here.beta / there.beta), dtype=x.dtype)
@@ -150,15 +151,15 @@ def dpmpp2m_step(denoise, x, D, R, here, there, z, memory):
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How the sampler gets from level to level, and what users and tests may ask of it.
+    """A step from level to level, and the properties of it that users and tests rely on.
 
     Attributes:
-        step: step(denoise, x, D, R, here, there, z, memory, **options) → x′; what these are stands at the top.
-        order: Of accuracy on the ODE, with the defaults of its options; None where these add noise.
-        multistep: Whether it carries evaluations from step to step: such a solver has neither churn nor single steps.
+        step: step(denoise, x, D, R, here, there, z, memory, **options) → x′, explained at the top of this module.
+        order: Order of accuracy on the ODE with default options; None if these add noise.
+        multistep: Whether it reuses earlier steps' evaluations: if so, churn and num_steps=1 are refused.
         options: Option objects of its own, with the defaults that the step receives.
-        adds_noise: adds_noise(**options) → whether the step uses z; if so, there is no churn, which uses the same z.
-        check: check(**options) raises UserError for values that make no sense.
+        adds_noise: adds_noise(**options) → whether the step uses z; if so, churn, which uses the same z, is refused.
+        check: check(**options) raises UserError for invalid values.
     """
 
     step: Callable
@@ -169,7 +170,7 @@ class Solver:
     check: Callable = lambda **options: None
 
 
-ETA = Option('eta', 0, 'Noise of the stochastic steps of Eq. 4, 0 to 1', type=float)
+ETA = Option('eta', 0, 'Stochasticity of the solver euler (Eq. 4), 0 to 1', type=float)
 
 SOLVERS = {
     'euler': Solver(euler_step, order=1, options=(ETA,), adds_noise=lambda eta: eta > 0, check=check_eta),
@@ -179,12 +180,12 @@ SOLVERS = {
 
 
 def options_of(solvers):
-    """The Options that only some solvers have: those of the named ones, each once."""
+    """The Options of the named solvers that only some solvers have, each once."""
     return tuple(dict.fromkeys(option for name in solvers for option in SOLVERS[name].options))
 
 
 def sampling_path(net, path=None):
-    """The path to sample `net` along: `path`, else the one it was trained on, else (an EDM network) BNR 0."""
+    """The path to sample `net` along: `path` if given, else the network's default, else (an EDM network) BNR 0."""
     if path is not None:
         return path
     family = getattr(net, 'family', None)
@@ -192,10 +193,10 @@ def sampling_path(net, path=None):
 
 
 def make_denoiser(net, class_labels=None):
-    """denoise(x, level) → (D, R) in float64, R without its mean; for Warm networks and, on hot paths, any other.
+    """Make denoise(x, level) → (D, R) in float64, R with zero mean; for Warm networks and, on hot paths, any other.
 
     Raises:
-        UserError: a network that cannot deblur is asked for a level with blur.
+        UserError: from denoise, if a network that cannot deblur is given a level with blur.
     """
     family = getattr(net, 'family', None)
     has_parts = hasattr(net, 'denoise_deblur')
@@ -232,7 +233,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         float64 images [B, C, N, N], nominally in [−1, 1].
 
     Raises:
-        UserError: unknown solver, options that do not go together, a grid that makes no sense.
+        UserError: unknown solver, options that do not go together, an invalid grid.
     """
     own = check_options(num_steps, S_churn, S_noise, solver, solver_options)
     path = sampling_path(net, path)
@@ -255,7 +256,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
 
 
 def check_options(num_steps, S_churn, S_noise, solver, solver_options):
-    """The solver's own options, defaults filled in; refuse options that do not go together (UserError)."""
+    """The solver's own options, defaults filled in; raises UserError for options that do not go together."""
     check_churn(S_churn, S_noise)
     kind = chosen('solver', solver, SOLVERS)
     defaults = {option.name: option.default for option in kind.options}
@@ -276,7 +277,7 @@ def check_options(num_steps, S_churn, S_noise, solver, solver_options):
 
 
 def check_foreign(name, value, solver):
-    """Refuse an option that `solver` does not have, unless it is another's and at its default (UserError)."""
+    """Raise UserError for an option that `solver` does not have, unless it is another solver's and at its default."""
     owners = {owner: option for owner, known in SOLVERS.items() if owner != solver
               for option in known.options if option.name == name}
     if not owners:
@@ -291,7 +292,7 @@ SAMPLER_DEFAULTS = {name: p.default for name, p in inspect.signature(warm_sample
 
 
 def with_defaults(options):
-    """All options of `warm_sampler`, defaults filled in, after checking that they go together (UserError)."""
+    """All options of `warm_sampler`, defaults filled in; raises UserError if they do not go together."""
     full = {name: options.get(name, default) for name, default in SAMPLER_DEFAULTS.items()}
     solver_options = {name: value for name, value in options.items() if name not in full}
     own = check_options(full['num_steps'], full['S_churn'], full['S_noise'], full['solver'], solver_options)
@@ -299,7 +300,7 @@ def with_defaults(options):
 
 
 def grid_options(net, options):
-    """Options of EDM's grid of noise levels, defaults filled in, after checking that they suit `net` (UserError)."""
+    """Options of EDM's grid of noise levels, defaults filled in; raises UserError if they do not suit `net`."""
     options = {**{name: SAMPLER_DEFAULTS[name] for name in GRID_OPTIONS}, **options}
     edm_sigma_steps(**options, net=net)
     return options

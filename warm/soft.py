@@ -1,17 +1,17 @@
 """Soft Diffusion (Daras, Delbracio, Talebi, Dimakis and Milanfar, 2022): blur and noise, momentum sampler.
 
-x = C x₀ + σε with C = V M_α Vᵀ. The network predicts the clean image as its input plus a correction, and is only
-asked to be right where the corruption left something: the loss compares C x̂₀ with C x₀. The sampler's step is
+x = C x₀ + σε with C = V M_α Vᵀ. The network predicts the clean image as its input plus a correction, and only needs
+to be right where the corruption left something: the loss compares C x̂₀ with C x₀. The sampler's step is
 
     x′ = x + (C′ − C) x̂₀ + (σ²−σ′²)/σ²·(C x̂₀ − x) + √(σ²−σ′²) z.
 
-The paper itself was not at hand, so these are ours:
+The paper itself was not available, so these are ours:
 - The schedule of blur and noise: Warm's constant BNR, α = BNR·σ, over EDM's noise levels in training and EDM's grid
-  in sampling. The step above was checked on the Gaussian oracle: first order, to the data's covariance.
+  in sampling. The step above was checked on the Gaussian oracle: it converges to the data's covariance, at first order.
 - The correction is σ·F with EDM's c_in and ln(σ)/4, so that F has unit scale where noise dominates; the loss is
-  weighted by 1/σ², as for VP and VE, which makes it unity there.
-- The last step (σ′ = 0) is without the noise z: it returns x̂₀.
-- 200 steps: on the oracle the covariance is then within 7 % (18 steps are for solvers of second order).
+  weighted by 1/σ², as for VP and VE, which gives it unit scale there.
+- The last step (σ′ = 0) adds no noise z: it returns x̂₀.
+- 200 steps: on the oracle the covariance is then within 7 % (EDM's 18 steps are for second-order solvers).
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ def soft_bands(path, sigma, n):
 
 @dataclasses.dataclass
 class SoftLoss:
-    """(C x̂₀ − C x₀)²/σ², ln σ ~ N(P_mean, P_std²). Draws that variate [B, 1, 1, 1], the augmentation, the noise."""
+    """(C x̂₀ − C x₀)²/σ², ln σ ~ N(P_mean, P_std²). Draws σ's variate [B, 1, 1, 1], the augmentation, the noise."""
 
     P_mean: float = P_MEAN
     P_std: float = P_STD
@@ -78,7 +78,7 @@ class SoftLoss:
 
 
 def momentum_step(x, x0, alpha, sigma, alpha_next, sigma_next, z=None):
-    """The step above from (α, σ) to (α′, σ′ < σ), blurs as 0-d tensors; without noise where z is None."""
+    """The sampler's step (see the top) from (α, σ) to (α′, σ′ < σ), blurs as 0-d tensors; no noise if z is None."""
     n, share = x.shape[-1], 1 - (sigma_next / sigma) ** 2
     u, clean = dct2(x), dct2(x0)
     u = u + mask_difference(alpha, alpha_next, n) * clean + share * (blur_mask(alpha, n) * clean - u)
@@ -87,12 +87,12 @@ def momentum_step(x, x0, alpha, sigma, alpha_next, sigma_next, z=None):
 
 def soft_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
                  sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO):
-    """Momentum sampling on EDM's grid, one evaluation a step.
+    """Momentum sampling on EDM's grid, one evaluation per step.
 
     Args:
         net: x̂₀-predictor with a `path`.
         latents, class_labels, num_steps, sigma_min, sigma_max, rho: As in training.samplers.edm_sampler.
-        randn_like: Source of the noise, called once a step.
+        randn_like: Source of the noise, called once per step.
 
     Returns:
         float64 images [B, C, N, N].

@@ -1,6 +1,6 @@
-"""The command that recommends a Blur-to-Noise Ratio for a data set, with the paper's Fig. 3 and Fig. 6.
+"""The command that recommends a Blur-to-Noise Ratio for a data set and draws the paper's Fig. 3 and Fig. 6 for it.
 
-The measuring and the rule stand in warm.bnr.
+The measurement and the rule are in warm.bnr.
 
     python -m warm.spectrum --data=datasets/cifar10-32x32.zip --outdir=spectrum
 """
@@ -37,7 +37,7 @@ def ring_mean(bands):
 
 
 def middle_beta(power):
-    """The noise level, to two digits, whose power equals the signal's in the middle (of an octave scale) ring."""
+    """The noise level, to two digits, whose power equals the signal's in the ring at the middle of a log scale."""
     rings = ring_mean(power)
     return float(f'{rings[round(math.sqrt(len(rings))) - 1].clamp(min=1e-6).sqrt().item():.2g}')
 
@@ -58,7 +58,7 @@ LOOKS = (dict(color='0.45', ls='--'), dict(color='0.45', ls=':'), dict(color='ta
 
 
 def draw_spectra(figure, power, beta=None):
-    """Fig. 3: what is observed and what the two branches have to find, for several BNRs at one noise level."""
+    """Draw Fig. 3: spectra of the observation and of the two branches' targets, for several BNRs at one noise level."""
     beta = middle_beta(power) if beta is None else beta
     n = len(power)
     cycles = np.arange(1, n) / (2 * n)
@@ -67,7 +67,7 @@ def draw_spectra(figure, power, beta=None):
     axes = figure.subplots(1, len(SHOWN), sharey=True)
     for ax, bnr in zip(axes, SHOWN):
         for (name, values), look in zip(spectra(power, bnr, beta).items(), LOOKS, strict=True):
-            # What is exactly 0 has no place on a scale in dB.
+            # Exact zeros cannot be shown in dB.
             ax.plot(cycles, 10 * values.where(values > 0, math.nan).log10(), label=name, **look)
         ax.set(xscale='log', ylim=(bottom, top), xlabel='frequency (cycles per pixel)', title=f'BNR {bnr:g}')
         ticks = [f for f in (0.02, 0.05, 0.1, 0.2, 0.5) if cycles[0] <= f <= 0.5]
@@ -79,7 +79,7 @@ def draw_spectra(figure, power, beta=None):
 
 
 def draw_schedules(figure, recommended=None):
-    """Fig. 6: blur against noise of every schedule in PATHS at its default, and of other papers' diffusions."""
+    """Draw Fig. 6: blur against noise for every schedule in PATHS at its default, and for other papers' diffusions."""
     ax = figure.subplots()
     low, high = BETAS[0].item(), BETAS[-1].item()
     alpha_low, alpha_high = 1e-4, 1e3
@@ -102,17 +102,17 @@ def draw_schedules(figure, recommended=None):
 
 
 def other_diffusions():
-    """{label: (β, α, look)} of other papers' processes in these units; along an edge where one of them is 0."""
-    # Colours from the end of matplotlib's cycle, since the schedules take those from its beginning.
+    """{label: (β, α, look)} of other papers' processes in these units; drawn along an edge where β or α is 0."""
+    # Colours from the end of matplotlib's cycle, since the schedules take those from its start.
     levels, process = HeatLevels(), BlurringProcess()
     t = torch.linspace(0, 1, 200, dtype=torch.float64).reshape(-1, 1, 1, 1)
-    bands = process.at(t, 1)  # a single pixel has no detail, so that its gain is the process's a
+    bands = process.at(t, 1)  # a single pixel has no detail, so its gain is the process's a
     beta = 2 * levels.noise  # its images are in [0, 1]
     heat = levels.alphas[1:]
     return {
         'Blurring Diffusion with its own noise': (
             (bands.noise / bands.signal).flatten(), process.sigma_blur_max * BLUR_SCHEDULES['sin2'](t).flatten(),
-            dict(color=f"C{list(PATHS).index('blurring')}", ls='--')),  # as its schedule
+            dict(color=f"C{list(PATHS).index('blurring')}", ls='--')),  # as for its schedule
         f'IHDM: noise {beta:g}, blur {levels.blur_min:g} to {levels.blur_max:g} pixels': (
             torch.full_like(heat, beta), heat, dict(color='C6', lw=2.4)),
         'hot diffusion (EDM): no blur, along the lower edge': (
@@ -141,7 +141,7 @@ def report(power, tolerance, recommended):
 @click.option('--outdir', metavar='DIR', default=None, help='Also draw spectrum and schedules here, as PNG and SVG')
 @click.option('--tolerance', metavar='DB', type=float, default=TOLERANCE, help='Largest gap to hot diffusion, in dB')
 @click.option('--max-images', metavar='INT', type=int, default=None, help='Measure a random subset  [default: all]')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Chooses the subset')
+@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Random seed of the subset')
 def main(data, outdir, tolerance, max_images, seed):
     """Measure a data set's spectrum and recommend a Blur-to-Noise Ratio for it."""
     dataset = ImageFolderDataset(data or EMBEDDED)

@@ -1,7 +1,7 @@
-"""Where cold systems start: they have no noise to start from, so it is training images, blurred, or their colours.
+"""Where systems without initial noise start sampling: from blurred training images, or from colours like theirs.
 
-Such a prior is the training set's, and any score of such samples is to be read with that in mind. Sampling therefore
-needs the data set: --data of generate.py; a snapshot only records the facts about it.
+Such a prior comes from the training set, and any score of such samples must be read with that in mind. Sampling
+therefore needs the data set (--data of generate.py), of which a snapshot only records the name, size and so on.
 """
 
 import functools
@@ -14,7 +14,7 @@ from training.dataset import EMBEDDED, ImageFolderDataset
 from training.pixels import to_float
 from training.system import Option
 
-DATA = Option('data', None, 'Data set whose images, blurred, sampling starts from', shown='the embedded digits, '
+DATA = Option('data', None, 'Data set whose blurred images sampling starts from', shown='the embedded digits, '
               'if the network was trained on them')
 BLURRED_IMAGES = 'blurred training images'  # the prior, in records of scores
 
@@ -27,7 +27,7 @@ class TrainingImages:
         net: The network that the images are for.
 
     Raises:
-        UserError: no path; images that do not suit the network; class numbers that no image has.
+        UserError: no path; images that do not fit the network; a class without images.
     """
 
     def __init__(self, path, net):
@@ -39,7 +39,7 @@ class TrainingImages:
             raise UserError(f'the images of {path} ({d.num_channels} channels, {d.resolution} pixels, {d.label_dim} '
                             f'classes) are not those that the network was trained on ({net.img_channels}, '
                             f'{net.img_resolution}, {net.label_dim}); give that data set with --data')
-        # Now, since any class may be drawn later, in the middle of a training too.
+        # Checked now, since any class may be drawn later, even in the middle of training.
         absent = sorted(set(range(d.label_dim)) - set(self._classes)) if d.has_onehot_labels else []
         if absent:
             raise UserError(f"{path} has no images of class {', '.join(map(str, absent[:5]))}"
@@ -48,11 +48,11 @@ class TrainingImages:
                             '(--cond=0)')
 
     def draw(self, latents, class_labels, randn_like):
-        """One image per element of `latents` [B, C, N, N], uniformly drawn, of the class where there are classes.
+        """Draw one image per element of `latents` [B, C, N, N], uniformly, from its class if there are classes.
 
-        An image's label vector stands for the class of its largest element; where a class has none, which only
-        happens with such vectors, any image is drawn. `randn_like` gives one normal variate an image. Returns float64
-        in [−1, 1], on the device of `latents`.
+        A label vector stands for the class of its largest element; if that class has no images, which only happens
+        with vectors that are not one-hot, any image may be drawn. `randn_like` gives one normal variate per image.
+        Returns float64 in [−1, 1], on the device of `latents`.
         """
         z = randn_like(latents.new_empty([len(latents), 1, 1, 1], dtype=torch.float64))
         share = torch.special.ndtr(z).flatten().tolist()
@@ -61,7 +61,7 @@ class TrainingImages:
         return _scaled(np.stack(images)).to(latents.device)
 
     def _pick(self, share, class_idx):
-        """Index of the image at that share (0…1) of all, or of those of a class."""
+        """Index of the image at the fraction `share` (0…1) of all images, or of those of one class."""
         everything = range(len(self.dataset))
         members = everything if class_idx is None else self._classes.get(class_idx, everything)
         return members[min(int(share * len(members)), len(members) - 1)]
@@ -92,7 +92,7 @@ def data_for(snapshot, path=None):
         path: What the user gave, or None.
 
     Raises:
-        UserError: nothing given and trained on something else; a data set of another size than it was trained on.
+        UserError: no path, but it was not trained on the digits; a data set of another size than it was trained on.
     """
     facts = snapshot.dataset
     if path is None:

@@ -1,16 +1,17 @@
-"""Stable Target Field (Xu, Tong and Jaakkola, ICLR 2023): EDM with a regression target of less variance.
+"""Stable Target Field (Xu, Tong and Jaakkola, ICLR 2023): EDM with a regression target of lower variance.
 
 EDM's target x₀ is one draw from p(x₀|x_t); STF regresses on its mean over a reference batch,
 
     Σ_j w_j y_j,    w_j ∝ exp(−|x_t − y_j|²/2σ²),
 
-the image itself among the y_j, in the log domain. Network, noise levels, weight and samplers are EDM's.
+where the y_j include the image itself; computed in the log domain. Network, noise levels, weight and samplers are
+EDM's.
 
 What is ours:
-- The reference batch is the batch of one forward pass (--batch-gpu), not a larger one drawn apart (theirs for
-  CIFAR-10 is several thousand images): no state has to be kept, and a batch of one is EDM exactly.
-- Under conditioning (classes, augmentation) only images with the same labels count, since the network estimates
-  E[x₀|x_t, labels]; an augmented image, whose labels are its own, keeps its own x₀ as target.
+- The reference batch is the batch of one forward pass (--batch-gpu), not a larger one drawn separately (theirs for
+  CIFAR-10 is several thousand images): there is no state to keep, and a batch of one is EDM exactly.
+- With conditioning (classes, augmentation) only images with the same labels count, since the network estimates
+  E[x₀|x_t, labels]; an augmented image, whose labels are unique to it, keeps its own x₀ as target.
 """
 
 import dataclasses
@@ -23,15 +24,15 @@ from training.system import ABLATION_OPTIONS, COMMON_SAMPLE_OPTIONS, System, edm
 
 
 def posterior_mean(x, sigma, images, labels=None):
-    """E[x₀|x] where x₀ is uniform over `images` of the same labels, x = x₀ + σε: float32 like x.
+    """E[x₀|x] for x = x₀ + σε and x₀ uniform over the `images` with the same labels: float32 like x.
 
     Args:
-        x: Noisy images [B, C, H, W]; x[i] is of images[i].
+        x: Noisy images [B, C, H, W]; x[i] is images[i] with noise.
         sigma: Noise levels [B, 1, 1, 1].
-        images: Reference batch, its first B images those of x.
+        images: Reference batch; its first B images are those of x.
         labels: [len(images), L], or None.
     """
-    # In float64 the squares may be expanded: |x|² up to 1e7 is far below the reciprocal of its rounding error.
+    # Expanding the squares is safe in float64: |x|² is at most 1e7, far below the reciprocal of its rounding error.
     flat_x, flat_y = (v.flatten(1).to(torch.float64) for v in (x, images))
     squares = flat_x.square().sum(1, keepdim=True) - 2 * flat_x @ flat_y.T + flat_y.square().sum(1)
     log_weights = -squares / (2 * sigma.flatten(1).to(torch.float64).square())

@@ -1,12 +1,12 @@
 """What the branches of the network learn: the parametrisations (a)–(d) of the paper's Table 5.
 
-Each turns the outputs F of the network into estimates, says what these are trained to be, and gives the
-sampler its D and R. To add one: a subclass of `Parametrisation` here and a line in TARGETS; names, targets and
-parts are what it has to say, estimates where the branches don't all have EDM's c_skip and c_out.
+Each turns the network's outputs F into estimates, defines their training targets, and gives the sampler
+its D and R. To add one: a subclass of `Parametrisation` here and a line in TARGETS. It has to define `names`,
+`targets` and `parts`, and `estimates` unless all its branches use EDM's c_skip and c_out.
 
-The loss weighs the squared error of every branch by EDM's λ(β), which is meant for errors in units of the
-image: a branch that estimates the noise as βε, so that D = x − β ε̂, has D's error, and λ(β) means the same for it.
-One that estimates ε itself would weigh D's squared error by λ(β)/β².
+The loss weights the squared error of every branch by EDM's λ(β), which is meant for errors in image units: a
+branch that estimates the noise as βε, so that D = x − β ε̂, has the same error as D, and λ(β) means the same for
+it. One that estimates ε itself would weight D's squared error by λ(β)/β².
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch
 from warm.blur import blur_and_rest, blur_mask, filter_bands, rest
 from warm.choices import REST, REST_SCALES
 
-MIN_MASK = 1e-3  # (b) divides by M: below this the band is taken as lost (ours: x₀ = V max(M, 10⁻³)⁻¹ Vᵀ D)
+MIN_MASK = 1e-3  # (b) divides by M: below this a band counts as lost (ours: x₀ = V max(M, 10⁻³)⁻¹ Vᵀ D)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Example:
     """What a network is trained on: x = blurred + β·noise. Images are [B, C, N, N], β and α [B, 1, 1, 1].
 
     images: x₀, after augmentation.
-    blurred, rest: V M Vᵀ x₀ (Eq. 5) and V (I − M) Vᵀ x₀ (Eq. 6); at BNR 0 x₀ and None.
+    blurred, rest: V M Vᵀ x₀ (Eq. 5) and V (I − M) Vᵀ x₀ (Eq. 6); at BNR 0, x₀ and None.
     noise: ε, standard normal.
     beta, alpha: Noise level, and blur in pixels.
     """
@@ -63,30 +63,30 @@ class Example:
 class Parametrisation:
     """A row of Table 5.
 
-    names: Of what each branch estimates, all different, as in `Loss/denoise`. REST is the branch for the rest, which
-        --rest-weight and --rest-scale are about.
+    names: One name per branch, all different, as in `Loss/denoise`. REST is the branch that estimates the rest, to
+        which --rest-weight and --rest-scale apply.
     """
 
     names = ()
 
     def estimates(self, F, point):
-        """c_skip·x + c_out·F of each branch: what estimates of the clean or the blurred image are.
+        """c_skip·x + c_out·F for each branch, right for estimates of the clean or the blurred image.
 
-        Ours, as Table 5 (d)'s D does; the paper only says that EDM's choices are kept.
+        Ours, as for D in Table 5 (d); the paper only says that EDM's choices are kept.
 
         Args:
-            F: Outputs of the network, of unit scale: one like x for each branch.
+            F: Outputs of the network, of unit scale: one per branch, like x.
             point: Where it was evaluated.
         """
         skip = point.c_skip * point.x
         return tuple(skip + point.c_out * F_i for F_i in F)
 
     def targets(self, example):
-        """What the estimates are trained to be: one for each branch, like x."""
+        """The training targets of the estimates: one per branch, like x."""
         raise NotImplementedError
 
     def parts(self, estimates, point):
-        """(D, R) as the sampler wants them, like x; R has no mean."""
+        """(D, R) for the sampler, like x; R has zero mean."""
         raise NotImplementedError
 
 
@@ -96,7 +96,7 @@ class Residual(Parametrisation):
     names = ('denoise', REST)
 
     def estimates(self, F, point):
-        """D = c_skip·x + c_out·F_D, R = s_R·F_R without its mean."""
+        """D = c_skip·x + c_out·F_D, R = s_R·F_R minus its mean."""
         F_D, F_R = F
         return point.c_skip * point.x + point.c_out * F_D, rest_estimate(F_R, point)
 
@@ -110,10 +110,10 @@ class Residual(Parametrisation):
 
 
 def rest_estimate(F_R, point):
-    """R = s_R·F_R without its mean per channel; s_R is REST_SCALES[rest_scale].
+    """R = s_R·F_R minus its mean per channel; s_R is REST_SCALES[rest_scale].
 
-    Blur keeps the mean, so the rest has none; a stray one would enter x̂₀ = D + R, which the last step and dpmpp2m
-    take.
+    Blur preserves the mean, so the rest has zero mean; any other would enter x̂₀ = D + R, which the last step and
+    dpmpp2m use.
     """
     s_R = REST_SCALES[point.rest_scale](point)
     R = s_R.to(F_R.dtype) * F_R

@@ -1,4 +1,4 @@
-"""Watching the reverse process: the state x, the estimates D and R, and x̂₀ = D + R at every noise level."""
+"""Recording and drawing the reverse process: the state x, the estimates D, R and x̂₀ = D + R at every noise level."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ ENDINGS = ('.png', *ANIMATIONS)
 class Frame:
     """One noise level of a batch: β, α (0 without blur), and x, D, R [B, C, H, W] float32 on the CPU.
 
-    β is what the network is given as its noise level, for Cold Diffusion the number of blurs.
+    β is the noise level given to the network; for Cold Diffusion, the number of blurs.
     """
 
     beta: float
@@ -41,10 +41,10 @@ class Frame:
 
 
 class Watch:
-    """A network that keeps what it is asked and what it answers; samplers can't tell it from the network itself.
+    """Wrapper that records a network's inputs and outputs; samplers can't tell it from the network itself.
 
-    Where a sampler evaluates one noise level twice (Heun: first at the predictor, then at the corrected state),
-    the second counts.
+    If a sampler evaluates a noise level twice (Heun: first at the predictor, then at the corrected state), the
+    second evaluation is kept.
     """
 
     def __init__(self, net):
@@ -64,20 +64,20 @@ class Watch:
         return D, R
 
     def _keep(self, x, sigma, alpha, D, R):
-        # The levels of a batch are one, whether given as a number or for each image.
+        # All images of a batch have the same levels, whether given as numbers or per image.
         beta, alpha = (float(torch.as_tensor(level).flatten()[0]) for level in (sigma, alpha))
         images = (t.detach().to('cpu', torch.float32) for t in (x, D, R))
-        # A level reached by arithmetic may differ from the grid's in its last digits.
+        # A computed level may differ from the grid's in its last digits.
         self._frames[f'{beta:.9g}'] = Frame(beta, alpha, *images)
 
     @property
     def frames(self):
-        """What was seen, from the highest noise level to the lowest."""
+        """The recorded frames, from the highest noise level to the lowest."""
         return sorted(self._frames.values(), key=lambda frame: -frame.beta)
 
 
 def watch(net, system, seeds, options=None, class_idx=None):
-    """Draw the images of `seeds` and return the frames of their reverse process, with a last one of the images.
+    """Generate the images of `seeds` and return the frames of their reverse process, the images as the last frame.
 
     Args:
         net, system, options: As for `System.make_sampler`.
@@ -93,9 +93,9 @@ def watch(net, system, seeds, options=None, class_idx=None):
 def visible(frame):
     """The four rows of a frame as uint8 images.
 
-    x is divided by its own standard deviation where that is above 1, the most that images have, as with noise it is
-    at first; a state that is only blurred stays as it is. R, tiny at small blur, is divided by three times its own
-    standard deviation. D and x̂₀ are shown as they are.
+    x is divided by its own standard deviation where that exceeds 1, the most that images can have: noisy states are
+    scaled, states that are only blurred are not. R, tiny at small blur, is divided by three times its own standard
+    deviation. D and x̂₀ are shown as they are.
     """
     spread = 3 * frame.R.std()
     R = frame.R / spread if spread > 0 else frame.R
@@ -103,7 +103,7 @@ def visible(frame):
 
 
 def pick(frames, count):
-    """`count` of the frames, evenly spaced, with the first and the last."""
+    """`count` of the frames, evenly spaced, including the first and the last."""
     index = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
     return [frames[i] for i in index]
 
@@ -122,13 +122,13 @@ def panels(frame):
 
 
 def check_writer(path):
-    """Refuse a file that save_trajectory could not write (UserError), before anything is computed."""
+    """Raise UserError for a file that save_trajectory could not write, before anything is computed."""
     ending = pathlib.Path(path).suffix.lower()
     if ending not in ENDINGS:
         raise UserError(f"--trajectory={path} does not end in {', '.join(ENDINGS)}; choose one of these formats")
     if ending == '.mp4':
         try:
-            import imageio_ffmpeg  # noqa: F401  (imageio finds it by itself)
+            import imageio_ffmpeg  # noqa: F401  (imageio finds it on its own)
         except ImportError as e:
             raise UserError(f'writing {path} needs the package imageio-ffmpeg; install it with '
                             '`pip install imageio-ffmpeg`, or choose a .gif or .png file') from e
@@ -138,7 +138,7 @@ def save_trajectory(path, frames):
     """Write the frames as a still picture (.png: `sheet`) or an animation (.gif, .mp4: `panels`).
 
     Raises:
-        UserError: another ending, or no writer for the format.
+        UserError: another extension, or no writer for the format.
     """
     check_writer(path)
     ending = pathlib.Path(path).suffix.lower()

@@ -1,7 +1,7 @@
 """Warm Diffusion as a system: its network, loss and samplers together, and the options that they take.
 
-The method stands in warm.blur, path, targets, precond, loss and samplers. Another loss or sampler for Warm's network is
-a file like this one, with `dataclasses.replace(WARM, name=…, loss=…)`.
+The method itself is in warm.blur, path, targets, precond, loss and samplers. Another loss or sampler for Warm's network
+goes into a file like this one, with `dataclasses.replace(WARM, name=…, loss=…)`.
 """
 
 import functools
@@ -24,7 +24,7 @@ SCHEDULES = f"Schedule of the blur: {', '.join(schedule_texts())}"
 
 
 def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
-    """`warm_sampler` with its options checked, along the path that --bnr and --bnr-schedule ask for.
+    """`warm_sampler` with its options checked, along the path that --bnr and --bnr-schedule select.
 
     Raises:
         UserError: a path that the network was not trained for; options that do not go together.
@@ -48,8 +48,8 @@ def measured_bnr(bnr, dataset):
 def warm_facts(net, options):
     """The path that is sampled, its BNR (None where it varies), and what the network was trained on.
 
-    `targets` is followed by the choices that are not the defaults ('residual --rest-scale=edm'): scores of such
-    networks are told apart, and none of them stands for the method itself in a table.
+    `targets` is followed by the choices that are not the defaults ('residual --rest-scale=edm'), so that scores of
+    such networks are kept apart and no table takes them for those of the method itself.
     """
     path = net.family.default
     if options.get('bnr') is not None or options.get('bnr_schedule') is not None:
@@ -70,7 +70,7 @@ WARM = System(
     draw_process=lambda path, net: save_trajectory(path, watch(net, WARM, DRAWN_SEEDS)),
     own_sample_options=(
         Option('bnr', None, 'Blur-to-Noise Ratio of the path',
-               shown=f'as trained; of several the nearest to {PAPER_BNR}'),
+               shown=f'as trained; if on several, the nearest to {PAPER_BNR}'),
         Option('bnr_schedule', None, SCHEDULES, shown='as trained'),
         *options_of(SOLVERS),
     ),
@@ -80,9 +80,9 @@ WARM = System(
                shown=str(PAPER_BNR), from_data=measured_bnr),
         Option('bnr_schedule', None, SCHEDULES, shown='constant'),
         Option('targets', PAPER_TARGETS, 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
-        Option('rest_weight', DEFAULTS['rest_weight'], "Factor of R's term in the loss", type=float),
+        Option('rest_weight', DEFAULTS['rest_weight'], "Weight of R's term in the loss", type=float),
         Option('rest_scale', DEFAULTS['rest_scale'], "Scale of R's output", type=click.Choice(list(REST_SCALES))),
-        Option('blur_embedding', DEFAULTS['blur_embedding'], 'How the network is told the blur',
+        Option('blur_embedding', DEFAULTS['blur_embedding'], 'How the blur is embedded',
                type=click.Choice(list(BLUR_EMBEDDINGS))),
     ),
 )
