@@ -1,6 +1,8 @@
 """The library on systems that start from training images: where it takes them from (the rest: test_warm_commands)."""
 
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -124,6 +126,16 @@ def test_networks_of_ones_own(tmp_path):
         warm.sample(net, [0])
     with pytest.raises(UserError, match="there is no system 'hot'; .* edm"):
         warm.sample(net, [0], system='hot')
+
+
+def test_what_a_start_imports(root):
+    """Loading a network and drawing from it needs neither PyTorch's compiler nor SciPy's algebra: seconds of a start."""
+    program = """if True:
+        import sys, warm
+        warm.sample(warm.load('tests/golden/edm-network-snapshot-000123.pkl', 'cpu'), [0], num_steps=2)
+        print([name for name in ('torch._dynamo', 'scipy.linalg', 'requests', 'matplotlib') if name in sys.modules])"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == '[]\n'
 
 
 def test_data_is_no_option_of_other_systems(root):

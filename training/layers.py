@@ -24,12 +24,14 @@ class Init(typing.NamedTuple):
     bias: float = 0.0
 
 
+# In place: on the device 'meta', where networks are outlined before they are built, PyTorch computes x * y in Python and
+# imports its compiler for it, which takes longer than importing PyTorch.
 def _uniform(shape, variance):
-    return math.sqrt(3 * variance) * (torch.rand(shape) * 2 - 1)
+    return torch.rand(shape).mul_(2).sub_(1).mul_(math.sqrt(3 * variance))
 
 
 def _normal(shape, variance):
-    return math.sqrt(variance) * torch.randn(shape)
+    return torch.randn(shape).mul_(math.sqrt(variance))
 
 
 # mode → (distribution, variance as a function of fan_in and fan_out)
@@ -55,10 +57,10 @@ def draw_parameters(shape, init, bias=True):
     distribution, variance_of = INIT_MODES[init.mode]
     area = math.prod(shape[2:])
     variance = variance_of(shape[1] * area, shape[0] * area)
-    weight = torch.nn.Parameter(distribution(shape, variance) * init.weight)
+    weight = torch.nn.Parameter(distribution(shape, variance).mul_(init.weight))
     if not bias:
         return weight, None
-    return weight, torch.nn.Parameter(distribution(shape[:1], variance) * init.bias)
+    return weight, torch.nn.Parameter(distribution(shape[:1], variance).mul_(init.bias))
 
 
 # -- layers
@@ -187,8 +189,8 @@ class GroupNorm(torch.nn.Module):
 
 def make_resample_filter(taps):
     """The 2-D low-pass [1, 1, k, k] of a 1-D filter with k taps: outer product, total 1."""
-    taps = torch.as_tensor(taps, dtype=torch.float32)
-    return (taps.outer(taps) / taps.sum().square())[None, None]
+    total = sum(taps) ** 2
+    return torch.tensor([[[[a * b / total for b in taps] for a in taps]]], dtype=torch.float32)
 
 
 def filter_down(x, low_pass, padding):
@@ -302,7 +304,7 @@ class FourierEmbedding(torch.nn.Module):
 
     def __init__(self, num_channels):
         super().__init__()
-        self.register_buffer('freqs', torch.randn(num_channels // 2) * 16)
+        self.register_buffer('freqs', torch.randn(num_channels // 2).mul_(16))
 
     def forward(self, x):
         return _sinusoids(x.outer((2 * math.pi * self.freqs).to(x.dtype)), sin_first=True)
