@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.commands import ROOT, invoke
+from tests.commands import ROOT, invoke, json_lines
 from training.dataset import EMBEDDED
 from warm.study import page as study_page
 from warm.study import pieces as study_pieces
@@ -53,7 +53,7 @@ def records(folder):
 
 def lines_of(folder):
     path = folder / 'results' / 'digits.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return json_lines(path) if path.exists() else []
 
 
 # -- the plan
@@ -213,8 +213,7 @@ def test_another_detector_has_a_file_and_a_section_of_its_own(short, tmp_path):
     torch.jit.script(Corners()).save(str(detector))
     result = carry_out(tmp_path, '--questions=1', '--only=edm-cond', f'--detector={detector}')
     assert result.exit_code == 0 and not records(tmp_path), result.output
-    lines = (tmp_path / 'results' / 'digits--corners.jsonl').read_text().splitlines()
-    assert {json.loads(x)['metric'] for x in lines} == {'FD-corners'}
+    assert {line['metric'] for line in json_lines(tmp_path / 'results' / 'digits--corners.jsonl')} == {'FD-corners'}
     text = study_page.page(tmp_path / 'results', '', study_page.Figures(tmp_path))
     assert f'## {short.title}, FD-corners' in text
 

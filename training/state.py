@@ -13,7 +13,7 @@ from dnnlib.files import atomic_write
 from dnnlib.text import excerpt
 from training.pickle_machine import MAX_STEPS, SCALARS, Machine, Refused, require
 from training.pickled_tensors import TENSOR_GLOBALS, Storage, parse_storage_id
-from training.run_files import SNAPSHOT, STATE, parse_kimg  # noqa: F401  (for warm.study)
+from training.run_files import SNAPSHOT, STATE
 
 STATE_FORMAT = 1
 MAX_REPEATS = 4  # how often a state may hold the same tensors, weights and their average before the first step, say

@@ -6,8 +6,9 @@ import statistics
 
 import scipy.special
 
+from dnnlib.json_files import read_lines
 from training.metrics import STD, kind_of
-from warm.report.data import DISTANCES, read_lines
+from warm.report.data import DISTANCES
 from warm.study.plan import REAL, drawn, run_name
 
 LEVEL = 0.05  # of the test that decides a difference

@@ -32,16 +32,15 @@ import torch
 from dnnlib import UserError, chosen
 from dnnlib.files import make_dirs, sigterm_exits
 from dnnlib.flags import NumberRange
+from dnnlib.json_files import read_lines
 from torch_utils import distributed as dist
 from torch_utils.signals import EXIT_STOPPED
 from training import provenance
 from training.dataset import EMBEDDED
 from training.metric_images import open_images
 from training.metrics import label
-from training.saving import saved_files
+from training.run_files import LOG_NAME, SNAPSHOT, STATE, STATS_NAME, parse_kimg, saved_files
 from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
-from training.state import parse_kimg
-from warm.report.data import read_lines
 from warm.sources import open_network
 from warm.study.pieces import Clock, OutOfTime, claimed
 from warm.study.plan import QUESTIONS, REAL, REAL_DRAWS, SCALES, plan
@@ -125,7 +124,7 @@ class DrawnImages(ImageFiles):
 
 def first_after(folder, kimg):
     """The folder's first network after that many images, if it is near; else None."""
-    late = [path for path in saved_files(folder, 'network-snapshot')
+    late = [path for path in saved_files(folder, SNAPSHOT)
             if 0 <= parse_kimg(path) - int(kimg) <= max(NEAR * kimg, 1)]
     return min(late, key=parse_kimg, default=None)
 
@@ -196,7 +195,7 @@ def train(study, run, kimg, lock):
     keep_network(study, run, kimg)
     if code != 0:
         raise UserError(f'the training {run.name} failed with exit code {code}; see the message above and '
-                        f"{study.folder(run.name) / 'log.txt'}")
+                        f"{study.folder(run.name) / LOG_NAME}")
 
 
 def wait_for(process, seconds):
@@ -273,7 +272,7 @@ def training_cost(folder, drawn):
 
     So neither starting and compiling count, which depend on where a piece ended, nor saving; None without a tick.
     """
-    rates = [line['Timing/sec_per_kimg']['mean'] for line in read_lines(folder / 'stats.jsonl')
+    rates = [line['Timing/sec_per_kimg']['mean'] for line in read_lines(folder / STATS_NAME)
              if line.get('Progress/tick', {}).get('mean')]  # the first, 0, is one step
     return dict(parameters=sum(p.numel() for p in drawn.net.parameters()),
                 train_seconds=round(drawn.snapshot.kimg * statistics.median(rates), 1) if rates else None)
@@ -301,8 +300,8 @@ def tidy(study, runs):
 
 def delete_but(folder, networks, unfinished):
     """Delete all networks of a run but these, and its states too unless it is unfinished."""
-    for path in (*saved_files(folder / KEPT, 'network-snapshot'), *saved_files(folder, 'network-snapshot'),
-                 *([] if unfinished else saved_files(folder, 'training-state'))):
+    for path in (*saved_files(folder / KEPT, SNAPSHOT), *saved_files(folder, SNAPSHOT),
+                 *([] if unfinished else saved_files(folder, STATE))):
         if path not in networks:
             path.unlink()
 
