@@ -16,7 +16,6 @@ refused, since the perturbation plus its Gaussian noise is none of these distrib
 import dataclasses
 import functools
 
-import scipy.special
 import torch
 
 from dnnlib import UserError
@@ -56,11 +55,12 @@ def heavy_tailed(normal, chi_square, aug_dim):
 
 def chi_square_of(z, aug_dim):
     """χ²_D as a function of a standard normal variable z (its quantile at Φ(z)): float64, shape and device of z."""
+    from scipy import special  # here, because its tenth of a second would be part of every command's start
     variate = z.to('cpu', torch.float64).numpy()
     # From the smaller of Φ(z) and Φ(−z), so that both tails keep their precision.
-    p = scipy.special.ndtr(-abs(variate))
-    half = torch.where(z.cpu() < 0, torch.as_tensor(scipy.special.gammaincinv(aug_dim / 2, p)),
-                       torch.as_tensor(scipy.special.gammainccinv(aug_dim / 2, p)))
+    p = special.ndtr(-abs(variate))
+    half = torch.where(z.cpu() < 0, torch.as_tensor(special.gammaincinv(aug_dim / 2, p)),
+                       torch.as_tensor(special.gammainccinv(aug_dim / 2, p)))
     return (2 * half).to(z.device)
 
 
