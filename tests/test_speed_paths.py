@@ -477,6 +477,23 @@ def test_share_of_waiting_is_recorded(tmp_path):
         assert len(shares) == 2 and all(0 < share < 1 for share in shares)
 
 
+@pytest.mark.parametrize('workers, more', [(0, 1), (1, 2)])
+def test_waiting_for_data_is_said_once(cache, capsys, workers, more):
+    """With the remedy, where there is one: more processes that load."""
+    def said(dataset, *shares, **loader_kwargs):
+        batches = b.Batches(dataset, 8, 5, 0, loader_kwargs, torch.device('cpu'))
+        for share in shares:
+            batches.report_wait(share)
+        batches.close()
+        return capsys.readouterr().out
+    plain = load_embedded()
+    assert said(plain, 0.019, num_workers=workers) == ''
+    sentence = said(plain, 0.251, 0.3, num_workers=workers)
+    assert 'waited for data 25%' in sentence and f'--workers={more} (now {workers})' in sentence
+    assert sentence.count('\n') == 1
+    assert said(decoded_dataset(), 0.9) == ''
+
+
 def test_data_device_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     refused(invoke('train.py', '-n', '--data-device=cuda'), '--data-device=cuda needs a GPU')

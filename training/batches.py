@@ -22,6 +22,7 @@ from training.pixels import to_float
 AHEAD = 3  # batches made in advance
 DATA_DEVICES = ('cpu', 'cuda')
 COPY_IMAGES = 4096  # images copied to the GPU at a time
+MAX_WAIT = 0.02  # share of a tick that training may wait for data without a word
 GPU_SHARE = 0.5  # largest share of the GPU's free memory that a data set may take
 
 
@@ -45,12 +46,14 @@ class Batches:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         had = (start_nimg - rank + ranks - 1) // ranks  # how many of the first start_nimg were this rank's
         sampler = InfiniteSampler(dataset, rank=rank, num_replicas=ranks, seed=seed, start_idx=had)
+        self._workers = None  # number of processes that load data; None if it is decoded in advance, or has been reported
         if data_device == 'cuda':
             self._source = resident_batches(dataset, sampler, batch, device)
         elif dataset.decoded is not None:
             self._source = gathered_batches(dataset, sampler, batch, device)
         else:
             self._source = loaded_batches(dataset, sampler, batch, device, loader_kwargs)
+            self._workers = loader_kwargs.get('num_workers', 0)
         self._waited = 0.0
 
     def __iter__(self):
@@ -66,6 +69,16 @@ class Batches:
         """Seconds that the host has spent waiting for data since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
+
+    def report_wait(self, share):
+        """Say, once, that data loading holds up training, if the `share` of time spent waiting is large.
+
+        Only where more processes would help: decoded data is never waited for longer than memory takes.
+        """
+        if share > MAX_WAIT and self._workers is not None:
+            dist.print0(f'Training waited for data {share:.0%} of this tick; with CPU cores to spare, '
+                        f'--workers={2 * self._workers or 1} (now {self._workers}) will be faster.')
+            self._workers = None
 
     def close(self):
         """Stop the threads and processes."""

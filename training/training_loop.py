@@ -153,8 +153,11 @@ def training_loop(
             tick = progress.tick
             if tick_ends:
                 training_stats.report('Progress/nonfinite', health.count)
-                training_stats.report('Timing/data_wait', batches.take_wait() / max(status.tick_seconds(), 1e-8))
+                data_wait = batches.take_wait() / max(status.tick_seconds(), 1e-8)
+                training_stats.report('Timing/data_wait', data_wait)
                 status.end_tick(tick, progress.nimg)
+                if tick > 0:  # the first waits for everything to start
+                    batches.report_wait(data_wait)
                 progress.tick, progress.tick_nimg, health.count = tick + 1, progress.nimg, 0
             leaving = done or health.stopping
             dump = leaving or (tick != 0 and is_due(tick, state_dump_ticks))
