@@ -44,9 +44,7 @@ def local_path(path_or_url):
         return fetch(path_or_url)
     path = pathlib.Path(path_or_url)
     if path.is_dir():
-        snapshots = sorted(path.glob('network-snapshot-*.*'), key=lambda file: (len(file.stem), file.stem))
-        remedy = f'one of its snapshots, of which {snapshots[-1]} is the newest' if snapshots else 'a file'
-        raise UserError(f'{path_or_url} is a folder; give {remedy}')
+        raise UserError(f'{path_or_url} is a folder; give a file')
     if not path.is_file():
         raise UserError(f'there is no file {path_or_url}; check the path')
     return path

@@ -143,7 +143,10 @@ def test_loading_runs_no_code(good, edm_path, monkeypatch):
 
 def test_missing(tmp_path):
     assert 'x.safetensors' in refusal(read_snapshot, tmp_path / 'x.safetensors')
-    refusal(read_snapshot, tmp_path)
+    assert 'is a folder; give a file' in refusal(read_snapshot, tmp_path)
+    for kimg in ('000200', '1000000', '000003'):
+        (tmp_path / f'network-snapshot-{kimg}.safetensors').touch()
+    assert refusal(read_snapshot, tmp_path).endswith('network-snapshot-1000000.safetensors is the newest')
 
 
 @pytest.mark.parametrize('content', [b'', b'x', b'<html></html>', b'PK\x03\x04' + bytes(100), bytes(1000)])

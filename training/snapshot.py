@@ -22,7 +22,7 @@ from dnnlib.download import local_path
 from dnnlib.files import atomic_write
 from dnnlib.text import excerpt
 from training.edm_pickle import load_edm_pickle
-from training.run_files import parse_kimg
+from training.run_files import SNAPSHOT, parse_kimg, saved_files
 from training.state import content_digest
 
 SNAPSHOT_FORMAT = 1
@@ -97,6 +97,8 @@ def read_snapshot(path_or_url):
     Raises:
         UserError: no such file or failed download; damaged or cut off; not a snapshot; of a newer format.
     """
+    if os.path.isdir(path_or_url) and (snapshots := saved_files(path_or_url, SNAPSHOT)):
+        raise UserError(f'{path_or_url} is a folder; give one of its snapshots, of which {snapshots[0]} is the newest')
     path = pathlib.Path(local_path(path_or_url))
     try:
         with open(path, 'rb') as f:
