@@ -36,6 +36,13 @@ def invoke(script, *args):
     return CliRunner().invoke(importlib.import_module(script.removesuffix('.py')).main, [str(a) for a in args])
 
 
+def succeed(script, *args):
+    """`invoke`, which must succeed; returns what it printed."""
+    result = invoke(script, *args)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
 def refused(result, *sentences):
     """Assert that a command ended with one error message holding all `sentences`, and without a traceback."""
     assert result.exit_code != 0 and isinstance(result.exception, SystemExit), (result.output, result.exception)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.commands import ROOT, invoke, refused, run_command, torchrun
+from tests.commands import ROOT, invoke, refused, run_command, succeed, torchrun
 from tests.small_networks import TRAINABLE, few_steps, short_network
 from training.dataset import EMBEDDED
 from training.generated import RECORD, write_images
@@ -73,13 +73,14 @@ def test_images_depend_on_the_seed_alone(tmp_path, networks, name):
     common = [f'--network={networks[name]}', '--seeds=0-8,100', '--steps=4', '--S_churn=10']
     folders = {batch: tmp_path / f'batch{batch}' for batch in (1, 7)}
     for batch, folder in folders.items():
-        run_command('generate.py', *common, f'--outdir={folder}', f'--batch={batch}')
-    torchrun('generate.py', *common, f'--outdir={tmp_path / "ranks"}', '--batch=3')
+        succeed('generate.py', *common, f'--outdir={folder}', f'--batch={batch}')
     one = images_in(folders[1])
     assert set(one) == {f'{seed:06d}.png' for seed in (*range(9), 100)}
     assert len({image.tobytes() for image in one.values()}) == 10
     assert_same_images(one, images_in(folders[7]))
-    assert_same_images(one, images_in(tmp_path / 'ranks'))
+    if name == 'cond':
+        torchrun('generate.py', *common, f'--outdir={tmp_path / "ranks"}', '--batch=3')
+        assert_same_images(one, images_in(tmp_path / 'ranks'))
 
 
 def test_noise_is_identical_whatever_the_batch():
@@ -145,7 +146,7 @@ def test_rounding():
 
 def test_an_interrupted_dump_continues(tmp_path, networks):
     """Killed at a random moment; the second run keeps what is there and ends with the undisturbed run's images."""
-    common = [f'--network={networks["warm"]}', '--seeds=0-199', '--steps=18', '--batch=4']
+    common = [f'--network={networks["warm"]}', '--seeds=0-99', '--steps=9', '--batch=4']
     folder = tmp_path / 'killed'
     process = subprocess.Popen([sys.executable, str(ROOT / 'generate.py'), *common, f'--outdir={folder}'],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -155,11 +156,11 @@ def test_an_interrupted_dump_continues(tmp_path, networks):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = {p.name: p.stat().st_mtime_ns for p in folder.glob('[0-9]*.png')}
-    assert 9 <= len(before) < 200, 'the run ended before it could be killed'
+    assert 9 <= len(before) < 100, 'the run ended before it could be killed'
     out = run_command('generate.py', *common, f'--outdir={folder}')
-    assert f'{len(before)} of 200 images are there already' in out.stdout
+    assert f'{len(before)} of 100 images already exist' in out.stdout
     assert all((folder / name).stat().st_mtime_ns == mtime for name, mtime in before.items())
-    run_command('generate.py', *common, f'--outdir={tmp_path / "whole"}')
+    succeed('generate.py', *common, f'--outdir={tmp_path / "whole"}')
     assert_same_images({k: v for k, v in images_in(folder).items() if not k.startswith('.tmp')},
                        images_in(tmp_path / 'whole'))
 
@@ -219,10 +220,10 @@ def test_ctrl_c_says_what_is_kept(tmp_path, networks, monkeypatch, overwrite):
     with monkeypatch.context() as patch:
         patch.setattr('generate.write_images', press)
         out = invoke(*base, '--batch=1', *['--overwrite'] * overwrite)
-    refused(out, f'Error: interrupted; the images that are finished in {tmp_path} are kept, and the same command '
-                 f'{"without --overwrite " * overwrite}goes on')
+    refused(out, f'Error: interrupted; the finished images in {tmp_path} are kept, and the same command '
+                 f'{"without --overwrite " * overwrite}continues')
     assert out.exit_code == 130 and 'Aborted' not in out.output and set(images_in(tmp_path)) == {'000000.png'}
-    assert '1 of 4 images are there already' in invoke(*base, '--batch=1').output
+    assert '1 of 4 images already exist' in invoke(*base, '--batch=1').output
 
 
 def test_an_interrupted_replacement_does_not_mix(tmp_path, networks, monkeypatch):
@@ -263,7 +264,7 @@ def test_kept_images_have_the_networks_size(tmp_path, networks, size):
     else:
         (tmp_path / '000001.png').write_bytes(b'')  # after a power cut
     state = state_of(tmp_path)
-    refused(invoke(*base), '000001.png is not an image of this network, which are 8x8 pixels with 3 channel(s)')
+    refused(invoke(*base), "000001.png does not match this network's images, which are 8x8 pixels with 3 channel(s)")
     assert state_of(tmp_path) == state
     (tmp_path / '000001.png').unlink()
     assert invoke(*base).exit_code == 0
@@ -311,7 +312,7 @@ def test_what_makes_no_difference_is_no_other_option(tmp_path, networks):
             ['--sigma_max=80', '--rho=7', '--eta=0'], ['--precision=fp32']]
     for i, options in enumerate(same, 1):
         out = invoke(*base, f'--network={renamed}', f'--seeds=0-{i}', *options)
-        assert out.exit_code == 0 and f'{i} of {i + 1} images are there already' in out.output, out.output
+        assert out.exit_code == 0 and f'{i} of {i + 1} images already exist' in out.output, out.output
     assert state.items() <= state_of(tmp_path / 'o').items()
     for options in (['--steps=17'], ['--S_churn=1'], ['--solver=euler'], ['--sigma_max=79'], ['--S_churn=1']):
         refused(invoke(*base, f'--network={renamed}', '--seeds=0', *options), 'other options (the defaults, now --')

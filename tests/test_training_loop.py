@@ -18,7 +18,7 @@ from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
 from training.run_folder import next_run_dir, run_name
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
-from tests.commands import SMALL, invoke, json_lines, refused, run_command, torchrun
+from tests.commands import SMALL, invoke, json_lines, refused, run_command, succeed, torchrun
 from train import main
 from warm.systems import SYSTEMS
 
@@ -103,7 +103,7 @@ def test_resume_with_other_ranks_continues_the_data(tmp_path):
     run_command('train.py', *command, '--duration=0.001', '--desc=one')
     state = next(tmp_path.glob('*-one')) / 'training-state-000001.pt'
     out = torchrun('train.py', *command, '--duration=0.002', f'--resume={state}', '--desc=two')
-    assert 'saved by 1 ranks and goes on with 2' in out.stdout
+    assert 'saved by 1 ranks and continues with 2' in out.stdout
     assert load_state(next(tmp_path.glob('*-two')) / 'training-state-000002.pt')['progress']['nimg'] == 2048
 
 
@@ -129,8 +129,8 @@ def test_accumulation_keeps_the_scale_of_the_gradient(tmp_path):
     """Two rounds of 32 images and one of 64 see the same images; their noise differs, being drawn in halves."""
     norms = []
     for limit in (32, 64):
-        run_command('train.py', *SMALL, f'--outdir={tmp_path}', '--batch=64', '--dropout=0', '--augment=0',
-                    '--duration=0.000064', f'--batch-gpu={limit}', f'--desc={limit}', '--seed=1')
+        succeed('train.py', *SMALL, f'--outdir={tmp_path}', '--batch=64', '--dropout=0', '--augment=0',
+                '--duration=0.000064', f'--batch-gpu={limit}', f'--desc={limit}', '--seed=1')
         moments = load_state(next(tmp_path.glob(f'*-{limit}/training-state-*.pt')))['optimizer']['state'].values()
         norms.append(sum(moment['exp_avg'].square().sum() for moment in moments).sqrt())
     assert 0.75 < norms[0] / norms[1] < 1.33
@@ -141,7 +141,7 @@ def test_split_batch(monkeypatch):
     assert tl.split_batch(64) == (16, 16, 1)
     assert tl.split_batch(64, 4) == (16, 4, 4)
     assert tl.split_batch(64, 100) == (16, 16, 1)
-    with pytest.raises(UserError, match='--batch=62 does not divide over 4 ranks'):
+    with pytest.raises(UserError, match='--batch=62 does not split evenly over 4 ranks'):
         tl.split_batch(62)
     with pytest.raises(UserError, match='--batch-gpu=5'):
         tl.split_batch(64, 5)
@@ -175,19 +175,19 @@ def test_clean_gradients():
 
 def test_learning_rate_ramp(tmp_path):
     """lr·min(nimg/ramp, 1), nimg before the batch: the first step has rate 0 and leaves the weights as they were."""
-    run_command('train.py', *SMALL, f'--outdir={tmp_path}', '--duration=0.00064', '--batch=64', '--lr-rampup=0.00128',
-                '--lr=0.01', '--seed=0')
+    succeed('train.py', *SMALL, f'--outdir={tmp_path}', '--duration=0.00064', '--batch=64', '--lr-rampup=0.00128',
+            '--lr=0.01', '--seed=0')
     state = load_state(next(tmp_path.glob('*/training-state-*.pt')))
     assert state['optimizer']['param_groups'][0]['lr'] == pytest.approx(0.01 * 576 / 1280)
 
 
 def test_transfer(tmp_path, warm_run):
     edm = tmp_path / 'edm'
-    run_command('train.py', *SMALL, f'--outdir={edm}', '--nosubdir', '--duration=0.0001', '--seed=1')
+    succeed('train.py', *SMALL, f'--outdir={edm}', '--nosubdir', '--duration=0.0001', '--seed=1')
     snapshot = edm / 'network-snapshot-000000.safetensors'
-    out = run_command('train.py', *SMALL, f'--outdir={tmp_path}', '--precond=warm', f'--transfer={snapshot}',
-                      '--duration=0.000016', '--desc=t', '--lr-rampup=1', '--snap=1')
-    assert 'Transferring from' in out.stdout
+    out = succeed('train.py', *SMALL, f'--outdir={tmp_path}', '--precond=warm', f'--transfer={snapshot}',
+                  '--duration=0.000016', '--desc=t', '--lr-rampup=1', '--snap=1')
+    assert 'Transferring from' in out
     source = read_snapshot(snapshot).state_dict
     start = read_snapshot(next(next(tmp_path.glob('*-t')).glob('network-snapshot-*'))).state_dict
     # The first step has learning rate 0: what is saved is what was transferred.
@@ -198,8 +198,8 @@ def test_transfer(tmp_path, warm_run):
 
 
 def test_dry_run_writes_nothing(tmp_path):
-    out = run_command('train.py', *SMALL, f'--outdir={tmp_path / "runs"}', '--precond=warm', '-n')
-    assert 'Dry run' in out.stdout and '"system": "warm"' in out.stdout
+    out = succeed('train.py', *SMALL, f'--outdir={tmp_path / "runs"}', '--precond=warm', '-n')
+    assert 'Dry run' in out and '"system": "warm"' in out
     assert not (tmp_path / 'runs').exists()
 
 
@@ -228,7 +228,7 @@ def test_run_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'cifar10.v2').mkdir()
     PIL.Image.new('L', (8, 8)).save('cifar10.v2/a.png')
-    run_command('dataset_tool.py', '--source=cifar10.v2', '--dest=set-8x8.zip')
+    succeed('dataset_tool.py', '--source=cifar10.v2', '--dest=set-8x8.zip')
     monkeypatch.chdir('cifar10.v2')
     for path, name in (('.', 'cifar10.v2'), ('../cifar10.v2', 'cifar10.v2'), ('../cifar10.v2/', 'cifar10.v2'),
                        ('../set-8x8.zip', 'set-8x8'), ('/nowhere/set.v2.zip', 'set.v2')):
@@ -258,7 +258,7 @@ def test_a_length_between_floats_is_met_exactly(tmp_path):
 NUMBERS = [option.opts[0] for option in main.params if isinstance(option.type, click.types.FloatParamType)]
 TEXTS = ['--outdir', '--data', '--desc', '--transfer', '--resume', '--eval-ref', '--eval-detector', '--eval-metrics']
 BAD = {
-    'two ranks, odd batch': (['--batch=15'], 'does not divide over 2 ranks', True),
+    'two ranks, odd batch': (['--batch=15'], 'does not split evenly over 2 ranks', True),
     'two ranks, no folder': (['--outdir=/proc/none'], 'could not create the folder /proc/none', True),
     'no labels': (['--cond=1', '--data={unlabelled}'], 'has no labels', False),
     'missing data': (['--data=/nowhere/x.zip'], '/nowhere/x.zip', False),
@@ -272,13 +272,13 @@ BAD = {
     'unknown augmentation': (['--augment-with=foo'], "no --augment-with 'foo'", False),
     'no BNR': (['--precond=warm', '--bnr=warm'], 'is not a Blur-to-Noise Ratio', False),
     'empty range': (['--precond=warm', '--bnr=2-0.1'], 'is empty', False),
-    'duplicates': (['--precond=warm', '--bnr=0.1,0.5,0.1'], 'twice', False),
+    'duplicates': (['--precond=warm', '--bnr=0.1,0.5,0.1'], 'repeats a value', False),
     'unknown targets': (['--precond=warm', '--targets=nothing'], 'is not one of', False),
     **{f'{flag}={value}': ([f'{flag}={value}'], sentence, False) for flag, value, sentence in [
         *((flag, 'nan', "'nan' is not a finite number") for flag in NUMBERS), ('--duration', 'inf', "'inf' is not a"),
         ('--sigma-blur-max', 'inf', "'inf' is not a finite number"), ('--targets', '', 'is not one of'),
         *((flag, '', 'it is empty') for flag in TEXTS), ('--data', ' ', 'it is empty'), ('--bnr', '', 'it is empty'),
-        ('--desc', 'a/b', 'folders within folders'), ('--desc', '..\\b', 'folders within folders'),
+        ('--desc', 'a/b', 'nested folders'), ('--desc', '..\\b', 'nested folders'),
         ('--eval-ref', 'x.npz', '--eval-ref has no effect without scores; add --eval=TICKS'),
         ('--eval-num', '50', '--eval-num has no effect'), ('--eval-metrics', 'fid', '--eval-metrics has no effect'),
         ('--eval-detector', 'pixels', '--eval-detector has no effect'),
@@ -297,7 +297,7 @@ BAD = {
 def test_bad_input(tmp_path, name):
     options, sentence, two_ranks = BAD[name]
     if '--data={unlabelled}' in options:
-        run_command('dataset_tool.py', f'--source={EMBEDDED}', f'--dest={tmp_path / "u"}', '--max-images=8')
+        succeed('dataset_tool.py', f'--source={EMBEDDED}', f'--dest={tmp_path / "u"}', '--max-images=8')
         (tmp_path / 'u' / 'dataset.json').write_text('{"labels": null}')
         options = [o.format(unlabelled=tmp_path / 'u') for o in options]
     command = ['train.py', *SMALL, f'--outdir={tmp_path / "runs"}', '--duration=0.0001', *options]
@@ -323,7 +323,7 @@ def test_ctrl_c_during_set_up(monkeypatch, tmp_path):
     monkeypatch.setattr('train.open_dataset', interrupted)
     result = invoke('train.py', f'--outdir={tmp_path / "runs"}')
     assert result.exit_code == 130 and not (tmp_path / 'runs').exists()
-    assert result.stderr.startswith('Error: interrupted; this was set-up') and 'Aborted' not in result.output
+    assert result.stderr.startswith('Error: interrupted; still setting up') and 'Aborted' not in result.output
 
 
 def test_numbers_are_all_checked():
