@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError
-from tests.commands import SMALL, invoke, json_lines, refused, run_command
+from tests.commands import SMALL, invoke, json_lines, refused, succeed
 from tests.small_networks import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
 from torch_utils.precision import PRECISIONS
 from training import layers
@@ -198,8 +198,8 @@ def test_short_runs_agree(tmp_path):
     """64 steps on the digits, the same seeds: the losses of each quarter agree within 3 %, and fall alike."""
     losses = {}
     for precision in ('fp32', 'bf16'):
-        run_command('train.py', *SMALL, f'--outdir={tmp_path}', '--precond=warm', '--duration=0.004096', '--tick=1',
-                    '--batch=64', '--seed=5', f'--precision={precision}', '--grid=0', '--lr=0.002')
+        succeed('train.py', *SMALL, f'--outdir={tmp_path}', '--precond=warm', '--duration=0.004096', '--tick=1',
+                '--batch=64', '--seed=5', f'--precision={precision}', '--grid=0', '--lr=0.002')
         run = next(tmp_path.glob(f'*-{precision}'))
         lines = json_lines(run / 'stats.jsonl')
         losses[precision] = torch.tensor([line['Loss/loss']['mean'] for line in lines])

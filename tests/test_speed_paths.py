@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnnlib import UserError
-from tests.commands import ROOT, SMALL, invoke, json_lines, refused, run_command
+from tests.commands import ROOT, SMALL, invoke, json_lines, refused, succeed
 from tests.pretended import WAITS, one_step
 from tests.small_networks import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
 from training import acceleration, decoded, generated, generation
@@ -435,7 +435,7 @@ def test_a_file_that_another_rank_has_just_made_stays(cache):
 def test_images_move_to_the_gpu_before_the_first_step(cache):
     """What stands against it is said by the call, not when the first batch is asked for."""
     dataset = load_embedded()
-    with pytest.raises(UserError, match='--data-device=cuda needs the data set decoded'):
+    with pytest.raises(UserError, match='--data-device=cuda needs a data set decoded'):
         b.resident_batches(dataset, b.InfiniteSampler(dataset), 8, torch.device('cpu'))
 
 
@@ -470,8 +470,8 @@ def test_thread_ends_and_its_errors_surface():
 
 def test_share_of_waiting_is_recorded(tmp_path):
     for workers, cache in ((0, 1), (1, 0)):
-        run_command('train.py', *SMALL, f'--outdir={tmp_path / str(cache)}', '--duration=0.00032', '--grid=0',
-                    f'--workers={workers}', f'--cache={cache}')
+        succeed('train.py', *SMALL, f'--outdir={tmp_path / str(cache)}', '--duration=0.00032', '--grid=0',
+                f'--workers={workers}', f'--cache={cache}')
         path, = (tmp_path / str(cache)).glob('*/stats.jsonl')
         shares = [line['Timing/data_wait']['mean'] for line in json_lines(path)]
         assert len(shares) == 2 and all(0 < share < 1 for share in shares)
