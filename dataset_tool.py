@@ -42,7 +42,7 @@ def main(source, dest, max_images, transform, resolution, workers):
     """
     if int(os.environ.get('RANK', '0')) > 0:
         return  # under torchrun, rank 0 does everything, with its own --workers
-    with (interruptible(f'nothing was changed at {dest}, run the same command again to make it'),
+    with (interruptible(f'nothing was changed at {dest}: run the same command again to create it'),
           Workers(workers) as workers):
         summary = convert(open_source(source), dest, transform, resolution, max_images, workers)
     skipped = f', {summary.num_skipped} too small and left out' if summary.num_skipped else ''

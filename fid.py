@@ -58,7 +58,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
 def check_exclusive(images, network, network_only, images_only):
     """Raise UserError unless there is one source of images, without the other's flags ({flag: value or None})."""
     if bool(images) == bool(network):
-        raise UserError('give either --images=PATH (images in files) or --network=FILE (a network that makes them)')
+        raise UserError('give either --images=PATH (images in files) or --network=FILE (a network that generates them)')
     kind, other = ('--images', '--network') if images else ('--network', '--images')
     wrong = [flag for flag, value in (network_only if images else images_only).items() if value is not None]
     if wrong:

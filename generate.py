@@ -53,7 +53,7 @@ def main(**options):
     torchrun --standalone --nproc_per_node=8 generate.py --network=… --outdir=out --seeds=0-49999 --subdirs
     """
     again = 'the same command' + ' without --overwrite' * options['overwrite']
-    kept = f"the images that are finished in {options['outdir']} are kept, and {again} goes on from there"
+    kept = f"the finished images in {options['outdir']} are kept, and {again} continues from there"
     with interruptible(kept), dist.process_group():
         run(**options)
 
@@ -77,7 +77,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, drawn.facts, drawn.difference, overwrite))
     dist.on_rank0(lambda: check_kept(outdir, set(seeds).difference(missing), subdirs, net))
     if len(missing) < len(seeds):
-        dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images are there already and kept.')
+        dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images already exist and are kept.')
     dist.print0(f'Generating {len(missing)} images to {outdir}...')
     with tqdm.tqdm(total=len(missing), unit='img', disable=None if dist.get_rank() == 0 else True) as bar:
         batches = generate_images(net, seeds, sampler, max_batch or default_batch(net), class_idx, set(missing))

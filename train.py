@@ -44,7 +44,7 @@ def parse_ints(ctx, param, value):
 def check_desc(ctx, param, value):
     """Refuse a path as --desc, part of a folder's name: run folders are only looked for in --outdir itself."""
     if value is not None and ('/' in value or '\\' in value):
-        raise click.BadParameter(f"'{value}' would make folders within folders; leave out / and \\, - will do")
+        raise click.BadParameter(f"'{value}' would create nested folders; use - instead of / and \\")
     return value
 
 
@@ -158,7 +158,7 @@ def main(**options):
     torchrun --standalone --nproc_per_node=8 train.py --data=datasets/cifar10-32x32.zip --precond=warm --bnr=0.5
     """
     # After set-up, Ctrl-C is a signal to save and stop (torch_utils.signals).
-    with (interruptible('this was set-up, before the first step, run the command again to start'),
+    with (interruptible('still setting up, before the first step: run the command again to start'),
           dist.process_group(), dist.lost_ranks_named()):
         with Tee() if dist.get_rank() == 0 else contextlib.nullcontext() as log:
             done = run(options, log)
@@ -211,7 +211,7 @@ def run(options, log):
         log.open(os.path.join(run_dir, LOG_NAME))
     dist.print0(cfg.summary(config, run_dir))
     for complaint in start['complaints']:
-        dist.print0(f'Warning: passing over a damaged state: {complaint}')
+        dist.print0(f'Warning: skipping a damaged state: {complaint}')
     return training_loop(run_dir=run_dir, systems=SYSTEMS, dataset=dataset, **config)
 
 

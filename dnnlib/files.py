@@ -37,8 +37,8 @@ def atomic_write(path, mode='wb'):
         tmp = None
         _sync_folder(folder)
     except OSError as e:
-        raise UserError(f'could not write {path}: {e.strerror or e}; nothing was changed there, '
-                        'free some space or choose another folder and run the command again') from e
+        raise UserError(f'could not write {path}: {e.strerror or e} (nothing was changed there); '
+                        'free some space or choose another folder, and run the command again') from e
     finally:
         if tmp is not None:
             with contextlib.suppress(OSError):
@@ -116,7 +116,7 @@ def check_writable(path, kind='a file'):
         with tempfile.TemporaryFile(prefix='.tmp-', dir=folder):
             pass
     except OSError as e:
-        raise UserError(f'no file can be written in {folder}: {e.strerror or e}; choose another folder for '
+        raise UserError(f'cannot write files in {folder}: {e.strerror or e}; choose another folder for '
                         f'{os.path.basename(path)}') from e
 
 

@@ -68,7 +68,7 @@ def check_json_lines(path):
     if os.path.exists(path) and not os.path.isfile(path):  # /dev/null
         return
     if not os.fspath(path).lower().endswith('.jsonl') and not _begins_with_object(path):
-        raise UserError(f'{path} is no file of JSON lines; give a name ending in .jsonl')
+        raise UserError(f'{path} is not a file of JSON lines; give a name ending in .jsonl')
 
 
 def _begins_with_object(path):

@@ -260,7 +260,7 @@ def vectors(labels):
 
 
 @pytest.mark.parametrize('relabel, message', [
-    (None, 'bad.zip has no labels, which a classifier learns from; make it anew with dataset_tool.py'),
+    (None, 'bad.zip has no labels, which a classifier learns from; recreate it with dataset_tool.py'),
     (one_class, 'all images of {} are of class 3'),
     (vectors, 'are vectors, not class numbers'),
 ])
@@ -278,7 +278,7 @@ def test_null_labels(halves, tmp_path):
 
 def test_other_classes(halves, tmp_path):
     other = write_zip(tmp_path / 'other.zip', range(100), lambda labels: [label + 1 for label in labels])
-    fails(tmp_path / 'out', 'has other classes than', halves[0], other, tmp_path / 'out' / 'a.ts')
+    fails(tmp_path / 'out', 'has different classes from', halves[0], other, tmp_path / 'out' / 'a.ts')
 
 
 def write_images(path, size, channels=3):

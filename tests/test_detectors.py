@@ -242,7 +242,7 @@ def test_state_dict_of_another_layout(tmp_path, weights):
                          ({'a': torch.zeros(1)}, "'Conv2d_1a_3x3.conv.weight' is missing"),
                          ([torch.zeros(1)], "'Conv2d_1a_3x3.conv.weight' is missing")):
         torch.save(state, tmp_path / 'x.pth')
-        with pytest.raises(UserError, match=f'not laid out as the public Inception weights: {wrong}'):
+        with pytest.raises(UserError, match=f'not laid out like the public Inception weights: {wrong}'):
             detectors.load_detector(str(tmp_path / 'x.pth'))
 
 

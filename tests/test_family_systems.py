@@ -246,7 +246,7 @@ def test_an_option_does_not_hide_a_flag_of_the_command(name, own, monkeypatch):
     def command(**options):
         raise AssertionError
     refused(CliRunner().invoke(command, [], prog_name='train.py'),
-            f"the Option '{name}' of a system collides with {own[0]}, which train.py has already")
+            f"the Option '{name}' of a system collides with {own[0]}, which train.py already has")
 
 
 @pytest.mark.parametrize('flags, sentence', [

@@ -384,7 +384,7 @@ def test_full_disk_does_not_stop_the_score(folders, reference, monkeypatch):
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(np, 'savez', full)
     output = invoke('calc', images=folders[1], num=50, ref=reference)
-    assert 'FD-pixels: ' in output and 'Warning: an interruption would cost' in output
+    assert 'FD-pixels: ' in output and 'Warning: progress cannot be saved, so an interruption would lose it' in output
 
 
 @pytest.mark.parametrize('total, batch, world', [(50, 8, 3), (5, 64, 4), (64, 64, 1), (100, 1, 7), (129, 64, 2)])
@@ -476,7 +476,7 @@ def test_options_that_make_no_sense(folders, reference, tmp_path):
     assert (tmp_path / 'set.zip').read_bytes() == before
     fails('ref', "new/' names no file", data=folders[0], dest=f'{tmp_path}/new/')
     fails('calc', 'new/ cannot be written', ref=reference, log=f'{tmp_path}/new/', **images)
-    fails('ref', 'no file can be written in /proc.*choose another folder for e.npz', data=tmp_path, dest='/proc/e.npz')
+    fails('ref', 'cannot write files in /proc.*choose another folder for e.npz', data=tmp_path, dest='/proc/e.npz')
     fails('ref', 'no folder or zip', data=tmp_path / 'none', dest=tmp_path / 'x.npz')
 
 
@@ -560,7 +560,7 @@ def test_only_json_lines_are_appended_to(folders, reference, tmp_path, name, con
         invoke('calc', **options)
         assert path.read_bytes().startswith(content or b'') and json_lines(path)[-1]['metric'] == 'FD-pixels'
     else:
-        fails('calc', f'{name} is no file of JSON lines; give a name ending in .jsonl', **options)
+        fails('calc', f'{name} is not a file of JSON lines; give a name ending in .jsonl', **options)
         assert (path.read_bytes() if path.exists() else None) == content
 
 

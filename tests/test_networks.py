@@ -427,8 +427,8 @@ def test_a_new_network_is_trained_and_sampled(patches_offered, tmp_path, system)
 
 
 @pytest.mark.parametrize('flag, sentence', [
-    ('--cbase=8', '--arch=patches has no use for --cbase; leave it out'), ('--cres=1,2', 'no use for --cres'),
-    ('--checkpoint-activations', 'Patches cannot compute its features anew; leave out --checkpoint-activations')])
+    ('--cbase=8', '--cbase has no effect with --arch=patches; leave it out'), ('--cres=1,2', '--cres has no effect'),
+    ('--checkpoint-activations', 'Patches cannot recompute its features; leave out --checkpoint-activations')])
 def test_flags_that_a_new_network_does_not_take(patches_offered, flag, sentence):
     refused(invoke('train.py', '-n', '--arch=patches', flag), sentence)
 

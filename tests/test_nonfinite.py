@@ -134,5 +134,5 @@ def test_one_rank_is_enough(monkeypatch):
     health = Health(max_nonfinite=2)
     health.end_step(1, [torch.tensor(True)], False)
     assert health.streak == 1 and health.stopping
-    with pytest.raises(UserError, match='2 steps in a row, the steps 1 to 2'):
+    with pytest.raises(UserError, match='2 steps in a row, steps 1 to 2'):
         health.end_step(2, [torch.tensor(True)], False)

@@ -149,7 +149,7 @@ def test_a_finished_run_can_be_started_again_and_again(whole, cut):
     trained(cut, '--auto-resume')
     before = {p.name: p.read_bytes() for p in cut.iterdir() if p.name not in ('log.txt', 'training_options.json')}
     out = trained(cut, '--auto-resume')
-    assert 'done already' in out.output
+    assert 'already done' in out.output
     assert before == {p.name: p.read_bytes() for p in cut.iterdir() if p.name in before}
     trained(cut, '--auto-resume', kimg=1.2)  # and can be made longer
     assert final_state(cut)['progress']['nimg'] == 1216
@@ -179,7 +179,7 @@ def test_auto_resume_finds_its_folder_by_name(tmp_path):
     assert len(folders) == 2 and folders[0].startswith('00000-') and folders[0].endswith('-a')
     assert load_state(tmp_path / folders[0] / 'training-state-000000.pt')['progress']['nimg'] == 128
     (tmp_path / folders[0]).rename(tmp_path / folders[0].replace('-gpus1-', '-gpus8-'))
-    assert 'done already' in start('--desc=a', kimg=0.128)  # a run may go on with another number of ranks
+    assert 'already done' in start('--desc=a', kimg=0.128)  # a run may go on with another number of ranks
 
 
 @pytest.mark.parametrize('where', ['file', 'folder', 'latest'])
@@ -199,7 +199,7 @@ def test_a_damaged_state_is_passed_over(whole, tmp_path):
     shutil.copytree(whole, folder)
     damage(folder / 'training-state-000001.pt')
     out = trained(folder, '--auto-resume')
-    assert 'passing over a damaged state' in out.output and 'training-state-000001.pt is damaged' in out.output
+    assert 'skipping a damaged state' in out.output and 'training-state-000001.pt is damaged' in out.output
     check_same(folder, whole)
 
 
@@ -293,8 +293,8 @@ def test_other_augmentations_are_refused(tmp_path):
 def test_nosubdir_does_not_train_over_a_run(cut):
     """A dry run shows the options all the same."""
     before = content(cut)
-    refused(train(cut), f'{cut} holds a run already', '--outdir', '--auto-resume')
-    refused(train(cut, f'--resume={cut}'), f'{cut} holds a run already')
+    refused(train(cut), f'{cut} already holds a run', '--outdir', '--auto-resume')
+    refused(train(cut, f'--resume={cut}'), f'{cut} already holds a run')
     assert train(cut, '--dry-run').exit_code == 0
     assert content(cut) == before
 
@@ -468,4 +468,4 @@ def test_a_state_of_another_system_is_refused_and_other_data_is_said(whole, tmp_
     data = tmp_path / 'other.zip'
     shutil.copy(EMBEDDED, data)
     result = trained(tmp_path / 'b', f'--resume={whole}', f'--data={data}', kimg=1.2)
-    assert 'was trained on digits-8x8 and goes on with other' in result.output
+    assert 'was trained on digits-8x8 and continues with other' in result.output

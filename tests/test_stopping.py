@@ -44,7 +44,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tic
         end_step(self, step, finite, stop)
     monkeypatch.setattr(Health, 'end_step', signalled)
     out = invoke('train.py', *RUN, f'--outdir={tmp_path}')
-    assert out.exit_code == EXIT_STOPPED and 'goes on from there' in out.output, out.output
+    assert out.exit_code == EXIT_STOPPED and 'continues from there' in out.output, out.output
     progress = final_state(tmp_path)['progress']
     assert (progress['nimg'], progress['tick_nimg']) == (nimg, tick_nimg)
     assert saved_files(tmp_path, 'network-snapshot')

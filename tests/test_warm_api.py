@@ -116,13 +116,13 @@ def test_networks_without_a_file(tmp_path):
 
 
 def test_networks_of_ones_own(tmp_path):
-    """One that was trained in this process does not say of which system it is."""
+    """One that was trained in this process does not say which system it belongs to."""
     net = warm.load(snapshot_of('cold', tmp_path / 'network.safetensors', digits()))
     known = warm.sample(net, [0])
     del net.snapshot, net.system
     for system in ('cold', SYSTEMS['cold']):
         assert torch.equal(warm.sample(net, [0], data=EMBEDDED, system=system), known)
-    with pytest.raises(UserError, match="does not say of which system it is; .* system='warm'"):
+    with pytest.raises(UserError, match="does not say which system it belongs to; .* system='warm'"):
         warm.sample(net, [0])
     with pytest.raises(UserError, match="there is no system 'hot'; .* edm"):
         warm.sample(net, [0], system='hot')
@@ -146,7 +146,7 @@ def test_data_is_no_option_of_other_systems(root):
 
 
 @pytest.mark.parametrize('seeds, options, said', [
-    ([], {}, 'there are no seeds'), ('0-3', {}, 'the seeds 0-3 are not integers'), (3, {}, 'not integers'),
+    ([], {}, 'no seeds were given'), ('0-3', {}, 'the seeds 0-3 are not integers'), (3, {}, 'not integers'),
     ([0.5], {}, 'not integers'), ([1], {'batch': 0}, 'batch is 0'),
     ([1], {'batch': 2.5}, 'batch is 2.5'),
     ([1], {'steps': 2}, '^steps is not an option .* it takes num_steps, sigma_min'),

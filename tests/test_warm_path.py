@@ -67,13 +67,13 @@ def test_families_from_texts(text, family):
 
 @pytest.mark.parametrize('bnr, schedule, said', [
     ('-1', None, 'Blur-to-Noise Ratio'), ('nan', None, 'Blur-to-Noise Ratio'), ('warm', None, "'warm'"),
-    ('inf', None, 'inf'), ('', None, "''"), ('0.5,0.5', None, 'twice'), ('0.1,-1', None, '-1'),
+    ('inf', None, 'inf'), ('', None, "''"), ('0.5,0.5', None, 'repeats a value'), ('0.1,-1', None, '-1'),
     ('0.1,,1', None, "''"), ('2-0.1', None, 'empty'), ('0.5-0.5', None, 'empty'), ('0-2', None, 'starts at 0'),
     ('0.1-inf', None, 'range'), ('0.1-warm', None, "'warm'"), (None, 'linear', 'constant, blurring'),
     (None, 'constant:3', '--bnr=3'), ('0.5', 'blurring', 'give one'), ('0.1,0.5', 'blurring', 'give one'),
     (None, 'blurring:0', 'largest blur'), (None, 'blurring:-2', 'largest blur'), (None, 'blurring:x', "'x'"),
     (None, 'blurring:x', 'sigma_b_max of the schedule blurring; give a number, such as --bnr-schedule=blurring:20'),
-    ('1e-2-1', None, 'without exponents'), ('1e30', None, '≤ 1000'), ('0.5,1001', None, '≤ 1000'),
+    ('1e-2-1', None, 'without exponents'), ('1e30', None, '0 to 1000'), ('0.5,1001', None, '0 to 1000'),
     ('0.1-1001', None, 'beyond 1000'), (None, 'blurring:1e30', '≤ 2000 pixels'),
     ('nan', None, "'nan' in --bnr"), ('2-1', None, '--bnr=2-1'), ('-1', None, '--bnr'), ('0.5,0.5', None, '--bnr=0.5'),
     (None, 'foo', "--bnr-schedule 'foo'"), (None, 'blurring:x', '--bnr-schedule'),

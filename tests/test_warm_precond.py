@@ -387,7 +387,7 @@ def test_sampling_path_of_the_paper_is_the_default():
 
 @pytest.mark.parametrize('alpha, said', [
     ([1, 2, 3], '3 blur levels for 2 images; give'), (torch.ones([3, 1, 1, 1]), '3 blur levels'), ([], '0 blur levels'),
-    (-1, '-1.* is no blur .*≥ 0'), ([1, -0.5], '≥ 0'), (float('nan'), '≥ 0'), (float('inf'), '≥ 0'),
+    (-1, '-1.* is not a valid blur .*≥ 0'), ([1, -0.5], '≥ 0'), (float('nan'), '≥ 0'), (float('inf'), '≥ 0'),
 ])
 @pytest.mark.parametrize('call', ['forward', 'denoise_deblur', 'point'])
 def test_bad_blur(call, alpha, said):

@@ -32,7 +32,7 @@ def init():
         gpus = torch.cuda.device_count()
         if local_rank() >= gpus:
             raise UserError(f'there is no GPU for process {local_rank()} (counted from 0), as this machine has {gpus}; '
-                            f'start at most one for each, with --nproc_per_node={gpus}')
+                            f'start at most one per GPU, with --nproc_per_node={gpus}')
         torch.cuda.set_device(local_rank())
     if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not torch.distributed.is_initialized():
         lacking = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
@@ -64,7 +64,7 @@ def fresh_store(store, rank, ranks):
             if store.check([f'asking/{r}']):  # perhaps from an earlier start
                 store.set(f"answer/{store.get(f'asking/{r}').decode()}", token)
             if time.monotonic() > end:
-                raise UserError(f'rank {r} of {ranks} has not come within {TIMEOUT}; see what it has printed')
+                raise UserError(f'rank {r} of {ranks} has not joined within {TIMEOUT}; check its output')
             time.sleep(0.01)
     return torch.distributed.PrefixStore(token, store)
 
@@ -133,8 +133,9 @@ def lost_ranks_named():
         lost = re.search('closed by peer|reset by peer|Broken pipe|NCCL|timed out', reason, re.I)
         if get_world_size() == 1 or not lost:
             raise
-        raise LostRank(f'rank {get_rank()} lost the connection to another rank ({reason[-160:]}); see what that rank '
-                        'has printed, and run the same command with --auto-resume to go on from the last state') from e
+        raise LostRank(f'rank {get_rank()} lost the connection to another rank ({reason[-160:]}); check '
+                        "that rank's output, and run the same command with --auto-resume to continue from the last "
+                        'state') from e
 
 
 def barrier():

@@ -125,7 +125,7 @@ class Watchdog:
     def _end(self):
         with contextlib.suppress(OSError):
             sys.__stderr__.write(f'\nError: {self.who} finished no step for {self.seconds:g} seconds: it hangs, or it '
-                                 'waits for a rank that hangs or is lost. Where it stands:\n')
+                                 'waits for a rank that hangs or is lost. Stack trace:\n')
             sys.__stderr__.flush()
             faulthandler.dump_traceback(sys.__stderr__)
         os._exit(EXIT_HUNG)

@@ -65,7 +65,7 @@ class Network(torch.nn.Module):
     def check_recompute(self):
         """Raise UserError if `recompute` would have no effect."""
         if not self.can_recompute:
-            raise UserError(f'{type(self).__name__} cannot compute its features anew; '
+            raise UserError(f'{type(self).__name__} cannot recompute its features; '
                             'leave out --checkpoint-activations')
 
     def run_block(self, block, *inputs):

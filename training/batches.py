@@ -46,7 +46,7 @@ class Batches:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         had = (start_nimg - rank + ranks - 1) // ranks  # how many of the first start_nimg were this rank's
         sampler = InfiniteSampler(dataset, rank=rank, num_replicas=ranks, seed=seed, start_idx=had)
-        self._workers = None  # number of processes that load data; None if it is decoded in advance, or has been reported
+        self._workers = None  # processes that load data; None if it is decoded in advance, or after `report_wait`
         if data_device == 'cuda':
             self._source = resident_batches(dataset, sampler, batch, device)
         elif dataset.decoded is not None:
@@ -152,8 +152,8 @@ def check_data_device(data_device):
 def _to_gpu(dataset, device):
     check_data_device(device.type)
     if dataset.decoded is None:
-        raise UserError('--data-device=cuda needs the data set decoded in advance, which --cache=0 forbids or its size '
-                        'or the cache folder does not allow; leave it out')
+        raise UserError('--data-device=cuda needs a data set decoded in advance, but --cache=0, its size or the cache '
+                        'folder prevents that; leave it out')
     size = dataset.decoded.nbytes
     if device.type == 'cuda' and size > GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
         raise UserError(f'the decoded data set of {size >> 20} MiB is more than half of the free memory of the GPU; '

@@ -71,7 +71,7 @@ def open_labelled(path):
     """
     archive = open_archive(path)
     if not archive.has('dataset.json') or read_labels(archive) is None:
-        raise UserError(f'{path} has no labels, which a classifier learns from; make it anew with dataset_tool.py from '
+        raise UserError(f'{path} has no labels, which a classifier learns from; recreate it with dataset_tool.py from '
                         'a labelled source')
     dataset = ImageFolderDataset(path, use_labels=True)
     if not dataset.has_onehot_labels:
@@ -94,7 +94,7 @@ def check_alike(train, test):
         raise UserError(f'all images of {train.path} are of class {classes[0][0]}, so there is nothing to tell apart; '
                         'give a data set with at least two classes')
     if not np.array_equal(*classes):
-        raise UserError(f'{test.path} has other classes than {train.path} (such as class '
+        raise UserError(f'{test.path} has different classes from {train.path} (such as class '
                         f'{np.setxor1d(*classes)[0]}, which only one of them has); give the test half of the same '
                         'data set')
 

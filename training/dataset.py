@@ -193,7 +193,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return f'{name} in {self._archive.path}'
 
     def _load_labels(self, names):
-        remedy = 'train without labels (--cond=0), or make it anew with dataset_tool.py from a labelled source'
+        remedy = 'train without labels (--cond=0), or recreate it with dataset_tool.py from a labelled source'
         if not self._archive.has('dataset.json'):
             raise UserError(f'{self._archive.path} has no labels (no dataset.json); {remedy}')
         labels = read_labels(self._archive)

@@ -205,7 +205,7 @@ def open_dest(dest, compress=False):
             raise UserError(f'{dest} is a folder; choose another name for the zip')
         return _zip_dest(dest, zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED)
     if dest.lower().endswith(ARCHIVES):
-        raise UserError(f'{dest} has the ending of an archive that is not written; give a name ending in .zip, or that '
+        raise UserError(f'{dest} names a kind of archive that cannot be written; give a name ending in .zip, or that '
                         'of a folder')
     if os.path.exists(dest) and not os.path.isdir(dest):
         raise UserError(f'{dest} is a file; choose another folder, or a name ending in .zip')
@@ -242,7 +242,7 @@ def _folder_dest(dest):
             os.rmdir(dest)
         os.rename(stage, dest)
     except OSError as e:
-        raise UserError(f'could not write {dest}: {e.strerror or e}; nothing was changed there, '
-                        'free some space or choose another folder and run the command again') from e
+        raise UserError(f'could not write {dest}: {e.strerror or e} (nothing was changed there); '
+                        'free some space or choose another folder, and run the command again') from e
     finally:
         shutil.rmtree(stage, ignore_errors=True)

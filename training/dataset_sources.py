@@ -69,7 +69,7 @@ def open_source(path):
         if matches(path):
             return read(path)
     kinds = ', '.join(kind for kind, _, _ in READERS)
-    raise UserError(f'{path} is no source that is known ({kinds}); rename it or put its images into a folder')
+    raise UserError(f'{path} is not a known kind of source ({kinds}); rename it or put its images into a folder')
 
 
 def read_archive(path):
@@ -141,7 +141,7 @@ def _read_batch(data, what):
         images = batch['data'].pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = list(batch['labels'])
         require(len(labels) == len(images) and all(type(v) is int and 0 <= v < 10 for v in labels),
-                'its labels do not fit its images')
+                'its labels do not match its images')
         return images, labels
     except Exception as e:  # a damaged pickle raises nearly anything
         raise UserError(f'{what} is not a batch of CIFAR-10 ({e}); download the file again from {CIFAR10_URL}') from e
@@ -179,7 +179,7 @@ def read_mnist(path):
     folder, name = os.path.split(path)
     labels_path = os.path.join(folder, name.replace('-images-idx3-', '-labels-idx1-'))
     if not os.path.isfile(labels_path):
-        raise UserError(f'there is no labels file {labels_path} beside {path}; download it to there')
+        raise UserError(f'there is no labels file {labels_path} beside {path}; download it to that folder')
     images = _read_idx(path, 3)
     labels = _read_idx(labels_path, 1)
     if images.shape[1:] != (28, 28):
@@ -201,7 +201,7 @@ def _read_idx(path, ndim):
                 raise ValueError('its header is not that of such a file')
             size = math.prod(shape)
             if size > MAX_MNIST_IMAGES * 28 * 28:
-                raise ValueError('its header asks for too much')
+                raise ValueError('its header declares too much data')
             data = f.read(size)
             if len(data) != size:
                 raise ValueError(f'it ends after {len(data)} of {size} bytes')

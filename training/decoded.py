@@ -74,7 +74,7 @@ def num_bytes(dataset):
 def _check_space(folder, size):
     free = shutil.disk_usage(folder).free
     if free < size + SPARE_BYTES:
-        raise UserError(f'{folder} has {free >> 20} MiB of free space, of which {size >> 20} MiB are needed')
+        raise UserError(f'{folder} has {free >> 20} MiB of free space, but {size >> 20} MiB are needed')
 
 
 def _write(f, dataset, bad_images):

@@ -252,6 +252,6 @@ def load_inception_state(path):
     wrong = [k for k in expected if k not in counters and shapes.get(k) != tuple(expected[k].shape)]
     wrong += [k for k in shapes if k not in expected]
     if wrong:
-        raise UserError(f"the state dict {path} is not laid out as the public Inception weights: '{wrong[0]}' is "
+        raise UserError(f"the state dict {path} is not laid out like the public Inception weights: '{wrong[0]}' is "
                         f'{shapes.get(wrong[0], "missing")}; give pt_inception-2015-12-05-6726825d.pth')
     return {**{k: v.to(torch.float32) for k, v in state.items() if k not in counters}, **counters}

@@ -37,8 +37,8 @@ def save_png(path, image):
         os.replace(tmp, path)
     except OSError as e:
         tmp.unlink(missing_ok=True)
-        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and run the same command again, '
-                        'finished images are kept') from e
+        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and run the same command again '
+                        '(finished images are kept)') from e
 
 
 def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=False):
@@ -86,8 +86,8 @@ def check_kept(outdir, seeds, subdirs, net):
         except OSError as e:
             raise UserError(f'could not read {path}: {e.strerror or e}; check its permissions') from e
         if found != shape:
-            raise UserError(f'{path} is not an image of this network, which are {shape[2]}x{shape[1]} pixels with '
-                            f'{shape[0]} channel(s); remove it, and run the same command again')
+            raise UserError(f"{path} does not match this network's images, which are {shape[2]}x{shape[1]} pixels "
+                            f'with {shape[0]} channel(s); remove it, and run the same command again')
 
 
 def _name(seed, subdirs):
@@ -106,7 +106,7 @@ def _check_layout(outdir, present, seeds, subdirs):
     for seed in seeds:
         if _name(seed, not subdirs) in present:
             remedy = 'leave --subdirs out' if subdirs else 'add --subdirs'
-            raise UserError(f'{outdir} holds the image of seed {seed} as {_name(seed, not subdirs)} already, and a '
+            raise UserError(f'{outdir} already holds the image of seed {seed} as {_name(seed, not subdirs)}, and a '
                             f'second one would count it twice; {remedy}, or choose another --outdir')
 
 

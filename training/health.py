@@ -8,7 +8,7 @@ from dnnlib import UserError
 from torch_utils.distributed import Ballot
 
 
-AGAIN = 'start again with a lower --lr, from the newest training state if there is one (what is saved is good)'
+AGAIN = 'start again with a lower --lr, from the newest training state if there is one (the saved states are good)'
 
 
 class Health:
@@ -61,5 +61,5 @@ class Health:
             if self.streak == 1:
                 self._first = step
             if self.max_nonfinite and self.streak >= self.max_nonfinite:
-                raise UserError(f'the loss or its gradients were not finite in {self.streak} steps in a row, the steps '
+                raise UserError(f'the loss or its gradients were not finite in {self.streak} steps in a row, steps '
                                 f'{self._first} to {step}; {AGAIN}, or allow more with --max-nonfinite')

@@ -89,7 +89,7 @@ class FolderArchive:
     def _unreadable(self, name, error):
         path = os.path.join(self.path, name)
         if os.path.islink(path) and not os.path.exists(path):
-            return UserError(f'{name} in {self.path} is a link to nothing; remove it')
+            return UserError(f'{name} in {self.path} is a broken link; remove it')
         return UserError(f'could not read {name} in {self.path}: {error.strerror}; check the file and its permissions')
 
 
@@ -111,7 +111,7 @@ class ZipArchive:
                 self._zip, self._pid = zipfile.ZipFile(self.path), os.getpid()
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
                 raise UserError(f'{self.path} is not a readable zip ({e}); '
-                                'copy it again, or make it anew with dataset_tool.py') from e
+                                'copy it again, or recreate it with dataset_tool.py') from e
         return self._zip
 
     def names(self):
@@ -148,10 +148,10 @@ class ZipArchive:
                 # Never read without a size: zipfile would unpack up to 2 GiB at once, whatever the file's entry says.
                 return f.read(file_size if size < 0 else min(size, file_size))
         except KeyError as e:
-            raise UserError(f'there is no {name} in {self.path}; make the zip anew with dataset_tool.py') from e
+            raise UserError(f'there is no {name} in {self.path}; recreate the zip with dataset_tool.py') from e
         except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as e:
             raise UserError(f'could not read {name} in {self.path} ({e}); '
-                            'copy the zip again, or make it anew with dataset_tool.py') from e
+                            'copy the zip again, or recreate it with dataset_tool.py') from e
 
 
 def _digest(records):
@@ -193,7 +193,7 @@ def read_labels(archive):
             ``{"labels": [["00000/img00000000.png", 6], …]}``.
     """
     where = f'dataset.json in {archive.path}'
-    remedy = 'correct it, or make the dataset anew with dataset_tool.py'
+    remedy = 'correct it, or recreate the dataset with dataset_tool.py'
     try:
         text = archive.read('dataset.json')
         if len(text) > MAX_LABEL_BYTES + LABEL_BYTES_PER_IMAGE * len(archive.names()):
@@ -232,7 +232,7 @@ def labels_of(names, labels, path):
     Raises:
         UserError: an image without a label, or labels of different kinds; both name the image.
     """
-    remedy = 'correct it, or make the dataset anew with dataset_tool.py'
+    remedy = 'correct it, or recreate the dataset with dataset_tool.py'
     missing = next((name for name in names if name not in labels), None)
     if missing is not None:
         raise UserError(f'dataset.json in {path} has no label for the image {missing}; {remedy}')

@@ -74,8 +74,8 @@ def decode(data, what):
     else:
         image = _open(data, what)
         if image.mode not in PLAIN or (image.mode == 'P' and 'transparency' in image.info):
-            raise UserError(f'{what} is of the kind {image.mode} (transparency, or more than 8 bits a channel), '
-                            'which training does not take; convert the images with dataset_tool.py')
+            raise UserError(f'{what} has the image mode {image.mode} (transparency, or more than 8 bits per channel), '
+                            'which training does not accept; convert the images with dataset_tool.py')
         pixels = np.array(image.convert(PLAIN[image.mode]))
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -99,7 +99,7 @@ def open_image(data, what):
         if values.min() >= 0 and values.max() <= 65535:
             return PIL.Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if image.mode not in PLAIN:
-        raise UserError(f'{what} is of the kind {image.mode}, which has no meaning as 8-bit L or RGB; '
+        raise UserError(f'{what} has the image mode {image.mode}, which cannot be converted to 8-bit L or RGB; '
                         'convert it with another program, or remove it')
     return image.convert(PLAIN[image.mode])
 

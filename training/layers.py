@@ -24,8 +24,8 @@ class Init(typing.NamedTuple):
     bias: float = 0.0
 
 
-# In place: on the device 'meta', where networks are outlined before they are built, PyTorch computes x * y in Python and
-# imports its compiler for it, which takes longer than importing PyTorch.
+# In place: on the device 'meta', where networks are outlined before they are built, PyTorch computes x * y in Python,
+# for which it imports its compiler, and that takes almost as long as importing PyTorch itself.
 def _uniform(shape, variance):
     return torch.rand(shape).mul_(2).sub_(1).mul_(math.sqrt(3 * variance))
 

@@ -19,7 +19,7 @@ def open_images(path, num=None, seed=0):
         UserError: fewer than `num` images, `num` below 2, or whatever ImageFolderDataset finds wrong.
     """
     if num is not None and num < 2:
-        raise UserError(f'--num={num} images have no covariance; give at least 2')
+        raise UserError(f'--num={num} is too few for a covariance; give at least 2')
     dataset = ImageFolderDataset(path, max_size=num, random_seed=seed)
     if num is not None and len(dataset) < num:
         raise UserError(f'{path} has {len(dataset)} images where {num} are to be scored; '

@@ -70,7 +70,7 @@ class Unfinished:
                 np.savez(f, seconds=self.seconds(), **accumulator.state())
         except UserError as e:
             self.works = False
-            print(f'Warning: an interruption would cost the work done so far, because: {e.message}')
+            print(f'Warning: progress cannot be saved, so an interruption would lose it: {e.message}')
         self.saved = time.monotonic()
         self.pause = max(SAVE_SECONDS, (self.saved - started) / SAVE_SHARE)
 

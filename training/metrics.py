@@ -288,7 +288,7 @@ def _check_arrays(ref, metrics, what):
         if array not in ref:
             needs = {name: set(metric.ref_arrays) for name, metric in METRICS.items() if metric.ref_arrays}
             wanted = ','.join(name for name in needs if name in metrics or needs[name] <= ref.keys())
-            raise UserError(f"{what} has no array '{array}', which {user} needs; make the reference anew "
+            raise UserError(f"{what} has no array '{array}', which {user} needs; recreate the reference "
                             f'with fid.py ref --metrics={wanted}')
     dim = num_features_of(ref)
     shapes = {'mu': (dim,), 'sigma': (dim, dim), 'features': (*np.shape(ref.get('features'))[:1], dim)}
@@ -296,7 +296,7 @@ def _check_arrays(ref, metrics, what):
         a = ref[name]
         if a.shape != shapes[name] or a.dtype.kind != 'f' or not np.isfinite(a).all():
             raise UserError(f"the array '{name}' of {what} ({a.dtype}, {list(a.shape)}) is not finite numbers of "
-                            f'shape {list(shapes[name])}; make the reference anew with fid.py ref')
+                            f'shape {list(shapes[name])}; recreate the reference with fid.py ref')
 
 
 def size_of(stats):
@@ -316,11 +316,11 @@ def _check_detector(ref, detector, what):
         name, digest = str(ref['detector']), str(ref.get('detector_hash', ''))
         if not detector.made(name, digest):
             raise UserError(f"{what} was made with the detector '{name}', not with '{detector.name}' (or with another "
-                            'file of that name); give the same --detector, or make the reference anew with fid.py ref')
+                            'file of that name); give the same --detector, or recreate the reference with fid.py ref')
     if None not in (detector.num_features, num_features_of(ref)) and detector.num_features != num_features_of(ref):
         raise UserError(f'{what} has {num_features_of(ref)} features and the detector '
                         f"'{detector.name}' gives {detector.num_features}; give the --detector it was made with, "
-                        'or make the reference anew with fid.py ref')
+                        'or recreate the reference with fid.py ref')
 
 
 def check_reference_given(metrics, ref):

@@ -19,7 +19,7 @@ def read_npz(path, names):
         OSError: it cannot be read.
     """
     if not zipfile.is_zipfile(path):  # np.load would return a single array for an .npy file
-        raise ValueError('it is no .npz file')
+        raise ValueError('it is not an .npz file')
     try:
         with zipfile.ZipFile(path) as archive:
             infos = {info.filename.removesuffix('.npy'): info for info in archive.infolist()}

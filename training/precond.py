@@ -146,7 +146,7 @@ class Precond(torch.nn.Module):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         if len(sigma) not in (1, len(x)):
             raise UserError(f'there are {len(sigma)} noise levels for {len(x)} images; '
-                            'give one in all, or one an image')
+                            'give one for all, or one per image')
         return sigma
 
     def check_labels(self, class_labels, x):

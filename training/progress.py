@@ -95,7 +95,7 @@ def load_run_state(path):
     except MALFORMED:
         sound = False
     if not sound:
-        raise UserError(f'{path} lacks some of what a run is continued from; resume from another training-state-*.pt')
+        raise UserError(f'{path} lacks some of what is needed to resume a run; resume from another training-state-*.pt')
     return state
 
 
@@ -135,7 +135,7 @@ def resume_from(path):
     state = load_run_state(path)
     if not is_compact(state):
         return state
-    dist.print0('This state is compact: the run goes on close to where it was, but no longer bit for bit.')
+    dist.print0('This state is compact: the run continues close to where it was, but no longer bit for bit.')
     with _refusing(path):
         return expand(state)
 
@@ -154,7 +154,7 @@ def check_origin(state, path, **origin):
     before = {**origin, **ORIGIN_BEFORE, **state['settings']}
     for name, now in origin.items():
         if before[name] != now:
-            raise UserError(f"{path} is of a run with {ORIGIN[name]}{excerpt(before[name] or 'none')}, not "
+            raise UserError(f"{path} is from a run with {ORIGIN[name]}{excerpt(before[name] or 'none')}, not "
                             f"{now or 'none'}; resume with that, or start from a snapshot of it with --transfer")
 
 
@@ -162,7 +162,7 @@ def tell_other_data(state, dataset):
     """Print a warning if a run goes on with another data set (`dataset`, its name) than it began with."""
     before = state['settings'].get('dataset', dataset)
     if before != dataset:
-        dist.print0(f'Warning: this run was trained on {excerpt(before)} and goes on with {dataset}.')
+        dist.print0(f'Warning: this run was trained on {excerpt(before)} and continues with {dataset}.')
 
 
 def check_network(state, path, net, options=()):
@@ -181,7 +181,7 @@ def check_network(state, path, net, options=()):
         changed = _changes(state, net, {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}})
     changed = [change for name, change in changed.items() if name not in REGIME]
     if changed:
-        raise UserError(f"{path} is of a run with another network: {', '.join(changed)}; resume with that run's "
+        raise UserError(f"{path} is from a run with another network: {', '.join(changed)}; resume with that run's "
                         'options, or start another run beside it: without --resume, with --desc=… or another --outdir')
 
 
@@ -273,5 +273,5 @@ def seed_rank(seed, state=None, path=None):
         return
     training_stats.restore({})
     if state is not None:
-        dist.print0(f"The run was saved by {len(state['ranks'])} ranks and goes on with {ranks}: "
-                    'the data continues in order, the noise differs.')
+        dist.print0(f"The run was saved by {len(state['ranks'])} ranks and continues with {ranks}: "
+                    'the data order is kept, but the noise differs.')

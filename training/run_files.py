@@ -49,5 +49,5 @@ def parse_kimg(path):
     match = re.search(rf'(?:{SNAPSHOT}-({KIMG})\.(?:safetensors|pkl)|{STATE}-({KIMG})\.pt)$', name)
     if not match:
         raise UserError(f"{path} is not named like training-state-000123.pt or network-snapshot-000123.safetensors; "
-                        'give it back the name under which training saved it')
+                        'restore the name under which training saved it')
     return int(match[1] or match[2])

@@ -52,7 +52,7 @@ def start_point(flags, name):
     """
     if flags['nosubdir'] and not flags['auto_resume'] and not flags['dry_run']:
         if os.path.exists(os.path.join(flags['outdir'], OPTIONS_NAME)):
-            raise UserError(f"{flags['outdir']} holds a run already, over which --nosubdir would train; choose another "
+            raise UserError(f"{flags['outdir']} already holds a run, which --nosubdir would overwrite; choose another "
                             '--outdir, or continue that run with --auto-resume')
     run_dir = flags['outdir'] if flags['nosubdir'] else next_run_dir(flags['outdir'], name)
     path, state, complaints = None, None, []

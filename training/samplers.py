@@ -47,8 +47,8 @@ class StackedRandomGenerator:
 
     def _stack(self, draw, size, kwargs):
         if size[0] != len(self.generators):
-            raise UserError(f'random numbers for {size[0]} images were asked of {len(self.generators)} generators; '
-                            'give one seed per image')
+            raise UserError(f'random numbers were requested for {size[0]} images, but there are '
+                            f'{len(self.generators)} generators; give one seed per image')
         kwargs = {'device': self.device, **kwargs}
         return torch.stack([draw(list(size[1:]), generator=generator, **kwargs) for generator in self.generators])
 
@@ -254,7 +254,7 @@ def _check_constants(epsilon_s, alpha, M):
 def _clipped(net, sigma_min, sigma_max):
     """The given range of noise levels, clipped to the network's: two floats."""
     if not (sigma_min > 0 and math.isfinite(sigma_max) and sigma_min < sigma_max):
-        raise UserError(f'the noise levels from sigma_min {sigma_min} to sigma_max {sigma_max} are no range; '
+        raise UserError(f'sigma_min {sigma_min} and sigma_max {sigma_max} do not form a range; '
                         'give 0 < sigma_min < sigma_max')
     low, high = max(float(sigma_min), float(net.sigma_min)), min(float(sigma_max), float(net.sigma_max))
     if not low < high:

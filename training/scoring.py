@@ -171,8 +171,8 @@ class Scorer:
         known = m.size_of(self.reference or {})
         if known is not None and known != tuple(source.size) and dist.get_rank() == 0:
             sizes = ['{1}x{1} pixels with {0} channel(s)'.format(*size) for size in (source.size, known)]
-            click.echo(f"Warning: the images have {sizes[0]}, those of {self.facts['ref']} {sizes[1]}; the scores "
-                       'compare with such images only if that is meant', err=True)
+            click.echo(f"Warning: the images have {sizes[0]}, those of {self.facts['ref']} {sizes[1]}; make "
+                       'sure that this comparison is intended', err=True)
 
     def __call__(self, source, batch, unfinished=None, progress=True):
         """(scores {name: value}, facts for the record) of a source, on all ranks together; {}, {} beside rank 0."""

@@ -204,7 +204,7 @@ def _construct(network_class, kwargs, path):
         return network_class(**kwargs)
     except Exception as e:
         reason = excerpt((str(e).splitlines() or [type(e).__name__])[0], 200)
-        raise UserError(f'the network arguments in {path} do not suit {network_class.__name__} ({reason}); '
+        raise UserError(f'the network arguments in {path} do not fit {network_class.__name__} ({reason}); '
                         'use another snapshot, or the version that wrote this one') from e
 
 

@@ -90,7 +90,7 @@ def training_loop(
         tell_other_data(state, dataset.name)
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_nimg:
-        dist.print0(f'All {total_kimg:g} kimg are done already.')
+        dist.print0(f'All {total_kimg:g} kimg are already done.')
         return True
 
     dist.print0('Constructing network...')
@@ -177,7 +177,7 @@ def training_loop(
     dist.barrier()
     if not done:
         dist.print0(f'Stopped by a signal after {progress.nimg / 1000:g} kimg; the same command with --auto-resume, or '
-                    f'with --resume={run_dir}, goes on from there.')
+                    f'with --resume={run_dir}, continues from there.')
         return False
     dist.print0('Done.')
     return True
@@ -191,7 +191,7 @@ def split_batch(batch_size, batch_gpu=None):
     """
     ranks = dist.get_world_size()
     if batch_size % ranks:
-        raise UserError(f'--batch={batch_size} does not divide over {ranks} ranks; choose a multiple of {ranks}')
+        raise UserError(f'--batch={batch_size} does not split evenly over {ranks} ranks; choose a multiple of {ranks}')
     batch_rank = batch_size // ranks
     batch_gpu = min(batch_gpu or batch_rank, batch_rank)
     if batch_rank % batch_gpu:
@@ -273,7 +273,7 @@ def transfer_weights(path, net):
                         for kwargs in (snapshot.network_kwargs, net.init_kwargs))
         remedy = ('use the --arch, --cbase and --cres of its training' if theirs == ours else
                   f'it is for images of {theirs}, the data here have {ours}: convert them with dataset_tool.py')
-        raise UserError(f'only {len(copied)} of the {total} tensors of this network are like one in {path}; {remedy}')
+        raise UserError(f"only {len(copied)} of this network's {total} tensors match one in {path}; {remedy}")
     return len(copied)
 
 

@@ -109,7 +109,8 @@ def _system_of(net, system):
         return system
     name = getattr(net, 'system', None) if system is None else system
     if name not in SYSTEMS:
-        problem = 'the network does not say of which system it is' if name is None else f"there is no system '{name}'"
+        problem = ('the network does not say which system it belongs to' if name is None else
+                   f"there is no system '{name}'")
         raise UserError(f"{problem}; name it, as in sample(net, seeds, system='warm'): one of {', '.join(SYSTEMS)}")
     return SYSTEMS[name]
 
@@ -121,7 +122,7 @@ def _integers(seeds):
     except TypeError as e:
         raise UserError(f'the seeds {excerpt(seeds)} are not integers; give one per image, such as range(16)') from e
     if not integers:
-        raise UserError('there are no seeds, hence no images; give one per image, such as range(16)')
+        raise UserError('no seeds were given; give one per image, such as range(16)')
     if min(integers) < 0:
         raise UserError(f'the seed {min(integers)} is negative; give seeds from 0 on, such as range(16)')
     check_once(integers, 'the seeds')

@@ -59,7 +59,7 @@ class BlurringProcess:
 
     def __post_init__(self):
         if not (math.isfinite(self.sigma_blur_max) and self.sigma_blur_max >= 0):
-            raise UserError(f'--sigma-blur-max={self.sigma_blur_max} is no blur; give a number of pixels ≥ 0')
+            raise UserError(f'--sigma-blur-max={self.sigma_blur_max} is not a valid blur; give a number of pixels ≥ 0')
         chosen('--blur-schedule', self.blur_schedule, BLUR_SCHEDULES)
         if not 0 < self.d_min <= 1:
             raise UserError(f'--d-min={self.d_min} must be above 0 and at most 1, since sampling divides by it')

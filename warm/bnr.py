@@ -50,7 +50,7 @@ def band_power(dataset, max_images=None, seed=0):
         raise UserError(f'images of {n}x{n} pixels are too small for a spectrum; '
                         f'give at least {MIN_RESOLUTION}x{MIN_RESOLUTION}')
     if max_images is not None and max_images < 1:
-        raise UserError(f'a spectrum of {max_images} images cannot be measured; give --max-images of at least 1')
+        raise UserError(f'--max-images={max_images} is too few to measure a spectrum; give at least 1')
     indices = np.arange(len(dataset))
     if max_images is not None and max_images < len(dataset):
         indices = np.sort(np.random.default_rng(seed).choice(len(dataset), max_images, replace=False))

@@ -79,19 +79,19 @@ def checked_choices(choices, family, targets, branches):
     chosen('rest_scale', choices['rest_scale'], REST_SCALES)
     feature = chosen('blur_embedding', choices['blur_embedding'], BLUR_EMBEDDINGS)
     if not 0 < choices['rest_weight'] < math.inf:
-        raise UserError(f"--rest-weight={choices['rest_weight']} is no factor of a loss; give a number > 0, such as "
-                        f"{DEFAULTS['rest_weight']:g}")
+        raise UserError(f"--rest-weight={choices['rest_weight']} is not a valid loss weight; give a number > 0, such "
+                        f"as {DEFAULTS['rest_weight']:g}")
     others = {name: value for name, value in choices.items() if value != DEFAULTS[name]}
     for flag, name in zip(flags_of(others), others):
         if family.is_hot:
             raise UserError(f"{flag} has no effect at BNR 0, where the network is EDM's; leave it out or choose "
                             'another BNR')
         if name.startswith('rest_') and REST not in branches:
-            raise UserError(f"{flag} is about the branch for the rest, which --targets={targets} doesn't have; "
+            raise UserError(f"{flag} applies to the branch for the rest, which --targets={targets} doesn't have; "
                             'leave it out or choose --targets=residual')
     if feature is None and not isinstance(family, OnePath):
-        raise UserError(f"--blur-embedding={choices['blur_embedding']} would leave a network for {family} without "
-                        'knowledge of its blur; choose log or linear, or a single BNR')
+        raise UserError(f"--blur-embedding={choices['blur_embedding']} would leave a network for {family} unaware "
+                        'of the blur; choose log or linear, or a single BNR')
     return others
 
 

@@ -85,7 +85,7 @@ class ColdProcess:
     def __post_init__(self):
         chosen('--cold-blur', self.blur, BLURS)
         if self.num_steps < 2:
-            raise UserError(f'--cold-steps={self.num_steps} are too few; give at least 2')
+            raise UserError(f'--cold-steps={self.num_steps} is too few; give at least 2')
 
     def check(self, n):
         """Raise UserError if there are more of the paper's kernels than can blur N×N images.

@@ -53,7 +53,7 @@ def training_config(flags, system_options):
     for flag in SIZE_FLAGS:
         if flags[flag] is not None:
             if flag not in size_arguments(flags['arch']):
-                raise UserError(f"--arch={flags['arch']} has no use for --{flag}; leave it out")
+                raise UserError(f"--{flag} has no effect with --arch={flags['arch']}; leave it out")
             network_kwargs[size_arguments(flags['arch'])[flag]] = flags[flag]
     return dict(
         system=system.name,

@@ -70,7 +70,7 @@ def train(outdir, duration):
     running = []
     for name, options in RUNS.items():
         if is_trained(outdir, name, duration):
-            print(f'{name} is trained already; delete {outdir / name} to train it again')
+            print(f'{name} is already trained; delete {outdir / name} to train it again')
             continue
         # Only the last one writes to the terminal, the log.txt of each has its own lines.
         last = name == list(RUNS)[-1]

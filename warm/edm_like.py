@@ -24,8 +24,8 @@ def with_multistep(system):
             return system.sampler(net, **options)
         for name in options:
             if name not in (*COMMON_SAMPLE_OPTIONS, 'solver', *own_names):
-                raise UserError(f'--solver={solver} has no {flag_of(name)}; leave it out or choose '
-                                f"{' or '.join(EDM_SOLVERS)}")
+                raise UserError(f'--solver={solver} does not take {flag_of(name)}; leave it out or use '
+                                f"--solver={' or '.join(EDM_SOLVERS)}")
         with_defaults(options)
         return functools.partial(warm_sampler, **options)
     return dataclasses.replace(system, sampler=sampler, own_sample_options=(*system.own_sample_options, *own))

@@ -72,7 +72,7 @@ class SystemFlag(click.Option):
         for other in ctx.command.params:
             if other is not self and (other.name == self.name or set(other.opts) & set(self.opts)):
                 raise UserError(f"the Option '{self.name}' of a system collides with {other.opts[0]}, which "
-                                f'{ctx.command_path} has already; give the Option another name')
+                                f'{ctx.command_path} already has; give the Option another name')
         super().add_to_parser(parser, ctx)
 
 

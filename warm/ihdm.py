@@ -53,7 +53,7 @@ class HeatLevels:
 
     def __post_init__(self):
         if self.num_levels < 2:
-            raise UserError(f'--ihdm-levels={self.num_levels} are too few; give at least 2')
+            raise UserError(f'--ihdm-levels={self.num_levels} is too few; give at least 2')
         if not (math.isfinite(self.blur_max) and self.blur_max > self.blur_min):
             raise UserError(f'--ihdm-blur-max={self.blur_max} must be more than the {self.blur_min:g} pixels of the '
                             'first level')
@@ -137,7 +137,7 @@ def ihdm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, i
 def ihdm_samplers(net, data=None, ihdm_delta=DELTA):
     """`ihdm_sampler` with its options checked."""
     if not (math.isfinite(ihdm_delta) and ihdm_delta >= 0):
-        raise UserError(f'--ihdm-delta={ihdm_delta} is no amount of noise; give a number ≥ 0, such as {DELTA}')
+        raise UserError(f'--ihdm-delta={ihdm_delta} is not a valid noise level; give a number ≥ 0, such as {DELTA}')
     return functools.partial(ihdm_sampler, images=TrainingImages(data, net), delta=ihdm_delta)
 
 

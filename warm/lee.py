@@ -70,7 +70,7 @@ class LeeChain:
     def __post_init__(self):
         chosen('--f-type', self.f_type, F_TYPES)
         if self.f_final is not None and not (math.isfinite(self.f_final) and self.f_final >= 0):
-            raise UserError(f'--f-final={self.f_final} is no amount of blur; give a number ≥ 0, such as 0.14')
+            raise UserError(f'--f-final={self.f_final} is not a valid amount of blur; give a number ≥ 0, such as 0.14')
 
     @functools.cached_property
     def sums(self):

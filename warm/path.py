@@ -28,8 +28,8 @@ class ConstantBNR:
 
     def __post_init__(self):
         if not 0 <= self.bnr <= MAX_BNR:
-            raise UserError(f'a Blur-to-Noise Ratio (--bnr) of {self.bnr:g} makes no sense; '
-                            f'give a number ≥ 0 and ≤ {MAX_BNR}, such as {PAPER_BNR}')
+            raise UserError(f'the Blur-to-Noise Ratio --bnr={self.bnr:g} is out of range; '
+                            f'give a number from 0 to {MAX_BNR}, such as {PAPER_BNR}')
 
     @property
     def is_hot(self):
@@ -131,7 +131,7 @@ class BNRList:
 
     def __post_init__(self):
         if len(set(self.values)) < len(self.values):
-            raise UserError(f'the list --bnr={_join(self.values)} names a value twice; give each once')
+            raise UserError(f'the list --bnr={_join(self.values)} repeats a value; give each value once')
         for bnr in self.values:
             ConstantBNR(bnr)
 
@@ -216,7 +216,7 @@ def _number(text, flag, what):
     return value
 
 
-ONE_BNR = f'a single Blur-to-Noise Ratio, which one path has; give a number ≥ 0, such as {PAPER_BNR}'
+ONE_BNR = f'a single Blur-to-Noise Ratio, which a path needs; give a number ≥ 0, such as {PAPER_BNR}'
 ANY_BNR = (f'a Blur-to-Noise Ratio; give a number ≥ 0 such as {PAPER_BNR}, a list such as 0,0.1,0.5 or, without '
            'exponents, a range such as 0.1-2')
 

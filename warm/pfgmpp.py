@@ -39,8 +39,8 @@ class PFGMPPPrecond(Precond):
 
     def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, aug_dim=AUG_DIM, **network):
         if not 1 <= aug_dim < float('inf'):
-            raise UserError(f'--aug-dim={aug_dim} extra dimensions make no sense; give a whole number of at least 1, '
-                            'or use --precond=edm for infinitely many')
+            raise UserError(f'--aug-dim={aug_dim} is not a valid number of extra dimensions; give a whole number of '
+                            'at least 1, or use --precond=edm for infinitely many')
         super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, aug_dim=aug_dim),
                          sigma_min, sigma_max, 1, *args, **network)
 

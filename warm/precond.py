@@ -83,10 +83,12 @@ class WarmPrecond(Precond):
         if not isinstance(alpha, torch.Tensor):  # reading a tensor's values would make the host wait for the GPU
             given = torch.as_tensor(alpha, dtype=torch.float64)
             if not (given.isfinite() & (given >= 0)).all():
-                raise UserError(f'{excerpt(given.flatten().tolist(), 100)} is no blur in pixels; give numbers ≥ 0')
+                raise UserError(f'{excerpt(given.flatten().tolist(), 100)} is not a valid blur in pixels; '
+                                'give numbers ≥ 0')
         alpha = torch.as_tensor(alpha, device=x.device).reshape(-1, 1, 1, 1)
         if len(alpha) not in (1, len(x)):
-            raise UserError(f'there are {len(alpha)} blur levels for {len(x)} images; give one in all, or one an image')
+            raise UserError(f'there are {len(alpha)} blur levels for {len(x)} images; '
+                            'give one for all, or one per image')
         return alpha
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):

@@ -37,7 +37,7 @@ class TrainingImages:
         d = self.dataset
         if (d.num_channels, d.resolution, d.label_dim) != (net.img_channels, net.img_resolution, net.label_dim):
             raise UserError(f'the images of {path} ({d.num_channels} channels, {d.resolution} pixels, {d.label_dim} '
-                            f'classes) are not those that the network was trained on ({net.img_channels}, '
+                            f'classes) do not match those that the network was trained on ({net.img_channels}, '
                             f'{net.img_resolution}, {net.label_dim}); give that data set with --data')
         # Checked now, since any class may be drawn later, even in the middle of training.
         absent = sorted(set(range(d.label_dim)) - set(self._classes)) if d.has_onehot_labels else []

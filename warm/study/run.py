@@ -224,7 +224,7 @@ def measure(study, run, score):
     scale, path = study.scale, study.snapshot(run.name, score.kimg)
     if path is None:
         raise UserError(f'{study.folder(run.name)} has no network near {score.kimg:g} thousand images; delete that '
-                        'folder, and it is trained again')
+                        'folder to train it again')
     drawn = open_network(path, {**dict(scale.draw), **dict(score.options)})
     study.clock.need(1.2 * study.speed * scale.num * drawn.facts['nfe'])
     source = NetworkImages(drawn.net, drawn.sampler, range(scale.num), facts=drawn.facts)
@@ -351,7 +351,7 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
                 while any([work_on(study, run) for run in runs]):  # again: what others held, parents that became ready
                     pass
         except OutOfTime:
-            print('Time is up; the same command goes on from here.')
+            print('Time is up; the same command continues from here.')
         if tidies:
             tidy(study, runs)
     print(overview(study, runs))
