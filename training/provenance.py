@@ -1,4 +1,4 @@
-"""What a score or an image belongs to: the network, how it was sampled, the program's version, the machine."""
+"""Where a score or an image comes from: the network, how it was sampled, the code version, the machine."""
 
 import math
 import os
@@ -17,15 +17,16 @@ from training.schedules import SOLVER
 from training.stand_ins import count_evaluations, trace
 from training.system import flag_of
 
-COMMIT_VARIABLE = 'WARM_COMMIT'  # names the version in a copy of the program that is no git checkout
+COMMIT_VARIABLE = 'WARM_COMMIT'  # environment variable with the code version, for a copy without git
 
 
 def network_facts(snapshot, net, system, options, sampler, class_idx=None):
-    """What decides the image of a seed, and what a table of results says about it: plain JSON values.
+    """Everything that determines a seed's image or that a table of results shows, as plain JSON values.
 
     Args:
         snapshot, net, system: The network as read, as built, and its System.
-        options: The sampler's options that the user gave; `sampler` is what they made.
+        options, sampler: The sampler options that the user gave, and the sampler made from them.
+        class_idx: Class of all images, or None.
     """
     return dict(
         network=pathlib.Path(snapshot.path).name,
@@ -43,21 +44,21 @@ def training_facts(net, system, dataset_name):
 
 
 def sampling_facts(net, system, options, sampler):
-    """How it is sampled: NFE, solver, precision, the system's own facts (Warm's BNR), all options given."""
+    """How the network is sampled: NFE, solver, precision, the system's own facts (Warm's BNR), all options given."""
     solver = options.get('solver', SOLVER) if 'solver' in system.sample_options else None
     return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=net.precision,
                 **system.describe(net, options), sampler=options)
 
 
 def difference(recorded, facts, net, system):
-    """What sets the images of one record apart from those of another, in words; None if nothing does.
+    """How recorded images differ from those of `facts`, in words; None if they do not.
 
-    What counts is the network's content, not its file's name, and what the sampler does, not which of its options were
-    typed: `--steps=18` is no difference where 18 steps are the default.
+    The network's content counts, not its file name, and what the sampler does, not which options were given:
+    `--steps=18` makes no difference where 18 steps are the default.
 
     Args:
-        recorded: A record as read from a file, perhaps of another version.
-        facts: The `network_facts` of `net`, sampled as one of `system`.
+        recorded: A record as read from a file, perhaps written by another version.
+        facts: The `network_facts` of `net` and `system`.
     """
     if recorded.get('network_sha256') != facts['network_sha256']:
         return 'another network'
@@ -72,14 +73,14 @@ def difference(recorded, facts, net, system):
 
 
 def _draws_alike(net, system, there, now, nfe):
-    """Whether two sets of sampler options make the same sampler; the first is of a file and may be anything."""
+    """Whether two sets of sampler options make the same sampler; `there` comes from a file and may be anything."""
     steps = there.get('num_steps') if isinstance(there, dict) else math.inf
     try:
-        if (steps or 0) > nfe:  # no sampler takes more steps than evaluations, and an absurd number takes for ever
+        if (steps or 0) > nfe:  # no sampler takes more steps than evaluations; an absurd number would take for ever
             return False
         samplers = [system.make_sampler(net, options) for options in (there, now)]
         return trace(net, samplers[0]) == trace(net, samplers[1])
-    except Exception:  # whatever strange values lead to
+    except Exception:  # malformed values can raise anything
         return False
 
 
@@ -91,9 +92,9 @@ def _as_typed(options):
 
 
 def code_version():
-    """`git describe` of the program's own repository; '-dirty' after uncommitted changes, $WARM_COMMIT without git.
+    """`git describe` of this repository, '-dirty' with uncommitted changes; without git $WARM_COMMIT, else None.
 
-    Changes of results/ do not count: a study appends to its files there while it runs. None where nothing tells.
+    Changes in results/ do not count, since a study appends to its files there while it runs; nor do untracked files.
     """
     root = pathlib.Path(__file__).resolve().parents[1]
     told = os.environ.get(COMMIT_VARIABLE) or None
@@ -109,7 +110,7 @@ def code_version():
 
 
 def processor():
-    """The processor's name, as far as the system tells."""
+    """The CPU's model name, or the best that the platform reports."""
     try:
         lines = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
         return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
@@ -118,17 +119,18 @@ def processor():
 
 
 def hardware(device):
-    """Name of the GPU, or of the processor."""
+    """Name of the GPU, or of the CPU."""
     return torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else processor()
 
 
 def log_scores(path, values, detector, facts):
-    """Append a line for each score to a metrics.jsonl.
+    """Append one line per score to a metrics.jsonl.
 
     Args:
-        values: {name: value} as `training.metrics.score` gives them.
-        detector: The detector, whose name is part of the metric's.
-        facts: Plain JSON values that go into every line.
+        path: The file.
+        values: {name: value} as `training.metrics.score` returns them.
+        detector: The detector, whose name becomes part of the metric's label.
+        facts: Plain JSON values for every line.
 
     Raises:
         UserError: the file cannot be written.

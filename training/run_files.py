@@ -4,11 +4,11 @@
     log.txt                            everything it printed
     stats.jsonl                        one line per tick: losses, timing, memory
     metrics.jsonl                      one line per score of its networks, from --eval or fid.py
-    eval-ref.npz                       what --eval compares with, unless it is given a reference
+    eval-ref.npz                       --eval's reference statistics, unless it is given some
     network-snapshot-KIMG.safetensors  the EMA network after KIMG thousand images; .pkl if EDM wrote it
     training-state-KIMG.pt             what --resume continues from
 
-There are also pictures of training and generated images (`training_loop`), which nothing reads.
+There are also pictures of training and generated images (`training_loop`), which no code reads.
 """
 
 import os
@@ -22,7 +22,7 @@ LOG_NAME = 'log.txt'
 STATS_NAME = 'stats.jsonl'
 SCORES_NAME = 'metrics.jsonl'
 REF_NAME = 'eval-ref.npz'
-STATE, SNAPSHOT = 'training-state', 'network-snapshot'  # kinds of files that a run has several of
+STATE, SNAPSHOT = 'training-state', 'network-snapshot'  # the kinds of files that are numbered by KIMG
 ENDINGS = {STATE: 'pt', SNAPSHOT: 'safetensors'}
 KIMG = r'\d{6,12}'
 
@@ -40,10 +40,10 @@ def saved_files(run_dir, kind):
 
 
 def parse_kimg(path):
-    """The KIMG in 'network-snapshot-KIMG.*' or 'training-state-KIMG.pt'.
+    """The KIMG in 'network-snapshot-KIMG.safetensors' (or '.pkl') or 'training-state-KIMG.pt', as an int.
 
     Raises:
-        UserError: the name is of neither form.
+        UserError: the name has neither form.
     """
     name = os.path.basename(os.fspath(path))
     match = re.search(rf'(?:{SNAPSHOT}-({KIMG})\.(?:safetensors|pkl)|{STATE}-({KIMG})\.pt)$', name)

@@ -1,4 +1,4 @@
-"""The folder of a training run: its name and number, where a run starts or continues, and that no two share one."""
+"""The folder of a training run: its name and number, what to resume from, and that no two runs share one."""
 
 import json
 import os
@@ -30,25 +30,25 @@ def run_name(config, arch, desc=None):
 
 
 def next_run_dir(outdir, name):
-    """OUTDIR/NNNNN-NAME with NNNNN one above the highest there; not created."""
+    """OUTDIR/NNNNN-NAME, NNNNN one above the highest number there; does not create it."""
     numbers = [int(m[0]) for entry in (os.listdir(outdir) if os.path.isdir(outdir) else [])
                if (m := re.match(r'\d{5,}(?=-|$)', entry))]
     return os.path.join(outdir, f'{max(numbers, default=-1) + 1:05d}-{name}')
 
 
 def start_point(flags, name):
-    """(run folder, what to continue). Only looks; nothing is created.
+    """(run folder, what to resume), without creating anything.
 
-    --auto-resume takes the run folder with the highest number and this run's name, whatever its number of ranks,
-    and the newest good state in it; without any, --resume's state.
+    --auto-resume takes the newest good state in the run folder with the highest number and this run's name (the number
+    of ranks may differ); if there is none, or without --auto-resume, it is --resume's state.
 
     Returns:
         The folder; {'path', 'settings', 'network_kwargs', 'tick', 'last_tick', 'complaints'} of a state
-        (training.progress.run_state). 'path' None: a new run.
+        (training.progress.run_state), with 'path' None for a new run.
 
     Raises:
-        UserError: --nosubdir without --auto-resume, and a run is there already; there is no state where --resume says,
-            or none that can be read.
+        UserError: --nosubdir without --auto-resume where a run already exists; no state where --resume points, or no
+            readable one; states for --auto-resume that cannot be read, without a --resume to fall back on.
     """
     if flags['nosubdir'] and not flags['auto_resume'] and not flags['dry_run']:
         if os.path.exists(os.path.join(flags['outdir'], OPTIONS_NAME)):
@@ -59,13 +59,13 @@ def start_point(flags, name):
     if flags['auto_resume']:
         run_dir = run_dir if flags['nosubdir'] else same_run_dir(flags['outdir'], name) or run_dir
         path, state, complaints = newest_good(saved_files(run_dir, STATE))
-        if path is None and complaints and not flags['resume']:  # starting over would write over what is there
+        if path is None and complaints and not flags['resume']:  # starting over would overwrite what is there
             raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are '
                             'lost, delete them to start over there, or start elsewhere with another --outdir or --desc')
     if path is None and flags['resume']:
         states = find_states(flags['resume'], flags['outdir'])
         if len(states) == 1:
-            load_run_state(states[0])  # says what is wrong with it
+            load_run_state(states[0])  # raises if it cannot be read, saying why
         path, state, complaints = newest_good(states)
         if path is None:
             raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read '
@@ -77,7 +77,7 @@ def start_point(flags, name):
 
 
 def same_run_dir(outdir, name):
-    """The folder OUTDIR/NNNNN-NAME with the highest number, None without one; the number of ranks in it may differ."""
+    """The folder OUTDIR/NNNNN-NAME with the highest number, or None; its number of ranks may differ from NAME's."""
     def but_ranks(text):
         return re.sub(r'-gpus\d+-', '-gpus*-', text)
     found = [entry for entry in (os.listdir(outdir) if os.path.isdir(outdir) else [])
@@ -86,7 +86,7 @@ def same_run_dir(outdir, name):
 
 
 def check_run_dir(run_dir):
-    """Raise UserError where `create_run_dir` could not make the folder; nothing stays of the attempt."""
+    """Raise UserError if `create_run_dir` could not create the folder; leaves nothing behind."""
     folder = os.path.abspath(run_dir)
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)
@@ -97,18 +97,18 @@ def check_run_dir(run_dir):
 
 
 def create_run_dir(run_dir, config, start, name=None):
-    """Make the run folder with its training_options.json. On rank 0.
+    """Create the run folder with its training_options.json. On rank 0.
 
     Args:
-        start: From `start_point`. What the folder's records say about later ticks is dropped with --auto-resume;
-            None otherwise.
-        name: Of the run, if its folder may be of a higher number, where another run has begun in this one meanwhile.
+        start: From `start_point` with --auto-resume: the folder is reused, and later ticks are dropped from its
+            records. None otherwise: the folder must not hold a run yet.
+        name: Name of the run, if it may move on to the next number when another run has just taken this folder.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: another run has begun there meanwhile; a file or the folder cannot be written.
+        UserError: another run has just taken the folder (without `name`); a file or the folder cannot be written.
     """
     if start is None:
         while not _claim(run_dir):
@@ -125,7 +125,7 @@ def create_run_dir(run_dir, config, start, name=None):
 
 
 def _claim(run_dir):
-    """Make the folder this process's own: of several runs that begin at once, one gets it. Returns whether it did."""
+    """Claim the folder for this run; returns False if another run has it. Of several starting at once, one gets it."""
     make_dirs(run_dir)
     try:
         open(os.path.join(run_dir, OPTIONS_NAME), 'x').close()

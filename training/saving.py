@@ -1,4 +1,4 @@
-"""Writing and finding what a run can be continued from: in the background, bounded in number, newest good one first."""
+"""Snapshots and training states of a run: written in the background, old ones deleted, the newest good state found."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ from training.run_files import SNAPSHOT, STATE, parse_kimg, saved_files, saved_p
 from training.snapshot import read_snapshot, write_snapshot
 from training.state import load_state, save_state
 
-MAX_WAITING = 2  # saves that may wait for the disk; with more, training waits, or memory would fill up
-LEAVE_SEC = 60  # how long an error elsewhere waits for what is being written
+MAX_WAITING = 2  # saves that may queue for the disk; beyond that training waits, since memory would fill up
+LEAVE_SEC = 60  # how long leaving the `with` block, as after an error elsewhere, waits for pending writes
 READERS = {STATE: load_state, SNAPSHOT: read_snapshot}
 LATEST = 'latest'
 
@@ -23,15 +23,15 @@ LATEST = 'latest'
 # -- writing
 
 class Saver:
-    """Writes one run's snapshots and states in a background thread, in the order given. One on rank 0 is enough.
+    """Writes a run's snapshots and states in a background thread, in the order given; needed on rank 0 only.
 
-    The caller only waits for the copy into this machine's memory. Once a state is on the disk and has been
-    read back, older files beyond `keep` are deleted. Leaving the `with` block waits a while for what is under way.
+    The caller waits only for the copy to host memory. After each save, files beyond `keep` are deleted, once the newest
+    has been read back from disk. Leaving the `with` block waits up to LEAVE_SEC for pending writes.
 
     Args:
         run_dir: Folder of the run.
-        keep: How many snapshots and how many states are kept; 0 keeps all.
-        pack: What is done to a state before it is written, such as `training.compact.compact`.
+        keep: Number of snapshots, and of states, to keep; 0 keeps all.
+        pack: Applied to a state before it is written, such as `training.compact.compact`.
     """
 
     def __init__(self, run_dir, keep=0, pack=None):
@@ -53,19 +53,19 @@ class Saver:
         """Write network-snapshot-KIMG and training-state-KIMG, whichever is given.
 
         Args:
-            snapshot: Arguments of `write_snapshot` without the path; its tensors may be in use.
-            state: As for `save_state`; a tensor that is in both is copied once.
+            snapshot: Arguments of `write_snapshot` except the path. Tensors are copied, so they may change afterwards.
+            state: As for `save_state`; a tensor in both is copied once.
         """
         snapshot, state = host_copy((snapshot, state))
         self._put(lambda: self._write(nimg, snapshot, state))
 
     def check(self):
-        """Raise the UserError that an earlier save ended with, if it did."""
+        """Raise the error of an earlier save, if one failed."""
         if self._error is not None:
             raise self._error
 
     def finish(self):
-        """Wait until all is written, then `check`."""
+        """Wait until everything is written, then `check`."""
         self._jobs.join()
         self.check()
 
@@ -80,7 +80,7 @@ class Saver:
             try:
                 if self._error is None:
                     job()
-            except Exception as e:  # raised again by `check`, in the thread that trains
+            except Exception as e:  # re-raised by `check` in the training thread
                 self._error = e
             finally:
                 self._jobs.task_done()
@@ -95,11 +95,11 @@ class Saver:
 
 
 def host_copy(tree, copies=None):
-    """The tree of dicts, lists and tuples with each tensor copied to CPU memory, shared ones once.
+    """A tree of dicts, lists and tuples with each tensor copied to CPU memory; shared tensors are copied once.
 
     Args:
-        copies: {id of a tensor: (the tensor, which thereby keeps its id; its copy)}, for the function's own use. A
-            nested function would be shorter, but part of a cycle that keeps all copies until garbage is collected.
+        copies: {id of a tensor: (the tensor, kept so that its id stays valid; its copy)}, for internal use. A nested
+            function would be shorter, but its reference cycle would keep all copies alive until garbage collection.
     """
     copies = {} if copies is None else copies
     if isinstance(tree, dict):
@@ -114,9 +114,9 @@ def host_copy(tree, copies=None):
 
 
 def prune(run_dir, keep, nimg):
-    """Delete snapshots and states older than the newest `keep` up to `nimg`, if the newest of the kind can be read.
+    """Keep the newest `keep` snapshots and states up to `nimg` and delete older ones, if the newest can be read.
 
-    Later ones, left by a run that was continued from further back, count for nothing and stay.
+    Files beyond `nimg`, left over if the run was resumed from an earlier state, are not counted and stay.
     """
     for kind, read in READERS.items():
         files = [path for path in saved_files(run_dir, kind) if parse_kimg(path) <= nimg // 1000]
@@ -128,14 +128,14 @@ def prune(run_dir, keep, nimg):
             print(f'No older files are deleted, since the newest cannot be read: {e}')
             continue
         for path in files[keep:]:
-            with contextlib.suppress(OSError):  # of a shared disk, perhaps; the next time will do
+            with contextlib.suppress(OSError):  # on a shared disk, say; the next save tries again
                 path.unlink()
 
 
 # -- finding
 
 def find_states(where, outdir):
-    """The states that `--resume=WHERE` may mean, best first: that file, those of a run folder, or of the latest run.
+    """The states that `--resume=WHERE` can mean, newest first: a file, a run folder's, or the latest run's.
 
     Raises:
         UserError: there is none.
@@ -162,7 +162,7 @@ def find_states(where, outdir):
 
 
 def newest_good(states):
-    """(path, content, complaints): the first state that can be read, or None twice; what is wrong with those before."""
+    """(path, content, complaints): the first readable state, else None twice; what is wrong with those before it."""
     complaints = []
     for path in states:
         try:

@@ -1,4 +1,4 @@
-"""Scores of images from files or straight from a network: a source of images, one resumable pass, the numbers.
+"""Scoring of images from files or straight from a network: a source of images, one resumable pass, the scores.
 
     stats = statistics(ImageFiles(dataset), detector, metrics, batch)       on all ranks
     stats = statistics(NetworkImages(net, sampler, seeds), …)               the same, without files
@@ -32,13 +32,13 @@ class ImageFiles:
 
     Args:
         dataset: An ImageFolderDataset.
-        name: What messages call it.
-        facts: Plain values that go into the record of the scores.
+        name: Its name in messages and records.
+        facts: Plain values for the record of the scores.
 
     Attributes:
         total: Number of images.
         size: (channels, resolution) of each.
-        record: What the record says about them.
+        record: What the record of the scores says about the images.
     """
 
     def __init__(self, dataset, name='', facts=None):
@@ -47,7 +47,7 @@ class ImageFiles:
         self.record = {**(facts or {}), 'images': name, 'seeds': self._seeds()}
 
     def _seeds(self):
-        """The seeds that generate.py's file names tell; None for other names."""
+        """The seeds in generate.py's file names, as text; None if the files are named otherwise."""
         stems = [pathlib.PurePosixPath(name).stem for name, *_ in self.dataset.file_stamps()]
         return seeds_text(map(int, stems)) if all(re.fullmatch(NUMBER, stem) for stem in stems) else None
 
@@ -56,7 +56,7 @@ class ImageFiles:
         return image_batches(self.dataset, indices, batch)
 
     def identity(self):
-        """What tells these images from others, without reading them: their names, sizes and times of change."""
+        """What identifies these images without reading them: a digest of names, sizes and file times or checksums."""
         digest = hashlib.sha256()
         for name, *stamp in self.dataset.file_stamps():
             digest.update(f'{name}\0{stamp}\n'.encode('utf-8', 'surrogateescape'))
@@ -64,17 +64,17 @@ class ImageFiles:
 
 
 class NetworkImages:
-    """The images that a network makes of seeds: those that generate.py with the same batch size would write.
+    """The images that a network generates from seeds: those that generate.py with the same batch size would write.
 
     Args:
         net: Preconditioned network on its device, in evaluation mode.
         sampler: As for `generate_batch`.
-        seeds: Each once; sorted here, as the names of the files would be.
+        seeds: Distinct integers; they are sorted, as the file names would be.
         class_idx: As for `generate_batch`.
-        facts: Plain values that tell the network and its sampler from others (`training.provenance`).
+        facts: Plain values that identify the network and its sampler (`training.provenance`).
 
     Raises:
-        UserError: a seed twice.
+        UserError: a seed occurs twice.
     """
 
     def __init__(self, net, sampler, seeds, class_idx=None, facts=None):
@@ -92,29 +92,29 @@ class NetworkImages:
             yield to_uint8(generate_batch(self.net, seeds, self.sampler, self.class_idx, size=min(batch, self.total)))
 
     def identity(self):
-        """Network, sampler and seeds."""
+        """What identifies these images: network, sampler and seeds."""
         return {'network': self.facts, 'seeds': self.seeds}
 
 
 def seeds_text(seeds):
-    """'0-49999' for increasing seeds; long lists without order are cut off."""
+    """Seeds as text, such as '0-49999' for consecutive ones; long lists are truncated."""
     return excerpt(format_int_list(seeds), 200)
 
 
 def scoring_batch(device):
-    """Images of files at a time that suit a detector's device: BATCH, on a GPU four times as many."""
+    """Batch size for scoring image files on a detector's device: BATCH, on a GPU four times that."""
     return 4 * BATCH if torch.device(device).type == 'cuda' else BATCH
 
 
 def statistics(source, detector, metrics, batch, num_features=None, unfinished=None, progress=True):
-    """Statistics (see `training.metrics`) of all images of a source. On all ranks together; complete on rank 0.
+    """Statistics (see `training.metrics`) of all images of a source. Call on all ranks; complete on rank 0.
 
     Args:
         source: `ImageFiles` or `NetworkImages`.
         detector, metrics, num_features: As for `Accumulator`.
-        batch: Images at a time; also what a rank's share is made of.
-        unfinished: Where to store the work and to continue it from (`unfinished_pass`), or None.
-        progress: Whether rank 0 shows a bar.
+        batch: Batch size; a rank's share consists of whole batches.
+        unfinished: Where to save the pass and continue it from (`unfinished_pass`), or None.
+        progress: Whether rank 0 shows a progress bar.
     """
     accumulator = m.Accumulator(detector, metrics, source.total, batch, num_features)
     stored = unfinished.load() if unfinished else None
@@ -132,26 +132,26 @@ def statistics(source, detector, metrics, batch, num_features=None, unfinished=N
             if unfinished:
                 unfinished.save_if_due(accumulator)
     if unfinished:
-        unfinished.save(accumulator)  # other ranks, other rounds and the scores are still to come
+        unfinished.save(accumulator)  # other ranks, other rounds or the scores may still be interrupted
     return {**accumulator.statistics(), **dict(zip(m.SIZE, map(np.int64, source.size)))}
 
 
 def unfinished_pass(source, detector, metrics, batch):
-    """Where the statistics of this source with this detector are stored while they are unfinished. On all ranks."""
+    """The `Unfinished` that saves and continues a pass over this source with this detector. Call on all ranks."""
     identity = dist.on_rank0(source.identity)
     collectors = sorted({c for name in metrics for c in m.METRICS[name].collectors})
     return Unfinished([identity, detector.name, detector.digest, collectors, source.total, batch])
 
 
 class Scorer:
-    """A detector and a reference, ready to score sources of images. Made on all ranks together.
+    """A detector and reference statistics, ready to score sources of images. Create it on all ranks.
 
     Args:
         metrics: Names in `METRICS`.
         detector: A loaded detector.
         reference: Statistics (`load_reference`), or None if no metric needs any.
         ref, ref_sha256: Name and digest of the reference, for the record.
-        seed: Chooses KID's subsets.
+        seed: Seed of KID's subsets.
     """
 
     def __init__(self, metrics, detector, reference=None, ref=None, ref_sha256=None, seed=0):
@@ -160,13 +160,13 @@ class Scorer:
                       'ref_sha256': ref_sha256, 'metric_seed': seed}
 
     def check(self, total):
-        """Raise UserError if that many images cannot be scored, before any is made."""
+        """Raise UserError if `total` images cannot be scored; meant to be called before generating any."""
         m.check_images(self.metrics, total, self.detector)
 
     def warn_of_size(self, source):
-        """Print a line on rank 0 if the reference is known to be of images of another size; the detector allows that.
+        """Print a warning on rank 0 if the reference is known to come from images of another size.
 
-        Detectors bring all images to one size, and so the scores look like any others.
+        Detectors resize all images to one size, so nothing fails and the scores look like any others.
         """
         known = m.size_of(self.reference or {})
         if known is not None and known != tuple(source.size) and dist.get_rank() == 0:
@@ -175,7 +175,7 @@ class Scorer:
                        'sure that this comparison is intended', err=True)
 
     def __call__(self, source, batch, unfinished=None, progress=True):
-        """(scores {name: value}, facts for the record) of a source, on all ranks together; {}, {} beside rank 0."""
+        """Score a source: (scores {name: value}, facts for the record), both {} on ranks above 0. Call on all ranks."""
         started = time.monotonic()
         stats = statistics(source, self.detector, self.metrics, batch, m.num_features_of(self.reference or {}),
                            unfinished, progress)
@@ -187,20 +187,21 @@ class Scorer:
 
 
 def open_detector(spec):
-    """`load_detector` on every rank; what it downloads, rank 0 downloads first."""
+    """Load a detector (`load_detector`) on every rank; rank 0 goes first, so a download happens once."""
     return dist.first_on_rank0(lambda: load_detector(spec, dist.device()))
 
 
 def load_scorer(metrics, detector, ref=None, seed=0):
-    """A `Scorer`.
+    """Load detector and reference statistics into a `Scorer`. Call on all ranks.
 
     Args:
         metrics: Names in `METRICS`.
         detector: As for `load_detector`, or a loaded one.
-        ref: Path or address of the reference statistics; None if no metric needs any.
+        ref: Path or URL of the reference statistics; None if no metric needs any.
+        seed: Seed of KID's subsets.
 
     Raises:
-        UserError: an unsuitable one of these.
+        UserError: any of these is unsuitable.
     """
     m.check_reference_given(metrics, ref)
     if not isinstance(detector, Detector):
@@ -212,7 +213,7 @@ def load_scorer(metrics, detector, ref=None, seed=0):
 
 
 def write_reference(dest, source, detector, metrics, batch, progress=True):
-    """Write the statistics that `metrics` need as a reference to an .npz file. On all ranks together.
+    """Write the reference statistics that `metrics` need to an .npz file. Call on all ranks.
 
     Raises:
         UserError: too few images, or `dest` cannot be written.

@@ -1,4 +1,4 @@
-"""What a sampler asks of a U-Net, found without running it: how often (NFE), and whether two samplers do the same."""
+"""Stand-ins for a U-Net that count a sampler's calls (NFE) or show whether two samplers agree, without running it."""
 
 import contextlib
 import hashlib
@@ -9,7 +9,7 @@ from training.generation import generate_batch
 
 
 class CountedModel(torch.nn.Module):
-    """Stands in for a U-Net: counts its calls and answers zeros."""
+    """Stands in for a U-Net: counts its calls and returns zeros."""
 
     def __init__(self, model, out_channels):
         super().__init__()
@@ -21,7 +21,7 @@ class CountedModel(torch.nn.Module):
 
 
 class TracedModel(CountedModel):
-    """Stands in for a U-Net: keeps a digest of all that it is asked, and answers what depends on the image."""
+    """Stands in for a U-Net: keeps a digest of all its inputs, and returns a function of the image."""
 
     def __init__(self, model, out_channels):
         super().__init__(model, out_channels)
@@ -41,7 +41,7 @@ class TracedModel(CountedModel):
 
 @contextlib.contextmanager
 def stand_in(net, kind):
-    """Within it, a `kind` of model (CountedModel, TracedModel), which it yields, replaces the U-Net of `net`."""
+    """Context in which a `kind` of stand-in (CountedModel, TracedModel), which it yields, replaces `net`'s U-Net."""
     model = net.model
     net.model = kind(model, model.out_channels)
     try:
@@ -51,17 +51,17 @@ def stand_in(net, kind):
 
 
 def count_evaluations(net, sampler):
-    """NFE: how often the sampler calls the U-Net per image. The U-Net itself doesn't run."""
+    """NFE: how often the sampler calls the U-Net per image. The U-Net itself does not run."""
     with stand_in(net, CountedModel) as model:
         generate_batch(net, [0], sampler)
     return model.calls
 
 
 def trace(net, sampler, seeds=range(4)):
-    """Digest of what the sampler asks of the U-Net and of the images it ends with. The U-Net itself doesn't run.
+    """Digest of everything the sampler passes to the U-Net and of its final images. The U-Net itself does not run.
 
-    Equal for samplers that do the same arithmetic, whichever options they were made of; to be compared within one
-    process only.
+    Equal for samplers that do the same arithmetic, whatever options they were made from; comparable only within one
+    process.
     """
     with stand_in(net, TracedModel) as model:
         model.note(generate_batch(net, list(seeds), sampler))

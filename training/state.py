@@ -1,4 +1,4 @@
-"""Training states on disk: what `--resume` needs, as tensors and plain values, never as code."""
+"""Training states on disk: everything `--resume` needs, as tensors and plain values, never as code."""
 
 import hashlib
 import io
@@ -16,25 +16,25 @@ from training.pickled_tensors import TENSOR_GLOBALS, Storage, parse_storage_id
 from training.run_files import SNAPSHOT, STATE
 
 STATE_FORMAT = 1
-MAX_REPEATS = 4  # how often a state may hold the same tensors, weights and their average before the first step, say
+MAX_REPEATS = 4  # a state's values may total this many times its file's size, since tensors can share storage
 KIND = 'warm-diffusion training state'
-EDM_WORDS = (b'optimizer_state', b'torch_utils.persistence')  # a key, and a module, that are in all states of EDM's
+EDM_WORDS = (b'optimizer_state', b'torch_utils.persistence')  # a key and a module found in every EDM state
 
 
 class StateOfEdm(Refused):
-    """A training state of EDM's own program: a pickle of its network as an object, which only that program can load."""
+    """A training state of EDM's code: it pickles the network as an object, which only that code can load."""
 
 
 def save_state(path, state):
-    """Write a training state; `path` keeps its former content unless all of it reaches the disk.
+    """Write a training state atomically: `path` keeps its previous content unless the write completes.
 
     Args:
         path: Usually training-state-KIMG.pt in the run folder.
-        state: Tree of dicts (plain keys), lists, tuples, tensors, str, int, float, bool and None. Long
-            tables of numbers belong into tensors.
+        state: Tree of dicts (plain keys), lists, tuples, tensors, str, int, float, bool and None. Long tables of
+            numbers belong in tensors.
 
     Raises:
-        TypeError: anything else in the tree, or a tree too large to be read back (a mistake of the program).
+        TypeError: anything else in the tree, or a tree too large to be read back (a bug in the caller).
         UserError: the disk is full or not writable.
     """
     buffer = io.BytesIO()
@@ -50,13 +50,13 @@ def save_state(path, state):
 
 
 def load_state(path):
-    """The tree that `save_state` wrote, tensors on the CPU.
+    """The tree that `save_state` wrote, with its tensors on the CPU.
 
-    The archive is checked before PyTorch sees it (checksums, and that its tensors lie within what it
-    stores), since releases up to 2.9 trust the sizes written there.
+    The archive is checked before PyTorch reads it (checksums, and that each tensor matches the bytes stored for it),
+    since PyTorch up to 2.9 trusts the sizes written there.
 
     Raises:
-        UserError: no such file, not a training state, damaged or cut off, or of a newer format.
+        UserError: no such file, not a training state, damaged or truncated, or of a newer format.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -76,7 +76,7 @@ def load_state(path):
         raise UserError(f'{path} was refused as a training state: {e}; {_remedy()}') from e
     except OSError as e:
         raise UserError(f'{path} cannot be read ({e.strerror or e}); {_remedy()}') from e
-    except Exception as e:  # zipfile and torch have many ways to stumble over a damaged file
+    except Exception as e:  # a damaged file makes zipfile and torch raise many kinds of errors
         raise UserError(f'{path} is not a training state, or it is damaged or cut off; {_remedy()}') from e
     if damaged is not None:
         raise UserError(f'{path} is damaged: the checksum of its part {excerpt(damaged)} is wrong; {_remedy()}')
@@ -102,7 +102,7 @@ def _unwrap(content, path):
 
 
 def content_digest(tree):
-    """Hexadecimal SHA-256 of a tree of dicts, lists, tuples, plain values and tensors, in their order."""
+    """Hexadecimal SHA-256 of a tree of dicts, lists, tuples, plain values and tensors; order matters."""
     digest = hashlib.sha256()
     _add_to_digest(digest, tree)
     return digest.hexdigest()
@@ -121,7 +121,11 @@ def _add_to_digest(digest, value):
 
 
 def _checked_copy(value, where):
-    """The tree with its tensors detached and freed of larger storages that they are views of."""
+    """The tree with tensors detached, and cloned if not contiguous or views of a larger storage.
+
+    Raises:
+        TypeError: a key or value that a training state cannot hold.
+    """
     if isinstance(value, dict):
         for key in value:
             if type(key) not in SCALARS:
@@ -139,7 +143,7 @@ def _checked_copy(value, where):
 
 
 def _check_archive(archive, total_bytes):
-    """Refuse an archive that is not exactly what torch.save makes of tensors and plain values."""
+    """Refuse an archive that torch.save could not have made from tensors and plain values."""
     infos = archive.infolist()
     sizes = {info.filename: info.file_size for info in infos}
     require(len(sizes) == len(infos), 'it has two parts of the same name')
@@ -166,13 +170,13 @@ def _check_archive(archive, total_bytes):
 
 
 def _check_size(tree, max_bytes):
-    """Refuse a tree that only sharing keeps small: a few lists within one another can stand for 2⁴⁰ numbers."""
+    """Refuse a tree that is small only through sharing: a few nested lists can stand for 2⁴⁰ numbers."""
     waiting, parts, size = [tree], 0, 0
     while waiting:
         value = waiting.pop()
         parts += 1
         if isinstance(value, (dict, list, tuple)):
-            waiting.extend(value)  # of a dict, its keys
+            waiting.extend(value)  # a dict's keys, or the items
             waiting.extend(value.values() if isinstance(value, dict) else ())
         elif isinstance(value, torch.Tensor):
             size += value.nbytes

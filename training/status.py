@@ -1,4 +1,4 @@
-"""What a training run says about itself: status lines, stats.jsonl, and a progress line for a person."""
+"""What a training run reports: status lines, stats.jsonl, and a progress line on the terminal."""
 
 import math
 import os
@@ -20,13 +20,14 @@ from training.run_files import LOG_NAME, STATS_NAME
 
 
 class Status:
-    """Timing and statistics of one run: everything that happens at the end of a tick but the saving.
+    """Timing and statistics of a run: what happens at the end of a tick, except saving.
 
     Args:
         run_dir: Folder of stats.jsonl.
         nimg, total_nimg: Images seen so far, and at the end.
-        earlier_sec: Seconds that earlier pieces of the run took.
-        tensorboard: Whether the statistics also go into event files (`open_writer`).
+        earlier_sec: Seconds of training before the run was resumed.
+        device: Device whose peak memory is reported, if it is a GPU.
+        tensorboard: Whether to write the statistics to TensorBoard event files too (`open_writer`).
     """
 
     def __init__(self, run_dir, nimg, total_nimg, earlier_sec, device, tensorboard=False):
@@ -41,7 +42,7 @@ class Status:
         self.tick_nimg, self.tick_time = nimg, time.time()
 
     def elapsed(self):
-        """Seconds of training up to now, over all pieces of the run."""
+        """Seconds of training so far, including before the run was resumed."""
         return time.time() - self.started
 
     def tick_seconds(self):
@@ -49,7 +50,7 @@ class Status:
         return time.time() - self.tick_time
 
     def end_tick(self, tick, nimg):
-        """Print EDM's status line and report its numbers; what follows until `start_tick` is maintenance."""
+        """Print EDM's status line and report its numbers; the time until `start_tick` counts as maintenance."""
         self.ended = time.time()
         self.line.clear()
         for name, value in self.fields(tick, nimg).items():
@@ -58,16 +59,16 @@ class Status:
         print_status(self.collector)
 
     def last_line(self):
-        """Statistics of the last tick that ended, as its line in stats.jsonl; {} before."""
+        """Statistics of the last completed tick, as in its line of stats.jsonl; {} before the first."""
         stats = self.collector.as_dict()
         return {**stats, 'timestamp': time.time()} if stats else {}
 
     def add(self, values):
-        """Add {name: value}, known to rank 0 alone, to the line of the tick that has ended."""
+        """Add {name: value}, known to rank 0 only, to the stats.jsonl line of the tick just completed."""
         self.added.update({name: {'num': 1, 'mean': value, 'std': 0.0} for name, value in values.items()})
 
     def start_tick(self, nimg):
-        """Append the tick's line to stats.jsonl and start timing the next."""
+        """Append the completed tick's line to stats.jsonl and start timing the next tick."""
         stats = {**self.collector.as_dict(), **self.added}
         self.added = {}
         if dist.get_rank() == 0:
@@ -80,7 +81,7 @@ class Status:
         self.maintenance = self.tick_time - self.ended
 
     def fields(self, tick, nimg):
-        """The numbers of the status line under their names in stats.jsonl; resets the peaks of GPU memory."""
+        """The numbers of the status line, by their names in stats.jsonl; resets the GPU's peak-memory counters."""
         tick_sec = self.ended - self.tick_time
         cuda = self.device.type == 'cuda'
         fields = {
@@ -100,7 +101,7 @@ class Status:
 
 
 def print_status(collector):
-    """EDM's status line, averages over the ranks."""
+    """Print EDM's status line, averaged over the ranks."""
     mean = collector.mean
     dist.print0(' '.join([
         f"tick {mean('Progress/tick'):<5.0f}",
@@ -117,10 +118,10 @@ def print_status(collector):
 
 
 def trim_records(run_dir, tick, last_line):
-    """Make stats.jsonl and log.txt end where a run is continued: after the ticks before number `tick`.
+    """Cut stats.jsonl and log.txt back to where a run resumes, dropping tick `tick` and later ones.
 
     Args:
-        last_line: What stats.jsonl should end with (`Status.last_line`), in case that was never written; or {}.
+        last_line: Statistics of tick − 1 (`Status.last_line`), added to stats.jsonl if that line is missing; or {}.
 
     Raises:
         UserError: the files cannot be read or written.
@@ -129,7 +130,7 @@ def trim_records(run_dir, tick, last_line):
         try:
             return float(parse_object(line)['Progress/tick']['mean'])
         except (ValueError, KeyError, TypeError):
-            return math.inf  # cut off by whatever ended the run
+            return math.inf  # a line cut off when the run ended
     lines = [line for line in _lines(run_dir, STATS_NAME) if parsed(line) < tick]
     if last_line and not any(parsed(line) == tick - 1 for line in lines):
         lines.append(json_line(last_line))
@@ -160,20 +161,20 @@ def check_tensorboard():
 
 
 def open_writer(run_dir):
-    """A writer of TensorBoard's event files in the run folder, on rank 0; None on the others."""
+    """A TensorBoard writer for the run folder on rank 0; None on other ranks."""
     check_tensorboard()
     return torch.utils.tensorboard.SummaryWriter(run_dir) if dist.get_rank() == 0 else None
 
 
 class ProgressLine:
-    """A line for a person at a terminal: images/s and time left, rewritten once a second; silent elsewhere."""
+    """Progress on a terminal: images/s and time left, rewritten at most once a second; otherwise silent."""
 
     def __init__(self, nimg, total_nimg):
         self.start, self.total, self.began, self.shown = nimg, total_nimg, time.time(), 0.0
         self.active = dist.get_rank() == 0 and sys.stderr.isatty()
 
     def show(self, nimg):
-        """Rewrite the line if the last one is over a second old."""
+        """Rewrite the line if it is at least a second old."""
         now = time.time()
         if not self.active or now < self.shown + 1:
             return

@@ -1,8 +1,8 @@
-"""The main job in miniature: train Warm and EDM on the embedded digits, generate, score, and draw the outcome.
+"""The whole pipeline in miniature: train Warm and EDM on the embedded digits, generate, score and plot.
 
     python -m warm.demo --outdir=demo
 
-It runs the project's own commands, each printed before it starts, so that every step can be repeated by hand.
+It runs the project's own commands and prints each before it starts, so every step can be repeated by hand.
 """
 
 import os
@@ -54,25 +54,25 @@ def main(outdir, duration, num):
 
 
 def last_snapshot(outdir, name):
-    """Path of a run's newest snapshot, None without one."""
+    """Path of a run's newest snapshot, or None."""
     return next(iter(saved_files(outdir / name, SNAPSHOT)), None)
 
 
 def is_trained(outdir, name, duration):
-    """Whether a run's newest snapshot is that of its end, after `duration` Mimg: a run that was stopped has one too."""
+    """Whether a run's newest snapshot is from its end, after `duration` Mimg: a stopped run has a snapshot as well."""
     path = last_snapshot(outdir, name)
     return path is not None and parse_kimg(path) >= int(round(1000 * duration, 3))
 
 
 def train(outdir, duration):
-    """Train both, side by side on the CPU, one after the other on a GPU; a finished run is kept."""
+    """Train both systems, in parallel on the CPU, one after the other on a GPU; finished runs are kept."""
     threads = None if torch.cuda.is_available() else str(max(cpu_cores() // len(RUNS), 1))
     running = []
     for name, options in RUNS.items():
         if is_trained(outdir, name, duration):
             print(f'{name} is already trained; delete {outdir / name} to train it again')
             continue
-        # Only the last one writes to the terminal, the log.txt of each has its own lines.
+        # In parallel, only the last one prints to the terminal; each has its output in its log.txt.
         last = name == list(RUNS)[-1]
         running.append(start(['train.py', f'--outdir={outdir / name}', '--nosubdir', '--auto-resume', *options,
                               *TRAINING, f'--duration={duration}', f'--tick={max(duration * 50, 0.064):g}'],
@@ -83,7 +83,7 @@ def train(outdir, duration):
 
 
 def start(command, stdout=None, threads=None):
-    """Start one of the project's commands; returns (command, process)."""
+    """Print and start one of the project's commands; returns (command, process)."""
     print('\n$ python ' + shlex.join(map(str, command)), flush=True)
     env = {**os.environ, **({'OMP_NUM_THREADS': threads} if threads else {})}
     return command, subprocess.Popen([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], env=env,
@@ -91,7 +91,7 @@ def start(command, stdout=None, threads=None):
 
 
 def finish(running):
-    """Wait for all; if one fails, stop the others and say which."""
+    """Wait for all (command, process) pairs; if one fails, stop the others and raise UserError."""
     try:
         for command, process in running:
             if process.wait() != 0:
@@ -104,7 +104,7 @@ def finish(running):
 
 
 def score(outdir, name, num):
-    """Generate and score with the commands; returns the line for the comparison."""
+    """Generate `num` images and score them, with the commands; returns the line for the comparison."""
     snapshot = last_snapshot(outdir, name)
     reference = outdir / 'digits-pixels.npz'
     finish([start(['generate.py', f'--network={snapshot}', f'--outdir={outdir / name / "images"}',
@@ -120,7 +120,7 @@ def score(outdir, name, num):
 
 
 def samples_by_class(net, name, rows):
-    """uint8 [rows·label_dim, C, H, W]: `rows` images of every class, a class per column."""
+    """Generated images, uint8 [rows·label_dim, C, H, W]: `rows` of each class, a class per column."""
     seeds = list(range(rows * net.label_dim))
     columns = []
     for k in range(net.label_dim):
@@ -130,7 +130,7 @@ def samples_by_class(net, name, rows):
 
 
 def reals_by_class(rows):
-    """uint8 [rows·10, 1, 8, 8]: the first `rows` embedded digits of every class, a class per column."""
+    """Embedded digits, uint8 [rows·10, 1, 8, 8]: the first `rows` of each class, a class per column."""
     dataset = load_embedded()
     classes = [[] for _ in range(dataset.label_dim)]
     for i in range(len(dataset)):
@@ -140,7 +140,7 @@ def reals_by_class(rows):
 
 
 def draw_outcome(path, outdir):
-    """Draw what came of the runs in `outdir` to `path`.png and `path`.svg; returns their paths."""
+    """Draw the samples and reverse process of the runs in `outdir` to `path`.png and `path`.svg; returns both paths."""
     nets = {name: build_network(read_snapshot(last_snapshot(outdir, name)), SYSTEMS) for name in RUNS}
     digits = {'Real digits': reals_by_class(SHOWN), 'EDM': samples_by_class(nets['edm'], 'edm', SHOWN),
               f'Warm, BNR {PAPER_BNR:g}': samples_by_class(nets['warm'], 'warm', SHOWN)}
@@ -149,12 +149,12 @@ def draw_outcome(path, outdir):
 
 
 def draw_panels(figure, digits, frames):
-    """The picture: digits with a class per column, and the reverse process.
+    """Draw the four panels: digits with a class per column, and the reverse process.
 
     Args:
         figure: `matplotlib.figure.Figure` to draw on.
-        digits: {title: uint8 [10·rows, 1, N, N]} of three panels.
-        frames: Of the fourth, from noise to data, each of one image (`warm.trajectory.Frame`).
+        digits: {title: uint8 [10·rows, 1, N, N]} for three panels.
+        frames: `warm.trajectory.Frame`s of one image, from noise to data, for the fourth.
     """
     *axes, last = figure.subplots(2, 2).flat
     for axis, (title, images) in zip(axes, digits.items()):
@@ -163,13 +163,13 @@ def draw_panels(figure, digits, frames):
 
 
 def draw_digits(axis, title, images):
-    """A panel of images, a class per column."""
+    """Draw a panel of images, a class per column."""
     show_grey(axis, title, tile(images, columns=10)[0])
     axis.set(xticks=[], yticks=[])
 
 
 def draw_process(axis, frames):
-    """A panel of the reverse process: a column per noise level, a row each for x, D, R and D + R."""
+    """Draw a panel of the reverse process: a column per noise level, a row each for x, D, R and D + R."""
     columns = [visible(frame) for frame in frames]
     cells = np.stack([column[row][0] for row in range(len(ROWS)) for column in columns])
     sheet = tile(cells, columns=len(columns))[0]
@@ -182,7 +182,7 @@ def draw_process(axis, frames):
 
 
 def show_grey(axis, title, sheet):
-    """A sheet of images, uint8 [H, W], without frame and grid."""
+    """Show a sheet of images, uint8 [H, W], without frame or grid."""
     axis.imshow(sheet, cmap='gray', vmin=0, vmax=255)
     axis.set_title(title)
     axis.grid(False)

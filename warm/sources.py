@@ -1,4 +1,4 @@
-"""From a snapshot and the sampler's flags to images: what generate.py and fid.py have in common."""
+"""Opening a snapshot for sampling with the user's flags: what generate.py and fid.py have in common."""
 
 import dataclasses
 import numbers
@@ -16,11 +16,11 @@ from warm.starts import data_for
 from warm.systems import SYSTEMS
 
 
-MAX_STEPS = 10_000  # of sampling; a mistyped number would keep the program busy for hours without a word
+MAX_STEPS = 10_000  # of sampling; a mistyped number would keep the command busy for hours without a word
 
 
 def check_max_steps(options, shown):
-    """Raise UserError for more steps in the sampler's options than MAX_STEPS; `shown` is what the user calls them."""
+    """Raise UserError if the sampler's options ask for more than MAX_STEPS steps; `shown` is the flag to name."""
     steps = options.get('num_steps')
     if isinstance(steps, numbers.Integral) and steps > MAX_STEPS:
         raise UserError(f'{shown}={steps} is more than the {MAX_STEPS} steps that a sampler may take; give fewer')
@@ -28,13 +28,13 @@ def check_max_steps(options, shown):
 
 @dataclasses.dataclass
 class OpenNetwork:
-    """A network ready to draw from.
+    """A network ready to sample from.
 
     Attributes:
-        snapshot, net, system: As read, as built (on this rank's device), and its System.
-        options: The sampler's options that were given, and those filled in.
+        snapshot, net, system: The network as read, as built (on this rank's device), and its System.
+        options: The sampler options given, plus the training data filled in for systems that start from it.
         sampler: callable(latents, class_labels, randn_like).
-        facts: What decides the image of a seed (`training.provenance.network_facts`).
+        facts: Everything that determines a seed's image (`training.provenance.network_facts`).
     """
 
     snapshot: Snapshot
@@ -45,18 +45,20 @@ class OpenNetwork:
     facts: dict
 
     def difference(self, recorded):
-        """`training.provenance.difference` between a record of images and these."""
+        """How recorded images differ from this network's (`training.provenance.difference`)."""
         return difference(recorded, self.facts, self.net, self.system)
 
 
 def open_network(path_or_url, sampler_options, class_idx=None):
-    """Read a snapshot and bind its sampler; a download happens on rank 0 first.
+    """Read a snapshot, build its network and make its sampler; rank 0 goes first, so a download happens once.
 
     Args:
-        sampler_options: Values of `sampler_flags` and of RUN_OPTIONS, None where the user gave none.
+        path_or_url: The snapshot.
+        sampler_options: Values of `sampler_flags` and RUN_OPTIONS, None where the user gave none.
+        class_idx: Class of all images, or None.
 
     Raises:
-        UserError: a file that is no snapshot; more than MAX_STEPS; an option or class that its system doesn't have.
+        UserError: the file is not a snapshot; more than MAX_STEPS; an option or class that its system does not have.
     """
     check_max_steps(sampler_options, '--steps')
     snapshot = dist.first_on_rank0(lambda: read_snapshot(path_or_url))

@@ -1,4 +1,4 @@
-"""The registry of systems: what --precond offers, what a snapshot may be of. A new system is one line here."""
+"""The registry of systems: what --precond offers and snapshots can hold. A new system is one line here."""
 
 from training.system import EDM_SYSTEMS
 from warm.blurring import BLURRING

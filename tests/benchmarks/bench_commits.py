@@ -1,9 +1,10 @@
-"""What a change costs: trainings of this tree against the same trainings of an older commit, in turns.
+"""What a change costs: training with this working tree against an older commit, in turns.
 
     python tests/benchmarks/bench_commits.py [--before=REV] [--kimg=8] [--repeats=3] [--out=FILE.json]
 
-Processor time of whole train.py processes on the embedded digits, of two lengths: their difference is what training
-costs, the rest the start, where the imports of all systems show. The older commit goes into a temporary folder.
+Measures the processor time of whole train.py processes on the embedded digits, for two lengths: their difference is the
+cost of training, the rest that of starting up, imports of all systems included. The older commit is checked out into a
+temporary folder.
 """
 
 import os
@@ -24,7 +25,7 @@ OPTIONS = ['--cbase=32', '--cres=1,2', '--batch=64', '--dropout=0', '--augment=0
 
 
 def seconds(tree, system, kimg, folder):
-    """Processor time of one training with the code in `tree`."""
+    """Processor time of one training run with the code in `tree`, in seconds."""
     def spent():
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
         return usage.ru_utime + usage.ru_stime
@@ -38,11 +39,12 @@ def seconds(tree, system, kimg, folder):
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--before', metavar='REV', default='HEAD', help='Commit to compare with; HEAD: what is not committed')
-@click.option('--systems', default='edm,warm', help='Values of --precond that both have')
+@click.option('--before', metavar='REV', default='HEAD',
+              help='Commit to compare with; HEAD measures the uncommitted changes')
+@click.option('--systems', default='edm,warm', help='Values of --precond to train, known to both')
 @click.option('--kimg', type=click.FloatRange(min=0, min_open=True), default=8,
-              help='Length of the longer training; the shorter has an eighth')
-@click.option('--repeats', type=click.IntRange(min=1), default=3, help='Of each; the median counts')
+              help='Length of the longer training, in thousands of images; the shorter is an eighth of it')
+@click.option('--repeats', type=click.IntRange(min=1), default=3, help='Repeats of each; the median counts')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(before, systems, kimg, repeats, out):
     """Measure this tree against an older commit."""

@@ -1,14 +1,14 @@
-"""Does a faster precision train as well? Loss curves of the same run in each, against float32.
+"""Does a faster precision train as well? Loss curves of the same run in each precision, against float32.
 
     python tests/benchmarks/bench_curves.py --data=datasets/cifar10-32x32.zip --kimg=2000 --outdir=curves [--minutes=9]
 
-The runs share seed, images, noise levels and augmentation, so that their curves can be compared tick by tick; one more
-in float32 with another seed shows what would be a small difference. Losses are means over a tick. Flags after -- go to
-every train.py, such as `-- --precond=warm`.
+The runs share seed, images, noise levels and augmentation, so that their curves can be compared tick by tick; another
+float32 run with a different seed shows how large a difference chance makes. Losses are means over a tick. Flags after
+-- are passed to every train.py, such as `-- --precond=warm`.
 
-With --minutes the training under way is asked to stop then, saves, and the command ends with code 75; the same command
-goes on with the runs in --outdir, as it does after an interruption. A run that is not finished is compared as far as it
-is. States are compact: a run that was stopped goes on closely, not bit for bit.
+After --minutes, the current training is told to stop, saves its state, and the command ends with code 75; the same
+command continues with the runs in --outdir, as it does after an interruption. An unfinished run is compared as far as
+it has got. States are compact: a stopped run resumes closely, not bit for bit.
 """
 
 import json
@@ -34,11 +34,11 @@ REFERENCE, YARDSTICK = 'fp32', 'fp32, another seed'
 CPU_FLAGS = ('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01', '--dropout=0',
              '--augment=0')
 SHARED_FLAGS = ('--grid=0', '--snap=0', '--dump=5', '--keep=1', '--compact-state')
-START_SECONDS = 30  # a training is not started for less
+START_SECONDS = 30  # with less time left, no training is started
 
 
 def train(folder, data, kimg, tick, seed, precision, flags, end):
-    """Start a run, or go on with it, until it is finished or time.monotonic() is `end`; whether it is finished."""
+    """Start or continue a run until it is finished or time.monotonic() is `end`; returns whether it is finished."""
     if finished(folder, kimg):
         return True
     if time.monotonic() > end - START_SECONDS:
@@ -52,25 +52,25 @@ def train(folder, data, kimg, tick, seed, precision, flags, end):
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         process.wait()
-    # Before its first step a training has nothing to save, and the signal ends it.
+    # Before its first step, a training has nothing to save, and the signal kills it.
     if process.returncode not in (0, EXIT_STOPPED, -signal.SIGTERM):
         raise subprocess.CalledProcessError(process.returncode, command)
     return process.returncode == 0
 
 
 def curve_of(folder):
-    """Losses of the run's ticks: [(kimg, mean loss)]; [] before the first."""
+    """[(kimg, mean loss), …] of the run's ticks; [] before the first."""
     return [(line['Progress/kimg']['mean'], line['Loss/loss']['mean']) for line in read_lines(folder / 'stats.jsonl')]
 
 
 def finished(folder, kimg):
-    """Whether a run's last tick is the end of `kimg`."""
+    """Whether a run has a tick at its end, after `kimg`."""
     curve = curve_of(folder)
     return bool(curve) and curve[-1][0] > kimg * (1 - 1e-6)
 
 
 def compare(curve, reference):
-    """How far the losses are from the reference's, tick by tick and relative to it."""
+    """Compare a curve with the reference tick by tick, in relative differences; returns values of the table's row."""
     pairs = [(loss, ref) for (_, loss), (_, ref) in zip(curve, reference)]
     last = pairs[-max(len(pairs) // 5, 1):]
     return dict(ticks=len(pairs), mean_difference=f'{statistics.mean(abs(a / b - 1) for a, b in pairs):.2%}',
@@ -83,10 +83,11 @@ def compare(curve, reference):
 @click.option('--data', metavar='ZIP|DIR', default=None, help='Data set  [default: the embedded digits]')
 @click.option('--kimg', type=float, default=8, help='Length of each run, in thousands of images')
 @click.option('--tick', metavar='KIMG', type=float, default=None, help='Length of a tick  [default: a 32nd of the run]')
-@click.option('--precisions', metavar='LIST', default=None, help='Which  [default: all that this machine has]')
+@click.option('--precisions', metavar='LIST', default=None,
+              help='Precisions to compare  [default: all that this machine has]')
 @click.option('--minutes', type=click.FloatRange(min=0, min_open=True), default=None,
-              help='Time for this call, less the seconds that saving takes; needs --outdir')
-@click.option('--outdir', metavar='DIR', default=None, help='Folder of the runs  [default: a temporary one]')
+              help='Time limit of this call; saving takes some seconds more; needs --outdir')
+@click.option('--outdir', metavar='DIR', default=None, help='Where to save the runs  [default: a temporary folder]')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here, with the curves')
 @click.argument('flags', nargs=-1)
 def main(data, kimg, tick, precisions, minutes, outdir, out, flags):

@@ -1,10 +1,10 @@
-"""Data: conversion by one and two processes, and loading from the decoded map against zip and PNG.
+"""Speed of data: conversion by one and two processes, and loading decoded, memory-mapped images against zip and PNG.
 
     python tests/benchmarks/bench_data.py [--images=10000] [--data=ZIP] [--out=FILE.json]
 
-Conversion counts elapsed time, since several processes are what is measured; on a machine in use it is a lower bound.
-Loading counts processor time, of batches gathered in this process. `share of a step` is that of a network that takes
-6,200 images/s, the limit of an H200 with the CIFAR-10 model.
+Conversion is measured in elapsed time, since several processes are compared (a lower bound on the speed if the machine
+is in use), and in processor time. Loading is processor time, of batches gathered in this process. The last row is the
+share of time that a loop taking 6,200 images/s, the limit of an H200 with the CIFAR-10 model, spends waiting for data.
 """
 
 import os
@@ -26,11 +26,11 @@ from training.dataset import ImageFolderDataset  # noqa: E402
 from training.decoded import decoded_images  # noqa: E402
 
 NETWORK_RATE = 6200  # images/s
-IN_A_ROW = 10  # batches of one measurement, more than are made ahead
+IN_A_ROW = 10  # batches per measurement; more than are prefetched
 
 
 def conversion(data, folder, repeats):
-    """A row for each number of processes; they take turns."""
+    """Rows for conversion with one and two processes, which take turns: elapsed time and processor time."""
     best = {}
     for _ in range(repeats):
         for workers in (1, 2):
@@ -38,7 +38,7 @@ def conversion(data, folder, repeats):
             subprocess.run([sys.executable, str(ROOT / 'dataset_tool.py'), f'--source={data}', f'--workers={workers}',
                             f'--dest={folder}/out-{workers}.zip'], check=True, capture_output=True)
             times = time.perf_counter() - start, children_seconds() - cpu
-            best[workers] = min(best.get(workers, times), times)  # the least disturbed
+            best[workers] = min(best.get(workers, times), times)  # the run least disturbed by other load
     count = len(ImageFolderDataset(data))
     return [dict(work=f'conversion, {workers} process{"es" if workers > 1 else ""}', unit=unit,
                  images_per_second=count / best[workers][i], ratio=best[1][i] / best[workers][i])
@@ -46,20 +46,20 @@ def conversion(data, folder, repeats):
 
 
 def children_seconds():
-    """Processor time of the child processes that have ended."""
+    """Processor time in seconds of the child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def mapped_dataset(path):
-    """The data set with its decoded images mapped from the cache folder."""
+    """The data set with its decoded images memory-mapped from the cache folder."""
     dataset = ImageFolderDataset(path)
     dataset.use_decoded(decoded_images(dataset, min_bytes=0))
     return dataset
 
 
 def loading(data, batch, repeats):
-    """A row for each way of loading, of images alone and of batches ready to train on; ratios are to zip and PNG."""
+    """Rows for each way of loading, images alone and batches ready to train on; `ratio` is speed over zip and PNG's."""
     plain, mapped = ImageFolderDataset(data), mapped_dataset(data)
     cpu = torch.device('cpu')
     batches, slow_batches = (Batches(dataset, batch, 0, 0, {}, cpu) for dataset in (mapped, plain))
@@ -81,7 +81,7 @@ def loading(data, batch, repeats):
 
 
 def waiting(data, batch, device):
-    """A row: the share of time that a loop waits which takes a batch at NETWORK_RATE images/s."""
+    """A row with the share of time that a loop waits for data when it takes NETWORK_RATE images/s."""
     batches = Batches(mapped_dataset(data), batch, 0, 0, {}, device)
     next(batches), batches.take_wait()
     start = time.perf_counter()
@@ -95,11 +95,11 @@ def waiting(data, batch, device):
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--images', metavar='INT', type=int, default=4096, help='Images of the data set that is made up')
-@click.option('--size', metavar='INT', type=int, default=32, help='Their resolution')
-@click.option('--data', metavar='ZIP', default=None, help='Take this data set instead')
-@click.option('--batch', metavar='INT', type=int, default=512, help='Images a batch')
-@click.option('--repeats', metavar='INT', type=int, default=3, help='Of each measurement')
+@click.option('--images', metavar='INT', type=int, default=4096, help='Images in the synthetic data set')
+@click.option('--size', metavar='INT', type=int, default=32, help='Image resolution')
+@click.option('--data', metavar='ZIP', default=None, help='Use this data set instead')
+@click.option('--batch', metavar='INT', type=int, default=512, help='Images per batch')
+@click.option('--repeats', metavar='INT', type=int, default=3, help='Repeats per measurement')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(images, size, data, batch, repeats, out):
     """Measure conversion and loading."""

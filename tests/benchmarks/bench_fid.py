@@ -1,11 +1,12 @@
-"""Speed of scoring: the Fréchet distance against SciPy's sqrtm, and how much of the time is the network's.
+"""Speed of scoring: the Fréchet distance against SciPy's sqrtm, and a pass of images through Inception.
 
     python tests/benchmarks/bench_fid.py [--dims 2048] [--repeats 3] [--images 256] [--total=50000] [--out=FILE.json]
 
-`share` of the second table is the network's own time over that of a whole pass: 1 means that decoding is hidden
-behind it. Without the public weights the detector is Inception's graph with random ones, which takes as long. Its last
-rows are one scoring of --total images of a zip, at fid.py's batch: elapsed seconds from its first byte to the distance,
-start and download left out. `target` is its share of 20 s for 50,000, which a GPU is to stay below.
+The detector is Inception's graph with random weights, which takes as long as with the public ones. In the second table,
+`share` is a part's time over that of the whole pass; 1 for the network means that decoding is hidden behind it. The
+table's last rows score --total images from a zip once, at fid.py's batch size: elapsed seconds from the first byte to
+the distance, without start-up and download. `target` is in proportion to 20 s for 50,000 images, which a GPU should
+stay below.
 """
 
 import pathlib
@@ -43,7 +44,7 @@ def make_statistics(dims, seed, samples_per_dim=2):
 
 
 def sqrtm_distance(mu, sigma, mu_r, sigma_r):
-    """The textbook form."""
+    """The Fréchet distance by the textbook formula, with SciPy's sqrtm."""
     root = scipy.linalg.sqrtm(sigma @ sigma_r)
     return float(np.square(mu - mu_r).sum() + np.trace(sigma) + np.trace(sigma_r) - 2 * np.trace(root).real)
 
@@ -54,7 +55,7 @@ METHODS = {'sqrtm (SciPy)': sqrtm_distance,
 
 
 def measure_distance(dims, repeats):
-    """A row for each method: seconds, ratio to the first method, value, relative difference from the last."""
+    """A row per method: seconds, ratio to the first method's, value, relative difference from the last method's."""
     pair = (*make_statistics(dims, 1), *make_statistics(dims, 2))
     values = {}
 
@@ -69,7 +70,7 @@ def measure_distance(dims, repeats):
 
 
 def write_images(folder, count, size):
-    """`count` smooth random PNG files."""
+    """Write `count` smooth random images as PNG files."""
     rng = np.random.default_rng(0)
     for i in range(count):
         small = PIL.Image.fromarray(rng.integers(0, 256, [8, 8, 3], dtype=np.uint8))
@@ -77,13 +78,13 @@ def write_images(folder, count, size):
 
 
 def random_inception(device):
-    """The detector with random weights."""
+    """The Inception detector with random weights."""
     torch.manual_seed(0)
     return InceptionDetector('random', 'random', device, InceptionV3().state_dict())
 
 
 def measure_pass(count, size, repeats, device):
-    """A row for decoding alone, for the network alone and for the pass that overlaps them."""
+    """Rows for decoding alone, for the network alone, and for the whole pass, which overlaps them."""
     detector = random_inception(device)
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, count, size)
@@ -105,19 +106,19 @@ def measure_pass(count, size, repeats, device):
 
 
 def row(part, count, batch, seconds, share=None, target=None):
-    """Of the second table."""
+    """A row of the second table."""
     return dict(part=part, images=count, batch=batch, seconds=seconds, images_per_second=count / seconds, share=share,
                 target=target)
 
 
 def measure_scoring(count, size, device):
-    """Rows for a whole scoring: what fid.py calc does with a zip and the statistics of a reference, and its parts."""
+    """Rows for a whole scoring, as fid.py calc does it with a zip and reference statistics, and for its parts."""
     detector, batch = random_inception(device), scoring_batch(device)
     mu, sigma = make_statistics(detector.num_features, 1)
     with tempfile.TemporaryDirectory() as folder:
         write_zip(f'{folder}/images.zip', count, size)
         warm_up, _ = detector(torch.zeros([min(batch, count), 3, size, size], dtype=torch.uint8))
-        warm_up.cpu()  # as the rows above, without the time in which kernels are loaded
+        warm_up.cpu()  # waits, so that loading kernels is not timed, as in the rows above
         start = time.perf_counter()
         stats = statistics(ImageFiles(open_images(f'{folder}/images.zip')), detector, ['fid'], batch, progress=False)
         made = time.perf_counter()
@@ -130,14 +131,14 @@ def measure_scoring(count, size, device):
 
 @click.command()
 @click.option('--dims', help='Number of features', type=int, default=2048, show_default=True)
-@click.option('--repeats', help='Runs of each; the median counts', type=int, default=3, show_default=True)
-@click.option('--images', help='Images of the pass', type=int, default=128, show_default=True)
-@click.option('--total', help='Images of the whole scoring; 0: none  [default: CPU 16, CUDA 10000]', type=int,
+@click.option('--repeats', help='Repeats per measurement; the median counts', type=int, default=3, show_default=True)
+@click.option('--images', help='Images in the pass', type=int, default=128, show_default=True)
+@click.option('--total', help='Images in the whole scoring; 0 = skip it  [default: CPU 16, CUDA 10000]', type=int,
               default=None)
-@click.option('--size', help='Their resolution', type=int, default=32, show_default=True)
-@click.option('--out', help='File for the results as JSON', metavar='JSON', default=None)
+@click.option('--size', help='Image resolution', type=int, default=32, show_default=True)
+@click.option('--out', help='Also write the report here', metavar='JSON', default=None)
 def main(dims, repeats, images, total, size, out):
-    """Time the Fréchet distance, a pass over images and a whole scoring."""
+    """Time the Fréchet distance, a pass over images, and a whole scoring."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     rows = measure_distance(dims, repeats)
     report(f'Fréchet distance of {dims} features', rows, dict(dims=dims, repeats=repeats, scipy=scipy.__version__))

@@ -1,12 +1,12 @@
-"""How much memory a training step takes on a GPU, counted without one.
+"""The GPU memory of a training step, counted without a GPU.
 
     python tests/benchmarks/bench_memory.py [--batch=64] [--preset=ffhq] [--out=FILE.json]
 
-The step runs on tensors that have a shape and a life, but no values (PyTorch's FakeTensorMode), and all that are alive
-at once are added up: weights, gradients, Adam's moments, the moving average, features. The operations are the CPU's,
-whose fused attention keeps no weights of its softmax either. What a GPU needs besides is not counted: PyTorch's
-context, the allocator's gaps, workspaces of convolutions and of matrix products; nor what torch.compile saves by fusing
-operations. The reference way is that of bench_train.py; a row's `of_reference` is its peak over the reference's.
+The step runs on tensors that have shapes and lifetimes but no values (PyTorch's FakeTensorMode), and the live ones are
+added up: weights, gradients, Adam's moments, EMA, activations. The operations are those of the CPU, whose fused
+attention does not keep the attention weights either. Not counted: PyTorch's CUDA context, fragmentation of the
+allocator, workspaces of convolutions and matrix products, and what torch.compile saves by fusing operations. The
+reference way is that of bench_train.py; a row's `of_reference` is its peak over the reference's.
 """
 
 import itertools
@@ -36,7 +36,7 @@ WAYS = {
 
 
 class Peak(TorchDispatchMode):
-    """Adds up the bytes of all tensors that are alive: `now`, and `peak`, the most there were at once."""
+    """Adds up the bytes of all live tensors: `now`, and `peak`, the largest sum so far."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class Peak(TorchDispatchMode):
         return out
 
     def count(self, storage):
-        """Add a storage unless it is known, until it is freed."""
+        """Count a storage, once, until it is freed."""
         key = storage._cdata
         if key not in self.alive:
             self.alive[key] = storage.nbytes()
@@ -60,19 +60,19 @@ class Peak(TorchDispatchMode):
             weakref.finalize(storage, self.forget, key)
 
     def forget(self, key):
-        """A storage is gone."""
+        """Stop counting a storage that was freed."""
         self.now -= self.alive.pop(key)
 
 
 class FakeTrainer(Trainer):
-    """The steps of bench_train.py on images that are not there."""
+    """bench_train.py's training steps on fake images."""
 
     def open_batches(self, data):
         return itertools.repeat((torch.zeros(data, device=self.device), None))
 
 
 def peak_of(system, options, network_kwargs, batch):
-    """(Bytes between steps, the most during one) of the second step: Adam's moments are made in the first."""
+    """(bytes between steps, peak bytes during a step), for the second step: the first creates Adam's moments."""
     size = network_kwargs['img_resolution']
     with Peak() as count:
         trainer = FakeTrainer(system, options, network_kwargs, [batch, 3, size, size], batch, 'cpu')
@@ -85,14 +85,14 @@ def peak_of(system, options, network_kwargs, batch):
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--preset', type=click.Choice([name for name in PRESETS if name != 'digits']), default='cifar10',
-              help='Whose network')
-@click.option('--batch', metavar='INT', type=int, default=64, help='Images a GPU')
+              help='Preset whose network to count')
+@click.option('--batch', metavar='INT', type=int, default=64, help='Images per GPU')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(preset, batch, out):
-    """Count memory."""
+    """Count the memory of a training step."""
     rows = []
     networks = {system: network_of(options_of(preset, system)) for system in ('edm', 'warm')}
-    with FakeTensorMode():  # one for all: constants are made once
+    with FakeTensorMode():  # one for all networks: cached constants are made once, in this mode
         counted = {name: peak_of(system, options, networks[system], batch)
                    for name, (system, options) in WAYS.items()}
     for name, (between, peak) in counted.items():

@@ -1,12 +1,12 @@
-"""What the paper's experiments cost at full size: arithmetic of a training step, and on a GPU images/s and hours.
+"""What the paper's experiments cost at full size: FLOPs of a training step, and on a GPU images/s and hours.
 
     python tests/benchmarks/bench_presets.py --out=results/cost.json
 
-Each preset and its EDM twin, with the options that train.py says it would use (`train.py --preset=NAME -n`). The
-arithmetic is counted, not measured, and needs no GPU. Images/s are those of one GPU with an eighth of the batch, in
-bf16, compiled; hours are 200 Mimg on eight such GPUs, without what they lose to each other. `python -m warm.study.page`
-shows the file. Its rows of presets that --only leaves out stay in it, each with the commit that it was made with. With
---tiny a small network is measured in the place of each, to try the script on a CPU.
+Covers each preset and its EDM twin, with the options that `train.py --preset=NAME -n` prints. FLOPs are counted, not
+measured, and need no GPU. Images/s are those of one GPU with an eighth of the batch, in bf16, compiled; hours are for
+200 Mimg on eight such GPUs, without multi-GPU scaling losses. `python -m warm.study.page` shows the file. Rows in it of
+presets that --only leaves out are kept, each with the commit that measured it. With --tiny, small networks are measured
+instead, to try the script on a CPU.
 """
 
 import json
@@ -31,21 +31,21 @@ FAST = dict(precision='bf16', compile=True, channels_last=True)
 
 
 def options_of(preset, precond):
-    """What `train.py --preset=… --precond=… -n` prints."""
+    """The training options that `train.py --preset=… --precond=… -n` prints, as a dict."""
     command = [sys.executable, str(ROOT / 'train.py'), f'--preset={preset}', f'--precond={precond}', '-n']
     out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return json.loads(out.split('Training options:\n', 1)[1].split('\n\n', 1)[0])
 
 
 def network_of(config):
-    """The arguments of its network; the resolution is in the data set's name."""
+    """Arguments of the network for the training options `config`; the resolution is in the data set's name."""
     return dict(config['network_kwargs'], label_dim=10 if config['dataset_kwargs']['use_labels'] else 0,
                 img_resolution=int(re.search(r'-(\d+)x\d+', config['dataset_kwargs']['path'])[1]),
                 augment_dim=AugmentPipe(**config['augment_kwargs']).label_dim)
 
 
 def images_per_second(config, network_kwargs, batch, repeats, device, options):
-    """Of whole training steps, on made-up images."""
+    """Images/s of whole training steps on synthetic images."""
     with tempfile.TemporaryDirectory() as folder:
         data = f'{folder}/data.zip'
         write_zip(data, 4 * batch, network_kwargs['img_resolution'])
@@ -56,23 +56,24 @@ def images_per_second(config, network_kwargs, batch, repeats, device, options):
 
 
 def chosen_presets(only):
-    """The paper's presets that --only names; a word that is no preset's name stands for all that hold it."""
+    """The paper's presets that --only selects: a preset's name selects that one, another word all that contain it."""
     names = [name for name in PRESETS if name != 'digits']
-    select(names, only)  # refuses a word that none of them holds
+    select(names, only)  # refuses a word that no name contains
     words = [word.strip() for word in (only or '').split(',') if word.strip()]
     return [name for name in names
             if not words or any(word == name or word not in names and word in name for word in words)]
 
 
 def former_rows(out, here, tiny):
-    """The rows of an earlier report in `out`, [] without one.
+    """The rows of an earlier report in `out`, or [].
 
     Args:
+        out: Path of the report, or None.
         here: `environment` of this machine.
-        tiny: Whether only small networks are to be measured.
+        tiny: Whether small networks are measured.
 
     Raises:
-        click.ClickException: it was measured on a GPU, and this is no such GPU, or `tiny`.
+        click.ClickException: it was measured on a GPU, and this machine has no such GPU, or `tiny` is set.
     """
     if out is None or not pathlib.Path(out).is_file():
         return []
@@ -84,7 +85,7 @@ def former_rows(out, here, tiny):
 
 
 def merged(rows, former):
-    """`rows` and those of `former` that are of other presets or systems, in the order of PRESETS."""
+    """`rows` plus the rows of `former` for other presets or systems, in the order of PRESETS, Warm before EDM."""
     def key(row):
         return row['preset'], row['system']
     new = {key(row) for row in rows}
@@ -94,12 +95,12 @@ def merged(rows, former):
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--only', metavar='LIST', default=None,
-              help='Only these presets, or all whose name holds one of these words')
-@click.option('--repeats', metavar='INT', type=int, default=5, help='Of each measurement, on CUDA of five steps')
+              help='Only these presets, or all whose name contains one of these words')
+@click.option('--repeats', metavar='INT', type=int, default=5, help='Repeats per measurement (of 5 steps on CUDA)')
 @click.option('--tiny', is_flag=True, help='Measure small networks, on the CPU too')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(only, repeats, tiny, out):
-    """Count and measure."""
+    """Count FLOPs and measure speed."""
     device, rows, presets = 'cuda' if torch.cuda.is_available() else 'cpu', [], chosen_presets(only)
     here = environment(device)
     former = former_rows(out, here, tiny)
@@ -113,7 +114,7 @@ def main(only, repeats, tiny, out):
             row = dict(preset=preset, system=precond, parameters=sum(p.numel() for p in net.parameters()),
                        gflop_an_image=flops / 1e9, images_per_second=None, hours=None, commit=here['commit'])
             batch = config['batch_size'] // PAPER_GPUS
-            if tiny:  # hours would be of another network
+            if tiny:  # no hours: they would be those of another network
                 small = {**network_kwargs, 'model_channels': 8, 'num_blocks': 1}
                 row['images_per_second'] = images_per_second(config, small, 2, 1, device, dict(precision='bf16'))
             elif device == 'cuda':
@@ -121,7 +122,7 @@ def main(only, repeats, tiny, out):
             if row['images_per_second'] and not tiny:
                 row['hours'] = 1000 * PAPER_KIMG / (PAPER_GPUS * row['images_per_second']) / 3600
             rows.append(row)
-            print(json.dumps(row), flush=True)  # kept even if the time does not suffice for the next
+            print(json.dumps(row), flush=True)  # not lost if time runs out during the next one
             torch.cuda.empty_cache()
     report('Cost of training at full size', merged(rows, former),
            dict(gpus=PAPER_GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device)

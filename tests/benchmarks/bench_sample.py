@@ -2,13 +2,13 @@
 
     python tests/benchmarks/bench_sample.py [--cbase=128] [--compile] [--total=50000] [--out=FILE.json]
 
-A random network of EDM's CIFAR-10 size is drawn from with Heun's sampler, float64 state. The reference way is EDM's:
-float32 without TF32, NCHW, attention by an explicit softmax, resampling by convolutions, at most 64 images at a time
-(its default, and fp32's here; the others draw --batch), and a sampler that waits for each PNG file. `ratio` is a way's
-images/s over the reference's. `times_floor` is the time over that of the network's products alone at the measured peak
-of bf16, images × NFE × FLOPs of an evaluation / FLOP/s; the target for 50,000 images is at most 2. Their row takes the
-fastest of EDM's ways above it, writes behind the sampler, and is elapsed time. The others are processor time on a CPU,
-so that what writers in the background take is seen in full.
+Samples a randomly initialised network of EDM's CIFAR-10 size with Heun's sampler and a float64 state. The reference way
+is EDM's: float32 without TF32, NCHW, attention with an explicit softmax, resampling by convolutions, at most 64 images
+at a time (EDM's default, used for all fp32 rows; the others use --batch), and a sampler that waits for each PNG file.
+`ratio` is a row's images/s over the reference's. `times_floor` is the time relative to images × NFE × FLOPs of an
+evaluation / FLOP/s, that of the network's products alone at the measured peak of bf16; the target for 50,000 images is
+at most 2. Their row uses the fastest of EDM's ways above it, writes in the background, and is elapsed time. The other
+rows are processor time on a CPU, so that the cost of background writers shows in full.
 """
 
 import contextlib
@@ -33,25 +33,25 @@ from training.generation import BATCH, generate_images  # noqa: E402
 from warm.config import ARCHITECTURES  # noqa: E402
 from warm.systems import SYSTEMS  # noqa: E402
 
-BATCHES = 2  # of one measurement
+BATCHES = 2  # per measurement
 SYSTEM_KWARGS = {'warm': dict(bnr='0.5')}
 
 
 def draw_only(folder, batches):
-    """Nothing is written."""
+    """Draw the images without writing them."""
     for _ in batches:
         pass
 
 
 def write_waiting(folder, batches):
-    """The reference: the sampler waits for each file."""
+    """Write the images as the reference does: the sampler waits for each file."""
     for seeds, images in batches:
         for seed, image in zip(seeds, images.cpu().numpy()):
             save_png(pathlib.Path(folder) / f'{seed}.png', image)
 
 
 class Way(typing.NamedTuple):
-    """A system, arguments of `accelerate` (None: the reference way), and what becomes of the images."""
+    """A system, arguments of `accelerate` (None = the reference way), and what is done with the images."""
 
     system: str
     options: dict | None
@@ -59,7 +59,7 @@ class Way(typing.NamedTuple):
 
 
 def ways(device, compile, backend='inductor'):
-    """{name: Way}, EDM's first; with `compile` also those that are compiled, by that backend of torch.compile."""
+    """{name: Way}, EDM's first; with `compile` also the compiled ones, using that backend of torch.compile."""
     plain = dict(precision='bf16')
     found = {'reference': Way('edm', None, write_waiting)}
     found.update({name: Way('edm', dict(precision=name)) for name, p in PRECISIONS.items()
@@ -78,7 +78,7 @@ def ways(device, compile, backend='inductor'):
 
 
 class Drawer:
-    """Draws images of the ways at one batch size; those that share a network share it here too."""
+    """Draws images in each way at one batch size; ways with the same system and options share a network."""
 
     def __init__(self, network_kwargs, steps, batch, device):
         self.network_kwargs, self.steps, self.batch, self.device = network_kwargs, steps, batch, device
@@ -95,16 +95,16 @@ class Drawer:
         return min(self.batch, BATCH) if slow else self.batch
 
     def count(self, way):
-        """Images of one measurement."""
+        """Images per measurement."""
         return BATCHES * self.batch_of(way)
 
     def draw(self, way, count, folder, **options):
-        """All of it: draw `count` images and do with them what the way does; `options` go to `write_images`."""
+        """Draw `count` images and consume them as the way does; `options` are passed on to `write_images`."""
         with reference_layers() if way.options is None else contextlib.nullcontext():
             way.consume(folder, self.images(way, count), **options)
 
     def network(self, way):
-        """(network with random weights, sampler)."""
+        """(network with random weights, sampler) of a way, made once."""
         key = way.system, json.dumps(way.options, sort_keys=True)
         if key not in self.made:
             torch.manual_seed(0)
@@ -117,7 +117,7 @@ class Drawer:
 
 
 def measure(names, choices, drawer, repeats, folder):
-    """Yield (name, seconds) of `Drawer.count` images: on a GPU one way after the other, on a CPU in turns."""
+    """Yield (name, seconds) for `Drawer.count` images: on a GPU one way after the other, on a CPU in turns."""
     cuda = torch.device(drawer.device).type == 'cuda'
     for group in ([[name] for name in names] if cuda else [names] if names else []):
         tasks = {name: lambda way=choices[name]: drawer.draw(way, drawer.count(way), folder) for name in group}
@@ -125,32 +125,34 @@ def measure(names, choices, drawer, repeats, folder):
 
 
 def whole_set(name, choices, drawer, total, folder):
-    """(name of the row, elapsed seconds) of `total` images written behind the sampler, drawn as the way `name` does."""
+    """(name of the row, elapsed seconds) for `total` images drawn as in way `name` and written in the background."""
     start = time.perf_counter()
     drawer.draw(choices[name]._replace(consume=write_images), total, folder, subdirs=True)
     return f'{total} images: {name}, written behind it', time.perf_counter() - start
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
-@click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: CPU 32, CUDA of the network]')
-@click.option('--cres', metavar='LIST', type=parse_int_list, default=None, help='Channels per resolution')
+@click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network architecture')
+@click.option('--cbase', metavar='INT', type=int, default=None,
+              help="Base number of channels  [default: CPU 32, CUDA the architecture's]")
+@click.option('--cres', metavar='LIST', type=parse_int_list, default=None,
+              help="Channels per resolution, times --cbase  [default: the architecture's]")
 @click.option('--blocks', metavar='INT', type=int, default=None,
-              help='Blocks per resolution  [default: of the network]')
-@click.option('--size', metavar='INT', type=int, default=32, help='Resolution')
+              help="Blocks per resolution  [default: the architecture's]")
+@click.option('--size', metavar='INT', type=int, default=32, help='Image resolution')
 @click.option('--batch', 'batches', metavar='LIST', type=parse_int_list, default=None,
               help='Images at a time  [default: CPU 8, CUDA 512]')
 @click.option('--steps', metavar='INT', type=int, default=None, help="Heun's steps  [default: CPU 2, CUDA 18]")
 @click.option('--total', metavar='INT', type=int, default=None,
-              help='Images of the whole set; 0: none  [default: CPU 20, CUDA 5000]')
-@click.option('--repeats', metavar='INT', type=int, default=3, help='Of each measurement')
-@click.option('--compile', is_flag=True, help='Compiled networks too')
+              help='Images in the whole set; 0 = skip it  [default: CPU 20, CUDA 5000]')
+@click.option('--repeats', metavar='INT', type=int, default=3, help='Repeats per measurement')
+@click.option('--compile', is_flag=True, help='Also measure compiled networks')
 @backend_option
 @click.option('--only', metavar='LIST', default=None,
-              help='Only rows that hold one of these words (a,b), and the reference')
+              help='Only rows that contain one of these words (a,b), and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(arch, cbase, cres, blocks, size, batches, steps, total, repeats, compile, backend, only, out):
-    """Measure sampling."""
+    """Measure sampling speed."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cuda = device == 'cuda'
     choices = ways(device, compile, backend)
@@ -170,12 +172,12 @@ def main(arch, cbase, cres, blocks, size, batches, steps, total, repeats, compil
         rows.append(dict(batch=batch, way=way, images=count, seconds=seconds, unit=unit, images_per_second=rate,
                          ratio=rate / (rows[0]['images_per_second'] if rows else rate),
                          times_floor=seconds / (count * flops / peak)))
-        print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next one does not suffice
+        print(json.dumps(rows[-1]), flush=True)  # not lost if time runs out during the next one
 
     for batch in batches:
         drawer = Drawer(network_kwargs, steps, batch, device)
         with tempfile.TemporaryDirectory() as folder:
-            # Warm's last: should the time run out, the whole set matters more.
+            # Warm comes last: if time runs out, the whole set matters more.
             of_edm = [name for name in chosen if choices[name].system == 'edm']
             rates = {}
             for names in (of_edm, [name for name in chosen if name not in of_edm]):
@@ -189,7 +191,7 @@ def main(arch, cbase, cres, blocks, size, batches, steps, total, repeats, compil
                     name, seconds = whole_set(best, choices, drawer, total, folder)
                     add(name, drawer.batch_of(choices[best]), total, seconds, 'elapsed')
         del drawer
-    report(f'Sampling, {arch}, {steps} steps (NFE {2 * steps - 1}), {flops / 1e9:.4g} GFLOP an image', rows,
+    report(f'Sampling, {arch}, {steps} steps (NFE {2 * steps - 1}), {flops / 1e9:.4g} GFLOP per image', rows,
            dict(network=network_kwargs, steps=steps, flops=flops, repeats=repeats, backend=backend,
                 matrix_tflops=peak / 1e12), out, device)
 

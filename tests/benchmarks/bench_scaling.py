@@ -1,9 +1,9 @@
-"""Two ranks of one machine against one rank that has one core: images/s of whole training runs.
+"""Two ranks on one machine against one: images/s of whole training runs, one core per rank.
 
     python tests/benchmarks/bench_scaling.py [--cbase=32] [--batch=32] [--kimg=0.5] [--out=FILE.json]
 
-Each rank is bound to a core of its own and has one thread; the ranks talk by gloo. Elapsed time counts, so the
-machine has to be otherwise idle: `load` in the report is its load average before the first run. The aim is 1.6.
+Each rank is pinned to its own core and has one thread; the ranks communicate by gloo. Elapsed time is measured, so the
+machine must be otherwise idle: `load` in the report is its load average before the first run. The target ratio is 1.6.
 """
 
 import json
@@ -30,7 +30,7 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 
 def seconds_per_kimg(ranks, options, folder):
-    """From stats.jsonl of a run: of its ticks after the first, which warms up."""
+    """Train with `ranks` ranks and return the seconds per kimg of the fastest tick after the first (warm-up)."""
     script = pathlib.Path(folder) / 'pinned.py'
     script.write_text(PINNED)
     launcher = [] if ranks == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', '--']
@@ -40,20 +40,20 @@ def seconds_per_kimg(ranks, options, folder):
                    env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
     stats, = outdir.glob('*/stats.jsonl')
     lines = [json.loads(line) for line in stats.read_text().splitlines()][1:]
-    return min(line['Timing/sec_per_kimg']['mean'] for line in lines)  # the least disturbed tick
+    return min(line['Timing/sec_per_kimg']['mean'] for line in lines)  # the tick least disturbed by other load
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--cbase', metavar='INT', type=int, default=32, help='Channels')
-@click.option('--size', metavar='INT', type=int, default=32, help='Resolution')
-@click.option('--batch', metavar='INT', type=int, default=32, help='Images a step, over all ranks')
-@click.option('--kimg', metavar='FLOAT', type=float, default=0.5, help='Length of a run')
-@click.option('--ranks', metavar='INT', type=int, default=2, help='Ranks of the second run')
-@click.option('--precision', default='fp32', help='Of the network')
-@click.option('--repeats', metavar='INT', type=int, default=1, help='Of each run; the best counts')
+@click.option('--cbase', metavar='INT', type=int, default=32, help='Base number of channels')
+@click.option('--size', metavar='INT', type=int, default=32, help='Image resolution')
+@click.option('--batch', metavar='INT', type=int, default=32, help='Images per step, over all ranks')
+@click.option('--kimg', metavar='FLOAT', type=float, default=0.5, help='Length of each run, in thousands of images')
+@click.option('--ranks', metavar='INT', type=int, default=2, help='Number of ranks of the second run')
+@click.option('--precision', default='fp32', help='Precision of the network')
+@click.option('--repeats', metavar='INT', type=int, default=1, help='Repeats of each run; the best counts')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(cbase, size, batch, kimg, ranks, precision, repeats, out):
-    """Measure scaling over ranks."""
+    """Measure how training speed scales with the number of ranks."""
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         write_zip(f'{folder}/data.zip', 1024, size)

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_train.py [--cbase=128] [--batch=512] [--compile] [--out=FILE.json]
 
-The reference way is EDM's: float32 without TF32, NCHW, attention by an explicit softmax, resampling by convolutions,
-the moving average and the cleaning of gradients tensor by tensor, one worker that decodes PNG files. A row's `ratio`
-is its images/s over the reference's. MFU is the arithmetic of the network (counted by PyTorch) over the measured peak
-of a matrix product in the row's own precision; what --checkpoint-activations computes twice counts once. `peak_gib` is
-what a step allocates at most on a GPU. On a CPU, times are processor time of one thread, worker processes left out.
+The reference way is EDM's: float32 without TF32, NCHW, attention with an explicit softmax, resampling by convolutions,
+EMA and gradient cleaning tensor by tensor, one worker decoding PNG files. A row's `ratio` is its images/s over the
+reference's. MFU is the network's FLOP/s (FLOPs as counted by PyTorch) over the measured peak of a matrix product in the
+row's own precision; what --checkpoint-activations recomputes is not counted twice. `peak_gib` is the peak GPU memory
+allocated during a step. On a CPU, times are processor time of one thread, without worker processes.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ from warm.systems import SYSTEMS  # noqa: E402
 
 
 def explicit_attention(qkv, num_heads):
-    """The reference: all weights of the attention in memory."""
+    """Reference attention: the whole matrix of attention weights is in memory."""
     batch, channels, height, width = qkv.shape
     a = layers.plain_attention(*layers.split_heads(qkv, num_heads))
     return a.transpose(-1, -2).reshape(batch, channels // 3, height, width)
@@ -48,7 +48,7 @@ def explicit_attention(qkv, num_heads):
 
 @contextlib.contextmanager
 def reference_layers():
-    """Within it, networks attend by an explicit softmax and resample by convolutions on every device, as EDM's do."""
+    """Context in which attention is an explicit softmax and resampling a convolution on every device, as in EDM."""
     former = layers.attend, layers.Conv2d._as_pixels
     layers.attend, layers.Conv2d._as_pixels = explicit_attention, lambda self, x: False
     try:
@@ -59,19 +59,19 @@ def reference_layers():
 
 @torch.no_grad()
 def ema_one_by_one(ema, net, beta):
-    """The reference."""
+    """Reference EMA update, tensor by tensor."""
     for p_ema, p in zip(ema.parameters(), net.parameters()):
         p_ema.copy_(p.detach().lerp(p_ema, beta))
 
 
 def clean_one_by_one(net):
-    """The reference."""
+    """Reference gradient cleaning, tensor by tensor."""
     for p in net.parameters():
         torch.nan_to_num(p.grad, nan=0, posinf=1e5, neginf=-1e5, out=p.grad)
 
 
 class Way(typing.NamedTuple):
-    """A system, arguments of `accelerate` (None: the reference way), and where the decoded images lie."""
+    """A system, arguments of `accelerate` (None = the reference way), and where the decoded images are kept."""
 
     system: str = 'edm'
     options: dict | None = None
@@ -79,7 +79,7 @@ class Way(typing.NamedTuple):
 
 
 def ways(device, compile, backend='inductor'):
-    """{name: Way}, with `compile` also those that are compiled, by that backend of torch.compile."""
+    """{name: Way}; with `compile` also the compiled ones, using that backend of torch.compile."""
     cuda = device == 'cuda'
     found = {'reference': Way()}
     found.update({name: Way('edm', dict(precision=name)) for name, p in PRECISIONS.items()
@@ -98,7 +98,7 @@ def ways(device, compile, backend='inductor'):
 
 
 class Trainer:
-    """One way of training: `step()` is a whole step, `parts` the seconds that each part of the last one took."""
+    """One way of training: `step()` is a whole step; `parts` holds the seconds of each part of the timed steps."""
 
     def __init__(self, system, options, network_kwargs, data, batch, device, data_device='cpu'):
         self.reference, self.batch, self.device = options is None, batch, torch.device(device)
@@ -119,14 +119,14 @@ class Trainer:
         self.parts = {}
 
     def open_batches(self, data):
-        """What the steps' images come from."""
+        """The batches to train on: the data set as PNG files for the reference, else decoded in advance."""
         dataset = ImageFolderDataset(data) if self.reference else tl.open_dataset(path=data)
         return Batches(dataset, self.batch, 0, 0, dict(num_workers=1, prefetch_factor=2), self.device,
                        self.data_device)
 
     @contextlib.contextmanager
     def part(self, name):
-        """Times a part of the step; on a GPU this waits, so that `breakdown` is not to be mixed with `step`."""
+        """Context that times a part of a timed step; on a GPU this synchronises, so such steps are slower."""
         clock = time.perf_counter if self.device.type == 'cuda' else time.process_time
         if self.timed and self.device.type == 'cuda':
             torch.cuda.synchronize()
@@ -138,7 +138,7 @@ class Trainer:
             self.parts[name] = self.parts.get(name, 0) + clock() - start
 
     def step(self, timed=False):
-        """Data, loss, gradients, Adam, moving average; returns the loss [B, C, H, W]."""
+        """One training step: data, loss, gradients, Adam, EMA; returns the loss [B, C, H, W]."""
         self.timed = timed
         with reference_layers() if self.reference else contextlib.nullcontext():
             with self.part('data'):
@@ -160,7 +160,7 @@ class Trainer:
         return loss.detach()
 
     def peak_memory(self):
-        """GiB allocated at most during a step; None on a CPU."""
+        """Peak GPU memory allocated during a step, in GiB; None on a CPU."""
         if self.device.type != 'cuda':
             return None
         torch.cuda.reset_peak_memory_stats()
@@ -169,7 +169,7 @@ class Trainer:
 
 
 def matrix_peak(precision, device, repeats=10):
-    """FLOP/s of a large matrix product of random numbers in that precision."""
+    """Measured FLOP/s of a large matrix product of random numbers in this precision."""
     n = 8192 if device == 'cuda' else 1024
     p = PRECISIONS[precision]
     a, b = (torch.randn([n, n], device=device).to(p.dtype_on(torch.device(device))) for _ in range(2))
@@ -179,19 +179,19 @@ def matrix_peak(precision, device, repeats=10):
 
 
 def step_flops(network_kwargs, system='edm'):
-    """Floating-point operations of a training step per image: the network's products, forward and backward."""
+    """FLOPs of a training step per image: the network's matrix products and convolutions, forward and backward."""
     return _count(network_kwargs, system,
                   lambda net, images: SYSTEMS[system].loss(net)(net, images).sum().backward())
 
 
 def forward_flops(network_kwargs, system='edm'):
-    """Those of one evaluation of the network per image."""
+    """FLOPs of one network evaluation per image."""
     return _count(network_kwargs, system, lambda net, images: net(images, 1.0))
 
 
 def _count(network_kwargs, system, work):
     size = network_kwargs['img_resolution']
-    with torch.device('meta'):  # shapes are enough to count
+    with torch.device('meta'):  # counting needs only shapes
         net = SYSTEMS[system].network_class(img_channels=3, **network_kwargs)
         with FlopCounterMode(display=False) as counter:
             work(net, torch.zeros([1, 3, size, size]))
@@ -199,7 +199,7 @@ def _count(network_kwargs, system, work):
 
 
 def write_zip(path, count, size):
-    """A data set of `count` smooth random images as uncompressed PNG files, as dataset_tool.py writes them."""
+    """Write a zip of `count` smooth random images as uncompressed PNG files, like those of dataset_tool.py."""
     rng = np.random.default_rng(0)
     with zipfile.ZipFile(path, 'w') as z:
         for i in range(count):
@@ -208,27 +208,29 @@ def write_zip(path, count, size):
 
 
 backend_option = click.option(
-    '--backend', default='inductor', help='Of torch.compile; aot_eager takes seconds, to try the script itself')
+    '--backend', default='inductor', help='Backend of torch.compile; aot_eager takes seconds, to try the script')
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
-@click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: CPU 64, CUDA of the network]')
-@click.option('--cres', metavar='LIST', type=parse_int_list, default=None, help='Channels per resolution')
+@click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network architecture')
+@click.option('--cbase', metavar='INT', type=int, default=None,
+              help="Base number of channels  [default: CPU 64, CUDA the architecture's]")
+@click.option('--cres', metavar='LIST', type=parse_int_list, default=None,
+              help="Channels per resolution, times --cbase  [default: the architecture's]")
 @click.option('--blocks', metavar='INT', type=int, default=None,
-              help='Blocks per resolution  [default: of the network]')
-@click.option('--size', metavar='INT', type=int, default=32, help='Resolution of the images')
-@click.option('--batch', metavar='INT', type=int, default=None, help='Images a step  [default: CPU 8, CUDA 512]')
-@click.option('--images', metavar='INT', type=int, default=2048, help='Images of the data set that is made up')
+              help="Blocks per resolution  [default: the architecture's]")
+@click.option('--size', metavar='INT', type=int, default=32, help='Image resolution')
+@click.option('--batch', metavar='INT', type=int, default=None, help='Images per step  [default: CPU 8, CUDA 512]')
+@click.option('--images', metavar='INT', type=int, default=2048, help='Images in the synthetic data set')
 @click.option('--repeats', metavar='INT', type=int, default=None,
-              help='Of each measurement, on CUDA of five steps  [default: CPU 3, CUDA 5]')
-@click.option('--compile', is_flag=True, help='Compiled networks too: minutes of compilation for each')
+              help='Repeats per measurement (of 5 steps on CUDA)  [default: CPU 3, CUDA 5]')
+@click.option('--compile', is_flag=True, help='Also measure compiled networks; each takes minutes to compile')
 @backend_option
 @click.option('--only', metavar='LIST', default=None,
-              help='Only rows that hold one of these words (a,b), and the reference')
+              help='Only rows that contain one of these words (a,b), and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backend, only, out):
-    """Measure training."""
+    """Measure training speed."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cuda = device == 'cuda'
     choices = ways(device, compile, backend)
@@ -246,13 +248,13 @@ def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backe
         data = f'{folder}/data.zip'
         write_zip(data, images, size)
         rows, seconds = [], {}
-        if cuda:  # one after the other: their memory together would be too much
+        if cuda:  # one after the other: together they would need too much memory
             for name, (system, options, data_device) in chosen.items():
                 trainer = Trainer(system, options, network_kwargs, data, batch, device, data_device)
-                slow = (options or {}).get('precision', 'fp32') == 'fp32'  # over a second a step
+                slow = (options or {}).get('precision', 'fp32') == 'fp32'  # over a second per step
                 seconds.update(alternate_steps({name: trainer.step}, min(repeats, 2) if slow else repeats, device))
                 rows.append(row(name, trainer, options, seconds, flops, peaks))
-                print(json.dumps(rows[-1]), flush=True)  # kept even if the time for the next one does not suffice
+                print(json.dumps(rows[-1]), flush=True)  # not lost if time runs out during the next one
                 trainer.batches.close()
                 del trainer
                 torch.cuda.empty_cache()
@@ -265,13 +267,13 @@ def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backe
             for trainer in trainers.values():
                 trainer.batches.close()
     parameters = sum(p.numel() for p in SYSTEMS['edm'].network_class(img_channels=3, **network_kwargs).parameters())
-    report(f'Training, {arch}, {parameters / 1e6:.1f} M parameters, batch {batch}, {flops / 1e9:.1f} GFLOP an image',
+    report(f'Training, {arch}, {parameters / 1e6:.1f} M parameters, batch {batch}, {flops / 1e9:.1f} GFLOP per image',
            rows, dict(network=network_kwargs, parameters=parameters, batch=batch, repeats=repeats, flops=flops,
                       backend=backend, matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
 
 
 def row(name, trainer, options, seconds, flops, peaks):
-    """The table's row: speed, MFU, memory, and milliseconds of each part of a step."""
+    """A row of the table: speed, MFU, memory, and the milliseconds of each part of a step."""
     precision = (options or {}).get('precision', 'fp32')
     per_second = trainer.batch / seconds[name]
     memory = trainer.peak_memory()

@@ -1,11 +1,11 @@
-"""What Warm costs over EDM, in one run: a training step, sampling, and the arithmetic that it adds to each.
+"""What Warm costs over EDM, in one run: a training step, sampling, and the computation that it adds to each.
 
     python tests/benchmarks/bench_warm.py [--arch=ddpmpp] [--cbase=128] [--batch=512] [--device=cuda] [--out=FILE.json]
 
-The default is EDM's CIFAR-10 network (DDPM++, 55.7 million parameters). Whole steps are measured in turn, but
-their difference is smaller than the noise of a shared machine. So the added arithmetic is also measured by
-itself: the same loss and samplers around a network of one multiplication, Warm's time less EDM's, over the
-time of EDM's whole step. The aim is at most 3 % for both. On a CPU, times are processor time of one thread.
+The default is EDM's CIFAR-10 network (DDPM++, 55.7 million parameters). Whole steps are measured in turns, but their
+difference is smaller than the noise of a shared machine. So the added computation is also measured by itself, with the
+same loss and samplers around a network of one multiplication: Warm's time minus EDM's, over the time of EDM's whole
+step. The target is at most 3 % for both training and sampling. On a CPU, times are processor time of one thread.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ SYSTEMS = {'edm': (EDMPrecond, EDMLoss, edm_sampler), 'warm': (WarmPrecond, Warm
 
 
 class Trivial(torch.nn.Module):
-    """Stands for a U-Net where only what surrounds it is to be measured."""
+    """Stands in for a U-Net to measure only what surrounds it."""
 
     def __init__(self, channels, noise_channels):
         super().__init__()
@@ -43,7 +43,7 @@ class Trivial(torch.nn.Module):
 
 
 def build(name, network_kwargs, device, precision='fp32', trivial=False):
-    """The system's network; with `trivial`, its U-Net replaced."""
+    """The network of system `name`; with `trivial`, its U-Net is replaced by `Trivial`."""
     net = SYSTEMS[name][0](img_channels=3, **network_kwargs)
     net.precision = precision
     if trivial:
@@ -52,7 +52,7 @@ def build(name, network_kwargs, device, precision='fp32', trivial=False):
 
 
 def training_step(name, net, images):
-    """A function of no arguments: forward, loss, backward, Adam."""
+    """Make a function without arguments that does one training step: forward, loss, backward, Adam."""
     loss = SYSTEMS[name][1]()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
 
@@ -67,7 +67,7 @@ def training_step(name, net, images):
 
 
 def sampling(name, net, latents, steps):
-    """A function of no arguments: Heun's sampler."""
+    """Make a function without arguments that runs Heun's sampler."""
     @torch.no_grad()
     def draw():
         net.eval()
@@ -76,12 +76,12 @@ def sampling(name, net, latents, steps):
 
 
 def measure(make, network_kwargs, device, precision, repeats):
-    """Rows for one kind of work; make(name, net) gives what is measured."""
+    """Values of the row for one kind of work, as a dict; make(name, net) returns the function to time."""
     def timed(kwargs, repeats, **options):
         nets = {name: build(name, kwargs, device, precision, **options) for name in SYSTEMS}
         return alternate_steps({name: make(name, net) for name, net in nets.items()}, repeats, device)
     whole = timed(network_kwargs, repeats)
-    # A network whose U-Net is replaced may as well be small.
+    # A network whose U-Net gets replaced can just as well be small.
     around = timed(dict(network_kwargs, model_channels=32, channel_mult=[1], num_blocks=1), max(repeats, 20),
                    trivial=True)
     return dict(edm_seconds=whole['edm'], warm_seconds=whole['warm'], ratio=whole['warm'] / whole['edm'],
@@ -90,23 +90,24 @@ def measure(make, network_kwargs, device, precision, repeats):
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network')
-@click.option('--cbase', metavar='INT', type=int, default=None, help='Channels  [default: of the network]')
+@click.option('--arch', type=click.Choice(list(ARCHITECTURES)), default='ddpmpp', help='Network architecture')
+@click.option('--cbase', metavar='INT', type=int, default=None,
+              help="Base number of channels  [default: the architecture's]")
 @click.option('--cres', metavar='LIST', type=parse_int_list, default=None,
-              help='Channels per resolution  [default: of the network]')
-@click.option('--resolution', metavar='INT', type=int, default=32, help='Image size')
+              help="Channels per resolution, times --cbase  [default: the architecture's]")
+@click.option('--resolution', metavar='INT', type=int, default=32, help='Image resolution')
 @click.option('--batch', metavar='INT', type=int, default=None, help='Training batch  [default: CPU 4, CUDA 512]')
 @click.option('--sample-batch', metavar='INT', type=int, default=None,
               help='Images drawn at a time  [default: CPU 4, CUDA 64]')
 @click.option('--steps', metavar='INT', type=int, default=None, help="Heun's steps  [default: CPU 2, CUDA 18]")
-@click.option('--repeats', metavar='INT', type=int, default=5, help='Of each measurement; medians count')
+@click.option('--repeats', metavar='INT', type=int, default=5, help='Repeats per measurement; the median counts')
 @click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='Where to run')
-@click.option('--precision', type=click.Choice(list(PRECISIONS)), default='fp32', help='Of the networks')
+@click.option('--precision', type=click.Choice(list(PRECISIONS)), default='fp32', help='Precision of the networks')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(arch, cbase, cres, resolution, batch, sample_batch, steps, repeats, device, precision, out):
     """Measure what Warm costs over EDM."""
     cuda = torch.device(device).type == 'cuda'
-    torch.set_num_threads(1)  # threads that wait for each other would count as processor time
+    torch.set_num_threads(1)  # time that threads spend waiting for each other would count as processor time
     batch, sample_batch = batch or (512 if cuda else 4), sample_batch or (64 if cuda else 4)
     steps = steps or (18 if cuda else 2)
     network_kwargs = dict(ARCHITECTURES[arch], img_resolution=resolution, dropout=0.13)

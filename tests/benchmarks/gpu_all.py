@@ -1,10 +1,10 @@
-"""All that needs a GPU, in five commands of at most ten minutes each: the CUDA tests and every benchmark.
+"""The CUDA tests and the speed benchmarks on a GPU, in five calls of at most ten minutes each.
 
     python tests/benchmarks/gpu_all.py --call=1 --out=gpu-1.json [--commit=REV] [--seconds=570] [--only=fid] [--tiny]
 
-What no longer fits into the time is left out and named in the file; another call with --only makes up for it. With
---tiny everything runs at a small size, on the CPU too, to try the script itself: networks are then compiled by a
-backend that makes them no faster. The cost of the presets also goes to results/cost.json.
+What no longer fits into the time is skipped and named in the file; another call with --only makes up for it. With
+--tiny, everything runs at a small size, on the CPU too, to try the script itself; networks are then compiled by a
+backend that compiles fast but does not speed them up. The cost of the presets goes to results/cost.json as well.
 """
 
 import json
@@ -29,7 +29,7 @@ TINY_TRAIN = [*TINY, '--images=64', '--size=8', '--blocks=1']
 TINY_SAMPLE = ['--cbase=16', '--cres=1,1', '--blocks=1', '--batch=4', '--repeats=1', '--size=8']
 TINY_COMPILE = ['--compile', '--backend=aot_eager']
 
-# name → (script, options, options of --tiny, seconds it may take); a network takes minutes to compile
+# name → (script, options, options with --tiny, time limit in seconds); compiling a network takes minutes
 RUNS = {
     'train': ('bench_train.py', [], TINY_TRAIN, 190),
     'warm': ('bench_warm.py', ['--precision=bf16'], [*TINY, '--resolution=8'], 90),
@@ -45,15 +45,15 @@ RUNS = {
                   [*TINY_SAMPLE, *TINY_COMPILE, '--only=compiled', '--total=0'], 330),
     'presets': ('bench_presets.py', ['--only=cifar10'], ['--only=ffhq', '--tiny'], 560),
 }
-TESTS = 'tests', 240  # the CUDA part of the suite, and its seconds
-SECONDS = 570  # of a call
+TESTS = 'tests', 240  # name of the CUDA tests, and their time limit in seconds
+SECONDS = 570  # time limit of a call
 CALLS = {'1': ('tests', 'train', 'warm', 'data'), '2': ('train-compiled',), '3': ('sample',),
          '4': ('fid', 'train-64-a-gpu', 'sample-64'), '5': ('presets',)}
-KEPT = {'presets': ROOT / 'results' / 'cost.json'}  # reports that lie in the repository; --tiny leaves them alone
+KEPT = {'presets': ROOT / 'results' / 'cost.json'}  # reports kept in the repository; --tiny does not touch them
 
 
 def run_one(command, limit):
-    """What a command said and whether it ended in time: {'rc', 'seconds', 'output'}."""
+    """Run a command for at most `limit` seconds: {'rc' (None after a time-out), 'seconds', 'output' (its end)}."""
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, start_new_session=True,
@@ -62,20 +62,20 @@ def run_one(command, limit):
         output, _ = process.communicate(timeout=limit)
         rc = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with what it started: compilers, loaders of data
+        os.killpg(process.pid, signal.SIGKILL)  # with its child processes, such as compilers and data loaders
         output, rc = process.communicate()[0], None
     return dict(rc=rc, seconds=round(time.monotonic() - start, 1), output=output[-6000:])
 
 
 @click.command()
-@click.option('--out', metavar='FILE.json', required=True, help='Where all results go')
-@click.option('--seconds', type=float, default=SECONDS, show_default=True, help='Time for everything')
+@click.option('--out', metavar='FILE.json', required=True, help='Where to write all results')
+@click.option('--seconds', type=float, default=SECONDS, show_default=True, help='Time limit for everything')
 @click.option('--tiny', is_flag=True, help='Small sizes, on the CPU too')
-@click.option('--call', type=click.Choice(list(CALLS)), default='1', show_default=True, help='Which of the commands')
-@click.option('--only', metavar='LIST', default=None, help=f'These instead: some of tests, {", ".join(RUNS)}')
-@click.option('--commit', metavar='REV', default=None, help='What is measured, where this is no git checkout')
+@click.option('--call', type=click.Choice(list(CALLS)), default='1', show_default=True, help='Which of the five calls')
+@click.option('--only', metavar='LIST', default=None, help=f'Run these instead: some of tests, {", ".join(RUNS)}')
+@click.option('--commit', metavar='REV', default=None, help='Commit that is measured, if this is not a git checkout')
 def main(out, seconds, tiny, call, only, commit):
-    """Measure everything."""
+    """Run one call's tests and benchmarks."""
     import torch
     names = only.split(',') if only else CALLS[call]
     unknown = [name for name in names if name not in (*RUNS, TESTS[0])]
@@ -83,7 +83,7 @@ def main(out, seconds, tiny, call, only, commit):
         raise click.BadParameter(f"{', '.join(unknown)}: choose from tests, {', '.join(RUNS)}", param_hint='--only')
     end, device = time.monotonic() + seconds, 'cuda' if torch.cuda.is_available() else 'cpu'
     if commit:
-        os.environ[COMMIT_VARIABLE] = commit  # all that is started has it too
+        os.environ[COMMIT_VARIABLE] = commit  # inherited by everything that is started
     results = dict(environment=environment(device), tiny=tiny, runs={})
     if device == 'cuda' and not results['environment']['commit']:
         raise click.ClickException('nothing tells which commit this is, and numbers without it are of no use; add '
@@ -91,7 +91,7 @@ def main(out, seconds, tiny, call, only, commit):
 
     def record(name, result):
         results['runs'][name] = result
-        pathlib.Path(out).write_text(json.dumps(results, indent=2))  # whatever happens next, this is kept
+        pathlib.Path(out).write_text(json.dumps(results, indent=2))  # kept whatever happens next
         print(f'== {name}: rc {result.get("rc")}, {result.get("seconds", 0)} s\n{result.get("output", "")}', flush=True)
 
     with tempfile.TemporaryDirectory() as folder:

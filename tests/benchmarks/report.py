@@ -1,4 +1,4 @@
-"""What the benchmarks share: selection, alternating measurement, and a report with hardware, versions and commit."""
+"""Shared by the benchmarks: choosing rows, alternating measurements, a report with hardware, versions and commit."""
 
 import json
 import os
@@ -15,19 +15,19 @@ from dnnlib.files import atomic_write
 from training.provenance import code_version, processor
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-GPU_WARM_UP = 3  # steps before any is timed
-GPU_IN_A_ROW = 5  # steps between two waits for the GPU
+GPU_WARM_UP = 3  # untimed steps at the start
+GPU_IN_A_ROW = 5  # steps between two synchronisations with the GPU
 
 
 def select(names, words):
-    """Those of `names` that hold one of the words, in their order; all without words.
+    """The names that contain one of the words, in the order of `names`; all names if there are no words.
 
     Args:
         names: What there is to measure.
-        words: As typed after --only, separated by commas. A name may have some ('bf16, compiled'), a word has none.
+        words: The value of --only, separated by commas. Names may contain commas ('bf16, compiled'), words may not.
 
     Raises:
-        click.BadParameter: a word that no name holds.
+        click.BadParameter: no name contains one of the words.
     """
     words = [word.strip() for word in (words or '').split(',') if word.strip()]
     for word in words:
@@ -38,17 +38,17 @@ def select(names, words):
 
 
 def alternate(tasks, repeats, device='cpu', warm_up=1, in_a_row=1):
-    """Median seconds of each of {name: callable}: `warm_up` runs of each, then all in turn, `repeats` times.
+    """Median seconds per run of each task {name: seconds}: `warm_up` runs of each, then `repeats` turns of all tasks.
 
-    Taking turns lets a change in the machine's load reach all of them alike. On a CPU it is processor time,
-    of all threads together, that counts: others may be using the machine.
+    Since the tasks take turns, a change in the machine's load affects all of them alike. On a CPU, processor time
+    (summed over threads) is measured, since others may be using the machine.
 
     Args:
         tasks: {name: callable without arguments}.
-        repeats: Turns; the median counts.
-        device: Where the tasks work; after a turn on a GPU it is waited for.
-        warm_up: Runs of each before any is timed.
-        in_a_row: Runs of a turn; the seconds are those of one.
+        repeats: Number of turns; the median counts.
+        device: Where the tasks run; a GPU is synchronised after each turn.
+        warm_up: Untimed runs of each task at the start.
+        in_a_row: Runs per turn; the seconds are per run.
     """
     cuda = torch.device(device).type == 'cuda'
     clock = time.perf_counter if cuda else time.process_time
@@ -68,24 +68,25 @@ def alternate(tasks, repeats, device='cpu', warm_up=1, in_a_row=1):
 
 
 def alternate_steps(steps, repeats, device='cpu'):
-    """`alternate` for steps that follow one another in a loop, as those of a training do: seconds of one step.
+    """`alternate` for the steps of a loop, such as training steps: median seconds per step.
 
-    On a GPU the host is some kernels ahead as long as nobody waits. A wait after each step would end that, and count
-    the launch of its first kernels; the first steps also choose algorithms and fill the memory pool.
+    On a GPU the host runs some kernels ahead. Synchronising after each step would end that and add the launch of its
+    first kernels to the time, so several steps are timed together. More are run untimed, since the first steps choose
+    algorithms and fill the memory pool.
     """
     cuda = torch.device(device).type == 'cuda'
     return alternate(steps, repeats, device, **(dict(warm_up=GPU_WARM_UP, in_a_row=GPU_IN_A_ROW) if cuda else {}))
 
 
 def environment(device='cpu'):
-    """Hardware, versions and commit, as plain values."""
+    """Hardware, versions and commit, as plain JSON values."""
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else None
     return dict(processor=processor(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu,
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=code_version())
 
 
 def report(title, rows, settings, out=None, device='cpu'):
-    """Print `rows` (dicts of the same keys, at least one) as a table and, to `out`, write all of it as JSON."""
+    """Print `rows` (at least one dict, all with the same keys) as a table; with `out`, also write a report as JSON."""
     shown = [{key: f'{value:.4g}' if isinstance(value, float) else str(value) for key, value in row.items()}
              for row in rows]
     width = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]}

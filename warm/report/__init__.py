@@ -1,1 +1,1 @@
-"""Tables and plots of any runs: what was measured (data), the paper's tables (tables), plots, and the page of both."""
+"""Tables and plots of any runs: the measurements (data), the paper's tables (tables), plots, and the page of both."""

@@ -1,4 +1,4 @@
-"""What warm.report knows: runs with their statistics and scores, and the scores put together to measurements."""
+"""The data behind warm.report: runs with their statistics and scores, and scores grouped into measurements."""
 
 import dataclasses
 import inspect
@@ -19,23 +19,23 @@ from warm.systems import SYSTEMS
 PAPER_IMAGES, PAPER_ROUNDS = 50_000, 3  # Sec. 3.1
 PAPER_KIMG, PAPER_GPUS = 200_000, 8  # the length of training is EDM's
 BETTER = {name: metric.best for metric in METRICS.values() for name in metric.scores if not name.endswith(STD)}
-DISTANCES = ('FID', 'FD')  # how a distance's label begins: Inception's, any other detector's
-# What makes two scores rounds of one measurement; everything else may differ between rounds.
+DISTANCES = ('FID', 'FD')  # kinds of a distance's label: Inception's, any other detector's
+# Two scores that agree in these are rounds of one measurement; everything else may differ between rounds.
 SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'precision', 'bnr', 'path',
         'trained_on', 'targets', 'prior', 'cold_blur', 'cold_start', 'sampler', 'class_idx', 'detector',
         'detector_sha256', 'ref_sha256', 'num_images')
-# Of the sampler's options, those that are in the facts by another name: NFE, solver, path; data is the training set's.
+# Sampler options that the facts hold under another name: as NFE, solver and path; `data` is the training set.
 NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data')
 ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
 
 
 @dataclasses.dataclass
 class Run:
-    """A run folder (or the folder of some scored images).
+    """A run folder, or a metrics.jsonl alone.
 
     Attributes:
-        name: The folder's.
-        options: training_options.json, {} without.
+        name: Name of the folder.
+        options: Content of training_options.json, {} if there is none.
         stats: Lines of stats.jsonl.
         scores: Lines of metrics.jsonl.
     """
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def label(self):
-        """Short name for legends: number, system and BNR as trained on."""
+        """Short name for legends: run number, system and the BNR it was trained on."""
         system = self.options.get('system')
         number = self.name.split('-')[0]
         if system is None or not number.isdecimal():
@@ -64,11 +64,11 @@ class Measurement:
 
     Attributes:
         run: Name of the run.
-        facts: What the rounds have in common, their seeds, the commit and device of the last, and what else tells
-            networks apart: the resolution, and the blur of Blurring Diffusion, None where it is not known.
+        facts: What the rounds have in common (SAME); all their seeds; of the last round the resolution, commit, device,
+            ranks and network file; and the blur of Blurring Diffusion. None where unknown.
         values: {metric's label: best value}.
         rounds: Number of different sets of seeds.
-        seconds: Of all rounds together.
+        seconds: Scoring time of all rounds together.
     """
 
     run: str
@@ -78,7 +78,7 @@ class Measurement:
     seconds: float
 
     def value(self, kind):
-        """(label, value) of the distance ('FID') or of 'IS', with whatever detector; None without."""
+        """(label, value) of the distance (kind 'FID') or of another kind such as 'IS', from any detector; or None."""
         names = DISTANCES if kind == 'FID' else (kind,)
         for label, value in self.values.items():
             if kind_of(label) in names:
@@ -87,7 +87,7 @@ class Measurement:
 
 
 def read_run(path):
-    """A run folder, or a metrics.jsonl alone, as a `Run`.
+    """Read a run folder, or a metrics.jsonl alone, as a `Run`.
 
     Raises:
         UserError: no such folder, or nothing to report in it.
@@ -105,7 +105,7 @@ def read_run(path):
 
 
 def measurements_of(runs):
-    """The scores of all runs as `Measurement`s, in the order of the files."""
+    """Group the scores of all runs into `Measurement`s, in the order of the files."""
     groups = {}
     for run in runs:
         for line in run.scores:
@@ -130,10 +130,7 @@ def _measurement(run, lines):
 
 
 def flags_beyond_defaults(facts):
-    """['--S_churn=30', …]: those of the sampler's options that are not as they are where none is given.
-
-    Without those of NAMED_OTHERWISE.
-    """
+    """The sampler's options that differ from their defaults, as flags ['--S_churn=30', …]; not NAMED_OTHERWISE."""
     system = SYSTEMS.get(facts.get('system'))
     own = {option.name: option.default for option in system.own_sample_options} if system else {}
     plain = {**own, **ABLATION_DEFAULTS, **SAMPLER_DEFAULTS}
@@ -142,20 +139,20 @@ def flags_beyond_defaults(facts):
 
 
 def is_plain(facts):
-    """Whether these are scores of a system as it is: the sampler without options of its own, images of all classes."""
+    """Whether a score is of plain sampling: no non-default sampler options, images of all classes."""
     return not flags_beyond_defaults(facts) and facts.get('class_idx') is None
 
 
 def in_float32(facts):
-    """Whether the network computed in float32, as far as is known."""
+    """Whether the network ran in float32, or its precision is unknown."""
     return facts.get('precision') in (None, 'fp32')
 
 
 def best_match(candidates, images=PAPER_IMAGES, **preferred):
-    """The measurement nearest to the paper's, which is of so many images.
+    """The candidate that compares best with a number of the paper's over `images` images; None without candidates.
 
-    A plain one rather than the best of a scan of the sampler's options (`is_plain`); then one with the facts
-    preferred; then the nearest number of images, longest training, float32, best score.
+    In order of priority: plain sampling (`is_plain`), so that the best of a scan over sampler options does not win;
+    most of the facts `preferred`; nearest number of images; longest training; float32; best score.
     """
     def rank(m):
         distance = m.value('FID')
@@ -166,12 +163,12 @@ def best_match(candidates, images=PAPER_IMAGES, **preferred):
 
 
 def differences(m, nfe=None, dataset=None, images=PAPER_IMAGES):
-    """In words, how a measurement differs from the paper's: its data, NFE, images, rounds, training, detector, sampler.
+    """How a measurement differs from the paper's, in words: data, NFE, images, rounds, training, detector, sampler.
 
     Args:
         m: The measurement.
-        nfe: The paper's number of evaluations, None where it gives none.
-        dataset: Name of the paper's data set, if the measurement is of another.
+        nfe: The paper's NFE, or None if it gives none.
+        dataset: Name of the paper's data set, if the measurement is on another.
         images: The paper's number of images.
     """
     f, words = m.facts, []

@@ -1,8 +1,8 @@
-"""Tables and plots of runs: reads metrics.jsonl and stats.jsonl, writes Markdown in the layout of the paper.
+"""A report of runs: reads metrics.jsonl and stats.jsonl, writes tables in the paper's layout, and plots, as Markdown.
 
     python -m warm.report training-runs/00000-… training-runs/00001-… --outdir=report
 
-The scores come from `fid.py calc --network=…` and `train.py --eval=…`, which append to the metrics.jsonl of the run.
+The scores come from `fid.py calc --network=…` and `train.py --eval=…`, which append them to the run's metrics.jsonl.
 """
 
 import os
@@ -31,12 +31,12 @@ def main(runs, outdir):
 
 
 def report_page(runs, measurements, plots):
-    """The whole report.
+    """The whole report as Markdown.
 
     Args:
         runs: `warm.report.data.Run`s.
         measurements: Their `Measurement`s.
-        plots: [(caption, path without ending)] of figures that lie beside the report.
+        plots: [(caption, path without ending)] of figures in the report's folder.
     """
     blocks = [
         '# Report',

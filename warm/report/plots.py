@@ -1,4 +1,4 @@
-"""Plots of runs: FID against BNR, FID against NFE for several BNRs (the paper's Fig. 5), loss and score in training."""
+"""Plots of runs: FID against BNR, FID against NFE per BNR (the paper's Fig. 5), loss and score during training."""
 
 import re
 
@@ -15,7 +15,7 @@ PAPER = dict(color='0.55', linestyle='--', marker='.', linewidth=1.2, label='pap
 
 
 def draw_all(folder, runs, measurements):
-    """Draw what the scores suffice for, in `folder`; returns [(caption, path without ending)]."""
+    """Draw every plot that there are enough scores for into `folder`; returns [(caption, path without ending)]."""
     plots = []
     groups = by_dataset(measurements)
     for dataset, group in groups.items():
@@ -36,7 +36,7 @@ def draw_all(folder, runs, measurements):
 
 
 def by_dataset(measurements):
-    """{(name, whether conditional): measurements that have a distance}."""
+    """Group the measurements that have a distance by data set: {(name, whether conditional): measurements}."""
     groups = {}
     for m in measurements:
         if m.value('FID'):
@@ -45,18 +45,18 @@ def by_dataset(measurements):
 
 
 def methods_alone(measurements):
-    """Those of the methods as they are, without ablations: plain sampling, and of Warm's targets the paper's choice.
+    """The measurements without ablations: plain sampling and, for Warm, the paper's targets.
 
-    A curve through the best of other targets, epsilons or churns would be that of no method, and a curve for each of
-    them would hide the rest. They are in the tables.
+    A curve through the best of several targets, epsilon scales or churns would belong to no method, and a curve for
+    each would hide the rest. They are in the tables.
     """
     return [m for m in measurements if is_plain(m.facts) and m.facts['targets'] in (None, PAPER_TARGETS)]
 
 
 def comparable(measurements):
-    """(label, measurements) of the detector and number of images that occur most: others are on another scale.
+    """(label, measurements) of the most frequent detector and number of images; others are on another scale.
 
-    ('', []) where there are none.
+    ('', []) without measurements.
     """
     if not measurements:
         return '', []
@@ -66,12 +66,12 @@ def comparable(measurements):
 
 
 def is_paper_data(label, measurements):
-    """Whether the paper's CIFAR-10 numbers can stand in the same plot."""
+    """Whether the paper's CIFAR-10 numbers can be drawn in the same plot."""
     return label.startswith('FID ') and all(is_dataset(m.facts, CIFAR10) for m in measurements)
 
 
 def fid_against_bnr(measurements):
-    """Curves for each NFE, of `methods_alone`: BNRs evenly spaced, as in Table 3. None with fewer than two BNRs."""
+    """A curve over BNR for each NFE, of `methods_alone`; BNRs evenly spaced as in Table 3. None below two BNRs."""
     label, measurements = comparable(methods_alone(measurements))
     points = {}
     for nfe in sorted({m.facts['nfe'] for m in measurements if m.facts['nfe']}):
@@ -93,9 +93,9 @@ def fid_against_bnr(measurements):
 
 
 def fid_against_nfe(measurements):
-    """Curves for each path of `methods_alone`, and for each solver and precision where there are several.
+    """A curve over NFE for each path of `methods_alone`, and for each solver and precision if there are several.
 
-    None where no path has two step counts.
+    None if no curve has two points.
     """
     label, measurements = comparable(methods_alone(measurements))
     several = [key for key in ('solver', 'precision') if len({m.facts[key] for m in measurements}) > 1]
@@ -108,7 +108,7 @@ def fid_against_nfe(measurements):
         points.setdefault((other_system, f['bnr'] is None, f['bnr'] or 0, name), {}).setdefault(f['nfe'], []).append(m)
     curves = []
     for (_, _, _, name), by_nfe in sorted(points.items()):
-        # A curve is of one network: the one trained longest.
+        # A curve shows one length of training, the longest.
         longest = max(m.facts['kimg'] or 0 for ms in by_nfe.values() for m in ms)
         last = {nfe: [m for m in ms if (m.facts['kimg'] or 0) == longest] for nfe, ms in by_nfe.items()}
         best = {nfe: best_match(last[nfe]).value('FID')[1] for nfe in sorted(n for n in last if n and last[n])}
@@ -122,10 +122,10 @@ def fid_against_nfe(measurements):
 
 
 def training_curves(runs):
-    """(curves of the loss, curves of the score) against kimg, one for each run."""
+    """(plot of the loss, plot of the score) against kimg, a curve per run; None for a plot without curves."""
     losses, scores = [], []
     for i, run in enumerate(runs):
-        colour = f'C{i % 10}'  # of the run, in both panels
+        colour = f'C{i % 10}'  # a run has the same colour in both panels
         points = [(line['Progress/kimg']['mean'], line['Loss/loss']['mean']) for line in run.stats
                   if 'Progress/kimg' in line and line.get('Loss/loss', {}).get('mean') is not None]  # null: NaN
         if points:
@@ -137,7 +137,7 @@ def training_curves(runs):
                 key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'),
                        line.get('precision'), line.get('class_idx'), *flags_beyond_defaults(line))
                 curves.setdefault(key, {})[line['kimg']] = line['value']
-        # The longest series: of the same number of images and steps all along.
+        # The longest series of scores that were all measured in the same way (images, NFE, …).
         (metric, num, nfe, *_), curve = max(curves.items(), key=lambda item: len(item[1]), default=((None,) * 3, {}))
         if len(curve) > 1:
             ys = [curve[k] for k in sorted(curve)]
@@ -148,7 +148,7 @@ def training_curves(runs):
 
 
 def draw_curves(figure, plot, title, axis=None):
-    """Draw one plot's curves."""
+    """Draw the curves of one plot on `axis`, by default a new one."""
     axis = axis or figure.subplots()
     for curve in plot['curves']:
         style = {'marker': 'o', 'markersize': 4, **{k: v for k, v in curve.items() if k not in ('x', 'y')}}
@@ -162,7 +162,7 @@ def draw_curves(figure, plot, title, axis=None):
     if plot.get('log'):
         nfes = sorted({x for curve in plot['curves'] for x in curve['x']})
         axis.set_xscale('log')
-        nfes = [x for before, x in zip([0, *nfes], nfes) if x > 1.1 * before]  # 18 and 19 would cover each other
+        nfes = [x for before, x in zip([0, *nfes], nfes) if x > 1.1 * before]  # 18 and 19 would overlap
         axis.set_xticks(nfes, [str(x) for x in nfes])
         axis.minorticks_off()
     if 'ticks' in plot:
@@ -171,7 +171,7 @@ def draw_curves(figure, plot, title, axis=None):
 
 
 def two_panels(figure, losses, scores):
-    """Loss, and score if there is one, side by side."""
+    """Draw the loss and, if there is one, the score side by side."""
     axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
     draw_curves(figure, losses, 'Loss', axes[0])
     if scores:

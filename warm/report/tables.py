@@ -1,4 +1,4 @@
-"""The paper's Tables 1 to 5 as Markdown: its number, ours, and what differs."""
+"""The paper's Tables 1 to 5 as Markdown: the paper's numbers, ours, and what differs."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ class Data:
     """A data set of the paper.
 
     Attributes:
-        name: How the names of its files begin.
-        resolution: Its images' side in pixels.
-        conditional: Whether the classes are used.
+        name: Prefix of its file names.
+        resolution: Image side in pixels.
+        conditional: Whether class labels are used.
     """
 
     name: str
@@ -32,13 +32,13 @@ FFHQ, LSUN_CHURCH = Data('ffhq', 64), Data('lsun-church', 128)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of a table: the paper's numbers, and which measurements answer it.
+    """A row of a table: the paper's numbers, and which measurements belong beside them.
 
     Attributes:
         title: As in the paper.
         nfe, fid, inception_score: The paper's numbers, None where it gives none.
-        matches: facts → whether a measurement with these facts is of this kind.
-        images: How many images the paper's numbers are of.
+        matches: facts → whether a measurement with these facts belongs in this row.
+        images: Number of images behind the paper's numbers.
     """
 
     title: str
@@ -50,48 +50,48 @@ class Row:
 
 
 def of_system(name):
-    """Facts of a system without epsilon scaling."""
+    """Matches a system without epsilon scaling."""
     return lambda f: f['system'] == name and 'epsilon_scale' not in (f['sampler'] or {})
 
 
 def of_cold(start):
-    """Facts of Cold Diffusion with this start (--cold-start); older records name it only where it was given."""
+    """Matches Cold Diffusion with this start (--cold-start); older records name it only where the flag was given."""
     return lambda f: (f['system'] == 'cold'
                       and (f['cold_start'] or (f['sampler'] or {}).get('cold_start', DEFAULT_START)) == start)
 
 
 def of_epsilon_scaling(f):
-    """Facts of EDM-ES."""
+    """Whether the facts are of EDM-ES."""
     return f['system'] == 'edm' and 'epsilon_scale' in (f['sampler'] or {})
 
 
 def of_blurring_diffusion(f):
-    """Facts of Blurring Diffusion, with blur as far as is known."""
+    """Whether the facts are of Blurring Diffusion, not known to be without blur."""
     return f['system'] == 'blurring' and f['sigma_blur_max'] != 0
 
 
 def of_denoising_diffusion(f):
-    """Facts of Blurring Diffusion's own baseline, which is the same without blur."""
+    """Whether the facts are of Blurring Diffusion's own baseline: the same system without blur."""
     return f['system'] == 'blurring' and f['sigma_blur_max'] == 0
 
 
 def of_bnr(bnr):
-    """Facts of Warm with the paper's targets along a constant BNR; at BNR 0 also EDM."""
+    """Matches Warm with the paper's targets along a constant BNR; at BNR 0 also EDM."""
     return lambda f: (of_targets(PAPER_TARGETS)(f) and f['bnr'] == bnr) or (bnr == 0 and of_system('edm')(f))
 
 
 def of_blurring_schedule(nfe):
-    """Facts of Warm with the paper's targets along Blurring Diffusion's schedule."""
+    """Matches Warm with the paper's targets along Blurring Diffusion's schedule at this NFE."""
     return lambda f: of_targets(PAPER_TARGETS)(f) and str(f['path']).startswith('blurring') and f['nfe'] == nfe
 
 
 def of_targets(name):
-    """Facts of Warm with a parametrisation of Table 5. At BNR 0 there is nothing to choose."""
+    """Matches Warm with a parametrisation of Table 5; at BNR 0 they are all the same."""
     return lambda f: f['system'] == 'warm' and f['targets'] == name
 
 
 def at_paper_bnr(matches):
-    """The same at the paper's BNR, 0.5."""
+    """`matches`, restricted to the paper's BNR, 0.5."""
     return lambda f: matches(f) and f['bnr'] == PAPER_BNR
 
 
@@ -116,7 +116,7 @@ TABLE_1 = {
         Row('PFGM++', 79, 2.43, None, of_system('pfgmpp')),
         Row(WARM_TITLE, 79, 2.29, 3.41, WARM)]),
 }
-TABLE_2 = {  # as many images as in the papers that it compares with
+TABLE_2 = {  # by number of images: that of the papers it compares with
     '10,000 images': (LSUN_CHURCH, [
         Row('Denoising Diffusion', 1000, 4.68, None, of_denoising_diffusion, 10_000),
         Row('Blurring Diffusion', 1000, 3.88, None, of_blurring_diffusion, 10_000),
@@ -137,7 +137,7 @@ TABLE_5 = [
     Row('(b) D: V M Vᵀx₀', 35, 9.09, None, at_paper_bnr(of_targets('blurred'))),
     Row('(c) R: x₀, D: V M Vᵀx₀', 35, 1.98, None, at_paper_bnr(of_targets('clean-blurred'))),
     Row('(d) R: x_rest, D: V M Vᵀx₀', 35, 1.85, None, at_paper_bnr(of_targets(PAPER_TARGETS)))]
-# What is looked for in any data, whether or not the paper has numbers for it.
+# The methods looked for on any data set, whether or not the paper has numbers for it.
 METHODS = [*TABLE_1['Unconditional CIFAR-10'][1],
            *(Row(f'Cold Diffusion (Blur), from {start}', None, None, None, of_cold(start))
              for start in STARTS if start != DEFAULT_START),
@@ -145,32 +145,32 @@ METHODS = [*TABLE_1['Unconditional CIFAR-10'][1],
 
 
 def further_bnrs(measurements):
-    """Rows for BNRs that only we have measured."""
+    """Rows for BNRs that we measured and the paper did not."""
     bnrs = {m.facts['bnr'] for m in measurements} - {None, *BNR_SCORES}
     return [Row(f'{bnr:g}', None, None, None, of_bnr(bnr)) for bnr in sorted(bnrs)]
 
 
 def further_step_counts(measurements):
-    """Rows for step counts of Blurring Diffusion's schedule that only we have measured."""
+    """Rows for NFEs of Blurring Diffusion's schedule that we measured and the paper did not."""
     counts = {m.facts['nfe'] for m in measurements if str(m.facts['path']).startswith('blurring')}
     return [Row('Blurring Diffusion', None, None, None, of_blurring_schedule(nfe))
             for nfe in sorted(counts - {row.nfe for row in TABLE_4})]
 
 
-TABLES_3_TO_5 = [  # (title, head of the first column, the paper's rows, measurements → rows that only we have)
+TABLES_3_TO_5 = [  # (title, head of the first column, the paper's rows, measurements → rows that the paper lacks)
     ('Table 3. Blur-to-Noise Ratios at NFE 35', 'BNR', TABLE_3, further_bnrs),
     ("Table 4. Blurring Diffusion's schedule in Warm's parametrisation", 'BNR schedule', TABLE_4, further_step_counts),
     (f'Table 5. Training objectives at BNR {PAPER_BNR:g}, NFE 35', 'Branches', TABLE_5, lambda measurements: [])]
 
 
 def is_dataset(facts, data):
-    """Whether facts are of this data set of the paper; where they do not tell the resolution, the name decides."""
+    """Whether the facts are of this data set of the paper; without a recorded resolution, the name decides."""
     return (str(facts['dataset']).lower().startswith(data.name) and bool(facts['label_dim']) == data.conditional
             and facts['resolution'] in (None, data.resolution))
 
 
 def others(measurements):
-    """{(name, whether conditional): measurements} of data sets other than the paper's, in order."""
+    """Group the measurements on data sets that the paper lacks: {(name, whether conditional): measurements}."""
     groups = {}
     for m in measurements:
         if not any(is_dataset(m.facts, data) for data, _ in (*TABLE_1.values(), *TABLE_2.values())):
@@ -179,13 +179,13 @@ def others(measurements):
 
 
 def title_of(dataset):
-    """'digits-8x8, unconditional' of a (name, whether conditional)."""
+    """Title of a (name, whether conditional), such as 'digits-8x8, unconditional'."""
     name, conditional = dataset
     return f"{name or 'unknown data'}, {'class-conditional' if conditional else 'unconditional'}"
 
 
 def tables(measurements):
-    """All five tables of `Measurement`s, as Markdown."""
+    """All five tables, filled in from `Measurement`s, as Markdown."""
     blocks = ['## Table 1. Methods on CIFAR-10 and FFHQ',
               paper_table('Method', sections(TABLE_1, measurements) + other_sections(measurements)),
               '## Table 2. Methods on LSUN-church 128×128', paper_table('Method', sections(TABLE_2, measurements))]
@@ -203,14 +203,14 @@ def tables(measurements):
 
 
 def answer(row, measurements):
-    """The measurement that answers a row, or None."""
+    """The best measurement for a row, or None."""
     return best_match([m for m in measurements if row.matches(m.facts)], row.images, nfe=row.nfe, solver=SOLVER)
 
 
 def sections(table, measurements):
-    """Lines of Table 1 or 2: the methods against each other, under a heading for each data set or number of images.
+    """Lines of Table 1 or 2: the methods, under a heading for each data set or number of images.
 
-    Methods that the paper doesn't have there but we have scored come last, of the usual number of images.
+    Under headings with the usual number of images, methods that we scored and the paper does not list come last.
     """
     lines = []
     for title, (data, rows) in table.items():
@@ -223,7 +223,7 @@ def sections(table, measurements):
 
 
 def other_sections(measurements):
-    """The same for data sets that the paper doesn't have: those methods that we have scored."""
+    """Lines for data sets that the paper lacks: the methods that we scored on them."""
     lines = []
     for dataset, group in others(measurements).items():
         lines += [[f'**{title_of(dataset)}** (not in the paper)'], *scored(METHODS, group)]
@@ -231,13 +231,13 @@ def other_sections(measurements):
 
 
 def scored(rows, measurements):
-    """Lines of those rows that have an answer, without numbers of the paper, which are of other data."""
+    """Lines of those rows that have a measurement, without the paper's numbers, which are for other data."""
     return [cells_of(dataclasses.replace(row, nfe=None, fid=None, inception_score=None), m)
             for row in rows if (m := answer(row, measurements)) is not None]
 
 
 def cells_of(row, m, paper_data=None):
-    """Cells of a row with its measurement; `paper_data` names the paper's data set if ours is another."""
+    """Cells of a row and its measurement (or None); `paper_data` names the paper's data set if ours is another."""
     paper = [_number(row.nfe, 'd'), _number(row.fid, '.2f'), _number(row.inception_score, '.2f')]
     if m is None:
         return [row.title, *paper, NONE, NONE, NONE, 'not measured']
@@ -258,21 +258,21 @@ def _labelled(score, plain):
 
 
 def paper_table(head, lines):
-    """A table in the paper's layout; a line of one cell is a heading across."""
+    """A Markdown table with the paper's numbers beside ours; a line of one cell is a heading."""
     heads = [head, 'NFE ↓ (paper)', 'FID ↓ (paper)', 'IS ↑ (paper)', 'NFE (ours)', 'FID (ours)', 'IS (ours)',
              'What differs']
     return rows_of(heads, ['---'] + ['---:'] * 6 + ['---'], lines)
 
 
 def rows_of(heads, alignment, lines):
-    """A Markdown table of text cells."""
+    """A Markdown table of text cells; short lines are padded with empty ones."""
     full = [heads, alignment, *(cells + [''] * (len(heads) - len(cells)) for cells in lines)]
     return '\n'.join('| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
                      for cells in full)
 
 
 def all_scores(measurements):
-    """Every measurement with what it takes to repeat it."""
+    """A Markdown table of every measurement, with all it takes to repeat it."""
     heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Other options', 'Images', 'Rounds', 'Seeds', 'Scores',
              'Detector', 'Device', 'Seconds', 'Commit']
     lines = []
@@ -287,7 +287,7 @@ def all_scores(measurements):
 
 
 def _path(facts):
-    """Warm's path, or another system and what its samples start from where that is no noise."""
+    """Warm's path; for another system its name, and what its samples start from if not noise."""
     return facts['path'] or f"{facts['system'] or NONE}{' from ' + facts['prior'] if facts['prior'] else ''}"
 
 

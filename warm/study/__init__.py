@@ -1,1 +1,1 @@
-"""Does it work? What is asked (plan), how it is carried out (run, pieces), and what came out (data, page)."""
+"""Does it work? The questions (plan), the runs that answer them (run, pieces), and the results (data, page)."""

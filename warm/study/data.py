@@ -1,4 +1,4 @@
-"""What the results page knows: the lines of results/SCALE.jsonl, looked up and compared over seeds."""
+"""The data behind the results page: the lines of results/SCALE.jsonl, looked up and compared across seeds."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from training.metrics import STD, kind_of
 from warm.report.data import DISTANCES
 from warm.study.plan import REAL, drawn, run_name
 
-LEVEL = 0.05  # of the test that decides a difference
+LEVEL = 0.05  # significance level of the test for a difference
 
 
 @dataclasses.dataclass
@@ -20,8 +20,8 @@ class Scores:
 
     Attributes:
         scale: The Scale.
-        lines: The results, of one detector and number of images.
-        real: Distances of as many images of the training set itself, of several draws.
+        lines: The results, all from one detector and number of images.
+        real: Distances of as many images drawn from the training set itself, one per draw.
     """
 
     scale: object
@@ -30,9 +30,9 @@ class Scores:
 
     @classmethod
     def read(cls, scale, path):
-        """The file's scores that have the scale's number of images; one that occurs twice counts once, the last.
+        """Read the scores with the scale's number of images from a file; of a score that occurs twice, the last.
 
-        Spreads over an Inception Score's parts are left out.
+        Standard deviations over the splits of an Inception Score are left out.
         """
         lines = {}
         for line in read_lines(path):
@@ -45,32 +45,32 @@ class Scores:
         return cls(scale, [line for line in lines.values() if line['run'] != REAL], real)
 
     def label(self, kinds=DISTANCES):
-        """'FD-cifar' or the like: how the scores of these kinds are called; None without any."""
+        """Label of the scores of these kinds, such as 'FD-cifar'; None if there are none."""
         return next((line['metric'] for line in self.lines if kind_of(line['metric']) in kinds), None)
 
     def lookup(self, what, kimg, seed=0, cond=False, kinds=DISTANCES, **options):
-        """The line of a run's score, drawn in some way, or None."""
+        """The line of a run's score after `kimg` with these sampler options, or None."""
         wanted = [list(pair) for pair in sorted(options.items())]
         return next((line for line in self.lines if line['run'] == run_name(what, cond, seed) and line['point'] == kimg
                      and line['options'] == wanted and kind_of(line['metric']) in kinds), None)
 
     def values(self, what, kimg, cond=False, kinds=DISTANCES, **options):
-        """{seed: score} over the seeds of training."""
+        """{training seed: score}, for the seeds that have one."""
         found = {seed: self.lookup(what, kimg, seed, cond, kinds, **options) for seed in self.scale.main_seeds}
         return {seed: line['value'] for seed, line in found.items() if line}
 
     def longest(self, options):
-        """The largest number of images in `main` at which seed 0 was drawn with these options; else its last."""
+        """The last point of `scale.main` at which seed 0 has a score with these options; else the end of `main`."""
         found = [line['point'] for line in self.lines if line['seed'] == 0 and line['point'] in self.scale.main
                  and line['options'] == [list(pair) for pair in sorted(options.items())]]
         return max(found, default=self.scale.main[-1])
 
     def solved(self, what, kimg, solver, steps, **fixed):
-        """`values` with a solver and its number of steps."""
+        """`values` for a solver and a number of steps."""
         return self.values(what, kimg, **drawn(solver, steps, **fixed))
 
     def seconds(self, what, kimg, cond=False):
-        """Mean seconds of training up to a number of images, over the seeds; None without, or if they don't compare."""
+        """Training time up to `kimg` in seconds, averaged over the seeds; None if unknown or not comparable."""
         if not self.scale.timed:
             return None
         found = [self.lookup(what, kimg, seed, cond) for seed in self.scale.main_seeds]
@@ -80,10 +80,10 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A method minus its reference, pairwise over the seeds that both have.
+    """A method's distance minus its reference's, paired over the seeds that both have.
 
     Attributes:
-        pairs: The differences; negative is better.
+        pairs: The differences, one per seed; negative is better.
         reference: Mean of the reference.
     """
 
@@ -97,12 +97,12 @@ class Difference:
 
     @property
     def spread(self):
-        """Standard deviation over the seeds, None of one seed."""
+        """Standard deviation over the seeds; None for a single seed."""
         return statistics.stdev(self.pairs) if len(self.pairs) > 1 else None
 
     @property
     def verdict(self):
-        """'better', 'worse' or 'undecided', by Student's paired t-test at LEVEL, two-sided."""
+        """'better', 'worse' or 'undecided' by a two-sided paired t-test at LEVEL; 'undecided (one seed)' for one."""
         n = len(self.pairs)
         if n == 1:
             return 'undecided (one seed)'
@@ -116,7 +116,7 @@ class Difference:
 
 
 def compare(values, reference):
-    """The `Difference` of two {seed: distance}, None without a common seed."""
+    """The `Difference` of two {seed: distance}, or None if they share no seed."""
     seeds = sorted(set(values) & set(reference))
     if not seeds:
         return None
@@ -124,14 +124,14 @@ def compare(values, reference):
 
 
 def shown(values):
-    """'0.65 ± 0.02 (3)' of {seed: distance}: mean, standard deviation, number of seeds; '–' of none."""
+    """{seed: distance} as text, '0.65 ± 0.02 (3)': mean, standard deviation, number of seeds; '–' if empty."""
     if not values:
         return '–'
     return mean_and_spread(values.values()) + (f' ({len(values)})' if len(values) > 1 else '')
 
 
 def mean_and_spread(numbers):
-    """'0.65 ± 0.02'; '0.65' of one."""
+    """Mean and standard deviation as text, '0.65 ± 0.02'; '0.65' for one number."""
     numbers = list(numbers)
     spread = f' ± {statistics.stdev(numbers):.2g}' if len(numbers) > 1 else ''
     return f'{statistics.mean(numbers):.3g}{spread}'

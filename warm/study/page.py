@@ -1,8 +1,8 @@
-"""docs/results.md from the numbers in results/: what was asked, the paper's answer, and ours.
+"""Builds docs/results.md from the numbers in results/: each question, the paper's answer, and ours.
 
     python -m warm.study.page
 
-What the numbers mean is written by hand, in results/notes.md, and stands at the top of the page.
+The interpretation is written by hand in results/notes.md and stands at the top of the page.
 """
 
 import functools
@@ -26,30 +26,30 @@ from warm.study.plan import (CHOICES, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
 NOTHING = 'Not measured at this scale.'
-EXPECTED_TFLOPS = 355  # of a GPU, until images/s are measured
-LINES = dict(zip(SOLVERS, ('-', ':', '--')))  # of the figures
+EXPECTED_TFLOPS = 355  # our target per GPU, for the table's last column
+LINES = dict(zip(SOLVERS, ('-', ':', '--')))  # line styles in the figures
 KINDS = {'unconditional': False, 'class-conditional': True}
 TITLES = {WARM: f'Warm, BNR {PAPER_BNR:g}', EDM: 'EDM'}
 
 
 def table(heads, rows):
-    """Markdown, the first column to the left."""
+    """A Markdown table with the first column left-aligned, the others right-aligned."""
     return rows_of(heads, ['---'] + ['---:'] * (len(heads) - 1), rows)
 
 
 def shared(values, others):
-    """Those of the seeds that the others have too, so that a row compares like with like."""
+    """The entries of `values` whose seeds `others` has too, so that a row compares like with like."""
     return {seed: value for seed, value in values.items() if seed in others}
 
 
 def against(values, reference):
-    """Two cells: the difference and what it decides."""
+    """Two table cells: the difference and the verdict on it."""
     difference = compare(values, reference)
     return [NONE, NONE] if difference is None else [str(difference), difference.verdict]
 
 
 def mimg(kimg):
-    """'80 kimg', '2 Mimg'."""
+    """A number of images as text: '80 kimg', '2 Mimg'."""
     return f'{kimg / 1000:g} Mimg' if kimg >= 1000 else f'{kimg:g} kimg'
 
 
@@ -86,18 +86,18 @@ def question_1(scores, figures):
 
 
 def seconds(number):
-    """'12 s'."""
+    """A time as text, '12 s'; '–' for None."""
     return NONE if number is None else f'{number:.0f} s'
 
 
 def question_2(scores, figures):
-    """Table 3."""
+    """Table 3: a network for each BNR, and one network for all."""
     kimg = scores.scale.side
     reference = scores.values(EDM, kimg)
     separate = {bnr: scores.values(bnr_name(bnr), kimg) for bnr in PAPER_BNRS}
     joint = {bnr: scores.values('warm-all', kimg, bnr=f'{bnr:g}') for bnr in PAPER_BNRS}
     if not any(joint.values()) and not any(separate[bnr] for bnr in PAPER_BNRS if bnr_name(bnr) not in METHODS):
-        return NOTHING  # those two are question 1's
+        return NOTHING  # the runs in METHODS are question 1's
     rows = [[row.title, f'{row.fid:.2f}', shown(separate[bnr]),
              *(against(separate[bnr], reference) if bnr else [NONE, NONE]), shown(joint[bnr])]
             for bnr, row in zip(PAPER_BNRS, TABLE_3)]
@@ -110,9 +110,9 @@ def question_2(scores, figures):
 
 
 def question_3(scores, figures):
-    """Fig. 5, and whether 2M at 18 evaluations reaches Heun at 35; networks of seed 0 alone.
+    """Fig. 5, and whether 2M at 18 evaluations matches Heun at 35, for networks of seed 0.
 
-    Of separate networks, longest trained, and of one network for all BNRs, in which nothing but the BNR differs.
+    For the separate networks, trained longest, and for one network for all BNRs, where only the BNR differs.
     """
     main, kimg = scores.longest(drawn('heun', STEPS[0])), scores.scale.side
     kinds = [*((TITLES[name], name, main, {}) for name in (EDM, WARM)),
@@ -142,7 +142,7 @@ def question_3(scores, figures):
 
 
 def question_4(scores, figures):
-    """Tables 5 and 4."""
+    """Table 5 (parametrisations) and Table 4 (Blurring Diffusion's schedule)."""
     kimg, rows = scores.scale.side, []
     ours = scores.values(WARM, kimg)
     names = [*map(targets_name, OTHER_TARGETS), WARM]
@@ -176,7 +176,7 @@ def question_5(scores, figures):
 
 
 def question_6(scores, figures):
-    """EDM → Warm transfer, beside EDM that goes on from the same weights by the same command."""
+    """Transfer from EDM to Warm, beside EDM continued from the same weights by the same command."""
     parent_kimg = scores.scale.main[-1]
     parent, rows = scores.values(EDM, parent_kimg), []
     for kimg in scores.scale.transfer:
@@ -200,26 +200,26 @@ QUESTIONS = {
 
 
 def of_seed_0(values):
-    """Those of seed 0, of {seed: value}: what only that seed has is compared with its own."""
+    """{seed: value} cut down to seed 0, to compare with what only that seed has."""
     return {seed: value for seed, value in values.items() if seed == 0}
 
 
 def mean(values):
-    """Of {seed: value}."""
+    """Mean over the seeds of {seed: value}."""
     return sum(values.values()) / len(values)
 
 
 # -- the page
 
 def setup(scores):
-    """What was trained and scored, on what, and how to read the tables."""
+    """What was trained and scored, on which hardware, and how to read the tables, as Markdown."""
     scale, lines = scores.scale, scores.lines
     facts = {name: ', '.join(dict.fromkeys(str(line.get(name)) for line in lines))
              for name in ('hardware', 'torch', 'commit')}
     counts = sorted(line['parameters'] / 1e6 for line in lines if line.get('parameters'))
     parameters = dict.fromkeys(f'{count:.2f}' for count in (counts[0], counts[-1]))
     seconds = {}
-    for line in sorted(lines, key=lambda line: line['point']):  # the last of a run is the longest
+    for line in sorted(lines, key=lambda line: line['point']):  # a run's last line is its full length
         seconds[line['run']] = line.get('train_seconds')
     timed = scale.timed and all(seconds.values())
     hours = f', {sum(seconds.values()) / 3600:.1f} hours of training in all' if timed else ''
@@ -245,7 +245,7 @@ def page(results, notes, figures):
     """The whole of docs/results.md.
 
     Args:
-        results: Folder of the SCALE.jsonl.
+        results: Folder of the SCALE.jsonl files.
         notes: Hand-written text for the top.
         figures: A `Figures`.
     """
@@ -267,7 +267,7 @@ def page(results, notes, figures):
 
 
 def section(scores, name, figures):
-    """Blocks of one file of scores, `name` without ending."""
+    """Markdown blocks for one file of scores; `name` is its name without ending."""
     blocks = [f'## {scores.scale.title}, {scores.label()}', setup(scores)]
     for title, question in QUESTIONS.items():
         before = len(figures.drawn)
@@ -277,10 +277,10 @@ def section(scores, name, figures):
 
 
 def recipe(cost):
-    """How anyone with 8 GPUs repeats the paper's own experiments, and how long it takes.
+    """How anyone with 8 GPUs repeats the paper's own experiments, and how long it takes, as Markdown.
 
     Args:
-        cost: What tests/benchmarks/bench_presets.py wrote, None without.
+        cost: The report written by tests/benchmarks/bench_presets.py, or None.
     """
     rows = []
     for name in PRESETS:
@@ -305,9 +305,9 @@ def recipe(cost):
 
 
 def cost_cells(row):
-    """Parameters, GFLOP an image, images/s and hours, measured and as the target has them, of one row of the cost.
+    """Table cells of one row of the cost: parameters, GFLOP per image, images/s, hours, and hours at the target.
 
-    A rate without hours is not of the whole network (bench_presets.py --tiny) and left out.
+    A rate without hours is of a small network (bench_presets.py --tiny) and is left out.
     """
     measured = row['hours'] is not None
     expected = 1000 * PAPER_KIMG * row['gflop_an_image'] / (1000 * EXPECTED_TFLOPS * PAPER_GPUS) / 3600
@@ -317,13 +317,13 @@ def cost_cells(row):
 
 
 class Figures:
-    """Draws the page's figures into a folder and remembers their names."""
+    """Draws the page's figures into a folder and keeps their names in `drawn`."""
 
     def __init__(self, folder):
         self.folder, self.drawn = folder, []
 
     def __call__(self, file, name, curves, xlabel, ylabel, ticks=None, log=False):
-        """A figure of the curves that have two points or more; none without any. `file` names the scores."""
+        """Draw the curves with at least two points, if any, to results-FILE-NAME; `file` is the scores' file name."""
         curves = [curve for curve in curves if len(curve['x']) > 1]
         if curves:
             content = dict(curves=curves, xlabel=xlabel, ylabel=ylabel, log=log, **({'ticks': ticks} if ticks else {}))

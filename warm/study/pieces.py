@@ -1,4 +1,4 @@
-"""What lets a study be carried out in pieces, by several workers: a limit of time, and locks."""
+"""A time limit and locks, so that a study can be run piece by piece and by several workers."""
 
 import contextlib
 import fcntl
@@ -6,11 +6,11 @@ import time
 
 
 class OutOfTime(Exception):
-    """The piece's time is spent."""
+    """Raised when the time of this piece of the study is used up."""
 
 
 class Clock:
-    """Time left of a piece of `minutes`; 0: no limit."""
+    """Counts down a piece of `minutes`; 0 means no limit."""
 
     def __init__(self, minutes=0):
         self.end = time.monotonic() + 60 * minutes if minutes else float('inf')
@@ -20,17 +20,17 @@ class Clock:
         return self.end - time.monotonic()
 
     def need(self, seconds):
-        """Raise OutOfTime unless that many seconds are left."""
+        """Raise OutOfTime unless `seconds` are left."""
         if self.left() < seconds:
             raise OutOfTime
 
 
 @contextlib.contextmanager
 def claimed(path, wait=False):
-    """Hold a lock file for a while; yields it, None if another holds it.
+    """Context that holds the lock file `path`: yields the open file, or None if another process has it (unless `wait`).
 
-    The lock goes when the last process dies that has the open file: a child that is given it (`pass_fds`) keeps it for
-    a parent that is killed.
+    The lock lasts until every process with the open file has closed it or ended, so a child that inherits it
+    (`pass_fds`) keeps the lock even if its parent is killed.
     """
     with open(path, 'a') as file:
         try:

@@ -1,7 +1,7 @@
-"""What is asked of Warm Diffusion, as a list of trainings and of scores: the plan that `warm.study` carries out.
+"""The questions put to Warm Diffusion, as a list of training runs and scores: the plan that `warm.study` carries out.
 
-The same data, network, seeds, steps and images for both sides of every comparison; only the method changes. A `Scale`
-says how large all of that is. To ask something else: a function that returns `Run`s, in QUESTIONS.
+Both sides of every comparison have the same data, network, seeds, steps and images; only the method changes. A `Scale`
+sets how large all of these are. To ask something else, add a function that yields `Run`s to QUESTIONS.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from warm.targets import PAPER_TARGETS, TARGETS
 
 PAPER_BNRS = tuple(BNR_SCORES)  # Table 3
 STEPS = (5, 10, 18, 40)  # Heun's steps n for NFE 2n − 1 = 9, 19, 35, 79 (Fig. 5)
-EVALUATIONS = (9, 18, 35, 79)  # steps of the solvers that evaluate the network once a step
-FIGURE_5_BNRS = ('0', '0.5', '1', '2')  # by one network for all
-SCHEDULE_STEPS = (18, 40, 80)  # NFE 35, 79, 159 of Table 4
+EVALUATIONS = (9, 18, 35, 79)  # steps of the solvers with one network evaluation per step
+FIGURE_5_BNRS = ('0', '0.5', '1', '2')  # sampled from one network trained on all BNRs
+SCHEDULE_STEPS = (18, 40, 80)  # Heun's steps for NFE 35, 79, 159 of Table 4
 REAL = 'real-images'  # stands for a run's name where images of the training set are scored
 REAL_DRAWS = 5
 ONE_NETWORK = ','.join(map(str, PAPER_BNRS))
@@ -27,25 +27,25 @@ ONE_NETWORK = ','.join(map(str, PAPER_BNRS))
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """The size of a study: data, network, length of training, seeds, number of images.
 
     Attributes:
-        name: For --scale, folders and files.
+        name: Its name for --scale, folders and files.
         title, note: For the page; the note says what its numbers can decide.
         prepare: Commands that make its data and detector, in order.
-        data: Data set as for train.py; None: the embedded digits.
-        detector: As for fid.py, by whose name the scores are labelled.
+        data: Data set as for train.py; None = the embedded digits.
+        detector: As for fid.py; its name is part of the scores' labels.
         metrics: As for fid.py.
         train: Flags of train.py that all runs share.
-        draw: Options with which all networks are drawn from besides a score's own.
-        start_sec: Seconds until a training's first step, compilation included: no piece starts one with less left.
-        timed: Whether each training had its processor to itself, so that their seconds compare.
+        draw: Sampler options for all scores, besides a score's own.
+        start_sec: Seconds until a run's first training step, compilation included; with less left, none is started.
+        timed: Whether each run had its processor to itself, so that training times are comparable.
         main: Thousands of images seen at which the main comparison is scored.
         side: The same for all other questions; one of `main`.
         transfer: Thousands of images after which a transferred network is scored.
-        main_seeds, side_seeds: Seeds of training.
+        main_seeds, side_seeds: Training seeds of the main comparison, and of all other questions.
         num: Images per score.
-        batch: Images drawn at once.
+        batch: Batch size for sampling.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Score:
 
     Attributes:
         kimg: Thousands of images seen.
-        options: ((option of the sampler, value), …); () its defaults, which are NFE 35 with Heun's solver.
+        options: ((sampler option, value), …); () = the defaults, NFE 35 with Heun's solver.
     """
 
     kimg: float
@@ -83,14 +83,14 @@ class Score:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training and what is measured of it.
+    """One training run and the scores to measure on it.
 
     Attributes:
-        name: Of its folder; ends in the seed.
-        seed: Of training.
-        flags: Of train.py, besides the scale's.
-        scores: What is measured.
-        parent: Name of the run from whose last network it starts, if any.
+        name: Name of its folder; ends in the seed.
+        seed: Training seed.
+        flags: Flags of train.py, besides the scale's.
+        scores: The `Score`s to measure.
+        parent: Name of the run whose last network it starts from, if any.
     """
 
     name: str
@@ -106,22 +106,22 @@ class Run:
 
     @property
     def kimg_between(self):
-        """The largest interval, in thousands of images, that leads to every scored network."""
+        """The largest interval that divides every scored length of training, in thousands of images."""
         return math.gcd(*(round(score.kimg * 1000) for score in self.scores)) / 1000
 
 
 def bnr_name(bnr):
-    """What the run at one BNR is called: 'edm' and 'warm' are question 1's, then there are 'warm-bnr2' and so on."""
+    """Name of the run at one BNR: 'edm' and 'warm', which are question 1's, or 'warm-bnr2' and so on."""
     return {0: 'edm', PAPER_BNR: 'warm'}.get(bnr, f'warm-bnr{bnr:g}')
 
 
 def targets_name(targets):
-    """The same of a parametrisation, at the paper's BNR: 'warm-clean' and so on."""
+    """Name of the run with a parametrisation at the paper's BNR, such as 'warm-clean'."""
     return f'warm-{targets}'
 
 
 def run_name(what, cond=False, seed=0):
-    """'warm-uncond-s0' and so on."""
+    """Full name of a run, such as 'warm-uncond-s0'."""
     return f"{what}-{'cond' if cond else 'uncond'}-s{seed}"
 
 
@@ -130,38 +130,38 @@ SOLVERS = {'heun': STEPS, 'euler': EVALUATIONS, 'dpmpp2m': EVALUATIONS}
 
 
 def at(kimg, *options):
-    """A `Score` for each of the options dicts; their order is that of their names."""
+    """A `Score` at `kimg` for each dict of sampler options, which it sorts by name."""
     return tuple(Score(kimg, tuple(sorted(o.items()))) for o in options)
 
 
 def over_evaluations(kimg, solvers=SOLVERS, **fixed):
-    """Fig. 5: the solvers at every number of evaluations; the default, 18 steps of Heun, is not among them."""
+    """Scores for Fig. 5: each solver at each NFE, except the default (Heun, 18 steps), which is planned elsewhere."""
     return at(kimg, *(drawn(solver, steps, **fixed) for solver in solvers for steps in SOLVERS[solver]
                       if drawn(solver, steps)))
 
 
 def drawn(solver, steps, **fixed):
-    """Options of a solver; the defaults are left out, so that a score has one name."""
+    """Sampler options for a solver and its steps; defaults are left out, so that each score has one name."""
     return {**fixed, **({'solver': solver} if solver != SOLVER else {}),
             **({'num_steps': steps} if (solver, steps) != (SOLVER, SAMPLER_DEFAULTS['num_steps']) else {})}
 
 
 def question_1(scale):
-    """Warm at BNR 0.5 against EDM: score against images seen and time. Seed 0 also answers question 3."""
+    """Warm at BNR 0.5 against EDM: score over images seen and over time. Seed 0 also answers question 3."""
     for seed in scale.main_seeds:
         for cond in (False, True):
             for name, flags in METHODS.items():
                 scores = tuple(Score(kimg) for kimg in scale.main)
                 if seed == 0 and not cond:
                     scores += over_evaluations(scale.main[-1])
-                    if name == 'warm':  # Table 4's other half: constant BNR over NFE
+                    if name == 'warm':  # the other half of Table 4: constant BNR over NFE
                         scores += at(scale.side, *(drawn('heun', n) for n in SCHEDULE_STEPS))
-                scores = tuple(dict.fromkeys(scores))  # where `side` is the end of `main`, some are asked for twice
+                scores = tuple(dict.fromkeys(scores))  # some occur twice, as `side` is one of `main`
                 yield Run(run_name(name, cond, seed), seed, (*flags, f'--cond={cond:d}'), scores)
 
 
 def question_2(scale):
-    """Table 3: a network for each BNR, and one network for all of them. Seed 0 of the latter answers question 3."""
+    """Table 3: a network for each BNR, and one network for all. Seed 0 of the latter also answers question 3."""
     for seed in scale.side_seeds:
         for bnr in PAPER_BNRS:
             if bnr_name(bnr) not in METHODS:  # question 1 has these
@@ -174,7 +174,7 @@ def question_2(scale):
 
 
 def side(scale, what, seed, *flags):
-    """A run of the length of the smaller questions, scored once."""
+    """A run of the smaller questions' length, scored once, at its end."""
     return Run(run_name(what, seed=seed), seed, flags, (Score(scale.side),))
 
 
@@ -190,19 +190,19 @@ def question_4(scale):
         yield Run(run_name('warm-blurring', seed=seed), seed, ('--precond=warm', '--bnr-schedule=blurring'), scores)
 
 
-# What we chose where the paper is silent: {flag: (our choice, its alternatives)}.
+# Our choices where the paper is silent: {flag: (our choice, its alternatives)}.
 CHOICES = {'--rest-weight': (f"{DEFAULTS['rest_weight']:g}", ('0.25', '4')),
            **{flag_of(name): (DEFAULTS[name], tuple(value for value in values if value != DEFAULTS[name]))
               for name, values in (('rest_scale', REST_SCALES), ('blur_embedding', BLUR_EMBEDDINGS))}}
 
 
 def choice_name(flag, value):
-    """'warm-rest-weight-4' and so on."""
+    """Name of the run with an alternative choice, such as 'warm-rest-weight-4'."""
     return f"warm-{flag.strip('-')}-{value}"
 
 
 def question_5(scale):
-    """Our own choices, each against its alternatives, alone."""
+    """Our own choices: each alternative by itself."""
     for seed in scale.side_seeds:
         for flag, (_, alternatives) in CHOICES.items():
             for value in alternatives:
@@ -210,7 +210,7 @@ def question_5(scale):
 
 
 def question_6(scale):
-    """Warm from the weights of EDM's longest run: when does it beat its parent, and EDM that goes on likewise?"""
+    """Warm started from EDM's final weights: when does it beat its parent, and EDM continued in the same way?"""
     for seed in scale.side_seeds:
         for what, method in (('transfer', 'warm'), ('transfer-edm', 'edm')):
             yield Run(run_name(what, seed=seed), seed, METHODS[method], tuple(Score(k) for k in scale.transfer),
@@ -221,13 +221,13 @@ QUESTIONS = {'1': question_1, '2': question_2, '4': question_4, '5': question_5,
 
 
 def plan(scale, questions=QUESTIONS):
-    """All `Run`s of the questions at a scale, the most worthwhile first: all of one seed before the next."""
+    """All `Run`s of the questions at a scale, most worthwhile first: all of one seed before the next seed."""
     runs = [run for number in questions for run in QUESTIONS[number](scale)]
-    return sorted(runs, key=lambda run: run.seed)  # sorting keeps the questions' order inside a seed
+    return sorted(runs, key=lambda run: run.seed)  # a stable sort keeps the order of the questions within a seed
 
 
 CIFAR10_REF = ('--cbase=64', '--cres=1,1,1,1', '--batch=512', '--lr=1e-3', '--lr-rampup=0.25', '--ema=0.1',
-               '--dropout=0', '--augment=0', '--xflip=1', '--grid=0')  # bench_curves.py's network too
+               '--dropout=0', '--augment=0', '--xflip=1', '--grid=0')  # bench_curves.py uses these too
 SCALES = {scale.name: scale for scale in (
     Scale(
         name='cifar10', title='CIFAR-10, 32×32, on a GPU',

@@ -1,17 +1,17 @@
-"""Carry out the plan of `warm.study.plan`: train, score, record; in pieces, by as many workers as there are.
+"""Carry out the plan of `warm.study.plan`: train, score, record; piece by piece, with any number of workers.
 
-    python -m warm.study --scale=digits                    everything, in order of worth
-    python -m warm.study --scale=cifar10 --minutes=9       what fits into 9 minutes; the same command goes on
+    python -m warm.study --scale=digits                    everything, the most worthwhile first
+    python -m warm.study --scale=cifar10 --minutes=9       what fits into 9 minutes; repeat to continue
     python -m warm.study --scale=cifar10 --prepare         make the data and the detector first, if they are missing
-    python -m warm.study --scale=digits -n                 what is done and what is left
+    python -m warm.study --scale=digits -n                 show what is done and what is left
 
-Each run has a folder in --outdir, each score a line in SCALE.jsonl in --results, from which `python -m warm.study.page`
-makes the page. A run is trained from one scored network to the next, and scored in between. It is one worker's at a
-time, so the command may be started several times at once, also on several machines that share the folder.
+Each run has a folder in --outdir, each score a line in SCALE.jsonl in --results, and `python -m warm.study.page` builds
+the page from these. A run is trained up to each network to be scored in turn, and scored there. A run belongs to one
+worker at a time, so the command can be started several times at once, also on several machines that share the folder.
 
-With --tidy, a folder keeps only what is still needed, so that an unfinished study is small enough to be moved: a state
-of the run under way (of --scale=cifar10 52 MB), a network of 20 MB if time ran out before it was scored, and another
-while question 6 is left, whose trainings start from it.
+With --tidy, only files that are still needed are kept, so that an unfinished study is small enough to move: a state of
+the current run (52 MB with --scale=cifar10), a network of 20 MB if time ran out before it was scored, and another as
+long as question 6 is open, whose runs start from it.
 """
 
 import contextlib
@@ -46,12 +46,12 @@ from warm.study.pieces import Clock, OutOfTime, claimed
 from warm.study.plan import QUESTIONS, REAL, REAL_DRAWS, SCALES, plan
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TICKS = 8  # of a training between two networks that may be scored
-SAVE_SEC = 20  # of the piece's time left for a stopped training to save its state
-STOP_SEC = 120  # after which a training that does not stop is killed
+TICKS = 8  # per `Run.kimg_between`, the interval at which networks can be scored
+SAVE_SEC = 20  # of a piece's time, reserved for a stopped training to save its state
+STOP_SEC = 120  # a training that has not stopped after this is killed
 POLL_SEC = 0.2
-KEPT = 'networks'  # folder of a run's networks that are to be scored
-NEAR = 0.03  # a snapshot counts for a number of images if it is this near, relatively
+KEPT = 'networks'  # subfolder of a run with the networks to score
+NEAR = 0.03  # a snapshot may be this much later than the planned number of images, relative to it
 
 
 @dataclasses.dataclass
@@ -63,8 +63,8 @@ class Study:
         outdir: Folder of its runs.
         results: File of its scores.
         clock: Time left.
-        launcher: Words before train.py, such as those of torchrun.
-        speed: Seconds that drawing and scoring took per image and evaluation, the last time; 0 before it is known.
+        launcher: Words of the command line before train.py, such as torchrun's.
+        speed: Seconds per image and evaluation of the last sampling and scoring; 0 while unknown.
     """
 
     scale: object
@@ -75,34 +75,34 @@ class Study:
     speed: float = 0.0
 
     def folder(self, run_name):
-        """Of a run."""
+        """Folder of a run."""
         return self.outdir / run_name
 
     def recorded(self):
-        """{(run, kimg, options)} that have a line in the results, of the scale's number of images."""
+        """The scores {(run, kimg, options)} in the results that have the scale's number of images."""
         return {key_of(line) for line in read_lines(self.results) if line.get('num_images') == self.scale.num}
 
     def missing(self, run):
-        """Scores of a run that have no line yet."""
+        """The scores of a run that are not in the results yet."""
         done = self.recorded()
         return [score for score in run.scores if (run.name, score.kimg, score.options) not in done]
 
     def snapshot(self, run_name, kimg):
-        """The run's network after that many images, None if it is not there."""
+        """Path of the run's network set aside for `kimg`, or None."""
         return first_after(self.folder(run_name) / KEPT, kimg)
 
     def images(self):
-        """Dataset of the training images."""
+        """The training images, as a dataset."""
         return open_images(self.scale.data or EMBEDDED)
 
     @functools.cached_property
     def scorer(self):
-        """Detector and reference statistics of the training data, made once; with them, what the data itself scores."""
+        """The `Scorer`; first makes reference statistics and scores real images (`score_real_images`), if not done."""
         detector = open_detector(self.scale.detector)
         reference = self.outdir / f'reference{detector.suffix}.npz'
         with claimed(self.outdir / 'reference.lock', wait=True):
             if not reference.is_file():
-                self.clock.need(self.scale.start_sec)  # about as much as a start
+                self.clock.need(self.scale.start_sec)  # takes about as long as starting a training
                 write_reference(reference, ImageFiles(self.images()), detector, self.scale.metrics, self.scale.batch,
                                 progress=False)
             scorer = load_scorer(list(self.scale.metrics), detector, reference)
@@ -111,26 +111,26 @@ class Study:
 
 
 class DrawnImages(ImageFiles):
-    """`num` images of a dataset, drawn at random as a perfect model of it would: some may come twice."""
+    """`num` images of a dataset drawn with replacement, as a perfect model of it would draw them."""
 
     def __init__(self, dataset, num, seed):
         super().__init__(dataset, dataset.name)
         self.total, self.drawn = num, np.random.RandomState(seed).randint(len(dataset), size=num)
 
     def batches(self, indices, batch):
-        """Yield the images at these of the `num` places in batches, uint8 [≤ batch, C, H, W]."""
+        """Yield the draws with these indices (below `num`) in batches, uint8 [≤ batch, C, H, W]."""
         return super().batches(self.drawn[list(indices)], batch)
 
 
 def first_after(folder, kimg):
-    """The folder's first network after that many images, if it is near; else None."""
+    """The folder's first network at or just after `kimg` (within NEAR, at least 1 kimg), or None."""
     late = [path for path in saved_files(folder, SNAPSHOT)
             if 0 <= parse_kimg(path) - int(kimg) <= max(NEAR * kimg, 1)]
     return min(late, key=parse_kimg, default=None)
 
 
 def keep_network(study, run, kimg):
-    """Put the run's network after that many images aside, if there is one; returns whether it is there."""
+    """Move the run's network after `kimg` to its KEPT folder, if there is one; returns whether it is there now."""
     path = first_after(study.folder(run.name), kimg)
     if path is not None and study.snapshot(run.name, kimg) is None:
         make_dirs(study.folder(run.name) / KEPT)
@@ -139,17 +139,17 @@ def keep_network(study, run, kimg):
 
 
 def key_of(line):
-    """What a line of the results is a score of, comparable with the plan."""
+    """(run, kimg, options) that a line of the results is a score of, in the plan's form."""
     return line.get('run'), line.get('point'), tuple((name, value) for name, value in line.get('options', ()))
 
 
 # -- one run
 
 def work_on(study, run):
-    """Train a run as far as its missing scores need, scoring on the way. Returns whether anything was done.
+    """Train a run as far as its missing scores need, scoring on the way; returns False if there was nothing to do.
 
     Raises:
-        OutOfTime: the same call will go on from here.
+        OutOfTime: time is up; the same call continues from here.
     """
     if not study.missing(run) or not parent_ready(study, run):
         return False
@@ -166,12 +166,12 @@ def work_on(study, run):
 
 
 def parent_ready(study, run):
-    """Whether the network that a run starts from is there."""
+    """Whether the network that a run starts from exists, if it needs one."""
     return run.parent is None or study.snapshot(run.parent, study.scale.main[-1]) is not None
 
 
 def train_command(study, run, kimg):
-    """The words of the train.py that brings the run to so many images."""
+    """The train.py command line that trains the run up to `kimg`."""
     parent = run.parent and study.snapshot(run.parent, study.scale.main[-1])
     return [*study.launcher, str(ROOT / 'train.py'), f'--outdir={study.folder(run.name)}', '--nosubdir',
             *([f'--data={study.scale.data}'] if study.scale.data else []), *study.scale.train, *run.flags,
@@ -180,10 +180,14 @@ def train_command(study, run, kimg):
 
 
 def train(study, run, kimg, lock):
-    """Bring the run to so many images, unless its network after them is there.
+    """Train the run up to `kimg`, unless its network there exists already.
 
-    Where it stops, it goes on bit for bit (on a CPU, without --compact-state), so that stops change no score. The
-    training has the run's `lock` too: if this process is killed, no other worker trains beside it.
+    A stopped run resumes bit for bit (on a CPU, without --compact-state), so interruptions do not change its scores.
+    The training process inherits the run's `lock`: if this process is killed, no other worker trains the run meanwhile.
+
+    Raises:
+        OutOfTime: too little time is left to start, or time ran out.
+        UserError: the training failed.
     """
     if keep_network(study, run, kimg):
         return
@@ -199,10 +203,10 @@ def train(study, run, kimg, lock):
 
 
 def wait_for(process, seconds):
-    """Exit code of a training, which is asked to stop after `seconds`, or when this process is.
+    """Wait for a training and return its exit code; it is told to stop after `seconds`, or when this process is.
 
     Raises:
-        OutOfTime: it was asked; what it had done is in its last state.
+        OutOfTime: the seconds are over; the training was stopped, and its last state has what it had done.
     """
     end = time.monotonic() + seconds
     try:
@@ -220,7 +224,7 @@ def wait_for(process, seconds):
 
 
 def measure(study, run, score):
-    """Draw and score the images of one network in one way, and record it."""
+    """Generate and score the images of one network with one set of sampler options, and record the result."""
     scale, path = study.scale, study.snapshot(run.name, score.kimg)
     if path is None:
         raise UserError(f'{study.folder(run.name)} has no network near {score.kimg:g} thousand images; delete that '
@@ -238,20 +242,20 @@ def measure(study, run, score):
 
 
 def hardware():
-    """What the scores are drawn on, in words."""
+    """The hardware that images are generated and scored on, in words."""
     return f'{provenance.hardware(dist.device())}, {torch.get_num_threads()} thread(s)'
 
 
 def recorded_speed(study):
-    """`Study.speed` by the last score that was drawn on such hardware; 0 without one."""
+    """`Study.speed` according to the last recorded score on this hardware; 0 without one."""
     lines = [line for line in read_lines(study.results) if line.get('hardware') == hardware() and line.get('nfe')]
     return lines[-1]['seconds'] / lines[-1]['num_images'] / lines[-1]['nfe'] if lines else 0.0
 
 
 def score_real_images(study, scorer):
-    """Record what images of the training set score, as many as are drawn of a network, in several draws.
+    """Score images drawn from the training set, as many as from a network, and record the result of each draw.
 
-    A network can hardly do better, and their spread is what chance does in drawing the images alone.
+    A network can hardly do better, and the spread over the draws is the effect of chance in drawing images alone.
     """
     done = {line['seed'] for line in read_lines(study.results)
             if line.get('run') == REAL and line.get('num_images') == study.scale.num}
@@ -262,18 +266,19 @@ def score_real_images(study, scorer):
 
 
 def log(study, scorer, values, facts, **record):
-    """Append scores to the results with what `record` says of them; of the reference, its file's name alone."""
+    """Append scores to the results together with `record`; the reference is recorded by its file name only."""
     facts = {**facts, 'ref': pathlib.Path(facts['ref']).name}
     provenance.log_scores(study.results, values, scorer.detector, dict(study=study.scale.name, **record, **facts))
 
 
 def training_cost(folder, drawn):
-    """Parameters of the network, and the seconds of training up to it by the median tick.
+    """The network's number of parameters, and its training time in seconds, from the median speed of the ticks.
 
-    So neither starting and compiling count, which depend on where a piece ended, nor saving; None without a tick.
+    The median leaves out start-up and compilation, which depend on how the run was split, and saving. The time is None
+    before the second tick.
     """
     rates = [line['Timing/sec_per_kimg']['mean'] for line in read_lines(folder / STATS_NAME)
-             if line.get('Progress/tick', {}).get('mean')]  # the first, 0, is one step
+             if line.get('Progress/tick', {}).get('mean')]  # tick 0 is a single step
     return dict(parameters=sum(p.numel() for p in drawn.net.parameters()),
                 train_seconds=round(drawn.snapshot.kimg * statistics.median(rates), 1) if rates else None)
 
@@ -281,9 +286,9 @@ def training_cost(folder, drawn):
 # -- all runs
 
 def tidy(study, runs):
-    """Delete networks that are scored and start no run that is left, and of runs that are measured the states too.
+    """Delete scored networks that no remaining run starts from, and the states of fully scored runs.
 
-    Runs that another worker is at stay as they are.
+    Runs that another worker is busy with are left alone.
     """
     parents = {run.parent for run in plan(study.scale) if study.missing(run)}
     for run in runs:
@@ -292,14 +297,14 @@ def tidy(study, runs):
             with claimed(folder / 'lock') as lock:
                 if lock is not None:
                     left = {score.kimg for score in study.missing(run)}
-                    for kimg in left:  # time may have run out, or the worker died, just when the training was done
+                    for kimg in left:  # time may have run out, or the worker died, just after the training ended
                         keep_network(study, run, kimg)
                     needed = left | {study.scale.main[-1]} if run.name in parents else left
                     delete_but(folder, {study.snapshot(run.name, kimg) for kimg in needed}, bool(left))
 
 
 def delete_but(folder, networks, unfinished):
-    """Delete all networks of a run but these, and its states too unless it is unfinished."""
+    """Delete all networks of a run except `networks`, and its states too unless it is unfinished."""
     for path in (*saved_files(folder / KEPT, SNAPSHOT), *saved_files(folder, SNAPSHOT),
                  *([] if unfinished else saved_files(folder, STATE))):
         if path not in networks:
@@ -307,7 +312,7 @@ def delete_but(folder, networks, unfinished):
 
 
 def overview(study, runs):
-    """A line for each run: how many of its scores are there."""
+    """The progress of the study as text: a line per run with its number of recorded scores."""
     lines = []
     for run in runs:
         done = len(run.scores) - len(study.missing(run))
@@ -317,22 +322,22 @@ def overview(study, runs):
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
-@click.option('--scale', 'scale_name', type=click.Choice(list(SCALES)), required=True, help='How large everything is')
-@click.option('--outdir', metavar='DIR', default='study', help='Where the runs are, in a folder of the scale')
-@click.option('--results', metavar='DIR', default='results', help='Where the scores are recorded, in SCALE.jsonl')
+@click.option('--scale', 'scale_name', type=click.Choice(list(SCALES)), required=True, help='Size of the study')
+@click.option('--outdir', metavar='DIR', default='study', help='Where to save the runs, in a subfolder named SCALE')
+@click.option('--results', metavar='DIR', default='results', help='Where to record the scores, in SCALE.jsonl')
 @click.option('--detector', metavar='NAME|PATH', default=None,
               help="As for fid.py, such as inception; its scores go to SCALE--DETECTOR.jsonl  [default: the scale's]")
-@click.option('--questions', metavar='LIST', default=','.join(QUESTIONS), help='Which questions; 1 answers 3 too')
+@click.option('--questions', metavar='LIST', default=','.join(QUESTIONS), help='Questions to answer; 1 includes 3')
 @click.option('--only', metavar='TEXT', default='', help='Only runs whose name contains this', show_default=False)
 @click.option('--prepare', 'prepares', is_flag=True,
               help="Make the scale's data and detector first where they are missing")
-@click.option('--minutes', type=NumberRange(min=0), default=0, help='Stop after so long; 0: when all is done')
-@click.option('--gpus', type=click.IntRange(min=1), default=1, help='GPUs of this machine to train on')
+@click.option('--minutes', type=NumberRange(min=0), default=0, help='Stop after this time; 0 = when everything is done')
+@click.option('--gpus', type=click.IntRange(min=1), default=1, help='Number of GPUs of this machine to train on')
 @click.option('--tidy', 'tidies', is_flag=True,
-              help='Delete networks and states that are scored, with this detector, and that no run starts from')
-@click.option('-n', '--dry-run', is_flag=True, help='Print what is done and exit')
+              help='Delete networks and states that no run needs any more, once scored with this detector')
+@click.option('-n', '--dry-run', is_flag=True, help='Print what is done and what is left, and exit')
 def main(scale_name, outdir, results, detector, questions, only, prepares, minutes, gpus, tidies, dry_run):
-    """Train and score what the results page needs; the same command goes on where it stopped."""
+    """Train and score what the results page needs; after a stop, the same command continues."""
     scale, file = SCALES[scale_name], scale_name
     if detector not in (None, scale.detector):
         scale, file = dataclasses.replace(scale, detector=detector), f'{file}--{pathlib.Path(detector).stem}'
@@ -348,7 +353,7 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
         study.speed = recorded_speed(study)
         try:
             with sigterm_exits(EXIT_STOPPED), dist.process_group():
-                while any([work_on(study, run) for run in runs]):  # again: what others held, parents that became ready
+                while any([work_on(study, run) for run in runs]):  # again for runs that were locked or lacked a parent
                     pass
         except OutOfTime:
             print('Time is up; the same command continues from here.')
@@ -358,7 +363,7 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
 
 
 def parse_questions(text):
-    """'1,5' → ['1', '5'].
+    """Parse a list of questions, '1,5' → ['1', '5'].
 
     Raises:
         UserError: there is no such question.
@@ -367,13 +372,13 @@ def parse_questions(text):
 
 
 def launcher(gpus):
-    """The words before train.py."""
+    """The words of the command line before train.py, with torchrun for several GPUs."""
     torchrun = ('-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={gpus}')
     return (sys.executable, *(torchrun if gpus > 1 else ()))
 
 
 def prepare(scale):
-    """Run those of the scale's commands whose --dest is missing.
+    """Run the scale's preparation commands whose --dest is missing.
 
     Raises:
         UserError: one of them failed.
@@ -391,7 +396,7 @@ def prepare(scale):
 
 
 def check_prepared(scale):
-    """Raise UserError unless the data and the detector of a scale are there."""
+    """Raise UserError unless the scale's data and detector exist."""
     for path in (scale.data, scale.detector if '/' in scale.detector else None):
         if path and not os.path.exists(path):
             commands = ', '.join(f'`{command}`' for command in scale.prepare)
