@@ -1,4 +1,4 @@
-"""Running the project's commands as a user does, on a full disk too; what they refuse and what they record."""
+"""Running the project's commands as a user does, on a full disk too, and reading what they refuse and record."""
 
 import contextlib
 import importlib
@@ -21,18 +21,18 @@ SMALL = ['--cbase=8', '--cres=1,1', '--batch=16', '--lr-rampup=0.001', '--worker
 
 
 def run_command(script, *args, ok=True, **kwargs):
-    """`python SCRIPT ARGS` in one process; with `ok` it must succeed."""
+    """Run `python SCRIPT ARGS` in one process; with `ok`, it must succeed."""
     return _run([sys.executable, str(ROOT / script), *map(str, args)], ok, **kwargs)
 
 
 def torchrun(script, *args, ranks=2, ok=True, **kwargs):
-    """`torchrun --standalone --nproc_per_node=RANKS SCRIPT ARGS`."""
+    """Run `torchrun --standalone --nproc_per_node=RANKS SCRIPT ARGS`."""
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', '--']
     return _run([*launcher, str(ROOT / script), *map(str, args)], ok, **kwargs)
 
 
 def invoke(script, *args):
-    """The same in this process, which is quicker: for commands that should end early. Gives output, exit_code."""
+    """Run `SCRIPT ARGS` in this process, which is quicker; returns click's result, with output and exit_code."""
     return CliRunner().invoke(importlib.import_module(script.removesuffix('.py')).main, [str(a) for a in args])
 
 
@@ -44,7 +44,7 @@ def succeed(script, *args):
 
 
 def refused(result, *sentences):
-    """Assert that a command ended with one error message holding all `sentences`, and without a traceback."""
+    """Assert that a command ended with an error message that contains all `sentences`, and without a traceback."""
     assert result.exit_code != 0 and isinstance(result.exception, SystemExit), (result.output, result.exception)
     for sentence in sentences:
         assert sentence in result.output, result.output
@@ -52,7 +52,7 @@ def refused(result, *sentences):
 
 
 def refusal(function, *args, **kwargs):
-    """The sentence, of one line, with which a function refuses what it is given."""
+    """The one-line message of the UserError with which `function` must refuse its arguments."""
     with pytest.raises(UserError) as e:
         function(*args, **kwargs)
     assert '\n' not in str(e.value)
@@ -60,12 +60,12 @@ def refusal(function, *args, **kwargs):
 
 
 def json_lines(path):
-    """Everything in a file of JSON lines, all of which must be whole."""
+    """All objects in a file of JSON lines; no line may be cut off."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def free_port():
-    """Of this machine."""
+    """A TCP port that is free on this machine."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
@@ -80,7 +80,7 @@ def _run(command, ok, env=None, timeout=240):
 
 @contextlib.contextmanager
 def full_disk(n):
-    """Within it, a write beyond n bytes of a file fails as on a full disk."""
+    """Let every write beyond the first n bytes of a file fail, as on a full disk."""
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, former[1]))

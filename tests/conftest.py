@@ -1,12 +1,12 @@
-"""Shared by all tests: the recorded values and the project's root."""
+"""Shared by all tests: the project's root, the recorded values, an undisturbed run, a cache folder."""
 
 import json
 import os
 import pathlib
 import types
 
-# The tests' networks are small: a second thread costs more than it brings, above all on a busy machine. To be set
-# before PyTorch is imported; commands started by tests inherit it.
+# The tests' networks are small: a second thread costs more than it gains, above all on a busy machine. This must be
+# set before PyTorch is imported; commands started by tests inherit it.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np  # noqa: E402
@@ -18,13 +18,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope='session')
 def root():
-    """The project's root folder, where the commands lie."""
+    """The project's root folder, where the commands are."""
     return ROOT
 
 
 @pytest.fixture(scope='session')
 def undisturbed(tmp_path_factory):
-    """Folder of a run of two ranks that nothing disturbs (tests.kills), for comparison."""
+    """Folder of an undisturbed run of two ranks (tests.kills), to compare others with."""
     from tests import kills
     folder = tmp_path_factory.mktemp('undisturbed') / 'run'
     assert kills.wait(kills.start(folder, 2)) == 0, kills.log_of(folder)
@@ -45,7 +45,7 @@ def golden():
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory):
-    """A cache folder of one module's own, and one thread, as in the processes it starts: it decides the last digit."""
+    """A cache folder for the module, and one thread, as in its subprocesses: their number decides the last digit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,9 +1,9 @@
 """Exact oracles for Gaussian data with covariance diag(S) in the DCT basis, exact covariances of samplers, and
-the steps of the family in their plainest form, to hold the systems' own steps against.
+the steps of the family in their plainest form, as references for the systems' own.
 
-With such an oracle every sampler of the family is linear in its random numbers and diagonal in the DCT basis. So its
-output's covariance is found without sampling: run it on a batch in which each image holds one of the random numbers
-alone (the first the latents, the next the noise of the first step, …), one in every band, and add the squares.
+With such an oracle, every sampler of the family is linear in its random numbers and diagonal in the DCT basis, so the
+covariance of its output is found without sampling: run it on a batch in which each image has one source of randomness
+alone (the first the latents, the next the noise of the first step, …), set to 1 in every band, and add the squares.
 """
 
 import math
@@ -15,7 +15,7 @@ from warm.blur import dct2, idct2, prior_spectrum
 
 
 class LinearOracle:
-    """Calls `gain(level) → [N, N]`: the prediction is V (gain ∘ Vᵀx). `process` and others are passed through."""
+    """A network that predicts V (gain ∘ Vᵀx), with gain(level) [N, N]; `process` and others become its attributes."""
 
     sigma_min, sigma_max, label_dim = 0, math.inf, 0
 

@@ -1,4 +1,4 @@
-"""Kill training runs again and again, let them go on, and compare their end with an undisturbed run's, bit for bit.
+"""Kill training runs again and again, let them continue, and compare their ends with an undisturbed run's bit for bit.
 
     python -m tests.kills --ranks 20 --jobs 50
 
@@ -27,11 +27,11 @@ RUN = [*SMALL, '--batch=32', '--grid=0', '--augment=0.12', '--dropout=0.1', '--t
        '--seed=5', '--duration=0.002048', '--nosubdir', '--auto-resume', '--keep=2']
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-LIFE_SEC = 200  # longer than any life of the run takes on a busy machine
+LIFE_SEC = 200  # longer than a run from start to end takes on a busy machine
 
 
 def start(folder, ranks, *options, restarts=0):
-    """The run in `folder` as a process, in a session of its own; what it prints goes to FOLDER.txt."""
+    """Start the run in `folder` as a process in a session of its own; its output goes to FOLDER.txt."""
     torchrun = [*TORCHRUN, f'--nproc_per_node={ranks}', f'--max-restarts={restarts}', '--monitor-interval=0.1', '--']
     launcher = [sys.executable] if ranks == 1 else torchrun
     with open(f'{folder}.txt', 'ab') as out:
@@ -40,7 +40,7 @@ def start(folder, ranks, *options, restarts=0):
 
 
 def wait(process):
-    """Its exit code."""
+    """Wait for a process to end, kill what it leaves behind, and return its exit code."""
     try:
         return process.wait(LIFE_SEC)
     finally:
@@ -48,9 +48,9 @@ def wait(process):
 
 
 def kill_all(process):
-    """SIGKILL for a process and all that it has started."""
+    """Send SIGKILL to a process and to all that it has started."""
     with_children = []
-    for _ in range(2):  # the second time for what was started meanwhile
+    for _ in range(2):  # the second pass is for what was started meanwhile
         try:
             parent = psutil.Process(process.pid)
             with_children = [*parent.children(recursive=True), parent]
@@ -66,7 +66,7 @@ def kill_all(process):
 
 
 def log_of(folder):
-    """All that its lives have printed."""
+    """All that the run has printed, over all its starts."""
     return pathlib.Path(f'{folder}.txt').read_text(errors='replace')
 
 
@@ -82,7 +82,7 @@ def until(condition, process):
 
 
 def kill_ranks(folder, kills, rng):
-    """A run of two ranks under torchrun, one of which is killed `kills` times; returns how often it really was."""
+    """Run two ranks under torchrun and kill one of them up to `kills` times; returns how often that was done."""
     process = start(folder, 2, restarts=kills)
     done = 0
     try:
@@ -109,17 +109,17 @@ def is_rank(process):
 
 
 def kill_jobs(folder, kills, ranks, rng):
-    """A run that is killed as a whole while it writes, and started again.
+    """Kill a whole run while it writes and start it again, up to `kills` times.
 
     Returns:
         How often it was killed, and how often that left a file half written.
     """
     done = halves = 0
     while done < kills:
-        left = being_written(folder)  # by earlier lives
+        left = being_written(folder)  # by earlier starts
         process = start(folder, ranks)
         try:
-            # A life that is always killed at its first save would get nowhere.
+            # A run that is always killed at its first save would get nowhere.
             if not until_save(folder, process, rng.randint(1, 4), left):
                 assert process.returncode == 0, log_of(folder)
                 break  # it has reached its end
@@ -133,7 +133,7 @@ def kill_jobs(folder, kills, ranks, rng):
 
 
 def until_save(folder, process, number, left):
-    """Wait until a run writes for the given time, not counting what was left before; False if it ends first."""
+    """Wait until a run writes for the `number`-th time, ignoring the files `left` before; False if it ends first."""
     for i in range(number):
         if i and not until(lambda: not being_written(folder) - left, process):
             return False
@@ -143,13 +143,13 @@ def until_save(folder, process, number, left):
 
 
 def being_written(folder):
-    """Names of the states and snapshots that are being written there, or were when it was killed."""
+    """Names of the states and snapshots being written in `folder`, or left half written by a kill."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return {name for name in names if name.startswith('.tmp-') and name.endswith(('.pt', '.safetensors'))}
 
 
 def final_state(folder):
-    """The last state, without what differs from run to run: the time spent."""
+    """The last state, without the time spent, which differs from run to run."""
     state = load_state(saved_files(folder, 'training-state')[0])
     state['progress'].pop('seconds')
     return {name: state[name] for name in ('net', 'ema', 'optimizer', 'ranks', 'progress', 'settings')}
@@ -173,7 +173,7 @@ def losses(folder):
 
 
 def check_same(folder, reference):
-    """Assert that a run ended as the reference did, and that its records have each tick once."""
+    """Assert that a run ended exactly as the reference did, with each tick once in its records."""
     assert equal(final_state(folder), final_state(reference)), 'its final state differs'
     assert losses(folder) == losses(reference), 'its statistics differ'
     ticks = [line.split()[1] for line in (pathlib.Path(folder) / 'log.txt').read_text().splitlines()

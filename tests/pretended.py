@@ -1,8 +1,9 @@
 """A pretended GPU, for machines that have none: a device with the CPU's numbers and a GPU's rules.
 
 Tensors on it may not be mixed with the CPU's, and what would make the host wait for a GPU is listed: values read
-back, tensors made of Python lists, copies over. `python -m tests.pretended` runs every system's training step and
-sampler there, and prints {case: what was wrong} as JSON; a process of its own, since PyTorch takes such a device once.
+back, tensors made of Python lists, copies between the two. `python -m tests.pretended` runs every system's training
+step and sampler there, and prints {case: what was wrong} as JSON; it is a process of its own, since PyTorch takes such
+a device only once.
 """
 
 import contextlib
@@ -78,21 +79,21 @@ class Device(TorchDispatchMode):
 
 
 def on_cpu(x):
-    """`x`, or what is in it, with the values of pretended tensors in their place."""
+    """`x`, or its items, with pretended tensors replaced by their values."""
     if isinstance(x, (list, tuple)):
         return type(x)(map(on_cpu, x))
     return x.values if isinstance(x, Pretended) else x
 
 
 def on_device(x):
-    """`x`, or what is in it, with tensors on the device."""
+    """`x`, or its items, with tensors moved to the device."""
     if isinstance(x, (list, tuple)):
         return type(x)(map(on_device, x))
     return Pretended(x) if isinstance(x, torch.Tensor) else x
 
 
 def to_device(net):
-    """Move a network's tensors there; call inside Device."""
+    """Move a network's tensors to the device; call inside Device."""
     for module in net.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -161,7 +162,7 @@ def make_net(system, precision='fp32', **kwargs):
 
 
 def one_step(net, ema, optimizer, loss_fn, images, labels, pipe):
-    """A step as the loop makes it: augmentation, gradients, optimiser, moving average; gives the loss."""
+    """A step as the loop makes it: augmentation, gradients, optimiser, moving average; returns the loss."""
     from training import training_loop as tl
     optimizer.zero_grad(set_to_none=True)
     loss = loss_fn(net, images, labels, pipe)
@@ -175,7 +176,7 @@ def one_step(net, ema, optimizer, loss_fn, images, labels, pipe):
 
 
 def step(system, precision='fp32', label_dim=0, *, device, **kwargs):
-    """What the host waits for in a training step as the loop makes it; the first step makes its constants."""
+    """What the host waits for in a training step as the loop makes it, once a first step has made its constants."""
     from training.augment import TRAIN_AUGMENT, AugmentPipe
     pipe = AugmentPipe(p=0.5, **TRAIN_AUGMENT)
     net = make_net(system, precision, label_dim=label_dim, augment_dim=pipe.label_dim, **kwargs)
@@ -194,7 +195,7 @@ def step(system, precision='fp32', label_dim=0, *, device, **kwargs):
 
 @torch.no_grad()
 def sample(system, network_options=None, *, device, **options):
-    """What the host waits for in a sampling; the first makes its constants."""
+    """What the host waits for in a sampling, once a first one has made its constants."""
     net = make_net(system, **(network_options or {})).eval()
     if 'num_steps' in system.sample_options:
         options['num_steps'] = 3
@@ -211,7 +212,7 @@ def sample(system, network_options=None, *, device, **options):
 
 
 def score(device):
-    """The sums and features of all metrics."""
+    """All metrics' sums and features can be computed on the device."""
     from training import detectors, metrics
     detectors.full_float32 = lambda device: contextlib.nullcontext()  # the device knows no autocast
     detector = detectors.PixelDetector(NAME)
@@ -226,7 +227,7 @@ def score(device):
 
 
 def mix(device):
-    """That both kinds of faults are found."""
+    """Both kinds of faults are found: waits and tensors of two devices."""
     torch.ones([], device=NAME).item()
     torch.tensor([1., 2.], device=NAME)
     torch.ones([2]).to(NAME)[:1].copy_(torch.ones([1]))
@@ -239,7 +240,7 @@ def mix(device):
 
 
 def by_copy(make):
-    """torch.tensor and torch.as_tensor, for whose way to the device PyTorch asks for kernels that it has not."""
+    """torch.tensor or torch.as_tensor by way of the CPU: made on the device, they would need kernels that it lacks."""
     def made(*args, device=None, **kwargs):
         return make(*args, **kwargs).to(device)
     return made

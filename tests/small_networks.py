@@ -1,4 +1,4 @@
-"""Small networks of every system and architecture, all weights away from their (often zero) start."""
+"""Small networks of every system and architecture, with all weights moved away from their (often zero) start."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ NETWORKS = {
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'))]
 TINY = dict(model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
-# Steps enough for any of a system's options: fewer of Blur Diffusion's are refused with --reverse-step=ancestral.
+# Steps enough for any of a system's options: with fewer, Blur Diffusion refuses --reverse-step=ancestral.
 FEW = {'blurring': {'num_steps': 3}, 'lee': {'num_steps': 10}, 'cold': {'num_steps': 3}, 'ihdm': {}}
 
 
@@ -45,7 +45,7 @@ def distance(a, b):
 
 
 def tiny_network(name, **options):
-    """A system's, for one-channel images of 8×8, in evaluation mode."""
+    """A system's network for one-channel images of 8×8, in evaluation mode."""
     torch.manual_seed(0)
     system = SYSTEMS[name]
     kwargs = {**system.network_kwargs(options), **TINY}
@@ -57,12 +57,12 @@ def tiny_network(name, **options):
 
 
 def short_network(name):
-    """The same, with few levels where their number is the network's."""
+    """`tiny_network`, with few levels where the network fixes their number."""
     return tiny_network(name, **({'ihdm_levels': 3} if name == 'ihdm' else {}))
 
 
 def few_steps(name):
-    """Options of its sampler that make it quick."""
+    """Options that make a system's sampler quick."""
     options = dict(FEW.get(name, {'num_steps': 2}))
     if SYSTEMS[name].starts_from_data:
         options['data'] = EMBEDDED

@@ -1,10 +1,11 @@
-"""Two ranks train for a while, images are generated and scored from their snapshots beside it: does anything grow?
+"""Two ranks train for a while, with images generated and scored from their snapshots alongside: does anything grow?
 
     python -m tests.soak --minutes 30
 
 prints a table of each rank's memory and file handles after the first minute and at the end, and what was left behind.
-It fails where memory has grown by 2 % or more, or a handle or a process is left. With `--workers 1` a process of each
-rank decodes the images anew; otherwise a thread takes them from the decoded set.
+It fails if memory has grown by 2 % or more, if handles, threads or child processes have become more, or if a process
+is left. With `--workers 1`, a process per rank decodes the images anew; otherwise a thread takes them from the decoded
+set.
 """
 
 import contextlib
@@ -68,7 +69,7 @@ class Customer:
             return
         scores = sum(self.finished.values()) % 2
         self.script = 'fid.py' if scores else 'generate.py'
-        # Copied, since training deletes it before long.
+        # Copied, since training will soon delete it.
         snapshot = shutil.copy(snapshots[0], self.tmp)
         args = ['calc', f'--network={snapshot}', f'--ref={self.tmp}/ref.npz', '--seeds=0-31', '--detector=pixels',
                 f'--log={self.tmp}/metrics.jsonl'] if scores else \

@@ -137,7 +137,7 @@ def test_translation_moves_right_and_up_over_the_mirrored_image():
 
 @pytest.mark.parametrize('height, width', [(16, 16), (12, 20), (9, 8)])
 def test_warp_equals_its_plain_form(height, width):
-    """Padding, zero-insertion, convolution, lookup and convolution, one after the other."""
+    """It equals padding, zero-insertion, convolution, lookup and convolution, done one after the other."""
     images = some_images(count=6, height=height, width=width).double()
     generator = torch.Generator().manual_seed(7)
     M = torch.eye(3).repeat(6, 1, 1)
@@ -150,13 +150,13 @@ def test_warp_equals_its_plain_form(height, width):
 
 
 def plain_warp(images, M):
-    """The definition of `affine.warp`, as the page on the interface puts it."""
+    """`affine.warp` by its definition, step by step."""
     N, C, H, W = images.shape
     h = torch.tensor(affine.SYM6, dtype=images.dtype)
     x = F.pad(images, (W - 1, W - 1, H - 1, H - 1), mode='reflect').flatten(0, 1)[:, None]
     z = x.new_zeros([N * C, 1, 2 * x.shape[2], 2 * x.shape[3]])
     z[:, :, ::2, ::2] = x
-    # u[n] = Σ_k h[k] z[n + 5 − k]: conv2d correlates, so the filter is turned around.
+    # u[n] = Σ_k h[k] z[n + 5 − k]: conv2d correlates, so the filter is flipped.
     z = F.pad(z, (6, 5, 6, 5))
     u = F.conv2d(F.conv2d(z, h.flip(0)[None, None, None, :]), h.flip(0)[None, None, :, None])
     u = u.reshape(N, C, *u.shape[2:])
@@ -216,7 +216,7 @@ def test_dtype_is_kept(dtype):
 # -- a transform of one's own, and the flag
 
 def cutout(pipe, images):
-    """Grey out the right half: of what `training/augment.py` needs for a transform, the one function."""
+    """Grey out the right half of an image: the one function that a new transform needs."""
     w = pipe.gated('cutout', torch.rand([images.shape[0]], device=images.device))
     right = torch.arange(images.shape[3], device=images.device) >= images.shape[3] // 2
     return torch.where((w > 0)[:, None, None, None] & right, pipe.cutout_grey, images), [w]

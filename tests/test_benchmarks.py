@@ -26,7 +26,7 @@ CLI = CliRunner()
 # -- which commit
 
 def test_the_commit_of_a_copy_without_git(tmp_path, monkeypatch):
-    """The variable tells it there, and nowhere else."""
+    """In a copy without git an environment variable gives the commit; in a checkout it is ignored."""
     for folder in ('dnnlib', 'torch_utils', 'training'):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns('__pycache__'))
 
@@ -44,7 +44,7 @@ def test_the_commit_of_a_copy_without_git(tmp_path, monkeypatch):
 
 
 def test_nothing_is_measured_on_a_gpu_without_a_commit(tmp_path, monkeypatch):
-    """Otherwise --commit reaches all that is started, and the report."""
+    """Without a commit, gpu_all.py refuses to start; --commit=REV reaches everything it starts, and its report."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(gpu_all, 'environment', lambda device: dict(commit=gpu_all.os.environ.get(COMMIT_VARIABLE)))
     monkeypatch.setattr(gpu_all, 'run_one', lambda command, limit: dict(
@@ -63,13 +63,13 @@ def test_nothing_is_measured_on_a_gpu_without_a_commit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('call', gpu_all.CALLS)
 def test_calls_fit_into_ten_minutes(call):
-    """With all that each of their runs may take."""
+    """Even if each of its runs takes all the time that it may."""
     limits = {gpu_all.TESTS[0]: gpu_all.TESTS[1], **{name: run[-1] for name, run in gpu_all.RUNS.items()}}
     assert sum(limits[name] for name in gpu_all.CALLS[call]) <= gpu_all.SECONDS <= 570
 
 
 def test_what_takes_too_long_is_ended_with_what_it_started():
-    """What it has said until then is kept. The process it started holds the same pipe, whose end is waited for."""
+    """What it has printed until then is kept. The process it started holds the same pipe, whose end is waited for."""
     code = ('import subprocess, sys; p = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE); '
             'print("a row", flush=True); p.wait()')
     result = gpu_all.run_one(['-c', code], 6)
@@ -81,12 +81,12 @@ def test_what_takes_too_long_is_ended_with_what_it_started():
     (None, ['cifar10', 'cifar10-cond', 'ffhq', 'lsun-church']), ('cifar10', ['cifar10']),
     ('cifar', ['cifar10', 'cifar10-cond']), ('ffhq, church', ['ffhq', 'lsun-church'])])
 def test_which_presets(only, presets):
-    """A name is that preset, though others hold it too."""
+    """A full name selects that preset alone, even if others contain it; part of a name selects all that contain it."""
     assert bench_presets.chosen_presets(only) == presets
 
 
 def test_cost_of_other_presets_stays(tmp_path, monkeypatch):
-    """One preset measured anew, on the same GPU; nothing measured is replaced by less."""
+    """Measuring one preset anew, on the same GPU, keeps the others' rows; nothing measured is replaced by less."""
     here, out = dict(gpu='H200', commit='new'), tmp_path / 'cost.json'
     former = [dict(preset=preset, system=system, images_per_second=9.0, hours=1.0)
               for preset in ('cifar10', 'ffhq') for system in ('warm', 'edm')]
@@ -104,14 +104,14 @@ def test_cost_of_other_presets_stays(tmp_path, monkeypatch):
 # -- what is counted and compared
 
 def test_arithmetic_of_edms_network():
-    """The numbers that all targets are stated in: GFLOP an image of CIFAR-10, a training step and an evaluation."""
+    """All targets are stated in these numbers: GFLOP per image of CIFAR-10 for a training step and an evaluation."""
     network_kwargs = dict(ARCHITECTURES['ddpmpp'], img_resolution=32)
     assert step_flops(network_kwargs) == pytest.approx(127e9, rel=0.01)
     assert forward_flops(network_kwargs) == pytest.approx(42.4e9, rel=0.01)
 
 
 def test_the_reference_way_is_the_same_training(tmp_path):
-    """Loss and gradients of a step of both in float32, from one seed, every weight of account."""
+    """From one seed, a step of both in float32 gives the same loss and gradients, with every weight of account."""
     data, results = f'{tmp_path}/data.zip', []
     write_zip(data, 16, 8)
     network_kwargs = dict(img_resolution=8, model_type='SongUNet', model_channels=16, channel_mult=[1, 2], num_blocks=1,
@@ -130,7 +130,7 @@ def test_the_reference_way_is_the_same_training(tmp_path):
 
 
 def test_the_reference_way_computes_as_edm_does(monkeypatch):
-    """Neither the fused attention nor pixels copied and averaged, in whatever type; afterwards they are back."""
+    """It uses neither fused attention nor copied and averaged pixels, in any type; afterwards both are back."""
     called = []
     for name in ('pool', 'double'):
         monkeypatch.setattr(layers, name, lambda x, f=getattr(layers, name), name=name: called.append(name) or f(x))
@@ -151,7 +151,7 @@ def test_the_reference_way_computes_as_edm_does(monkeypatch):
 # -- sampling
 
 def test_a_whole_set_of_images_has_a_row(tmp_path):
-    """Drawn in the fastest of EDM's ways and written; the floor is the arithmetic of all of them."""
+    """The set is drawn in the fastest of EDM's ways and written; its floor is the arithmetic of all its images."""
     out = tmp_path / 'report.json'
     sizes = ['--cbase=8', '--cres=1', '--blocks=1', '--size=8', '--batch=4', '--repeats=1', '--steps=2']
     assert CLI.invoke(bench_sample.main, [*sizes, '--total=10', f'--out={out}']).exit_code == 0
@@ -167,7 +167,7 @@ def test_a_whole_set_of_images_has_a_row(tmp_path):
 
 
 def test_what_the_writers_are_given(tmp_path):
-    """Every seed's file, by the sampler that waits and behind it."""
+    """Every seed has a file, whether the sampler waits for writing or goes on meanwhile."""
     kwargs = dict(ARCHITECTURES['ddpmpp'], img_resolution=8, model_channels=8, channel_mult=[1], num_blocks=1)
     drawer = bench_sample.Drawer(kwargs, steps=1, batch=4, device='cpu')
     choices = bench_sample.ways('cpu', compile=False)
@@ -181,7 +181,7 @@ def test_what_the_writers_are_given(tmp_path):
 # -- scoring
 
 def test_a_whole_scoring_has_rows(monkeypatch):
-    """All images of the zip, at fid.py's batch; the parts make up the whole."""
+    """All images of the zip are scored, at fid.py's batch size; the parts add up to the whole."""
     monkeypatch.setattr(bench_fid, 'random_inception', PixelDetector)
     statistics, distance, whole = bench_fid.measure_scoring(10, 8, 'cpu')
     assert whole['images'] == 10 and whole['batch'] == 64
@@ -192,7 +192,7 @@ def test_a_whole_scoring_has_rows(monkeypatch):
 # -- loss curves
 
 class Training:
-    """Stands in for a process of train.py: eight ticks of a kimg each, a minute each; a signal stops it, saved."""
+    """Stands in for a process of train.py: a tick per kimg, a minute per tick; a signal stops it, its state saved."""
 
     clock, started = [0.0], []
 
@@ -225,7 +225,7 @@ class Training:
 
 
 def test_curves_over_several_calls(tmp_path, monkeypatch):
-    """Each ends in time with code 75 and compares what there is; the last finds all finished and starts nothing."""
+    """A call ends in time with code 75 and compares what there is; the last finds all finished and starts nothing."""
     monkeypatch.setattr(bench_curves, 'subprocess', types.SimpleNamespace(**{**vars(subprocess), 'Popen': Training}))
     monkeypatch.setattr(bench_curves, 'time', types.SimpleNamespace(monotonic=lambda: Training.clock[0]))
     out = tmp_path / 'report.json'

@@ -44,13 +44,13 @@ def halves(tmp_path_factory):
 
 
 def run(data, test, dest, **options):
-    """click's result of the command in this process."""
+    """Run the command in this process; returns click's result."""
     flags = {'data': data, 'test': test, 'dest': dest, **SMALL, **options}
     return click.testing.CliRunner().invoke(classifier.main, [f'--{k}={v}' for k, v in flags.items()])
 
 
 def learn(data, test, dest, **options):
-    """The record of a run that must succeed."""
+    """Run the command, which must succeed; returns its record."""
     result = run(data, test, dest, **options)
     assert result.exit_code == 0, (result.output, result.exception)
     return json.loads(dest.with_suffix('.json').read_text())
@@ -82,7 +82,7 @@ def images_of(path, n=20):
 # -- it learns
 
 def test_it_learns_what_there_is_to_learn(halves, trained, tmp_path):
-    """Held-out digits are told apart; with labels dealt out at random nothing is to be learned."""
+    """Held-out digits are told apart; with labels dealt out at random, there is nothing to learn."""
     rng = np.random.default_rng(0)
     shuffled = write_zip(tmp_path / 'shuffled.zip', [i for i in range(1797) if i % 5],
                          lambda labels: rng.permutation(labels).tolist())
@@ -244,7 +244,7 @@ def test_any_resolution(resolution, last):
 # -- bad input
 
 def fails(folder, message, *args, **options):
-    """The command ends with one sentence and leaves no file in `folder`."""
+    """Assert that the command ends with one error message and leaves no file in `folder`."""
     result = run(*args, **options)
     refused(result, message)
     assert result.output.count('Error: ') == 1
@@ -333,7 +333,7 @@ def test_an_interrupted_training_writes_nothing(halves, tmp_path, monkeypatch):
 
 
 def test_a_failed_write_leaves_neither_file(halves, tmp_path, monkeypatch):
-    """Something takes the detector's place while it is trained."""
+    """If something takes the detector's place while it is trained, neither its file nor its record is written."""
     monkeypatch.setattr(classifier, 'train', lambda *args, **kwargs: (tmp_path / 'a.ts').mkdir())
     refused(run(*halves, tmp_path / 'a.ts'), 'could not write', 'a.ts')
     assert [path.name for path in tmp_path.iterdir()] == ['a.ts']

@@ -1,4 +1,4 @@
-"""training.compact: states of 10 bytes a parameter, within the bounds that they promise."""
+"""training.compact: states of 10 bytes per parameter, within the error bounds that they promise."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def train(folder, kimg, *options):
 
 
 def some_state(n=10_000):
-    """What Adam and the moving average leave of one tensor of n weights: numbers of all magnitudes, some of them 0."""
+    """A state as Adam and the moving average leave it, of one tensor of n weights: all magnitudes, and some zeros."""
     rng = torch.Generator().manual_seed(0)
     w, drift, m = (torch.randn(n, generator=rng) * 10 ** (torch.rand(n, generator=rng) * 20 - 17) for _ in range(3))
     m[:10] = 0
@@ -80,7 +80,7 @@ def test_ten_bytes_a_parameter(tmp_path):
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """Two runs of 448 images, one with compact states, and what they printed when they went on to 704."""
+    """Two runs of 448 images, one with compact states, and what they printed when they continued to 704."""
     folder = tmp_path_factory.mktemp('runs')
     said = {}
     for name, options in (('exact', []), ('compact', ['--compact-state'])):

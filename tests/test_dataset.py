@@ -43,7 +43,7 @@ def chw(image):
 
 
 def write(path, files):
-    """Files {name: bytes} as a zip or, without that ending, a folder."""
+    """Write files {name: bytes} as a zip or, without that ending, as a folder; returns the path."""
     if path.suffix == '.zip':
         with zipfile.ZipFile(path, 'w') as z:
             for name, data in files.items():
@@ -76,7 +76,7 @@ def place(request, tmp_path):
 def test_items_are_the_pixels_in_name_order(place, mode):
     files = small_set(mode=mode, labels=[3, 0, 1, 1, 0, 2])
     write(place, dict(reversed(files.items())))
-    ds = ImageFolderDataset(place, use_labels=True, cache=True)  # EDM's arguments all
+    ds = ImageFolderDataset(place, use_labels=True, cache=True)  # all of EDM's arguments
     c = len(mode)
     assert (len(ds), ds.image_shape, ds.num_channels, ds.resolution) == (6, [c, 8, 8], c, 8)
     assert (ds.label_shape, ds.label_dim, ds.has_labels, ds.has_onehot_labels) == ([4], 4, True, True)
@@ -168,7 +168,7 @@ def test_zip_names_are_only_keys(tmp_path):
 
 
 def test_linked_folders_are_entered(tmp_path):
-    """As sets are put together of others' folders; one that leads back to itself ends."""
+    """Data sets may be put together from links to folders; a link that leads back to the set does not loop."""
     write(tmp_path / 'far', {'1.png': encoded(picture(1)), 'deep/2.png': encoded(picture(2))})
     write(tmp_path / 'set', {'a/0.png': encoded(picture(0))})
     (tmp_path / 'set' / 'b').symlink_to(tmp_path / 'far')
@@ -228,7 +228,7 @@ def test_pickles_and_forks(place):
 
 
 def refused(path, *words, **kwargs):
-    """Opening or reading the whole set fails with a UserError of one line with these words in it."""
+    """Assert that opening or reading the whole set fails with a one-line UserError that contains these words."""
     with pytest.raises(UserError) as e:
         ds = ImageFolderDataset(path, **kwargs)
         for i in range(len(ds)):
@@ -287,7 +287,7 @@ def test_not_square_and_wrong_resolution(place):
 
 
 def test_the_command_that_crops_is_complete(tmp_path):
-    """What the message quotes is run as it is, and its images can be trained on."""
+    """The command that the message quotes runs as it is, and its images can be trained on."""
     folder = tmp_path / 'my photos'
     for i, (w, h) in enumerate(((40, 25), (30, 50))):
         folder.mkdir(exist_ok=True)
@@ -421,7 +421,7 @@ def test_sampler_ranks_share_one_order():
     whole = take(600)
     for rank in range(3):
         assert take(200, rank=rank, num_replicas=3) == whole[rank::3]
-    assert take(100, rank=1, num_replicas=3, start_idx=100) == whole[301::3]  # 100 samples in, on any ranks
+    assert take(100, rank=1, num_replicas=3, start_idx=100) == whole[301::3]  # each rank is 100 samples in
     assert take(300, start_idx=300) == whole[300:]
 
 

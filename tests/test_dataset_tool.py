@@ -42,7 +42,7 @@ def save(path, array, **options):
 
 
 def tool(*args, ok=True):
-    """Run the command in this process; its output, which has one line more than none."""
+    """Run the command in this process; returns its output, which must be a single line."""
     result = CliRunner().invoke(dataset_tool.main, [str(a) for a in args])
     assert result.exit_code == (0 if ok else 1), result.output
     assert result.output.count('\n') == 1, result.output
@@ -56,7 +56,7 @@ def run(source, dest, *args):
 
 
 def fails(source, dest, *args, words=()):
-    """The command ends with one sentence holding these words, and the destination is not there."""
+    """Assert that the command ends with a one-line error that contains these words, and leaves no destination."""
     output = tool(f'--source={source}', f'--dest={dest}', '--workers=1', *args, ok=False)
     assert output.startswith('Error: ')
     for word in words:
@@ -119,7 +119,7 @@ def test_names_after_a_thousand(tmp_path):
     assert (tmp_path / 'out' / '00000' / 'img00000999.png').is_file()
     assert sorted(os.listdir(tmp_path / 'out' / '00001')) == ['img00001000.png', 'img00001001.png']
     assert labels_of(tmp_path / 'out') is None
-    # Its folders are no classes: the set says of itself that it has none.
+    # Its folders are no classes: its own dataset.json says that it has none.
     run(tmp_path / 'out', tmp_path / 'again.zip')
     assert labels_of(tmp_path / 'again.zip') is None
 
@@ -159,7 +159,7 @@ def test_workers_do_not_change_a_byte(tmp_path):
 
 
 def exit_in_a_worker(item):
-    """Ends every process but the first, which is a worker too."""
+    """Ends every process but the main one, which is a worker too."""
     if multiprocessing.parent_process() is not None:
         os._exit(3)
     return PIL.Image.new('L', (8, 8), item)
@@ -351,7 +351,7 @@ def test_signal_leaves_nothing(tmp_path, root, end):
         save(tmp_path / 'src' / f'{i}.bmp', pixels(i, 1024, 1024))
     process = subprocess.Popen([sys.executable, root / 'dataset_tool.py', f'--source={tmp_path}/src', '--workers=2',
                                 f'--dest={tmp_path}/out.zip'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               # A job in a shell's background has SIGINT ignored, and hands that on.
+                               # A shell's background jobs ignore SIGINT, and their children inherit that.
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     for _ in range(1000):
         if list(tmp_path.glob('.tmp-*')):
@@ -436,7 +436,7 @@ class Evil:
     (pickle.dumps({'data': np.zeros([1, 3072], np.uint8), 'labels': [0, 1]}, protocol=4), ['do not match']),
     (pickle.dumps({'data': np.zeros([1, 3072], np.uint8), 'labels': [10]}, protocol=4), ['do not match']),
     (pickle.dumps({'data': np.zeros([8, 3072], np.uint8, order='F'), 'labels': [0] * 8}, protocol=4), ['column']),
-    # A text of 1 MB that a short program has made into bytes again and again.
+    # A text of 1 MB that a short program turns into bytes again and again.
     (b'\x80\x02c_codecs\nencode\nq\0' + b'0X' + struct.pack('<I', 1 << 20) + b'a' * (1 << 20) +
      b'X\6\0\0\0latin1\x86q\1' + b'0](' + b'h\0h\1R' * 1500 + b'e.', ['_codecs.encode']),
     (b'', ['not a batch']),

@@ -1,4 +1,4 @@
-"""warm.demo: the picture of its outcome, from made-up images; the runs themselves are those of the commands."""
+"""warm.demo: the picture of its outcome, from made-up images; its runs are those of the commands, tested elsewhere."""
 
 import matplotlib.figure
 import numpy as np
@@ -14,7 +14,7 @@ NETWORK = dict(img_resolution=8, img_channels=1, label_dim=10, model_type='SongU
 
 
 def frames(count):
-    """Random ones of one image."""
+    """`count` random frames of one image."""
     generator = torch.Generator().manual_seed(0)
     return [Frame(80.0 / 2 ** i, 40.0 / 2 ** i, *torch.randn([3, 1, 1, 8, 8], generator=generator))
             for i in range(count)]
@@ -33,7 +33,7 @@ def test_panels():
 
 
 def test_picture_of_the_runs(tmp_path, monkeypatch):
-    """As the command draws it, but for what takes long: ten classes of two networks. PNG and SVG, like every figure."""
+    """Drawn as by the command, but without sampling ten classes of two networks, which is slow: PNG and SVG."""
     nets = {name: SYSTEMS[name].network_class(**NETWORK).eval() for name in RUNS}
     monkeypatch.setattr('warm.demo.read_snapshot', lambda path: path)
     monkeypatch.setattr('warm.demo.last_snapshot', lambda outdir, name: name)

@@ -89,7 +89,7 @@ def test_resize_equals_the_plain_form(size, target):
 # -- detectors
 
 def test_features_are_of_full_float32():
-    """Whatever the caller has allowed; it is allowed again afterwards, also after an error."""
+    """TF32 is off within, even if the caller has allowed it; it is allowed again afterwards, also after an error."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     former = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = True
@@ -128,10 +128,10 @@ def test_other_images_are_refused(images):
 
 
 def test_state_dict_file(tmp_path, weights, net):
-    """Under its own name unless it is the public file itself; probabilities are those without the bias."""
+    """The detector bears the file's name, unless it is the public file; probabilities are those without the bias."""
     path = tmp_path / 'mine.pth'
     torch.save({k: v for k, v in weights.items() if not k.endswith('num_batches_tracked')}, path,
-               _use_new_zipfile_serialization=False)  # as in the days of the public file
+               _use_new_zipfile_serialization=False)  # the format of the public file
     detector = detectors.load_detector(str(path))
     assert (detector.name, detector.suffix, detector.has_probs) == ('file:mine', '-mine', True)
     images = random_images(2)
@@ -208,7 +208,7 @@ class Tripwire:
 
 
 def test_loading_executes_nothing(tmp_path):
-    """A pickle that calls something, as a plain file, in a torch zip and in one dressed up as TorchScript."""
+    """Pickles that call something do not run: as a plain file, in a torch zip, in one dressed up as TorchScript."""
     sprung = tmp_path / 'sprung'
     (tmp_path / 'a.pth').write_bytes(pickle.dumps(Tripwire(sprung), protocol=2))
     torch.save({'fc.weight': Tripwire(sprung)}, tmp_path / 'b.pth')

@@ -24,7 +24,7 @@ MD5 = hashlib.md5(BODY).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers by the path asked for."""
+    """Answers according to the path that is asked for."""
 
     requests = []
 
@@ -96,7 +96,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def refused(url, cache, *words, **kwargs):
-    """Fetching fails with a UserError of one line with these words in it, and leaves no file."""
+    """Assert that fetching fails with a one-line UserError that contains these words, and leaves no file."""
     with pytest.raises(UserError) as e:
         fetch(url, timeout=5, **kwargs)
     assert '\n' not in e.value.message
@@ -207,7 +207,7 @@ def test_atomic_write_replaces_and_keeps(tmp_path):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='umask is a Unix matter')
 def test_atomic_write_leaves_the_umask_to_the_process(tmp_path, monkeypatch):
-    """Setting it, even for a moment, would be seen by the files that other threads make."""
+    """Setting it, even for a moment, would affect the files that other threads create."""
     former = os.umask(0o027)
     try:
         with monkeypatch.context() as patch:
@@ -244,7 +244,7 @@ def test_the_log_begins_before_there_is_a_file(tmp_path, capsys):
 
 
 def test_streams_of_few_characters_or_none(tmp_path, monkeypatch):
-    """A terminal that is gone or knows only ASCII ends no training; the log has all of it."""
+    """A terminal that is gone or knows only ASCII does not end the program; the log has everything."""
     few = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
     monkeypatch.setattr(sys, 'stdout', few)
     monkeypatch.setattr(sys, 'stderr', None)

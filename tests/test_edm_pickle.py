@@ -287,7 +287,7 @@ def test_mutations_load_or_are_refused(good):
 
 
 def test_hostile_programs_need_little_memory(root, tmp_path):
-    """All of them in a process that may have 1 GiB beyond what importing PyTorch takes."""
+    """All of them, in one process, take less than 1 GiB beyond what importing PyTorch takes."""
     (tmp_path / 'programs').write_bytes(pickle.dumps(HOSTILE))
     code = f'''
         import pickle, resource, torch

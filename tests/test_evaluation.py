@@ -30,7 +30,7 @@ def runs(tmp_path_factory):
 
 
 def test_scores_are_recorded(runs):
-    """After ticks 2 and 3 (the last), not after tick 0; in both files alike."""
+    """There are scores after ticks 2 and 3 (the last), not after tick 0, and both files have the same."""
     stats = json_lines(runs / 'scored' / 'stats.jsonl')
     scored = [line for line in stats if 'Metrics/FD-pixels-20' in line]
     assert [line['Progress/tick']['mean'] for line in scored] == [2, 3]
@@ -74,7 +74,7 @@ def test_bad_input(tmp_path, monkeypatch, options, sentence):
 
 
 def test_reference_of_another_size(runs, tmp_path):
-    """A line says so before the training starts; the data's own reference brings none."""
+    """It gives one warning; the reference made of the training data gives none."""
     reference = tmp_path / 'ref.npz'
     data = tmp_path / 'data'
     data.mkdir()
@@ -95,7 +95,7 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_event_files(tmp_path, monkeypatch):
-    """What stats.jsonl has, under the same names."""
+    """They have what stats.jsonl has, under the same names."""
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     result = invoke('train.py', *TRAIN, f'--outdir={tmp_path}', '--tensorboard')
@@ -110,7 +110,7 @@ def test_event_files(tmp_path, monkeypatch):
     ('edm', {}, 35), ('edm', dict(num_steps=5, solver='euler'), 5), ('edm', dict(num_steps=5, S_churn=4.0), 9),
     ('warm', dict(num_steps=40), 79), ('warm', dict(num_steps=6, solver='dpmpp2m'), 6)])
 def test_number_of_evaluations(system, options, nfe):
-    """Counted without running the U-Net; the same as when it runs, which is left in place."""
+    """It is counted without running the U-Net, which stays in place, and is the same as when it runs."""
     net = SYSTEMS[system].network_class(img_resolution=8, img_channels=1, model_type='SongUNet', model_channels=8,
                                         channel_mult=[1], num_blocks=1).eval()
     model, sampler, calls = net.model, SYSTEMS[system].make_sampler(net, options), []

@@ -49,7 +49,7 @@ def test_transition_leads_from_marginal_to_marginal(name):
 
 @pytest.mark.parametrize('name', PAIRS)
 def test_posterior_is_bayes_rule(name):
-    """Against the conditional of the joint Gaussian of (z_s, z_t) given x₀, worked out from its covariance."""
+    """It is the conditional of the joint Gaussian of (z_s, z_t) given x₀, worked out from its covariance."""
     later, earlier = PAIRS[name]
     ratio, added = transition_moments(earlier, later)
     weight_x, weight_0, variance = posterior(later, earlier)
@@ -61,7 +61,7 @@ def test_posterior_is_bayes_rule(name):
 
 @pytest.mark.parametrize('name', PAIRS)
 def test_one_step_in_three_forms(name):
-    """From x̂₀, from ε̂, and as DDIM's step with the posterior's noise."""
+    """The step from x̂₀, the one from ε̂, and DDIM's step with the posterior's noise are the same."""
     here, there = PAIRS[name]
     x = diffuse(x0, eps, here)
     step = ancestral_step(x, x0, here, there, z)
@@ -96,7 +96,7 @@ def test_warms_marginal(alpha):
 @pytest.mark.parametrize('alpha, alpha_next', [(0.0, 0.0), (0.4, 0.1), (3.0, 1.0), (1.0, 0.0)])
 @pytest.mark.parametrize('sigma', [0, 0.3])
 def test_warms_steps(alpha, alpha_next, sigma):
-    """Euler's (σ = 0) and Eq. 4's, with D and R of one estimate x̂₀ without a mean in R."""
+    """Euler's step (σ = 0) and Eq. 4's are the implicit step, with D and R of one estimate x̂₀ and no mean in R."""
     D, R = blur_and_rest(x0, alpha)
     here, there = Level(alpha, 2.0, alpha == alpha_next == 0), Level(alpha_next, 0.5)
     expected = transition(x, D, R, here, there, sigma, z)

@@ -75,7 +75,7 @@ def oracle(process):
 
 
 class LevelOracle(LinearOracle):
-    """Lee's levels are integers, which networks are given as floats."""
+    """An oracle for Lee's integer levels, which networks are given as floats."""
 
     def __call__(self, x, level, class_labels=None):
         return super().__call__(x, level.round().long(), class_labels)
@@ -101,7 +101,7 @@ def test_blurring_sampler_is_first_order(process):
 
 
 def test_the_guard_of_a1_costs_two_percent_of_the_variance():
-    """At the paper's T = 1000, in every band alike; what the docstring says."""
+    """At the paper's T = 1000, it costs 1.8 % in the lowest band (see warm.blurring) and over 0.5 % in each other."""
     lost = blurring_errors(1000, 0) - blurring_errors(1000, DELTA)
     assert lost.min() > 0.005 and 0.017 < lost[0, 0] < 0.019
 
@@ -118,7 +118,7 @@ def lee_error(num_steps, reverse_step, f_type):
 @pytest.mark.parametrize('f_type, reverse_step, bound', [
     ('none', 'eq12', 0.02), ('quartic', 'eq12', 0.02), ('quartic', 'ancestral', 0.06), ('linear', 'eq12', 0.07)])
 def test_lee_sampler_is_first_order(f_type, reverse_step, bound):
-    """As far as the chain allows: its levels cannot be refined, only left out."""
+    """Halving the step halves the error, as far as the chain allows: its levels cannot be refined, only left out."""
     coarse, fine = (lee_error(n, reverse_step, f_type) for n in (500, 1000))
     assert 1.7 < coarse / fine < 2.2
     assert fine < bound
@@ -144,7 +144,7 @@ class RoundedOracle(LevelOracle):
 @pytest.mark.parametrize('f_type, few, enough', [('log', 20, 50), ('log', 30, 50), ('linear', 3, 15),
                                                  ('quartic', 2, 10)])
 def test_ancestral_steps_that_would_amplify_rounding_are_refused(f_type, few, enough):
-    """A network that is exact but for rounding gives NaN or 1e18 in so few steps, and images in those let through."""
+    """With so few steps, a network that is exact but for rounding gives NaN or 1e18; with those let through, images."""
     net, latents = RoundedOracle(LeeChain(f_type=f_type)), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     with pytest.raises(UserError, match=f'--steps={few} .*1e.*--reverse-step=eq12.*--steps .at most 1000'):
         lee_samplers(net, num_steps=few, reverse_step='ancestral')

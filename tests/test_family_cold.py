@@ -34,7 +34,7 @@ def stub(process=None, label_dim=0, channels=1):
 
 
 class LevelOracle(LinearOracle):
-    """Levels are integers, which networks are given as floats."""
+    """An oracle for integer levels, which networks are given as floats."""
 
     def __call__(self, x, k, class_labels=None):
         return super().__call__(x, k.round().long(), class_labels)
@@ -68,7 +68,7 @@ def ihdm_gain(levels):
 
 
 def ihdm_variance(delta, levels):
-    """Variance of the samples per band, and that of the images started from: noise by noise, as for the others."""
+    """Variance of the samples per band, noise by noise as for the others, and with that of the images started from."""
     K, net = levels.num_levels, LevelOracle(ihdm_gain(levels), process=levels)
     start = torch.zeros(1 + K, 1, 8, 8, dtype=torch.float64)
     start[0] = idct2(S.sqrt())
@@ -87,7 +87,7 @@ def ihdm_variance(delta, levels):
 
 
 def test_ihdm_sampler_does_what_its_noise_allows():
-    """Not the data's covariance, even with exact predictions: what a fixed δ makes of it, worked out level by level.
+    """Even exact predictions do not give the data's covariance, but what a fixed δ makes of it, level by level.
 
     v_{k−1} = g_k² v_k + δ² from v_K = a_K² S, the last level without δ (its mean is returned).
     """
@@ -100,10 +100,10 @@ def test_ihdm_sampler_does_what_its_noise_allows():
 
 @pytest.mark.parametrize('num_levels', [100, 200, 400])
 def test_ihdm_covariance_with_the_papers_noise(num_levels):
-    """What that is for images in [0, 1]: the mean colour of the images started from, half to three quarters of the
+    """For images in [0, 1], samples have the mean colour of the images started from, and half to three quarters of the
     variance elsewhere, all of it made by δ; more levels do not bring it nearer.
 
-    Blurring Diffusion, Sec. 3: a scalar noise that is the same for all steps has no guarantee to be right.
+    Blurring Diffusion, Sec. 3: a scalar noise that is the same for all steps is not guaranteed to be right.
     """
     levels = HeatLevels(num_levels=num_levels)
     ratio, without = (ihdm_variance(delta, levels) / S for delta in (0.0125, 0.0))
@@ -114,7 +114,7 @@ def test_ihdm_covariance_with_the_papers_noise(num_levels):
 
 
 class PerfectPrevious:
-    """Knows the level before, and checks its input's noise."""
+    """Predicts the level before, off by `wrong`, and notes its input's noise."""
 
     process = HeatLevels(num_levels=20)
 
@@ -129,7 +129,7 @@ class PerfectPrevious:
 
 @pytest.mark.parametrize('wrong', [0.0, 0.3])
 def test_ihdm_loss(wrong):
-    """Units of [0, 1], noise on the input alone, plain square."""
+    """It is the plain squared error in units of [0, 1], with noise on the input alone."""
     images = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     net = PerfectPrevious(images, wrong)
     torch.testing.assert_close(ihdm_loss(net, images), torch.full_like(images, wrong ** 2), rtol=1e-4, atol=1e-8)
@@ -139,7 +139,7 @@ def test_ihdm_loss(wrong):
 # -- Cold Diffusion
 
 def test_cold_kernels_are_convolutions_with_reflected_edges():
-    """a_1 against a direct convolution with the first 11×11 kernel (standard deviation 0.35) of a 16×16 image."""
+    """a_1 is a direct convolution of a 16×16 image with the first 11×11 kernel (standard deviation 0.35)."""
     x = torch.rand(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     j = torch.arange(-5, 6, dtype=torch.float64)
     kernel = torch.exp(-(j[:, None] ** 2 + j ** 2) / (2 * 0.35 ** 2))
@@ -171,7 +171,7 @@ def test_the_papers_blur_is_four_pixels_and_the_strong_one_leaves_a_colour():
 
 @pytest.mark.parametrize('n', [8, 16, 32, 64])
 def test_as_many_kernels_as_blur_are_let_through(n):
-    """And one more is refused: its table has no logarithm, and every loss would be NaN."""
+    """One more is refused, and so is any larger number: the table has no logarithm, and every loss would be NaN."""
     least = next(T for T in range(100, 200) if not BLURS['paper'](T, n).isfinite().all())
     ColdProcess(num_steps=least - 1).check(n)
     for more in (least, least + 1, 1000):
@@ -192,10 +192,10 @@ def test_too_many_kernels_are_refused_when_training_starts(tmp_path):
 @pytest.mark.parametrize('name', BLURS)
 @pytest.mark.parametrize('num_steps', [50, 7])
 def test_cold_sampler_restores_what_the_network_can_know(name, num_steps):
-    """As the paper says: with exact predictions the states are the blurred image's, back to the image itself.
+    """As the paper says, with exact predictions the states are those of the blurred image, back to the image itself.
 
-    The oracle inverts the blur in bands of which more than 1e-6 is left and says 0 for the others: what is lost at
-    the start stays lost, and all else is restored.
+    The oracle inverts the blur in bands of which more than 1e-6 is left and predicts 0 for the others: what is lost at
+    the start stays lost, and everything else is restored.
     """
     process = ColdProcess(name)
     image = torch.rand(1, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -212,7 +212,7 @@ def test_cold_sampler_restores_what_the_network_can_know(name, num_steps):
 
 
 def test_cold_sampler_forgives_errors_where_blur_is_linear():
-    """Bansal et al., Sec. 3.3: for a linear path any x̂₀ gives the exact states; here the error's share is the same."""
+    """Bansal et al., Sec. 3.3: on a linear path any x̂₀ gives the exact states; here an error counts by a′ − a only."""
     x, x0, wrong = torch.randn(3, 1, 1, 8, 8, dtype=torch.float64)
     here, there = (ColdProcess().at(level(s), 8) for s in (30, 29))
     difference = restoration_step(x, x0 + wrong, here, there) - restoration_step(x, x0, here, there)
@@ -284,7 +284,7 @@ def labelled(folder, labels):
 
 
 def test_classes_without_images_are_refused(tmp_path):
-    """Class numbers with gaps make a network for classes that nothing can start from."""
+    """Class numbers with gaps would give the network classes that no sample can start from."""
     with pytest.raises(UserError, match='no images of class 1, 3 from which.*without gaps.*--cond=0'):
         TrainingImages(labelled(tmp_path, [0, 2, 4, 4]), stub(label_dim=5))
     TrainingImages(labelled(tmp_path, [0, 2, 4, 4]), stub())
@@ -292,7 +292,7 @@ def test_classes_without_images_are_refused(tmp_path):
 
 def test_label_vectors_start_from_the_images_nearest_to_a_class(tmp_path):
     images = TrainingImages(labelled(tmp_path, [[0.9, 0.1, 0.0], [0.0, 0.2, 0.8]]), stub(label_dim=3))
-    for label, z, value in ((0, 2.0, 0), (2, -2.0, 1), (1, -2.0, 0), (1, 2.0, 1)):  # class 1 is no image's first
+    for label, z, value in ((0, 2.0, 0), (2, -2.0, 1), (1, -2.0, 0), (1, 2.0, 1)):  # class 1 leads in no image
         drawn = images.draw(torch.zeros(1, 1, 8, 8), torch.eye(3)[[label]], normals(z))
         torch.testing.assert_close(drawn, torch.full_like(drawn, value / 127.5 - 1))
 
@@ -315,7 +315,7 @@ def test_colour_start_has_the_datas_mean_and_spread():
     ('cold', dict(cold_start='colours'),
      dict(prior='mean colours of training images', cold_blur='strong', cold_start='colours'))])
 def test_records_say_what_samples_start_from(system, options, expected):
-    """Beside every score and in generation.json, the choices that are defaults too."""
+    """They do so beside every score and in generation.json, with choices that are defaults too."""
     size = dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1], num_blocks=1)
     net = IHDMPrecond(ihdm_levels=2, **size) if system == 'ihdm' else ColdPrecond(cold_blur='strong', cold_steps=2,
                                                                                   **size)

@@ -39,7 +39,7 @@ def half(x, sigma, labels=None, augment_labels=None):
 # -- STF
 
 def test_stf_target_is_the_posterior_mean_of_the_reference():
-    """Against Bayes' rule written out image by image, in double precision."""
+    """It equals Bayes' rule written out image by image, in double precision."""
     images, sigma = uniform_images(6), torch.tensor([0.1, 0.5, 2, 4, 8, 80.0]).reshape(6, 1, 1, 1)
     x = images + sigma * torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     for i in range(6):
@@ -82,7 +82,7 @@ def test_stf_differs_from_edm_in_a_batch():
 
 
 def test_stf_target_has_the_same_mean_and_less_variance():
-    """Over many draws: what makes the target both right and stable."""
+    """It does so over many draws, which makes it both right and stable."""
     images = uniform_images(4)
     generator, sigma = torch.Generator().manual_seed(2), torch.full([4, 1, 1, 1], 3.0)
     draws = torch.stack([posterior_mean(images + sigma * torch.randn(images.shape, generator=generator), sigma, images)
@@ -95,7 +95,7 @@ def test_stf_target_has_the_same_mean_and_less_variance():
 
 @pytest.mark.parametrize('aug_dim', [8, 128])
 def test_pfgmpp_perturbation_has_the_papers_radius(aug_dim):
-    """R = σ√D·√(Beta-prime(N/2, D/2)), by a Kolmogorov–Smirnov test of both ways to draw χ²_D; any direction."""
+    """R = σ√D·√(Beta-prime(N/2, D/2)), by a Kolmogorov–Smirnov test of both ways to draw χ²_D; directions are kept."""
     N, count, sigma = 64, 4000, 3.0
     generator = torch.Generator().manual_seed(0)
     n = torch.randn(count, 1, 8, 8, dtype=torch.float64, generator=generator)
@@ -143,9 +143,10 @@ class StudentOracle(LinearOracle):
 
 
 def test_pfgmpp_sampler_gives_the_datas_covariance():
-    """D = 4, where the prior has heavy tails: exact posterior means, 2000 samples, statistical error 3 % a band.
+    """D = 4, where the prior has heavy tails: exact posterior means, 2000 samples, statistical error 3 % per band.
 
-    Second order (0.13 with 18 steps, 0.027 with 40). EDM's Gaussian prior in place of the heavy-tailed one must fail.
+    The error is of second order (0.13 with 18 steps, 0.027 with 40). EDM's Gaussian prior in place of the
+    heavy-tailed one must give too little variance.
     """
     count, net = 2000, StudentOracle(aug_dim=4)
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +189,7 @@ def test_epsilon_scaling_by_one_is_edm(latents):
 
 @pytest.mark.parametrize('scale', [(1.01, 1.01), (1.0, 1.05)])
 def test_epsilon_scaling_divides_the_noise_in_both_slopes(latents, scale):
-    """Against Heun's rule written out, for the noise (x − D)/σ divided by the step's factor."""
+    """It equals Heun's rule written out, with the noise (x − D)/σ divided by the step's factor."""
     net, steps = Denoiser(), 5
     sigmas = [(80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(steps)] + [0]
     x = latents * 80
@@ -241,7 +242,7 @@ def soft_error(bnr, num_steps):
 
 @pytest.mark.parametrize('bnr', [0, 0.5, 2])
 def test_soft_sampler_is_first_order(bnr):
-    """The formula gives the data's covariance, with blur as without."""
+    """The covariance tends to the data's, with blur as without; its error halves with the step."""
     coarse, fine = soft_error(bnr, 100), soft_error(bnr, 200)
     assert 1.9 < coarse / fine < 2.2
     assert fine < 0.07

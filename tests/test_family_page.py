@@ -1,4 +1,4 @@
-"""The contact sheet of all systems: what can be said without training them."""
+"""The contact sheet of all systems: what can be tested without training them."""
 
 import re
 
@@ -52,7 +52,7 @@ def without_versions(text):
 
 
 def test_docs_show_what_the_program_writes():
-    """But for line breaks, and for the numbers, which are taken from the page itself."""
+    """The page is the program's, but for line breaks, and for numbers, which are taken from the page itself."""
     text = (ROOT / 'docs' / 'family.md').read_text(encoding='utf-8')
     found = re.findall(r'^\| (.*?) \| .*? \| `.*?` \| (\d+) \| ([\d.]+) \| (\d+) s \|', text, re.M)
     numbers = {title: (int(nfe), float(score), float(seconds)) for title, nfe, score, seconds in found}
@@ -64,7 +64,7 @@ def test_docs_show_what_the_program_writes():
 
 
 def test_a_member_is_drawn_scored_and_counted(tmp_path):
-    """Cold Diffusion, the one that needs its data too, and a variant that shares another's run."""
+    """This holds for Cold Diffusion, which needs its data too, and for a variant that shares another's run."""
     detector, digits = load_detector('pixels'), reals()
     reference = metrics.accumulate([digits], detector, ['fid'], len(digits))
     for title, nfe in (('Cold Diffusion', 50), ('EDM-ES', 35)):
@@ -86,7 +86,7 @@ def test_paper_settings_are_accepted(name):
 
 
 def test_a_stopped_run_is_not_a_finished_one(tmp_path):
-    """A run that was stopped leaves a snapshot too; demo and family go on with it."""
+    """A stopped run leaves a snapshot too; demo and family have to continue it."""
     (tmp_path / 'warm').mkdir()
     assert not is_trained(tmp_path, 'warm', 0.08)
     for kimg, done in ((14, False), (80, True)):

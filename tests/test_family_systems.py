@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*pin_memory.*')
 
 
 def test_edms_classes_are_its_systems():
-    """What the class of an EDM pickle stands for is the system of that network."""
+    """The class in an EDM pickle stands for the system whose network has that class."""
     assert SYSTEM_OF_EDM_CLASS == {system.network_class.__name__: system.name for system in EDM_SYSTEMS}
 
 
@@ -89,7 +89,7 @@ def test_default_number_of_evaluations(name):
 
 @pytest.mark.parametrize('name', TRAINABLE)
 def test_images_depend_on_their_seed_alone(name):
-    """Batch of three, in another order, and one by one."""
+    """They are the same in a batch of three, in another order, and one by one."""
     net = short_network(name)
     sampler = SYSTEMS[name].make_sampler(net, few_steps(name))
     together = generate_batch(net, [5, 6, 7], sampler)
@@ -112,7 +112,7 @@ def test_a_snapshot_rebuilds_the_network(name, tmp_path):
 
 @pytest.mark.parametrize('name', TRAINABLE)
 def test_loss_has_gradients_everywhere(name):
-    """One loss per element, float32, finite, and no parameter left out."""
+    """There is one loss per element, float32 and finite, and every parameter has a finite gradient."""
     net = short_network(name).train().requires_grad_(True)
     images = torch.rand(4, 1, 8, 8) * 2 - 1
     loss = SYSTEMS[name].loss(net)(net, images)
@@ -132,7 +132,7 @@ def test_every_solver_serves_every_system_that_takes_one(name, solver):
 
 
 def test_a_solvers_option_reaches_edm_networks(monkeypatch):
-    """One line in SOLVERS: the flag is EDM's too, and other solvers refuse it."""
+    """One line in SOLVERS gives EDM the flag too, and other solvers refuse it."""
     def damped_step(denoise, x, D, R, here, there, z, memory, damping):
         return x + (1 - damping) * (there.beta - here.beta) * (x - D) / here.beta
     option = Option('damping', 0.0, 'Of every step', type=float)
@@ -150,7 +150,7 @@ def test_a_solvers_option_reaches_edm_networks(monkeypatch):
 
 
 def test_options_of_a_loss(tmp_path, monkeypatch):
-    """Another distribution of noise levels for EDM: a loss of its own and no network."""
+    """Another distribution of noise levels for EDM takes a loss with an option, and no network of its own."""
     seen = []
 
     def loss(net, p_mean):

@@ -1,4 +1,4 @@
-"""The fid.py command: real runs with the pixel detector, and what it says about bad input."""
+"""The fid.py command: real runs with the pixel detector, and its answers to bad input."""
 
 import http.server
 import io
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures('cache')
 
 
 def write_images(folder, n, seed=0, size=16, channels=3):
-    """n random smooth PNGs; the seed shifts their colours."""
+    """Write n PNGs of random 4×4 blocks, whose colours the seed shifts; returns the folder."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -58,7 +58,7 @@ def reference(folders, tmp_path_factory):
 
 
 def run(command, detector='pixels', **options):
-    """click's result of fid.py in this process."""
+    """Run fid.py in this process; returns click's result."""
     args = [f'--{k}={v}' for k, v in {**options, 'detector': detector}.items()]
     return click.testing.CliRunner().invoke(fid.main, [command, *args])
 
@@ -70,7 +70,7 @@ def invoke(command, **options):
 
 
 def fails(command, message, **options):
-    """The command ends with exit code 1 and one sentence, without a traceback."""
+    """Assert that the command ends with exit code 1 and a one-line error, without a traceback."""
     result = run(command, **options)
     errors = [line for line in result.output.splitlines() if line.startswith('Error: ')]
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), (result.output, result.exception)
@@ -78,14 +78,14 @@ def fails(command, message, **options):
 
 
 def pixel_statistics(folder, n):
-    """(mu, sigma) by NumPy alone."""
+    """(mu, sigma) of n images' pixel features, by NumPy alone."""
     x = np.stack([np.asarray(PIL.Image.open(folder / f'{i:06d}.png')) for i in range(n)]) / 127.5 - 1
     x = x.reshape(n, 8, 2, 8, 2, 3).mean(axis=(2, 4)).transpose(0, 3, 1, 2).reshape(n, -1)
     return x.mean(axis=0), np.cov(x.T)
 
 
 def launch(root, *args, ranks=None):
-    """fid.py as a user starts it."""
+    """Run fid.py as a user does; returns {name: score} as printed."""
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', '--'] if ranks else []
     done = subprocess.run([sys.executable, *torchrun, 'fid.py', *args], cwd=root, env=env, capture_output=True,
@@ -95,7 +95,7 @@ def launch(root, *args, ranks=None):
 
 
 def test_two_commands_give_the_plain_number(root, folders, tmp_path):
-    """As EDM's users know it; two ranks change nothing."""
+    """`fid.py ref` and `fid.py calc`, as in EDM, give the distance of the plain formula; two ranks change no digit."""
     real, generated = folders
     dest = tmp_path / 'deep' / 'ref.npz'
     launch(root, 'ref', f'--data={real}', f'--dest={dest}', '--detector=pixels', '--metrics=fid,pr', '--batch=7')
@@ -152,7 +152,7 @@ def test_batches_keep_the_order(folders):
 # -- straight from a network
 
 class Scripted(torch.nn.Module):
-    """Three features and three probabilities an image."""
+    """Three features and three probabilities per image."""
 
     def forward(self, x, return_features: bool = False, no_output_bias: bool = False):
         y = (x.float() * torch.arange(1, 1 + x.shape[3], device=x.device)).mean(dim=[2, 3]).sin()
@@ -189,7 +189,7 @@ def values(path):
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_network_scores_as_its_written_images(network, scored, tmp_path):
-    """The same numbers to the last bit: from files, without files, and without files on two ranks."""
+    """A network scores to the last bit like the images that generate.py writes, on one rank and on two."""
     drawn = ['--seeds=0-40', '--batch=8', '--steps=3', '--class=2']
     assert invoke_script('generate.py', f'--network={network}', f'--outdir={tmp_path / "images"}',
                          *drawn).exit_code == 0
@@ -208,7 +208,7 @@ def test_network_scores_as_its_written_images(network, scored, tmp_path):
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_rounds(network, scored, tmp_path):
-    """Each round is the score of its range of seeds; the best of each metric is printed last."""
+    """Each round scores its own range of seeds; the best value of each metric is printed last."""
     common = dict(network=network, steps=2, batch=8, **scored)
     printed = invoke('calc', seeds='5-24', rounds=3, log=tmp_path / 'rounds.jsonl', **common)
     lines = json_lines(tmp_path / 'rounds.jsonl')
@@ -273,7 +273,7 @@ fid.main()
 
 @pytest.mark.parametrize('what, ranks', [('images', 1), ('network', 1), ('network', 2)])
 def test_a_killed_score_continues(what, ranks, network, folders, reference, tmp_path, monkeypatch):
-    """Killed midway, the same command goes on where it was; its numbers are an undisturbed run's to the last bit."""
+    """After a kill, the same command continues where it was; its scores are an undisturbed run's to the last bit."""
     (tmp_path / 'slow.py').write_text(SLOW.format(root=str(ROOT)))
     source = [f'--images={folders[1]}', '--num=50'] if what == 'images' else [f'--network={network}', '--seeds=0-49',
                                                                               '--steps=2']
@@ -308,7 +308,7 @@ def test_a_killed_score_continues(what, ranks, network, folders, reference, tmp_
 
 
 def test_interrupted_rounds_keep_the_finished_ones(network, reference, tmp_path, monkeypatch):
-    """The first round is not drawn again; no line is recorded twice."""
+    """After an interruption in round 2, round 1 is not drawn again, and no line is recorded twice."""
     common = dict(network=network, seeds='0-9', steps=1, rounds=2, ref=reference)
     with monkeypatch.context() as patch:
         patch.setattr(scoring, 'generate_batch', stop_after(scoring.generate_batch, 1))
@@ -325,7 +325,7 @@ def test_interrupted_rounds_keep_the_finished_ones(network, reference, tmp_path,
 
 
 def test_a_cache_that_cannot_be_written(folders, reference, tmp_path, monkeypatch):
-    """The scores are there; a warning says what an interruption would have cost."""
+    """A cache folder that cannot be made does not stop the scores."""
     monkeypatch.setattr('training.metric_resume.SAVE_SECONDS', 0)
     (tmp_path / 'cache').write_text('a file where the folder should be')
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
@@ -334,7 +334,7 @@ def test_a_cache_that_cannot_be_written(folders, reference, tmp_path, monkeypatc
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='names that are no text')
 def test_names_that_are_no_utf8(folders, tmp_path, monkeypatch):
-    """As old archives have them: scored like any other, and trained on, states included."""
+    """File names that are not UTF-8, as in old archives, can be scored, trained on, resumed and sampled from."""
     monkeypatch.setenv('PYTHONIOENCODING', 'utf-8:backslashreplace')
     data = tmp_path / os.fsdecode(b'ph\xe9otos')
     shutil.copytree(folders[1], data)
@@ -352,7 +352,7 @@ def test_names_that_are_no_utf8(folders, tmp_path, monkeypatch):
 
 
 def stop_after(function, calls):
-    """The function, interrupted at a later call."""
+    """`function`, interrupted once it has been called `calls` times."""
     made = []
 
     def stopping(*args, **kwargs):
@@ -364,7 +364,7 @@ def stop_after(function, calls):
 
 
 def test_what_is_continued_is_the_same_work(folders, tmp_path):
-    """Other images under the same names, another batch size or detector: nothing is taken over."""
+    """Other images under the same names, or another batch size, continue nothing; nor does a damaged file."""
     shutil.copytree(folders[1], tmp_path / 'images')
     first = scoring.ImageFiles(open_images(tmp_path / 'images')).identity()
     assert scoring.ImageFiles(open_images(tmp_path / 'images')).identity() == first
@@ -444,7 +444,7 @@ def test_mixed_sizes(reference, tmp_path):
 
 
 def test_names_that_are_no_seeds(tmp_path):
-    """Numbers longer than any seed, which int() would refuse."""
+    """Image names with more digits than int() accepts are not taken for seeds."""
     with zipfile.ZipFile(tmp_path / 'set.zip', 'w') as archive:
         for name in ('1', '9' * 5000):
             buffer = io.BytesIO()
@@ -565,7 +565,7 @@ def test_only_json_lines_are_appended_to(folders, reference, tmp_path, name, con
 
 
 def test_images_of_another_size_than_the_references(folders, reference, network, tmp_path):
-    """A line says so, once; the scores are those that images of any size get. Files without sizes are read as ever."""
+    """This gives one warning and changes no score; references without sizes, such as EDM's, give none."""
     with np.load(reference) as z:
         assert (z['channels'], z['resolution']) == (3, 16)
     warning = f'Warning: the images have 8x8 pixels with 1 channel(s), those of {reference} 16x16 pixels with 3'

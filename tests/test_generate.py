@@ -1,4 +1,4 @@
-"""generate.py and training.generation: images depend on their seeds alone, and an interrupted dump continues."""
+"""generate.py and training.generation: images depend on their seeds alone, and an interrupted run continues."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def networks(tmp_path_factory):
 
 
 def opened(path):
-    """The picture as it is stored, its file closed."""
+    """The picture as it is stored, with its file closed."""
     with PIL.Image.open(path) as picture:
         picture.load()
         return picture
@@ -62,7 +62,7 @@ def images_in(folder):
 
 
 def assert_same_images(a, b):
-    """The same files, and no pixel off by more than one level."""
+    """Assert the same file names, and no pixel that differs by more than one level."""
     assert a.keys() == b.keys() and len(a)
     for name in a:
         assert np.abs(a[name].astype(int) - b[name].astype(int)).max() <= 1, name
@@ -84,7 +84,7 @@ def test_images_depend_on_the_seed_alone(tmp_path, networks, name):
 
 
 def test_noise_is_identical_whatever_the_batch():
-    """Latents, class index and sampler noise, bit for bit."""
+    """An image's latents, class index and sampler noise are the same bit for bit in any batch."""
     def draws(seeds):
         rnd = StackedRandomGenerator('cpu', seeds)
         latents = rnd.randn([len(seeds), 3, 8, 8])
@@ -96,7 +96,7 @@ def test_noise_is_identical_whatever_the_batch():
 
 @pytest.mark.filterwarnings('ignore')  # torch's own, from inside its compiler
 def test_a_compiled_network_draws_batches_of_one_size(networks):
-    """So one graph is compiled; the images of a smaller last batch are those of their seeds, each once."""
+    """A smaller last batch is drawn at the first one's size, so one graph suffices; each seed gives its image once."""
     source = open_network(networks['cond'], {'num_steps': 2, 'S_churn': 1})
     net, graphs, sizes = source.net, [], []
 
@@ -122,7 +122,7 @@ def test_a_compiled_network_draws_batches_of_one_size(networks):
     assert all((full[seed] == compiled[seed]).all() for seed in range(20))
     assert_same_images(plain, compiled)
     draw(range(3))
-    assert sizes == [3]  # no other size was compiled for these
+    assert sizes == [3]  # fewer seeds than a batch are not padded
 
 
 def test_class_is_drawn_even_if_given(networks):
@@ -145,7 +145,7 @@ def test_rounding():
 
 
 def test_an_interrupted_dump_continues(tmp_path, networks):
-    """Killed at a random moment; the second run keeps what is there and ends with the undisturbed run's images."""
+    """After a kill, the same command keeps the images that exist and ends with those of an undisturbed run."""
     common = [f'--network={networks["warm"]}', '--seeds=0-99', '--steps=9', '--batch=4']
     folder = tmp_path / 'killed'
     process = subprocess.Popen([sys.executable, str(ROOT / 'generate.py'), *common, f'--outdir={folder}'],
@@ -185,7 +185,7 @@ def test_images_of_other_settings_are_not_mixed(tmp_path, networks):
 
 @pytest.mark.parametrize('subdirs', [False, True])
 def test_disjoint_seeds_of_other_settings_are_not_mixed(tmp_path, networks, subdirs):
-    """The record speaks for all images of the folder, so those of other seeds have to be alike too."""
+    """The record describes all images of a folder, so those of other seeds must be made alike too."""
     layout = ['--subdirs'] * subdirs
     base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["cond"]}', *layout]
     assert invoke(*base, '--seeds=0-1', '--steps=2').exit_code == 0
@@ -208,7 +208,7 @@ def test_disjoint_seeds_of_other_settings_are_not_mixed(tmp_path, networks, subd
 
 @pytest.mark.parametrize('overwrite', [False, True])
 def test_ctrl_c_says_what_is_kept(tmp_path, networks, monkeypatch, overwrite):
-    """Exit code 130; the images stay, and what it names as the command to go on with does."""
+    """Ctrl-C gives exit code 130 and keeps the finished images; the command it names for continuing does continue."""
     base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0-3', '--steps=2']
 
     def press(outdir, batches, *args, **kwargs):
@@ -227,7 +227,7 @@ def test_ctrl_c_says_what_is_kept(tmp_path, networks, monkeypatch, overwrite):
 
 
 def test_an_interrupted_replacement_does_not_mix(tmp_path, networks, monkeypatch):
-    """--overwrite with other options, ended after the record is written: no old image passes for a new one."""
+    """If --overwrite with other options ends right after the record is written, no old image passes for a new one."""
     base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0-3']
     assert invoke(*base, '--steps=2').exit_code == 0
 
@@ -243,7 +243,7 @@ def test_an_interrupted_replacement_does_not_mix(tmp_path, networks, monkeypatch
 @pytest.mark.parametrize('flag', ['--grid=o/grid.png', '--grid=./o/deep/a.png', '--trajectory=o/000000.png',
                                   '--trajectory=link/a.gif'])
 def test_pictures_stay_out_of_the_folder(tmp_path, networks, monkeypatch, flag):
-    """In it, a contact sheet would count as an image, or even take the place of one."""
+    """Inside --outdir, a contact sheet would count as an image, or even take the place of one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'link').symlink_to('o')
     base = ['generate.py', '--outdir=o', f'--network={networks["warm"]}', '--seeds=0-1', '--steps=2']
@@ -251,7 +251,7 @@ def test_pictures_stay_out_of_the_folder(tmp_path, networks, monkeypatch, flag):
     state = state_of(tmp_path)
     refused(invoke(*base, flag), f'{flag} lies inside --outdir=o', 'put it beside that folder')
     assert state_of(tmp_path) == state
-    assert invoke(*base, '--grid=o.png').exit_code == 0  # a name that begins alike is another place
+    assert invoke(*base, '--grid=o.png').exit_code == 0  # only the beginning of the name is the same
 
 
 @pytest.mark.parametrize('size', [16, None])
@@ -272,7 +272,7 @@ def test_kept_images_have_the_networks_size(tmp_path, networks, size):
 
 
 def test_images_without_a_record(tmp_path, networks):
-    """A folder of other images, or one whose record is gone: nobody knows how its images were made."""
+    """Without a readable record nobody knows how images were made: none are added, and --overwrite spares photos."""
     base = ['generate.py', f'--network={networks["warm"]}', '--steps=2', '--seeds=0-1']
     photos = tmp_path / 'photos'
     (photos / 'deep').mkdir(parents=True)
@@ -292,7 +292,7 @@ def test_images_without_a_record(tmp_path, networks):
 
 
 def test_one_layout_for_a_seed(tmp_path, networks):
-    """With --subdirs and without it an image has two names: fid.py would count it twice."""
+    """With --subdirs and without it, an image has two names, and fid.py would count it twice: a folder keeps to one."""
     base = ['generate.py', f'--network={networks["warm"]}', '--steps=1', f'--outdir={tmp_path}', '--seeds=0-2']
     assert invoke(*base, '--subdirs').exit_code == 0
     state = state_of(tmp_path)
@@ -320,10 +320,10 @@ def test_what_makes_no_difference_is_no_other_option(tmp_path, networks):
 
 @pytest.mark.parametrize('name', TRAINABLE)
 def test_traces_tell_samplers_apart(name):
-    """Of every system: the same for the defaults spelled out, another for any option that changes the sampler."""
+    """For every system, defaults spelled out leave the trace as it is; options that change the sampler change it."""
     net, system = short_network(name), SYSTEMS[name]
     given = {**few_steps(name), **({'data': EMBEDDED} if system.starts_from_data else {})}
-    given.update({'num_steps': max(given['num_steps'], 3)} if 'num_steps' in given else {})  # of 2, rho decides nothing
+    given.update({'num_steps': max(given['num_steps'], 3)} if 'num_steps' in given else {})  # with 2, rho has no effect
     own = {option.name: option.default for option in system.own_sample_options if option.default is not None}
     others = [{'num_steps': 1}, {'sigma_max': 79}, {'rho': 6}, {'S_churn': 1}, {'solver': 'euler'}, {'disc': 'vp'},
               {'epsilon_scale': '1.0006'}, {'reverse_step': 'ancestral'}, {'ihdm_delta': 0.02},
@@ -339,7 +339,7 @@ def test_traces_tell_samplers_apart(name):
 
 
 def test_records_of_any_content(tmp_path, networks):
-    """A record is a file: strange values are another record, and cost nothing."""
+    """A record is a file and may hold anything: strange values count as other options and are never computed with."""
     base = ['generate.py', f'--outdir={tmp_path}', f'--network={networks["warm"]}', '--seeds=0', '--steps=2']
     assert invoke(*base).exit_code == 0
     record = json.loads((tmp_path / RECORD).read_text())
@@ -352,7 +352,7 @@ def test_records_of_any_content(tmp_path, networks):
 
 
 def test_files(tmp_path, networks):
-    """Folders per 1000 seeds, one channel as L, three as RGB, a contact sheet."""
+    """--subdirs makes folders of 1000 seeds; one channel is saved as L, three as RGB; --grid is a contact sheet."""
     result = invoke('generate.py', f'--network={networks["grey"]}', f'--outdir={tmp_path / "a"}', '--steps=1',
                     '--seeds=5,1999,2000', '--subdirs', f'--grid={tmp_path / "grid.png"}')
     assert result.exit_code == 0, result.output
@@ -365,7 +365,7 @@ def test_files(tmp_path, networks):
 
 
 def test_edm_snapshot(tmp_path, root):
-    """EDM's own .pkl, class-conditional, straight from the command line, with EDM's and the ablation sampler."""
+    """EDM's own class-conditional .pkl is sampled as it is, by EDM's sampler, the ablation sampler and dpmpp2m."""
     pkl = root / 'tests/golden/edm-network-snapshot-000123.pkl'
     for i, options in enumerate([[], ['--class=3'], ['--solver=euler', '--disc=vp', '--schedule=vp', '--scaling=vp'],
                                  ['--solver=dpmpp2m']]):
@@ -376,7 +376,7 @@ def test_edm_snapshot(tmp_path, root):
 
 
 def test_paths_of_one_network(tmp_path, networks):
-    """A network for several BNRs draws along each of them; at BNR 0 there is no blur anywhere."""
+    """A network for several BNRs draws other images along each, and refuses a BNR that it was not trained on."""
     images = {}
     for bnr in ('0', '0.5'):
         out = invoke('generate.py', f'--network={networks["list"]}', f'--outdir={tmp_path / bnr}', '--steps=3',
@@ -398,11 +398,11 @@ def test_trajectory(tmp_path, networks, ending):
     with PIL.Image.open(path) as picture:
         assert getattr(picture, 'n_frames', 1) == (4 if ending == 'gif' else 1)  # three noise levels and the images
         if ending == 'png':
-            assert picture.size == (4 * 66 + 2, 8 * 66 + 2)  # a column a level; x, D, R and D + R of two images
+            assert picture.size == (4 * 66 + 2, 8 * 66 + 2)  # a column per level; x, D, R and D + R of two images
 
 
 def test_watching_changes_nothing(networks):
-    """The frames end with the images that the sampler draws without being watched."""
+    """The last frame holds the images that the sampler draws when it is not watched."""
     from training.snapshot import build_network, read_snapshot
     from warm.trajectory import watch
     for name in ('edm', 'cond'):
@@ -472,7 +472,7 @@ def test_missing_video_writer(tmp_path, monkeypatch):
 
 
 def test_full_disk(tmp_path, networks):
-    """A write that fails ends with a sentence; the images before it stay, and no half-written one is left."""
+    """A failed write ends with an error message, keeps the images before it, and leaves no half-written file."""
     script = ('import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); '
               'resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); sys.argv[0] = "generate.py"; '
               'import runpy; runpy.run_path("generate.py", run_name="__main__")')

@@ -29,7 +29,7 @@ class Spy:
 
 
 def assert_equals_record(golden, name, loss, augment_pipe=None, over=(1, 2, 3)):
-    """Within 1e-5 of the record's largest value over those dimensions: of each image's, unless told otherwise."""
+    """Assert agreement within 1e-5 of the record's largest value over the dimensions `over`, by default per image."""
     record = golden('losses')
     images = torch.from_numpy(record.arrays['images_u8']).float() / 127.5 - 1
     torch.manual_seed(record.meta['seed'])
@@ -47,7 +47,7 @@ def test_equals_record(golden, name):
 def test_equals_record_with_augmentation(golden):
     from training.augment import AugmentPipe
     pipe = AugmentPipe(**golden('losses').meta['augment'])
-    # Bilinear lookups in float32, here and in the record, differ by more than one image's smaller scale allows.
+    # Bilinear lookups in float32, here and in the record, differ by more than the small values of one image allow.
     assert_equals_record(golden, 'loss_edm_aug', EDMLoss(), pipe, over=(0, 1, 2, 3))
 
 

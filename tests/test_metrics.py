@@ -135,7 +135,7 @@ def test_inception_score_equals_the_plain_form(n):
 
 
 def test_inception_score_bounds():
-    """1 when all images look alike, the number of classes when each split shows all of them, each certain."""
+    """It is 1 if all images look alike, and the number of classes if each split shows all of them with certainty."""
     for p, expected in ((np.full([50, 5], 0.2), 1), (np.eye(5)[np.arange(50) % 5], 5)):
         sums = SplitProbabilities(50)
         sums.update(torch.from_numpy(p))
@@ -284,7 +284,7 @@ def test_destination_that_is_a_folder(tmp_path):
     ('empty.npz', 'empty.npz exists and does not hold statistics'),
 ])
 def test_destination_that_is_something_else(tmp_path, name, said):
-    """A slip in --dest costs no file."""
+    """A mistake in --dest is refused and costs no file."""
     for other in ('set.zip', 'network.safetensors'):
         (tmp_path / other).write_bytes(b'precious')
     (tmp_path / 'link.npz').symlink_to(tmp_path / 'set.zip')
@@ -339,7 +339,7 @@ def test_too_few_reference_features(statistics):
     (dict(channels=np.str_('x'), resolution=np.float64('nan')), None),
 ])
 def test_size_of_the_images(statistics, changes, size):
-    """Of this program's files; EDM's don't say, and odd values are as good as none."""
+    """This program's files state the size; EDM's do not, and odd values count as none."""
     ref = metrics.load_reference(statistics(**changes), ['fid'], PixelDetector('cpu'))
     assert metrics.size_of(ref) == size
 

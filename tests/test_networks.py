@@ -1,4 +1,4 @@
-"""Networks: equal to the recorded ones, and the laws that hold for any weights."""
+"""Networks: equal to the recorded ones, and laws that hold for any weights."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ PRECONDS = {c.__name__: c for c in (networks.VPPrecond, networks.VEPrecond, netw
 
 
 class Patches(Network):
-    """A network of one's own, with what the contract asks for and no more: patches of 4×4 see their neighbours."""
+    """A user's own network with the bare interface and no more: patches of 4×4 pixels that see their neighbours."""
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, dropout=0.1, width=16):
         super().__init__(img_resolution, in_channels, out_channels, noise_channels=width)
@@ -53,14 +53,14 @@ class Patches(Network):
         return torch.nn.functional.pixel_shuffle(self.leave(h), 4)
 
 
-NETWORKS = {**MODELS, 'Patches': Patches}  # a network of the registry is tested by being there
+NETWORKS = {**MODELS, 'Patches': Patches}  # whatever is registered is tested
 UNETS = [name for name, network in NETWORKS.items() if issubclass(network, UNet)]
 SMALL = {name: dict(model_type=name, **network.small) for name, network in NETWORKS.items()}
 
 
 @pytest.fixture(autouse=True)
 def two_lines(monkeypatch):
-    """What registers a network."""
+    """The two lines that register a network."""
     monkeypatch.setitem(MODELS, 'Patches', Patches)
     monkeypatch.setitem(ARCHITECTURES, 'patches', dict(model_type='Patches', width=24))
 
@@ -84,7 +84,7 @@ def batch_of(n=4, label_dim=3):
 
 
 def assert_close(actual, expected, rel=1e-5):
-    """Largest difference within `rel` of the largest expected value."""
+    """Assert that no difference exceeds `rel` times the largest expected value."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert (actual - expected).abs().max() <= rel * expected.abs().max()
 
@@ -197,11 +197,11 @@ def test_fused_resampling(taps, direction):
     apart.load_state_dict(fused.state_dict())
     x = torch.randn([1, 2, 16, 16])
     if direction == 'up':
-        # Up, both filter first: only the border, where the paddings differ, may differ.
+        # Upsampling, both filter first, so they may differ only at the border, where the paddings do.
         assert fused(x).shape == apart(x).shape == (1, 5, 32, 32)
         assert torch.allclose(fused(x)[..., 4:-4, 4:-4], apart(x)[..., 4:-4, 4:-4], atol=1e-5)
     else:
-        # Down, the fused layer is a plain convolution at full resolution, then the filter.
+        # Downsampling, the fused layer is a plain convolution at full resolution, then the filter.
         plain = Conv2d(2, 5, 3, init=kwargs['init'])
         plain.load_state_dict({'weight': fused.weight, 'bias': fused.bias})
         expected = filter_down(plain(x), fused.resample_filter, (len(taps) - 1) // 2)
@@ -223,7 +223,7 @@ def test_fused_attention_equals_plain(heads, dtype, rel):
 
 
 def test_plain_attention_by_hand():
-    """The channel order is head, then channel, then query/key/value."""
+    """Attention follows its definition, with channels ordered by head, then channel, then query/key/value."""
     qkv = torch.randn([1, 3 * 4, 2, 1])
     out = torch.zeros([1, 4, 2, 1])
     for head in range(2):
@@ -262,7 +262,7 @@ def test_every_song_variant_runs_and_learns(embedding, encoder, decoder):
 
 @pytest.mark.parametrize('model_type, precond', list(itertools.product(NETWORKS, PRECONDS)))
 class TestAnyNetwork:
-    """Laws of every network under every preconditioner."""
+    """Laws of every network under every preconditioning."""
 
     def test_images_do_not_see_each_other(self, model_type, precond):
         net = small_net(model_type, precond)
@@ -361,7 +361,7 @@ class TestAnyArchitecture:
         model = small_net(model_type).model
         x, sigma, labels = batch_of()
         out = model(x, sigma.log(), labels)
-        # Double in, double throughout, with the same float32 weights.
+        # float64 in, float64 throughout, with the same float32 weights.
         assert_close(out.double(), model(x.double(), sigma.double().log(), labels.double()), rel=1e-4)
         assert_close(model(x.half(), sigma.log(), labels).float(), out, rel=2e-2)
         assert model(x.half(), sigma.log(), labels).dtype == torch.float16
@@ -405,7 +405,7 @@ def test_narrow_adm_levels_have_no_attention():
 
 @pytest.fixture
 def patches_offered(monkeypatch):
-    """--arch=patches, as if the lines had been there when the command was made."""
+    """Offer --arch=patches, as if it had been registered before the command was built."""
     arch = next(param for param in main.params if param.name == 'arch')
     monkeypatch.setattr(arch, 'type', click.Choice(list(ARCHITECTURES)))
 
@@ -413,7 +413,7 @@ def patches_offered(monkeypatch):
 @pytest.mark.filterwarnings('ignore:.*pin_memory.*')
 @pytest.mark.parametrize('system', ['edm', 'warm'])
 def test_a_new_network_is_trained_and_sampled(patches_offered, tmp_path, system):
-    """As `edm`; as Warm, with the blur as a further condition, and with a preset that is for U-Nets."""
+    """Both as EDM and as Warm, there with the blur as a further condition and a preset meant for U-Nets."""
     flags = ['--preset=digits', '--augment=0.5'] if system == 'warm' else ['--channels-last=1', '--precision=bf16']
     result = invoke('train.py', '--arch=patches', f'--precond={system}', *flags, f'--outdir={tmp_path}', '--nosubdir',
                     '--batch=8', '--duration=0.000016', '--workers=0', '--grid=2', '--seed=0')
@@ -436,7 +436,7 @@ def test_flags_that_a_new_network_does_not_take(patches_offered, flag, sentence)
 # -- preconditioning
 
 def test_edm_scalings_give_unit_variance():
-    """Karras et al. 2022, Eq. 131–138: F's input and target have unit variance, c_out is least."""
+    """Karras et al. 2022, Eq. 131–138: F's input and target have unit variance, and c_out is as small as possible."""
     sigma, sigma_data = torch.linspace(-4, 4, 9, dtype=torch.float64).exp(), 0.5
     c_skip, c_out, c_in, c_noise = edm_scalings(sigma, sigma_data)
     assert torch.allclose(c_in ** 2 * (sigma ** 2 + sigma_data ** 2), torch.ones_like(sigma))
@@ -468,7 +468,7 @@ def test_iddpm_rounds_to_its_grid():
     assert torch.equal(net.round_sigma(between, return_index=True), index)
     assert torch.equal(net.round_sigma(between), net.u[index].double())
     assert net.round_sigma(1e9) == net.u[0] and net.round_sigma(0) == 0 and 0 < (net.round_sigma(5) - 5).abs() < 0.1
-    # What rounds alike is denoised by the same F.
+    # Noise levels that round to the same one get the same F.
     x, _, _ = batch_of()
     F = [net.run_model(x, net.scalings(net.as_sigma(s, x))[3]) for s in (net.u[500], net.u[500] * 1.0001)]
     assert torch.equal(*F) and F[0].shape == (4, 6, 8, 8)

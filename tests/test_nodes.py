@@ -38,7 +38,7 @@ def test_two_agents_train_as_one_with_two_ranks(undisturbed, tmp_path):
 
 
 def test_ranks_of_a_new_life_do_not_meet_those_of_the_old(monkeypatch):
-    """They get a part of the store for themselves, although the store still has the words of the former life."""
+    """After a restart, ranks share a fresh part of the store, although it still holds what the former ones wrote."""
     from concurrent.futures import ThreadPoolExecutor
     store = torch.distributed.HashStore()
     names = []
@@ -62,7 +62,7 @@ def test_without_torchrun_there_is_no_group_and_no_port(monkeypatch):
 
 
 def test_half_of_torchruns_environment(monkeypatch):
-    """As a batch system may set it, or a shell that was left over."""
+    """A batch system may set it so, or an old shell may still have it; the message names what is missing."""
     for name, value in dict(RANK='0', WORLD_SIZE='1', MASTER_PORT='1').items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv('MASTER_ADDR', raising=False)
@@ -118,7 +118,7 @@ def slurm(tmp_path):
 
 
 def test_the_slurm_file(slurm, tmp_path):
-    """SIGUSR1 to a task: the job saves, asks to be queued again, however often, and goes on when it is."""
+    """On SIGUSR1 to a task, the job saves and asks to be requeued, however often it was; then it continues."""
     submit, said = slurm
     job = submit('--duration=1', SLURM_RESTART_COUNT='7')
     assert kills.until(lambda: 'tick 3 ' in said(), job), said()
@@ -132,7 +132,7 @@ def test_the_slurm_file(slurm, tmp_path):
 
 @pytest.mark.parametrize('option, code', [('--no-such-option', 2), ('--data=/nowhere/x.zip', 1), ('--batch=15', 1)])
 def test_the_slurm_file_does_not_repeat_mistakes(option, code, slurm):
-    """The codes of click and of UserError. They only come through where srun does not kill the other ranks at once."""
+    """It knows the codes of click and of UserError, which need an srun that does not kill the other ranks at once."""
     submit, said = slurm
     assert kills.wait(submit(option)) == code and 'Error: ' in said() and 'requeue' not in said(), said()
     assert 'srun --kill-on-bad-exit=0' in said() and 'srun --wait=120' in said()
@@ -140,7 +140,7 @@ def test_the_slurm_file_does_not_repeat_mistakes(option, code, slurm):
 
 @pytest.mark.parametrize('restarts, asked', [('0', 1), ('4', 1), ('5', 0)])
 def test_the_slurm_file_repeats_what_may_go_well_the_next_time(restarts, asked, slurm, tmp_path):
-    """Ranks that are killed, as for want of memory: five times in all. (Here at their start, which is quickest.)"""
+    """Killed ranks, as for lack of memory, are requeued five times in all. (Here they die at once, for speed.)"""
     submit, said = slurm
     job = submit('--duration=1', SLURM_RESTART_COUNT=restarts)
     assert kills.until(lambda: (tmp_path / 'task').is_file() and (tmp_path / 'task').read_text(), job), said()

@@ -1,4 +1,4 @@
-"""Numbers going wrong: counted, and the end of the run when they stay so; the last good state remains."""
+"""Non-finite numbers: they are counted and, if they persist, end the run; the last good state remains."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def counts(folder):
 
 @pytest.fixture
 def bad_steps(monkeypatch):
-    """bad_steps(numbers, value) makes the loss of these steps that value."""
+    """bad_steps(numbers, value) multiplies the loss of these steps by that value."""
     loss, step = EDMLoss.__call__, [0]
 
     def spoil(numbers, value):
@@ -84,7 +84,7 @@ def test_a_run_that_ends_with_a_bad_step_is_saved(bad_steps, tmp_path):
 
 
 def test_records_of_bad_ticks_are_json(bad_steps, tmp_path):
-    """NaN, which JSON does not know, is null; what reads the records goes on."""
+    """NaN, which JSON does not have, is written as null, and whatever reads the records still works."""
     bad_steps({2, 3}, math.nan)
     assert train(tmp_path, steps=5).exit_code == 0
     (tmp_path / 'stats.jsonl').write_text((tmp_path / 'stats.jsonl').read_text().splitlines(keepends=True)[0])
@@ -109,7 +109,7 @@ def test_bad_weights_are_not_saved_at_the_end():
 
 
 def test_loss_scaling_is_undone_before_anything_reads_gradients(tmp_path):
-    """A power of two changes no bit of a float32: the runs are the same, whether or not a step is bad."""
+    """A power of two changes no bit of a float32's fraction, so runs with and without loss scaling are the same."""
     for scale in (1, 1024):
         assert train(tmp_path / str(scale), f'--ls={scale}', steps=5).exit_code == 0
     a, b = (final_state(tmp_path / str(scale)) for scale in (1, 1024))
@@ -128,7 +128,7 @@ def test_clean_gradients_says_whether_all_were_finite():
 
 
 def test_one_rank_is_enough(monkeypatch):
-    """What any rank reports counts for all of them, also its wish to stop."""
+    """A bad number on any rank counts for all of them, and so does a rank's wish to stop."""
     others = torch.tensor([1., 1.])
     monkeypatch.setattr(dist, 'all_reduce_sum', lambda t: t.add_(others))
     health = Health(max_nonfinite=2)

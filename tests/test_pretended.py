@@ -1,4 +1,4 @@
-"""Steps, samplers and scores on a pretended GPU (tests/pretended.py): no device is mixed in, nothing is waited for."""
+"""Steps, samplers and scores on a pretended GPU (tests/pretended.py): no devices are mixed, the host never waits."""
 
 import json
 import subprocess

@@ -99,7 +99,7 @@ def test_each_score_finds_its_row(tmp_path):
 
 
 def test_lsun_church_is_table_2(tmp_path):
-    """The paper's numbers of 10,000 and of 50,000 images, each answered by a measurement of as many; EDM, without."""
+    """The paper's numbers for 10,000 and for 50,000 images stand beside measurements of as many; EDM has none there."""
     church = dict(dataset='lsun-church-128x128', resolution=128, nfe=511)
     text = report_of(tmp_path, [
         *rounds([3.5] * 3, **church, num_images=10_000), *rounds([2.6] * 3, **church),
@@ -119,7 +119,7 @@ def test_lsun_church_is_table_2(tmp_path):
 
 
 def test_other_resolutions_are_not_the_papers_data(tmp_path):
-    """Small copies of CIFAR-10 and LSUN-church answer no row of the paper's without a word."""
+    """Small copies of CIFAR-10 and LSUN-church stand in no row of the paper's without being named."""
     for name, resolution in (('cifar10-16x16', 16), ('lsun-church-64x64', 64)):
         text = report_of(tmp_path, rounds([1.8], dataset=name, resolution=resolution))
         assert f'**{name}, unconditional** (not in the paper)' in text
@@ -151,7 +151,7 @@ def test_the_measurement_nearest_to_the_paper_is_shown(tmp_path):
 
 
 def test_the_best_of_a_scan_is_not_the_methods_score(tmp_path):
-    """Churn, noise levels or an epsilon that suit the reference: shown where there is nothing else, and then named."""
+    """A churn, noise levels or an epsilon that suit the reference are shown only for want of others, and then named."""
     scan = [line for churn in (10, 30) for line in rounds([1.7, 1.8, 1.9], sampler={'S_churn': churn})]
     assert found_row(report_of(tmp_path, scan), '0.5')[-1] == '`--S_churn=10`'
     text = report_of(tmp_path, scan + rounds([1.97, 1.98, 1.99]))
@@ -162,7 +162,7 @@ def test_the_best_of_a_scan_is_not_the_methods_score(tmp_path):
 
 
 def test_options_that_change_nothing_are_no_difference(tmp_path):
-    """A scan's first point may be the default; steps, solver and path stand in columns of their own."""
+    """A scan's first point may be the default; steps, solver and path have columns of their own."""
     usual = dict(num_steps=18, solver='heun', bnr='0.5', S_churn=0, S_max=float('inf'), rho=7, sigma_max=80.0)
     assert found_row(report_of(tmp_path, rounds([1.9] * 3, sampler=usual)), '0.5')[-1] == 'nothing'
     for system in SYSTEMS.values():
@@ -178,7 +178,7 @@ COLD = dict(system='cold', nfe=50, bnr=None, path=None, trained_on=None, targets
 
 
 def test_whose_prior_a_score_measures_is_said(tmp_path):
-    """Blurred training images, their colours, the blur: never rounds of each other; older records say nothing."""
+    """Scores from another start or with another blur are never rounds of each other; older records name no start."""
     blurred = dict(COLD, prior='blurred training images', cold_blur='paper', cold_start='blurred')
     colours = dict(COLD, prior='mean colours of training images', cold_blur='strong', cold_start='colours')
     given = {'cold_start': 'colours'}
@@ -198,7 +198,7 @@ def test_whose_prior_a_score_measures_is_said(tmp_path):
 
 
 def test_precisions_are_not_rounds_of_each_other(tmp_path):
-    """The same seeds twice: two measurements, and float32 is shown though bf16 came out better."""
+    """The same seeds in two precisions are two measurements; float32 is shown although bf16 came out better."""
     lines = rounds([2.0], precision='fp32') + rounds([1.5], precision='bf16')
     measurements = measured(tmp_path, lines)
     assert [(m.rounds, m.values['FID']) for m in measurements] == [(1, 2.0), (1, 1.5)]

@@ -14,7 +14,7 @@ NAMES = ['fp32', 'bf16', 'bf16, compiled', 'bf16, Warm']
 
 
 def test_select():
-    """Any of the words, in the order of the names; commas in names do no harm."""
+    """Names that hold any of the words are selected, in their own order; commas in names do no harm."""
     assert select(NAMES, None) == select(NAMES, '') == NAMES
     assert select(NAMES, 'Warm,compiled') == NAMES[2:] and select(NAMES, ' fp32 ') == NAMES[:1]
     with pytest.raises(click.BadParameter, match='typo.*fp32; bf16; bf16, compiled'):
@@ -39,7 +39,7 @@ def test_report(tmp_path, capsys):
 
 @pytest.mark.parametrize('device, warm_up, in_a_row', [('cpu', 1, 1), ('cuda', GPU_WARM_UP, GPU_IN_A_ROW)])
 def test_steps_in_a_row(device, warm_up, in_a_row, monkeypatch):
-    """A GPU is waited for after several steps, none of them the first ones; the seconds are those of one step."""
+    """On a GPU, first steps are not timed, and it is waited for after several; the seconds are those of one step."""
     events, now = [], [0.0]
     monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: events.append('wait'))
     for clock in ('perf_counter', 'process_time'):
@@ -54,7 +54,7 @@ def test_steps_in_a_row(device, warm_up, in_a_row, monkeypatch):
 
 
 def test_each_way_of_loading_has_its_reference(cache, tmp_path, monkeypatch):
-    """Images against images, batches against batches: only zip and PNG have the ratio 1."""
+    """Images are compared with images, batches with batches: only zip and PNG, the reference, has the ratio 1."""
     seconds = {('images', 'zip and PNG'): 4.0, ('images', 'decoded map'): 2.0,
                ('batches', 'zip and PNG'): 9.0, ('batches', 'decoded map'): 3.0}
     monkeypatch.setattr(bench_data, 'alternate', lambda tasks, repeats: {name: seconds[name] for name in tasks})

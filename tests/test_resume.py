@@ -24,18 +24,18 @@ from training.snapshot import read_snapshot
 from training.state import load_state, save_state
 from warm.systems import SYSTEMS
 
-# 64 images a step, two steps a tick: ticks end at 0.064, 0.192, …, 1.088 kimg, states at 000000 (overwritten), 000001.
+# 64 images per step, two steps per tick: ticks end at 0.064, 0.192, …, 1.088 kimg; states 000000 (overwritten), 000001.
 RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0', '--tick=0.128', '--snap=1', '--dump=1']
 
 
 def train(folder, *options, kimg=1.088, seed=3):
-    """train.py into `folder` itself, in this process."""
+    """Run train.py in this process, directly into `folder`."""
     seeds = [] if seed is None else [f'--seed={seed}']
     return invoke('train.py', *RUN, f'--outdir={folder}', '--nosubdir', f'--duration={kimg / 1000}', *seeds, *options)
 
 
 def trained(*args, **kwargs):
-    """The same; it must succeed."""
+    """`train`, which must succeed."""
     result = train(*args, **kwargs)
     assert result.exit_code == 0, result.output
     return result
@@ -43,7 +43,7 @@ def trained(*args, **kwargs):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    """A run of 1.088 kimg, whose states are of 0.96 (named 000000) and of 1.088 kimg (000001)."""
+    """A run of 1.088 kimg with states at 0.96 kimg (named 000000) and 1.088 kimg (000001)."""
     folder = tmp_path_factory.mktemp('whole') / 'run'
     trained(folder)
     assert [p.name for p in saved_files(folder, 'training-state')] == ['training-state-000001.pt',
@@ -52,7 +52,7 @@ def whole(tmp_path_factory):
 
 
 def test_another_optimizer_and_schedule_resume_exactly(tmp_path, monkeypatch):
-    """A researcher's own, with a rate of NumPy's types."""
+    """A user's own optimiser and schedule resume bit for bit, even where the rate is a NumPy number."""
     monkeypatch.setattr(training_loop, 'make_optimizer',
                         lambda net, lr, **_: torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9))
     monkeypatch.setattr(training_loop, 'learning_rate', lambda nimg, lr, _: lr * (1 + np.cos(nimg / 1000)) / 2)
@@ -103,7 +103,7 @@ def test_seeds_that_train_can_be_resumed(cut):
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
-    """All have looked for a free number before any made its folder: the later take the next, or are told."""
+    """Of runs that found the same number free before any made its folder, later ones take the next or are refused."""
     for seed, folder in enumerate(('00000-a', '00001-a', '00002-a')):
         assert create_run_dir(str(tmp_path / '00000-a'), {'seed': seed}, None, 'a') == str(tmp_path / folder)
     with pytest.raises(UserError, match='another run has begun'):
@@ -113,7 +113,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 @pytest.fixture
 def cut(whole, tmp_path):
-    """A copy of it that was killed after the state of 0.96 kimg and the last tick's line."""
+    """A copy of `whole` as if killed between the last tick's line and its state: the newest is at 0.96 kimg."""
     folder = tmp_path / 'cut'
     shutil.copytree(whole, folder)
     for kind in saving.READERS:
@@ -137,7 +137,7 @@ def test_auto_resume_ends_like_the_whole_run_with_each_tick_once(whole, cut):
 
 
 def test_the_line_of_the_last_tick_is_made_up_for(whole, cut):
-    """A state may reach the disk before the line of its tick does."""
+    """A state may reach the disk before its tick's line in stats.jsonl does; resuming then writes that line."""
     lines = (cut / 'stats.jsonl').read_text().splitlines(keepends=True)
     tick = load_state(cut / 'training-state-000000.pt')['progress']['tick']
     (cut / 'stats.jsonl').write_text(''.join(lines[:tick - 1]))
@@ -179,7 +179,7 @@ def test_auto_resume_finds_its_folder_by_name(tmp_path):
     assert len(folders) == 2 and folders[0].startswith('00000-') and folders[0].endswith('-a')
     assert load_state(tmp_path / folders[0] / 'training-state-000000.pt')['progress']['nimg'] == 128
     (tmp_path / folders[0]).rename(tmp_path / folders[0].replace('-gpus1-', '-gpus8-'))
-    assert 'already done' in start('--desc=a', kimg=0.128)  # a run may go on with another number of ranks
+    assert 'already done' in start('--desc=a', kimg=0.128)  # a run may continue with another number of ranks
 
 
 @pytest.mark.parametrize('where', ['file', 'folder', 'latest'])
@@ -211,7 +211,7 @@ def test_without_any_good_state(whole, cut):
     shutil.copy(cut / 'training-state-000000.pt', cut / 'training-state-000001.pt')
     refused(train(new, f'--resume={cut}'), 'none of the 2 training states')
     assert not new.exists()
-    # Starting over would write over snapshots and records, perhaps for a disk that is away for a moment.
+    # Starting over would overwrite snapshots and records, perhaps only because a disk was briefly missing.
     before = content(cut)
     refused(train(cut, '--auto-resume'), 'none of the training states', 'delete them')
     assert content(cut) == before
@@ -230,7 +230,7 @@ def test_nothing_to_resume(value, sentence, tmp_path):
 
 
 def content(folder):
-    """{name: bytes} of its files."""
+    """{name: bytes} of a folder's files."""
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
@@ -238,7 +238,7 @@ def content(folder):
     ('--cbase=16', ['--cbase was 8 there and is 16 here', '--desc=… or another --outdir']),
     ('--precond=stf', ['--precond=edm, not stf'])])
 def test_another_network_or_system_is_refused_before_anything_is_written(option, sentences, cut):
-    """What the message points to must still be that run's; the records past the state are there too."""
+    """The options that the message refers to are still that run's, and records past the state are kept too."""
     before = content(cut)
     refused(train(cut, '--auto-resume', option), *sentences)
     assert content(cut) == before
@@ -249,7 +249,7 @@ def test_another_network_or_system_is_refused_before_anything_is_written(option,
     ([], ['--bnr=0.5']), (['--bnr=0.50'], ['--bnr-schedule=constant']), (['--bnr=0.1,1'], ['--bnr=.1,1.0']),
     (['--bnr-schedule=blurring'], ['--bnr-schedule=blurring:20'])])
 def test_another_spelling_of_the_same_option_resumes(first, second, tmp_path):
-    """A default given by hand among them; not the same numbers in another order, which are drawn differently."""
+    """An explicit default resumes too; the same BNRs in another order do not, as they are drawn differently."""
     trained(tmp_path, '--precond=warm', *first, kimg=0.064)
     assert 'Resuming' in trained(tmp_path, '--precond=warm', '--auto-resume', *second, kimg=0.128).output
     refused(train(tmp_path, '--precond=warm', '--auto-resume', '--bnr=1,.1'), '--bnr was', 'there and is 1,0.1 here')
@@ -271,7 +271,7 @@ def test_another_network_is_named_by_its_options(option, sentence, tmp_path_fact
 
 
 def test_a_run_goes_on_in_another_precision_and_with_another_dropout(cut, tmp_path):
-    """As after a run in fp16 that diverged. The tensors mean the same; what changes is said."""
+    """The tensors mean the same, so both may change, as after fp16 has diverged; the change is printed."""
     result = trained(tmp_path, f'--resume={cut}', '--fp16=1', '--dropout=0.1', kimg=1.024)
     assert '--fp16 was 0 there and is 1 here.' in result.output and '--dropout was 0.13 there' in result.output
     back = trained(tmp_path / 'back', f'--resume={tmp_path}', kimg=1.152)
@@ -281,7 +281,7 @@ def test_a_run_goes_on_in_another_precision_and_with_another_dropout(cut, tmp_pa
 
 
 def test_other_augmentations_are_refused(tmp_path):
-    """Their label columns are as many, but mean something else; another probability is the run's to choose."""
+    """They may have as many label columns, but with other meanings. The probability and the order are free."""
     def resume(*options):
         return train(tmp_path, '--auto-resume', *options, kimg=0.128)
     trained(tmp_path, '--augment=0.1', '--augment-with=xflip,scale', kimg=0.064)
@@ -291,7 +291,7 @@ def test_other_augmentations_are_refused(tmp_path):
 
 
 def test_nosubdir_does_not_train_over_a_run(cut):
-    """A dry run shows the options all the same."""
+    """A folder that holds a run is refused, with --resume too; a dry run still shows the options."""
     before = content(cut)
     refused(train(cut), f'{cut} already holds a run', '--outdir', '--auto-resume')
     refused(train(cut, f'--resume={cut}'), f'{cut} already holds a run')
@@ -300,7 +300,7 @@ def test_nosubdir_does_not_train_over_a_run(cut):
 
 
 def test_a_run_that_is_done_is_not_another_systems(whole, tmp_path):
-    """Its length is looked at after its origin, by the command and by the loop."""
+    """Command and loop check a state's origin before its length, so a finished run of another system is refused."""
     refused(train(tmp_path / 'new', f'--resume={whole}', '--precond=stf', kimg=0.064), '--precond=edm, not stf')
     refused(train(tmp_path / 'new', f'--resume={whole}', '--cbase=16', kimg=0.064), '--cbase was 8')
     assert not (tmp_path / 'new').exists()
@@ -311,7 +311,7 @@ def test_a_run_that_is_done_is_not_another_systems(whole, tmp_path):
 
 
 def drop(*keys):
-    """A change of a state: without the entry at that place."""
+    """A change of a state: the entry at `keys` is removed."""
     def change(state):
         for key in keys[:-1]:
             state = state[key]
@@ -320,7 +320,7 @@ def drop(*keys):
 
 
 def put(value, *keys):
-    """A change of a state: another value at that place."""
+    """A change of a state: the entry at `keys` becomes `value`."""
     def change(state):
         for key in keys[:-1]:
             state = state[key]
@@ -339,7 +339,7 @@ def put(value, *keys):
     put(torch.zeros(1), 'optimizer', 'state', 0, 'exp_avg'), put({}, 'ema_difference'),
     put(torch.zeros(3, 5, dtype=torch.bfloat16), 'network_kwargs', 'img_resolution')])
 def test_a_state_that_is_not_one_of_a_run_is_refused(change, cut, tmp_path):
-    """Sound as a file, its checksum included: made by hand, or by another version of this program."""
+    """The file and its checksum are sound, but it was made by hand or by another version of this program."""
     path = tmp_path / 'training-state-000000.pt'
     state = load_state(cut / path.name)
     change(state)
@@ -350,7 +350,7 @@ def test_a_state_that_is_not_one_of_a_run_is_refused(change, cut, tmp_path):
 # -- what is on the disk
 
 def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """Flushed, renamed, and then the folder's entry too: no loss of power leaves half a file under the name."""
+    """The file is flushed, renamed, and its folder flushed, so a power loss never leaves half a file under the name."""
     events = []
     for name in ('fsync', 'replace'):
         def noted(*args, do=getattr(os, name), name=name):
@@ -363,7 +363,7 @@ def test_a_file_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 def test_a_wrong_checksum_inside_is_noticed(tmp_path):
-    """Even where the archive around it is sound: a bit that flipped in memory before it was written."""
+    """Even if the archive around it is sound, as when a bit flips in memory before it is written."""
     path = tmp_path / 'training-state-000001.pt'
     save_state(path, {'w': torch.zeros(4)})
     content = torch.load(path, weights_only=True)
@@ -380,7 +380,7 @@ def fake_files(folder, kimgs):
 
 def test_prune_keeps_the_newest(tmp_path):
     fake_files(tmp_path, [1, 2, 3, 4, 9])
-    prune(tmp_path, 2, 4500)  # 9 is of a run that was continued from further back
+    prune(tmp_path, 2, 4500)  # 9 is from a run that was then continued from further back
     names = [p.name for p in saved_files(tmp_path, 'training-state')]
     assert names == [f'training-state-{k:06d}.pt' for k in (9, 4, 3)]
 
@@ -410,7 +410,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_last_state(cut):
 
 
 def test_a_lost_mount_ends_the_run_with_a_sentence(cut, monkeypatch):
-    """The folder is gone in the middle of the run."""
+    """If the folder disappears in the middle of the run, its last state stays good, and the run continues from it."""
     end_step, away = Health.end_step, cut.parent / 'away'
 
     def unmount(self, step, *args):
@@ -425,7 +425,7 @@ def test_a_lost_mount_ends_the_run_with_a_sentence(cut, monkeypatch):
 
 
 def test_saving_waits_for_the_copy_only(tmp_path, monkeypatch):
-    """What is written is what was there when `save` was called."""
+    """`save` returns once the data are copied; what is written is what was there when it was called."""
     def slow(path, state):
         time.sleep(0.5)
         save_state(path, state)
@@ -462,7 +462,7 @@ def test_host_copy_shares_what_is_shared():
 
 
 def test_a_state_of_another_system_is_refused_and_other_data_is_said(whole, tmp_path):
-    """STF's network has EDM's tensors, so only the state can tell; data under another name is a warning."""
+    """STF's network has EDM's tensors, so only the state can tell; data under another name are pointed out."""
     stf = train(tmp_path / 'a', f'--resume={whole}', '--precond=stf', kimg=1.2)
     refused(stf, '--precond=edm, not stf', '--transfer')
     data = tmp_path / 'other.zip'

@@ -128,7 +128,7 @@ def test_content_decides_not_the_ending(good, edm_path, tmp_path):
 
 
 def test_loading_runs_no_code(good, edm_path, monkeypatch):
-    """Neither pickle's machine nor Python's compiler is used, for either kind."""
+    """Reading either kind of file uses neither Python's unpickler nor exec or eval."""
     def forbidden(*args, **kwargs):
         raise AssertionError('code was about to run')
     for module, name in ((pickle, 'Unpickler'), (pickle, 'load'), (pickle, 'loads'), (torch, 'load')):

@@ -46,7 +46,7 @@ def synthetic(tmp_path_factory):
 
 
 def naive_gap(S, bnr):
-    """The same in numpy, over every band."""
+    """`spectral_gap` in plain NumPy, over every band."""
     n = len(S)
     k = np.pi * np.arange(n) / n
     beta = np.geomspace(0.002, 80, 1500)[:, None, None]
@@ -104,14 +104,14 @@ def test_subsets_are_random_and_repeatable(synthetic):
 @pytest.mark.parametrize('bnr', TABLE)
 @pytest.mark.parametrize('n', [8, 32])
 def test_gap_over_all_bands(n, bnr):
-    """Leaving out the bands that cannot have the largest gap, and 400 noise levels, change nothing."""
+    """Leaving out bands that cannot have the largest gap, and taking only 400 noise levels, changes nothing."""
     uneven = prior_spectrum(n) * torch.rand([n, n], generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     for S in (prior_spectrum(n), uneven):
         assert spectral_gap(S, bnr) == pytest.approx(naive_gap(S, bnr), rel=2e-3, abs=1e-4)
 
 
 def test_bands_that_another_surpasses_do_not_count():
-    """What is left has the more power the slower it is blurred; whatever is left out has a rival in both."""
+    """Of the bands that are kept, those blurred more slowly have more power; each one left out has a rival in both."""
     power = torch.rand([16, 16], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     S, rate = undominated(power)
     assert len(S) < 40 and (S.diff() >= 0).all() and (rate.diff() <= 0).all()
@@ -127,7 +127,7 @@ def test_gap_grows_with_the_bnr():
 @pytest.mark.parametrize('bnr, gap, digit', [(0.1, 0.03, 0.01), (0.3, 0.21, 0.01), (0.5, 0.48, 0.01),
                                              (0.65, 0.72, 0.01), (1, 1.33, 0.01), (2, 3.1, 0.1), (10, 11.6, 0.1)])
 def test_gaps_of_cifar_10_are_the_known_ones(golden, bnr, gap, digit):
-    """Within one of the last digit: the recorded spectrum is of a JPEG copy (it gives 0.205 at BNR 0.3)."""
+    """Within one of the last digit, as the recorded spectrum is of a JPEG copy (it gives 0.205 at BNR 0.3)."""
     S = torch.tensor(golden('cifar10-spectrum').power)
     assert spectral_gap(S, bnr) == pytest.approx(gap, abs=digit)
 

@@ -42,10 +42,10 @@ STEPS = {**{name: (name, {}) for name, system in SYSTEMS.items() if system.train
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('model_type', NETWORKS)
 def test_channels_last_is_as_exact(model_type, device):
-    """Sums in another order: not much farther from float64 than the plain layout is, outputs and gradients.
+    """Outputs and gradients are not much farther from float64 than the plain layout's: sums are in another order.
 
-    On a GPU the two layouts may be convolved by other algorithms (Winograd's, for one), but never in TF32, which would
-    be 1e-3 away.
+    On a GPU, the two layouts may use different algorithms for convolutions (Winograd's, for one), but never TF32, which
+    would be 1e-3 away.
     """
     factor, limit = (3, 1e-5) if device == 'cpu' else (5, 5e-5)
     net = make_net(model_type, device=device)
@@ -87,7 +87,7 @@ class NormLayouts(TorchDispatchMode):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('model_type', NETWORKS)
 def test_norms_of_short_types_with_channels_last(model_type, device):
-    """PyTorch's kernel, which on CUDA refuses other layouts, gets contiguous features; the network's keep theirs."""
+    """PyTorch's kernel, which on CUDA takes no other, gets contiguous features; the network's keep their layout."""
     net = accelerate(make_net(model_type, device=device), precision='bf16', channels_last=True)
     layouts = []
     for module in net.modules():
@@ -105,7 +105,7 @@ def test_norms_of_short_types_with_channels_last(model_type, device):
 @pytest.mark.parametrize('silu', [False, True])
 @pytest.mark.parametrize('offset', [0, 30])
 def test_gradients_of_norms(offset, silu, memory_format):
-    """By PyTorch's kernel and written out: both those of float64, up to one rounding to bfloat16."""
+    """PyTorch's kernel and the written-out form both give float64's gradients, up to one rounding to bfloat16."""
     torch.manual_seed(0)
     x = (torch.randn([4, 64, 16, 16]) + offset).to(torch.bfloat16, memory_format=memory_format)
     grad = torch.randn_like(x)
@@ -124,7 +124,7 @@ def test_gradients_of_norms(offset, silu, memory_format):
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
 def test_plain_resampling_to_the_bit(dtype, memory_format):
-    """Means and copies of pixels are what the convolutions with the taps [1, 1] give."""
+    """Averaging and copying pixels give what the convolutions with the taps [1, 1] give."""
     taps = make_resample_filter([1, 1])
     for quick, slow, size in ((pool, filter_down, 4), (double, filter_up, 16)):
         x = torch.randn([2, 3, 8, 8]).to(dtype, memory_format=memory_format).requires_grad_()
@@ -146,10 +146,10 @@ def layout(x):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('model_type', NETWORKS)
 def test_recomputation_changes_nothing(model_type, device):
-    """Outputs and gradients, bit for bit."""
+    """Outputs and gradients stay the same bit for bit."""
     net = make_net(model_type, device=device)
     x, c_noise = torch.randn([4, 3, 8, 8], device=device), torch.randn([4], device=device)
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # its quickest gradients add up in any order
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):  # its quickest gradients are summed in any order
         plain = outputs_and_gradients(net, x, c_noise)
         recomputed = outputs_and_gradients(accelerate(net, recompute=True), x, c_noise)
     assert all(torch.equal(a, p) for a, p in zip(sum(recomputed, []), sum(plain, [])))
@@ -182,7 +182,7 @@ def saved_bytes(net, x, c_noise):
 
 
 def test_memory_held_for_the_backward_pass():
-    """bf16 holds less than half of fp32's features (its norms and SiLUs are made anew), recomputation less still."""
+    """bf16 holds less than half of what fp32 does (its norms and SiLUs are made anew), recomputation less still."""
     x, c_noise = torch.randn([32, 3, 8, 8]), torch.randn([32])
     held = {name: saved_bytes(accelerate(make_net(), **options), x, c_noise) for name, options in {
         'fp32': {}, 'bf16': dict(precision='bf16'), 'recompute': dict(recompute=True)}.items()}
@@ -222,7 +222,7 @@ def test_compiled_on_a_gpu(graphs):
 
 @pytest.mark.filterwarnings('ignore')  # torch's own, from inside its compiler
 def test_what_is_compiled(monkeypatch):
-    """By another backend, without looking for compilers; copies and stand-ins are not."""
+    """A network compiled by another backend, which needs no C++ compiler, is compiled; copies and stand-ins are not."""
     monkeypatch.setattr(acceleration, 'check_compiler', None)
     net, x, sigma = make_net().eval(), torch.randn([2, 3, 8, 8]), torch.ones([])
     assert not acceleration.is_compiled(net)
@@ -246,7 +246,7 @@ def test_compilers_absence_is_a_sentence(monkeypatch):
 # -- a step without waiting
 
 class Waits(TorchDispatchMode):
-    """Lists what reads values back, for which the host would wait for a GPU."""
+    """Lists the operations that read values back, for which the host would wait for a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ class Waits(TorchDispatchMode):
 
 
 def training_step(name, device):
-    """A function of no arguments: `one_step`."""
+    """`one_step` of an entry of STEPS, as a function of no arguments."""
     system, kwargs = STEPS[name]
     pipe = AugmentPipe(p=0.5, **TRAIN_AUGMENT)
     with torch.device(device):
@@ -283,7 +283,7 @@ def statistics():
 
 @pytest.mark.parametrize('system', STEPS)
 def test_a_step_never_waits(system, statistics):
-    """Nothing is read back, by the fused optimiser neither; tests/test_pretended.py also sees copies."""
+    """A step reads nothing back, not even in the fused optimiser; tests/test_pretended.py also looks for copies."""
     step = training_step(system, 'cpu')
     step()  # constants such as the DCT's matrix are copied once
     with Waits() as waits:
@@ -319,7 +319,7 @@ def test_a_step_never_waits_for_the_gpu(system, data_device, statistics):
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_gradients_are_cleaned_alike(device):
-    """One pass over all gradients gives what tensor by tensor gives."""
+    """Cleaning all gradients in one pass gives what cleaning each tensor gives."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(5, 2)).to(device)
     for p in net.parameters():
         p.grad = torch.randn_like(p) * 1e6
@@ -331,7 +331,7 @@ def test_gradients_are_cleaned_alike(device):
 
 
 def test_optimizer_states_move_between_devices():
-    """A state of the fused kernels continues with the plain ones, to the same numbers, and back."""
+    """Adam's state from the fused kernels continues with the plain ones to the same numbers, and the reverse."""
     def make(fused):
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(5))
@@ -418,7 +418,7 @@ def test_decoded_again_when_the_zip_changes(cache, tmp_path):
     decoded_dataset(path)
     second, = cache.iterdir()
     assert second != first
-    second.write_bytes(second.read_bytes()[:1000])  # damaged, as no writer of ours leaves it
+    second.write_bytes(second.read_bytes()[:1000])  # damaged in a way that our writer never leaves
     np.testing.assert_array_equal(decoded_dataset(path).decoded[5], ImageFolderDataset(path)[5][0])
 
 
@@ -433,14 +433,14 @@ def test_a_file_that_another_rank_has_just_made_stays(cache):
 
 
 def test_images_move_to_the_gpu_before_the_first_step(cache):
-    """What stands against it is said by the call, not when the first batch is asked for."""
+    """What prevents it is said by the call itself, not when the first batch is asked for."""
     dataset = load_embedded()
     with pytest.raises(UserError, match='--data-device=cuda needs a data set decoded'):
         b.resident_batches(dataset, b.InfiniteSampler(dataset), 8, torch.device('cpu'))
 
 
 def test_no_decoded_file_where_it_cannot_be(cache, monkeypatch, capsys, tmp_path):
-    """A full disk: a warning, and the images are read one by one. A damaged image is an error either way."""
+    """On a full disk, a warning says so and images are read one by one; a damaged image is an error either way."""
     dataset = load_embedded()
     monkeypatch.setattr(decoded.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(1, 1, 1 << 20))
     assert decoded.decoded_images(dataset, min_bytes=0) is None
@@ -479,7 +479,7 @@ def test_share_of_waiting_is_recorded(tmp_path):
 
 @pytest.mark.parametrize('workers, more', [(0, 1), (1, 2)])
 def test_waiting_for_data_is_said_once(cache, capsys, workers, more):
-    """With the remedy, where there is one: more processes that load."""
+    """The message names the remedy, more loader processes; for decoded data, where there is none, nothing is said."""
     def said(dataset, *shares, **loader_kwargs):
         batches = b.Batches(dataset, 8, 5, 0, loader_kwargs, torch.device('cpu'))
         for share in shares:
@@ -502,7 +502,7 @@ def test_data_device_needs_a_gpu(monkeypatch):
 # -- sampling
 
 def test_writing_goes_on_behind(tmp_path, monkeypatch):
-    """Batches are drawn while earlier ones are written, but only so many; all are there in the end."""
+    """Batches are drawn while earlier ones are written; all are there in the end."""
     drawn, written = [], []
 
     def batches():
@@ -555,7 +555,7 @@ with FakeTensorMode() if sys.argv[1] == 'fake' else contextlib.nullcontext():
 
 
 def test_memory_is_counted_as_real_tensors_would_have_it():
-    """bench_memory.py's tensors without values live as long as real ones; between steps 16 bytes a parameter remain."""
+    """bench_memory.py's tensors without values live as long as real ones; 16 bytes per parameter stay between steps."""
     fake, real = (json.loads(subprocess.run([sys.executable, '-c', COUNT, kind], cwd=ROOT, capture_output=True,
                                             text=True, check=True).stdout) for kind in ('fake', 'real'))
     net = SYSTEMS['edm'].network_class(img_channels=3, augment_dim=9, **SMALL_NETWORK)

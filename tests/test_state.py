@@ -211,7 +211,7 @@ ARCHIVES = {
 def test_archives_that_torch_would_not_have_written(name, good, tmp_path):
     path = tmp_path / 's.pt'
     path.write_bytes(rebuilt(good, lambda parts: parts.items()))
-    assert equal(STATE, load_state(path))  # the way of making them is sound
+    assert equal(STATE, load_state(path))  # rebuilding alone does no harm
     path.write_bytes(rebuilt(good, *ARCHIVES[name]))
     start = time.process_time()
     refusal(path)
@@ -258,7 +258,7 @@ def test_mutations_load_or_are_refused(good, tmp_path):
     outcomes = collections.Counter()
     start = time.monotonic()
     for i in range(400):
-        if i % 2:  # behind the checksum: the description is changed and the archive made anew
+        if i % 2:  # to get behind the checksum, change the description and make the archive anew
             path.write_bytes(rebuilt(good, with_pickle(lambda _: mutate(program, rng))))
         else:
             path.write_bytes(mutate(data, rng))

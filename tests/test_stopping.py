@@ -1,4 +1,4 @@
-"""Stopping and dying: signals, ranks that are killed or hang, jobs that are killed while they write."""
+"""Stopping and dying: signals, ranks that are killed or hang, jobs that are killed while writing."""
 
 import os
 import pathlib
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize('number, during, nimg, tick_nimg', [
     (signal.SIGTERM, 7, 512, 320), (signal.SIGINT, 1, 128, 64), (signal.SIGUSR1, 8, 576, 576)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tick_nimg, whole, tmp_path, monkeypatch):
-    """In the middle of a tick and at the end of one: even that tick's statistics are those of the undisturbed run."""
+    """Stopped within a tick or at its end, the resumed run equals the undisturbed one, that tick's statistics too."""
     end_step, former = Health.end_step, signal.getsignal(signal.SIGTERM)
 
     def signalled(self, step, finite, stop):
@@ -49,7 +49,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tic
     assert (progress['nimg'], progress['tick_nimg']) == (nimg, tick_nimg)
     assert saved_files(tmp_path, 'network-snapshot')
     monkeypatch.undo()
-    assert signal.getsignal(signal.SIGTERM) == former  # the handlers of before are back
+    assert signal.getsignal(signal.SIGTERM) == former  # the former handlers are back
     assert invoke('train.py', *RUN, f'--outdir={tmp_path}').exit_code == 0
     check_same(tmp_path, whole)
 
@@ -63,14 +63,14 @@ def test_sigterm_exits_and_the_former_handler_is_back():
 
 
 def python(program):
-    """Run a small program; returns its exit code, what it said, and the seconds it took."""
+    """Run a small program; returns its exit code, its output, and the seconds it took."""
     start = time.monotonic()
     done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout + done.stderr, time.monotonic() - start
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    """Also while the main thread is held up; two that come together count as one."""
+    """It does so even while the main thread is blocked; two signals in quick succession count as one."""
     code, said, seconds = python('''
 import os, signal, threading, time
 from torch_utils.signals import StopRequest
@@ -111,7 +111,7 @@ with Watchdog(0.8, 'rank 3') as dog:
 
 
 def test_loader_processes_leave_signals_to_their_rank():
-    """They are sent to the whole group; a loader that died of one would take the step with it."""
+    """Signals go to the whole process group, and a loader killed by one would take the current step with it."""
     code, said, _ = python('''
 import os, subprocess, time, torch
 from torch_utils.signals import StopRequest, shield_worker
@@ -140,7 +140,7 @@ os._exit(0)
 # -- ranks that die or hang
 
 def two_ranks(folder, port, *options, on_rank1=()):
-    """Two ranks without torchrun, started as Slurm's srun starts them; endless for the purpose."""
+    """Start two ranks without torchrun, as Slurm's srun does, of a run too long to end by itself."""
     env = {**kills.ENV, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'}
     command = [sys.executable, str(ROOT / 'train.py'), *SMALL, '--batch=16', '--grid=0', f'--outdir={folder}',
                '--nosubdir', '--tick=0.064', '--dump=4', '--snap=0', *options]
@@ -164,7 +164,7 @@ def test_a_lost_rank_stops_the_other(number, options, code, sentence, tmp_path):
         ranks[1].send_signal(number)
         start = time.monotonic()
         assert ranks[0].wait(60) == code, said.read_text()
-        assert time.monotonic() - start < 40  # the stated time, and room for a busy machine
+        assert time.monotonic() - start < 40  # the stated time, with room for a busy machine
         assert sentence in said.read_text()
     finally:
         for rank in ranks:
@@ -184,13 +184,13 @@ def test_a_rank_that_fails_says_why_and_stops_the_other(tmp_path):
 
 
 def test_a_killed_rank_is_restarted_by_torchrun(undisturbed, tmp_path):
-    """Twice; `python -m tests.kills` does it 20 times."""
+    """The run, killed up to twice, ends like an undisturbed one; `python -m tests.kills` does it 20 times."""
     assert kills.kill_ranks(tmp_path / 'run', 2, random.Random(1)) >= 1
     check_same(tmp_path / 'run', undisturbed)
 
 
 def test_a_job_killed_while_it_writes_goes_on(tmp_path):
-    """Three times, one rank; `python -m tests.kills` does it 50 times with two."""
+    """Killed up to three times, it ends like an undisturbed run; `python -m tests.kills` does 50 with two ranks."""
     assert kills.wait(kills.start(tmp_path / 'whole', 1)) == 0
     killed, _ = kills.kill_jobs(tmp_path / 'run', 3, 1, random.Random(1))
     assert killed >= 2

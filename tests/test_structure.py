@@ -74,7 +74,7 @@ BENCHMARKS = sorted(path.stem for path in (ROOT / 'tests' / 'benchmarks').glob('
 
 @pytest.mark.parametrize('name', BENCHMARKS)
 def test_benchmarks_start_without_options(name):
-    """As `make bench` starts them; and as gpu_all.py does, at full size and tiny."""
+    """They accept no options, as `make bench` starts them, and those that gpu_all.py gives, at full size and tiny."""
     command = importlib.import_module(f'tests.benchmarks.{name}').main
     gpu_all = importlib.import_module('tests.benchmarks.gpu_all')
     assert sorted(sum(gpu_all.CALLS.values(), ())) == sorted([gpu_all.TESTS[0], *gpu_all.RUNS])  # each in one call

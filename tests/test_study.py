@@ -1,4 +1,4 @@
-"""warm.study: the plan is complete, a study goes on where it stopped, and the page says what the numbers say."""
+"""warm.study: the plan is complete, a study continues where it stopped, and the page says what the numbers say."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ TINY = dict(main=(2, 4), side=2, transfer=(2,), main_seeds=(0,), side_seeds=(0,)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The digits' scale, small: every training takes two starts of train.py, seconds each."""
+    """The digits' scale, made small: every training takes two starts of train.py, of seconds each."""
     scale = dataclasses.replace(SCALES['digits'], **TINY)
     monkeypatch.setitem(SCALES, 'digits', scale)
     monkeypatch.setattr(study_plan, 'SOLVERS', {'heun': (5, 18), 'euler': (), 'dpmpp2m': (9,)})
@@ -36,7 +36,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def short(tiny, monkeypatch):
-    """The same with one start."""
+    """`tiny` with one start per training."""
     scale = dataclasses.replace(tiny, main=(2,))
     monkeypatch.setitem(SCALES, 'digits', scale)
     return scale
@@ -60,7 +60,7 @@ def lines_of(folder):
 
 @pytest.mark.parametrize('scale', SCALES.values(), ids=list(SCALES))
 def test_plan(scale):
-    """Every run once, parents before children, each scored network saved."""
+    """Every run is planned once, parents come before children, and every network that is scored is saved."""
     runs = plan(scale)
     names = [run.name for run in runs]
     assert len(set(names)) == len(names)
@@ -80,7 +80,7 @@ def test_the_flags_of_every_run_are_flags(run):
 
 
 def test_every_row_of_the_paper_is_asked():
-    """Table 3's BNRs by separate networks and by one; Table 5; each of our choices with each alternative."""
+    """The plan has Table 3's BNRs, by separate networks and by one, Table 5, and every alternative to our choices."""
     scale = SCALES['cifar10']
     names = {run.name: run for run in plan(scale)}
     assert [bnr_name(bnr) for bnr in PAPER_BNRS] == ['edm', 'warm-bnr0.1', 'warm-bnr0.3', 'warm', 'warm-bnr0.65',
@@ -104,7 +104,7 @@ def test_the_choices_are_the_systems_defaults():
 # -- carrying it out
 
 def test_a_study_in_pieces(short, tmp_path, monkeypatch):
-    """Stopped while a training starts, and run again: the numbers are those without a stop, and each is there once."""
+    """Stopped while a training starts and run again, it has the numbers of one without a stop, each of them once."""
     options = ('--questions=1', '--only=edm-cond')
     whole = carry_out(tmp_path / 'whole', *options)
     assert whole.exit_code == 0, whole.output
@@ -131,7 +131,7 @@ def test_a_study_in_pieces(short, tmp_path, monkeypatch):
 
 
 def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
-    """Out of time in the middle of a run, --tidy leaves one state of it; what a second worker is at stays untouched."""
+    """With --tidy, a run that is out of time leaves a single state; what another worker is at stays untouched."""
     options = ('--questions=1', '--only=edm-cond', '--tidy')
     train, folder = study.train, tmp_path / 'runs' / 'digits' / 'edm-cond-s0'
 
@@ -155,7 +155,7 @@ def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
 
 
 def test_tidying_leaves_a_network_that_is_not_scored(tiny, tmp_path):
-    """Though the training that made it ended just as the time ran out, and nobody has put it aside."""
+    """It stays even if its training ended just as the time ran out, so that nobody has put it aside."""
     run = next(run for run in plan(tiny) if run.name == 'edm-cond-s0')
     here = study.Study(tiny, tmp_path, tmp_path / 'digits.jsonl', study_pieces.Clock())
     folder = here.folder(run.name)
@@ -168,7 +168,7 @@ def test_tidying_leaves_a_network_that_is_not_scored(tiny, tmp_path):
 
 
 def test_the_first_score_is_not_begun_without_time(tmp_path):
-    """The speed is that of the last score that was recorded on this machine, from another piece or of another run."""
+    """The speed of scoring is that of the last score recorded on this machine, in whichever piece or run."""
     here = study.Study(SCALES['digits'], tmp_path, tmp_path / 'digits.jsonl', study_pieces.Clock())
     scored = dict(hardware=study.hardware(), num_images=16, nfe=35)
     lines = [dict(scored, seconds=9.0), dict(scored, seconds=7.0), dict(scored, seconds=5.0, hardware='another machine')]
@@ -197,14 +197,14 @@ def test_transfer_waits_for_its_parent_and_tidy_keeps_it(short, tmp_path):
 
 
 def test_two_ranks_train(short, tmp_path):
-    """--gpus starts torchrun; the run's options tell its two ranks."""
+    """--gpus starts torchrun; the run's log tells of its two processes."""
     result = carry_out(tmp_path, '--questions=1', '--only=edm-cond', '--gpus=2')
     assert result.exit_code == 0 and len(records(tmp_path)) == 1, result.output
     assert 'Number of processes:     2' in (tmp_path / 'runs' / 'digits' / 'edm-cond-s0' / 'log.txt').read_text()
 
 
 class Corners(torch.nn.Module):
-    """A detector of its own kind: the corner's colours."""
+    """A detector of another kind: the colours of two pixels in the corner."""
 
     def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
         return img[:, :, :2, 0].flatten(1).float() / 255
@@ -253,7 +253,7 @@ def test_no_piece_starts_a_training_that_it_cannot_use(tiny, tmp_path, monkeypat
 
 @pytest.mark.skipif(not (ROOT / '.git').exists(), reason='not a git checkout')
 def test_a_study_does_not_make_its_own_code_dirty(tmp_path):
-    """Its results lie in the repository, and its records name the commit."""
+    """It writes its results into the repository, and the commit that its records name must stay clean."""
     subprocess.run(['git', 'clone', '-q', str(ROOT), str(tmp_path / 'clone')], check=True)
 
     def version():
@@ -277,7 +277,7 @@ def test_bad_input(tmp_path, monkeypatch, options, words):
 
 
 def test_preparing_makes_what_is_missing(tiny, tmp_path, monkeypatch):
-    """The commands run once; one that fails is named."""
+    """--prepare runs the commands once; one that fails is named."""
     dest = tmp_path / 'digits.zip'
     command = f'python dataset_tool.py --source={EMBEDDED} --dest={dest} --max-images=200'
     monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(tiny, prepare=(command,), data=str(dest), main=(2,)))
@@ -313,7 +313,7 @@ def test_differences_are_decided_by_seeds():
     assert str(better).startswith('-0.983 ± 0.076 (-48%)')
     assert compare({0: 1.0, 1: 2.0}, {0: 1.5, 1: 1.5}).verdict == 'undecided'
     assert compare({0: 3.0, 1: 3.1, 2: 3.0}, {0: 2.0, 1: 2.0, 2: 2.1}).verdict == 'worse'
-    # Two standard errors, which two seeds exceed by chance three times in ten.
+    # More than two standard errors, which two seeds exceed by chance three times in ten.
     assert compare({0: 1.0, 1: 1.1}, {0: 2.0, 1: 2.5}).verdict == 'undecided'
     assert compare({0: 1.0}, {0: 2.0}).verdict == 'undecided (one seed)'
     assert compare({1: 1.0}, {0: 2.0}) is None
@@ -321,7 +321,7 @@ def test_differences_are_decided_by_seeds():
 
 
 def test_page_from_numbers(tmp_path):
-    """Numbers land in their cells; the last of two lines of the same score counts; other image counts don't."""
+    """Numbers land in their cells; of two lines for a score the last counts; other numbers of images are left out."""
     lines = [line(run_name(name, seed=s), k, v + s / 100, s) for s in (0, 1, 2)
              for name, k, v in (('edm', 80, 1.0), ('warm', 80, 0.5), ('edm', 40, 2.0), ('warm', 40, 3.0))]
     lines += [line('edm-uncond-s0', 80, 9.0), line('edm-uncond-s0', 80, 1.0)]
@@ -340,7 +340,7 @@ def test_page_from_numbers(tmp_path):
 
 
 def test_page_with_inception_scores_and_times(tmp_path):
-    """Where they were measured, and where the machine was quiet: columns, and a figure against time."""
+    """Where they were measured, and the machine was quiet, they have columns, and there is a figure against time."""
     scale = SCALES['cifar10-16']
     found = {('edm', 'FD-cifar16'): 3, ('warm', 'FD-cifar16'): 2, ('edm', 'IS-cifar16'): 5, ('warm', 'IS-cifar16'): 6}
     rows = [dict(line(run_name(name), kimg, value + k), metric=metric, num_images=scale.num, train_seconds=float(kimg))
@@ -356,7 +356,7 @@ def test_page_with_inception_scores_and_times(tmp_path):
 
 @pytest.mark.parametrize('measured', [False, True])
 def test_hours_at_full_size(tmp_path, measured):
-    """From measured images/s, or said to be expected."""
+    """The hours follow from measured images/s; without those, the page says that they were not measured."""
     row = dict(preset='ffhq', system='edm', parameters=60e6, gflop_an_image=250.0,
                images_per_second=1000.0 if measured else None, hours=200e6 / 8000 / 3600 if measured else None)
     cost = dict(rows=[row], environment=dict(gpu='a GPU' if measured else None))

@@ -79,7 +79,7 @@ def states_equal(a, b):
 
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_resume_equals_no_interruption(tmp_path, ranks):
-    """A run of 2.048 kimg, and one that is resumed at the state of 1.024 kimg, end bit for bit alike."""
+    """A run of 2.048 kimg and one resumed from its state at 1.088 kimg end bit for bit alike."""
     command = [*SMALL, f'--outdir={tmp_path}', '--precond=warm', '--tick=1.024', '--snap=1', '--dump=1', '--seed=3',
                '--augment=0.12', '--dropout=0.1', '--batch=64', '--grid=4', '--cond=1']
     launch = run_command if ranks == 1 else torchrun
@@ -108,7 +108,7 @@ def test_resume_with_other_ranks_continues_the_data(tmp_path):
 
 
 def test_accumulation_and_ranks_take_the_same_images(monkeypatch):
-    """What the ranks read together is the sequence that one process reads."""
+    """Together, the ranks read the sequence of images that a single process reads."""
     def images(rank, ranks, start=0):
         monkeypatch.setattr(tl.dist, 'get_rank', lambda: rank)
         monkeypatch.setattr(tl.dist, 'get_world_size', lambda: ranks)
@@ -118,7 +118,7 @@ def test_accumulation_and_ranks_take_the_same_images(monkeypatch):
     assert alone.dtype == torch.float32 and -1 <= alone.min() and alone.max() <= 1
     assert torch.equal(torch.stack([images(0, 2), images(1, 2)], dim=1).flatten(0, 1)[:12], alone)
     assert torch.equal(images(0, 1, start=4)[:8], alone[4:])
-    # From a start that does not divide over the ranks, too, they take each image once and leave none out.
+    # Also from a start that does not divide by the number of ranks: each image once, none left out.
     both = torch.cat([images(rank, 3, start=7) for rank in range(3)]).flatten(1)
     expected = torch.cat([images(0, 1, start=7 + i) for i in (0, 12, 24)]).flatten(1)
     found = torch.unique(both, dim=0)
@@ -126,7 +126,7 @@ def test_accumulation_and_ranks_take_the_same_images(monkeypatch):
 
 
 def test_accumulation_keeps_the_scale_of_the_gradient(tmp_path):
-    """Two rounds of 32 images and one of 64 see the same images; their noise differs, being drawn in halves."""
+    """Gradients of two rounds of 32 images and of one of 64 have the same scale: same images, other noise draws."""
     norms = []
     for limit in (32, 64):
         succeed('train.py', *SMALL, f'--outdir={tmp_path}', '--batch=64', '--dropout=0', '--augment=0',
@@ -174,7 +174,7 @@ def test_clean_gradients():
 
 
 def test_learning_rate_ramp(tmp_path):
-    """lr·min(nimg/ramp, 1), nimg before the batch: the first step has rate 0 and leaves the weights as they were."""
+    """The rate is lr·min(nimg/ramp, 1) with nimg before the batch, so the first step has rate 0: no weight changes."""
     succeed('train.py', *SMALL, f'--outdir={tmp_path}', '--duration=0.00064', '--batch=64', '--lr-rampup=0.00128',
             '--lr=0.01', '--seed=0')
     state = load_state(next(tmp_path.glob('*/training-state-*.pt')))
@@ -224,7 +224,7 @@ def test_statistics_over_ranks():
 
 
 def test_run_names(tmp_path, monkeypatch):
-    """The name of the data is the data set's own."""
+    """A run is named after its data set, however the path to it is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'cifar10.v2').mkdir()
     PIL.Image.new('L', (8, 8)).save('cifar10.v2/a.png')
@@ -240,7 +240,7 @@ def test_run_names(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('values', [[0.1] * 7, [1e20] * 3, [-3e15] * 9])
 def test_statistics_of_equal_numbers(values):
-    """Their deviation is 0 but for rounding: never −0, nor NaN, nor beyond float32's numbers."""
+    """Their standard deviation is 0 up to rounding, never −0 or NaN, even where squares exceed float32's range."""
     training_stats.report('x', torch.tensor(values))
     collector = training_stats.Collector()
     collector.update()
@@ -249,7 +249,7 @@ def test_statistics_of_equal_numbers(values):
 
 
 def test_a_length_between_floats_is_met_exactly(tmp_path):
-    """9 steps of 223 images are 2.007 kimg, though 2.007·1000 is more than 2007 in float64."""
+    """9 steps of 223 images make 2.007 kimg, although 2.007·1000 exceeds 2007 in float64."""
     run = [*SMALL, f'--outdir={tmp_path}', '--nosubdir', '--batch=223', '--duration=0.002007', '--grid=0']
     assert invoke('train.py', *run).exit_code == 0
     assert load_state(tmp_path / 'training-state-000002.pt')['progress']['nimg'] == 2007
@@ -327,7 +327,7 @@ def test_ctrl_c_during_set_up(monkeypatch, tmp_path):
 
 
 def test_numbers_are_all_checked():
-    """Of train.py and of the systems; generate.py's S_max alone may be infinite."""
+    """Numbers must be finite, the systems' own options included; only generate.py's S_max may be infinite."""
     assert {'--lr', '--ema', '--tick', '--duration', '--timeout', '--rest-weight'} <= set(NUMBERS)
     refused(invoke('generate.py', '--network=x', '--outdir=y', '--S_max=nan'), "'nan' is not a finite number")
     refused(invoke('generate.py', '--network=x', '--outdir=y', '--S_noise=inf'), "'inf' is not a finite number")
@@ -335,7 +335,7 @@ def test_numbers_are_all_checked():
 
 
 def test_what_does_not_fit_leaves_no_folder(tmp_path):
-    """Found before the run folder is made: weights of another network, images of mixed sizes."""
+    """Weights of another network and images of mixed sizes are refused before the run folder is made."""
     runs = [*SMALL, f'--outdir={tmp_path / "runs"}', '--duration=0.0001']
     torch.manual_seed(0)
     net = SYSTEMS['edm'].network_class(img_resolution=8, img_channels=3, model_type='DhariwalUNet', model_channels=16,
@@ -355,6 +355,6 @@ def test_what_does_not_fit_leaves_no_folder(tmp_path):
 
 
 def test_scores_that_are_switched_off_by_hand(tmp_path):
-    """--eval=0 says that the other flags are to have no effect."""
+    """With an explicit --eval=0, the other --eval flags are accepted without effect."""
     assert invoke('train.py', '-n', '--eval=0', '--eval-num=50').exit_code == 0
     assert invoke('train.py', '-n', '--eval=1', '--eval-num=50').exit_code == 0

@@ -39,7 +39,7 @@ def test_a_watched_network_takes_what_the_network_takes(sigma, args, kwargs, alp
 
 
 def test_states_of_cold_diffusion_are_shown_as_they_are():
-    """Their level is a number of blurs, by which nothing is to be divided."""
+    """Their level is a number of blurs, by which the states must not be divided."""
     net = network('cold', cold_steps=20)
     frames = watch(net, SYSTEMS['cold'], [0, 1], {'data': EMBEDDED})
     assert [f.beta for f in frames] == list(range(20, -1, -1))
@@ -50,7 +50,7 @@ def test_states_of_cold_diffusion_are_shown_as_they_are():
 
 @pytest.mark.parametrize('beta, spread', [(0.0, 1.0), (0.1, 1.0), (10.0, 10.0), (80.0, 80.0)])
 def test_noisy_states_are_scaled_to_the_range_of_images(beta, spread):
-    """By the standard deviation of their noise where there is more of it than of the image, and by nothing before."""
+    """They are divided by the standard deviation of their noise where it exceeds 1, and otherwise left alone."""
     generator = torch.Generator().manual_seed(1)
     x0, noise = torch.rand(2, 1, 64, 64, generator=generator) * 2 - 1, torch.randn(2, 1, 64, 64, generator=generator)
     x = x0 + beta * noise

@@ -1,7 +1,7 @@
 """SongUNet against a plain reference: every kind of encoder and decoder, over three levels.
 
-The recorded networks have two levels, which don't tell what an auxiliary pyramid does from the second halving on: here
-the reference spells the network out level by level, from the description in Karras et al. 2022 and Song et al. 2021.
+The recorded networks have two levels, which do not show what an auxiliary pyramid does from the second halving on. This
+reference spells the network out level by level, from the description in Karras et al. 2022 and Song et al. 2021.
 """
 
 import math
@@ -29,7 +29,7 @@ def up(x, low_pass):
 
 
 class Reference:
-    """The forward pass by a state dict alone; `encoder` and `decoder` as in SongUNet."""
+    """The forward pass from a state dict alone; `encoder` and `decoder` as in SongUNet."""
 
     def __init__(self, state, encoder, decoder):
         self.state, self.encoder, self.decoder = state, encoder, decoder

@@ -1,4 +1,4 @@
-"""Files from anywhere are data: hostile and damaged ones end in a sentence, soon, in little memory, and run nothing."""
+"""Files from anywhere are data: hostile and damaged ones are refused soon, in little memory, and run nothing."""
 
 import gzip
 import io
@@ -34,7 +34,7 @@ HYPOTHESIS = hypothesis.settings(deadline=None, max_examples=40, derandomize=Tru
 
 @pytest.fixture(autouse=True)
 def bounded():
-    """No test of this file may take more than 10 s of the processor or 500 MiB more than there was."""
+    """No test of this file may take more than 10 s of processor time or 500 MiB more memory than before."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     yield
     assert time.process_time() - start < 10
@@ -44,7 +44,7 @@ def bounded():
 # -- the fuzzer
 
 def test_damaged_files_of_every_kind():
-    """A sample; `python -m tests.fuzz.fuzz` reads 10,000 of each. In a process of its own, as a whole."""
+    """They are refused or read. A sample, in one process; `python -m tests.fuzz.fuzz` reads 10,000 of each kind."""
     done = subprocess.run([sys.executable, '-c', '''
 import json
 from tests.fuzz.fuzz import *
@@ -227,7 +227,7 @@ LABELS = st.one_of(st.none(), st.integers(-2, 200), st.lists(st.floats(), max_si
                                                           st.integers(1, 4), st.integers(1, 4)), max_size=4),
                   labels=st.one_of(st.none(), st.lists(LABELS, max_size=5)), use_labels=st.booleans())
 def test_any_data_set(images, labels, use_labels, tmp_path_factory):
-    """It can be read from end to end, or what is wrong with it is said."""
+    """It can be read from end to end, or a sentence says what is wrong with it."""
     path = tmp_path_factory.mktemp('any') / 'set.zip'
     with zipfile.ZipFile(path, 'w') as z:
         for name, (mode, width, height) in images.items():

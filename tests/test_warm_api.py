@@ -1,4 +1,4 @@
-"""The library on systems that start from training images: where it takes them from (the rest: test_warm_commands)."""
+"""The library: its arguments, and where systems that start from training images get them (see test_warm_commands)."""
 
 import shutil
 import subprocess
@@ -29,7 +29,7 @@ def test_all_systems_that_start_from_images_are_tested():
 
 
 def snapshot_of(name, path, dataset):
-    """An untrained network's snapshot, said to have been trained on a data set; returns the file."""
+    """Save an untrained network as if it had been trained on `dataset`; returns the file."""
     save_snapshot(path, tiny_network(name, **SHORT[name]), name, dataset=dataset, kimg=1)
     return path
 
@@ -41,7 +41,7 @@ def digits():
 
 @pytest.mark.parametrize('name', STARTED)
 def test_embedded_digits_need_not_be_named(name, tmp_path):
-    """They are what generate.py starts from, too: the same images."""
+    """A network trained on the embedded digits starts from them by default; generate.py writes the same images."""
     network = snapshot_of(name, tmp_path / 'network.safetensors', digits())
     net = warm.load(network)
     images = warm.sample(net, range(4))
@@ -53,7 +53,7 @@ def test_embedded_digits_need_not_be_named(name, tmp_path):
 
 
 def test_images_do_not_depend_on_the_default_type(tmp_path):
-    """PyTorch's, which a program may have set to float64."""
+    """A program may have set PyTorch's default dtype to float64."""
     torch.manual_seed(0)
     net = WarmPrecond(img_resolution=8, img_channels=1, model_type='SongUNet', model_channels=8, channel_mult=[1],
                       num_blocks=1, attn_resolutions=[]).eval()
@@ -66,12 +66,12 @@ def test_images_do_not_depend_on_the_default_type(tmp_path):
 
 
 def test_a_network_in_training_mode():
-    """Its dropout does not get into the images; it is left as it was, with a part that its owner has frozen."""
+    """Sampling applies no dropout and leaves every module's mode as it was, even where only a part is training."""
     torch.manual_seed(0)
     net = WarmPrecond(img_resolution=8, img_channels=1, model_type='SongUNet', model_channels=8, channel_mult=[1],
                       num_blocks=1, attn_resolutions=[], dropout=0.5)
     with torch.no_grad():
-        for p in net.parameters():  # some of which start as zeros, behind which dropout would not be seen
+        for p in net.parameters():  # some start as zeros, which would hide dropout
             p.add_(0.05 * torch.randn_like(p))
     known = warm.sample(net.eval(), [0, 1], system='warm', num_steps=2)
     net.train()
@@ -83,7 +83,7 @@ def test_a_network_in_training_mode():
 
 @pytest.mark.parametrize('name', STARTED)
 def test_other_data_sets_have_to_be_named(name, tmp_path):
-    """The sentence names the data set and the argument; with it, images come; of another size, it is refused."""
+    """The message names the data set and the argument `data`, which makes it work; a set of another size is refused."""
     dataset = dict(digits(), name='photographs', num_images=3)
     net = warm.load(snapshot_of(name, tmp_path / 'network.safetensors', dataset))
     with pytest.raises(UserError, match=r'\(photographs\), as in sample\(net, seeds, data=') as e:
@@ -106,7 +106,7 @@ def test_snapshot_without_facts(name, tmp_path):
 
 
 def test_networks_without_a_file(tmp_path):
-    """A network that was not loaded takes its images from `data`; what it has no use for is refused."""
+    """A network that was not loaded from a file takes its images from `data`, and asks for it."""
     net = warm.load(snapshot_of('cold', tmp_path / 'network.safetensors', digits()))
     known = warm.sample(net, [0])
     del net.snapshot
@@ -116,7 +116,7 @@ def test_networks_without_a_file(tmp_path):
 
 
 def test_networks_of_ones_own(tmp_path):
-    """One that was trained in this process does not say which system it belongs to."""
+    """A network trained in this process does not say which system it belongs to, so the caller must."""
     net = warm.load(snapshot_of('cold', tmp_path / 'network.safetensors', digits()))
     known = warm.sample(net, [0])
     del net.snapshot, net.system
@@ -129,7 +129,7 @@ def test_networks_of_ones_own(tmp_path):
 
 
 def test_what_a_start_imports(root):
-    """Loading a network and drawing from it needs neither PyTorch's compiler nor SciPy: seconds of a start."""
+    """Loading a network and sampling from it import nothing that takes seconds, like PyTorch's compiler or SciPy."""
     program = """if True:
         import sys, warm
         warm.sample(warm.load('tests/golden/edm-network-snapshot-000123.pkl', 'cpu'), [0], num_steps=2)
@@ -155,7 +155,7 @@ def test_data_is_no_option_of_other_systems(root):
     ([1], {'num_steps': 10 ** 6}, '^num_steps=1000000 is more than the 10000 steps'),
 ])
 def test_bad_input(root, seeds, options, said):
-    """The sentences name keywords, not flags."""
+    """The messages name keyword arguments, not flags."""
     net = warm.load(root / 'tests/golden/edm-network-snapshot-000123.pkl')
     with pytest.raises(UserError, match=said) as e:
         warm.sample(net, seeds, **options)
@@ -183,7 +183,7 @@ def test_seeds_of_any_kind(root):
 
 
 def test_the_same_data_set_elsewhere_continues_a_folder(tmp_path):
-    """generate.py compares what the sampler starts from, not where it lies."""
+    """generate.py compares the images that the sampler starts from, not their path."""
     network = snapshot_of('cold', tmp_path / 'network.safetensors', dict(digits(), name='photographs', num_images=3))
     for name, shift in (('here', 0), ('there', 0), ('others', 1)):
         (tmp_path / name).mkdir()

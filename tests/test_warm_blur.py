@@ -154,7 +154,7 @@ def test_rest_of_a_slight_blur_is_precise_in_float32(alpha):
         bands[..., k, l] = 1
         x = idct2(bands).to(torch.float32)
         heat = (k ** 2 + l ** 2) * (math.pi * alpha / N) ** 2 / 2
-        # The input's own rounding has a share in higher bands, which the blur takes more of.
+        # The input's own rounding also lies in higher bands, of which the blur removes more.
         expected = rest(x.double(), alpha)
         assert dct2(expected)[0, 0, k, l].item() == pytest.approx(heat * (1 - heat / 2), rel=1e-6)
         left = rest(x, alpha)

@@ -1,4 +1,4 @@
-"""The choices that are ours: defaults change nothing, each other changes what it names or is refused."""
+"""Our own choices: defaults change nothing; each alternative changes what it names, or is refused."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def family_for(own):
 # -- the defaults are what there was before the choices
 
 def test_defaults_are_not_recorded():
-    """Headers of snapshots and states are those of networks made before there was a choice, and the reverse."""
+    """Given or left out, defaults leave the headers of snapshots and states as they were before there was a choice."""
     kwargs = warm_net(**DEFAULTS).init_kwargs
     assert kwargs == warm_net().init_kwargs and not set(kwargs) & set(DEFAULTS)
     assert warm_net(rest_weight=1).init_kwargs == kwargs
@@ -53,7 +53,7 @@ def test_default_embedding_to_the_bit():
 
 
 def test_state_from_before_the_choices():
-    """A recorded network without them continues; with another choice it is refused by name."""
+    """A state from before the choices resumes with the defaults; another choice is refused by name."""
     net = warm_net()
     optimizer = torch.optim.Adam(net.parameters())
     state = dict(net=net.state_dict(), ema=net.state_dict(), optimizer=optimizer.state_dict(),
@@ -105,7 +105,7 @@ def test_rest_scales_by_definition():
 
 @pytest.mark.parametrize('name', ['prior', 'edm', 'unit'])
 def test_rest_scale_scales_the_rest(name):
-    """R = s·F_R less its mean, D as ever."""
+    """R is s·F_R minus its mean; D is the same with every scale."""
     net, default = warm_net(rest_scale=name), warm_net()
     x, sigma, _ = batch()
     alpha = 0.5 * sigma
@@ -120,7 +120,7 @@ def test_rest_scale_scales_the_rest(name):
 
 
 def test_linear_embedding_is_of_the_blur_itself():
-    """cos and sin of α/BLUR_UNIT times the frequencies 1 … 1/10000; zero without blur."""
+    """It is made of cos and sin of α/BLUR_UNIT times the frequencies 1 … 1/10000, and is zero without blur."""
     torch.manual_seed(0)
     embed = BlurEmbedding(16, BLUR_EMBEDDINGS['linear'])
     alpha = torch.tensor([0.0, 0.01, 0.15, 5.0, 113.0])
@@ -144,7 +144,7 @@ def test_network_is_told_in_the_chosen_way():
 
 @pytest.mark.parametrize('kwargs', [dict(), dict(bnr='0.3'), dict(bnr_schedule='blurring')], ids=str)
 def test_network_that_is_not_told(kwargs):
-    """No embedding, no tensors for one: D doesn't see α at all, R through its scale only."""
+    """Without an embedding there are no tensors for one; D does not depend on α, and R only through its scale."""
     net, told = warm_net(blur_embedding='none', **kwargs), warm_net(**kwargs)
     assert net.map_blur is None and set(told.state_dict()) - set(net.state_dict()) == {'map_blur.linear.weight'}
     x, sigma, _ = batch()
@@ -170,7 +170,7 @@ def test_rest_is_mean_free_and_0_without_blur(own):
 @EVERY_OTHER
 @pytest.mark.parametrize('family', [dict(bnr='0.5'), None], ids=['single', 'several'])
 def test_transfer_at_bnr_0_is_edm(own, family):
-    """Bit for bit, and the rest starts at 0 at any blur."""
+    """After a transfer, D equals EDM's bit for bit and R is 0, at any blur."""
     edm = seeded(EDMPrecond, label_dim=3).eval()
     net = seeded(WarmPrecond, label_dim=3, **(family or family_for(own)), **own).eval()
     assert set(net.transfer(edm.state_dict())) >= set(edm.state_dict())
@@ -183,7 +183,7 @@ def test_transfer_at_bnr_0_is_edm(own, family):
 
 @EVERY_OTHER
 def test_learns_from_a_transfer(own):
-    """The zeros are no dead end; every parameter gets a gradient."""
+    """With every choice, the loss is finite and every parameter gets a gradient."""
     net = seeded(WarmPrecond, **family_for(own), **own).train()
     x, _, _ = batch(8)
     loss = SYSTEMS['warm'].loss(net)(net, x)
@@ -194,7 +194,7 @@ def test_learns_from_a_transfer(own):
 
 @EVERY_OTHER
 def test_snapshot_round_trip(own, tmp_path):
-    """The file says what was chosen, the network it gives draws the same; facts of scores name the choice."""
+    """The file records the choice, its network draws the same images, and the facts beside scores name the choice."""
     net = warm_net(**family_for(own), **own)
     save_snapshot(tmp_path / 'network.safetensors', net, 'warm', kimg=1)
     snapshot = read_snapshot(tmp_path / 'network.safetensors')
@@ -239,7 +239,7 @@ def test_blur_embedding_goes_with_all_targets(targets):
 
 
 def test_defaults_go_with_everything():
-    """Given or not: they are no choice."""
+    """Defaults given explicitly are no choice, so they are accepted even where a choice would be refused."""
     for kwargs in (dict(bnr='0'), dict(targets='clean'), dict(bnr='0.1-2')):
         assert not WarmPrecond(**SMALL, **kwargs, **DEFAULTS).choices
     assert checked_choices(DEFAULTS, family_of('0'), 'residual', ('denoise',)) == {}
@@ -249,7 +249,7 @@ def test_defaults_go_with_everything():
 
 @EVERY_OTHER
 def test_flags(own):
-    """They reach the options, are refused elsewhere, and stand in the help text with every choice."""
+    """Each flag reaches the saved options, is refused for another system, and stands in the help text."""
     (name, value), = own.items()
     flag = f"--{name.replace('_', '-')}={value}"
     out = invoke('train.py', '-n', '--precond=warm', flag)
@@ -267,7 +267,7 @@ def test_flags_that_exclude_each_other():
 
 
 def test_train_and_generate(tmp_path):
-    """All three at once."""
+    """All three choices work together, from training to images."""
     flags = ['--rest-weight=2', '--rest-scale=edm', '--blur-embedding=none']
     out = invoke('train.py', *TRAIN, f'--outdir={tmp_path / "run"}', '--nosubdir', '--precond=warm',
                  '--duration=0.000032', '--seed=0', *flags)

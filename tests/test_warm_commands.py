@@ -30,7 +30,7 @@ WAYS = {
 
 
 def train(folder, *flags):
-    """Two steps of a small network in this process; returns its snapshot."""
+    """Train a small network for two steps, in this process; returns its snapshot."""
     out = invoke('train.py', *SMALL, f'--outdir={folder}', '--nosubdir', '--precond=warm', '--duration=0.000032',
                  '--seed=0', *flags)
     assert out.exit_code == 0, out.output
@@ -52,7 +52,7 @@ def test_train_and_generate(tmp_path, flags):
 
 
 def test_auto_is_recorded(tmp_path):
-    """--bnr=auto is replaced by what was measured, in the options and in the snapshot."""
+    """--bnr=auto is replaced by the measured BNR, in the options and in the snapshot."""
     network = train(tmp_path, '--bnr=auto')
     options = json.loads((tmp_path / 'training_options.json').read_text())
     assert options['network_kwargs']['bnr'] == read_snapshot(network).network_kwargs['bnr'] == '0.13'
@@ -66,7 +66,7 @@ def test_options_that_exclude_each_other():
 
 
 def test_library(tmp_path):
-    """The README's five lines: what they draw is what generate.py writes."""
+    """The README's example: `sample` draws what generate.py writes, and D + R is the network's prediction."""
     network = train(tmp_path / 'run', '--cond=1')
     net = warm.load(network)
     images = warm.sample(net, seeds=range(5), batch=2, num_steps=3)
@@ -95,7 +95,7 @@ def test_library_with_edm(root):
 
 
 def test_transfer_of_less_than_half(tmp_path):
-    """Every tensor that matches is copied, where a deeper network has more than twice as many, too."""
+    """Every matching tensor is copied, even into a deeper network with more than twice as many."""
     import training.training_loop as loop
     kwargs = dict(img_resolution=8, img_channels=1, model_channels=16, channel_mult=[1])
     parent, child = (SYSTEMS['edm'].network_class(**kwargs, model_type='SongUNet', num_blocks=n) for n in (1, 6))

@@ -39,7 +39,7 @@ def test_noise_level_then_bnr_then_augmentation_then_noise(family, augment_pipe)
 @pytest.mark.parametrize('targets', TARGETS)
 @pytest.mark.parametrize('family', FAMILIES[1:])
 def test_terms_of_every_parametrisation(family, targets):
-    """λ(β)·Σ over branches of (0 − target)²; the targets are those of what the network is given."""
+    """With estimates of 0, the loss is λ(β)·Σ target² over the branches, the targets being those of the drawn input."""
     images, net = images_of(), Spy(family, targets)
     torch.manual_seed(7)
     loss = WarmLoss()(net, images)
@@ -68,7 +68,7 @@ class OneTarget(Residual):
 @pytest.mark.parametrize('parametrisation, branches', [(OneName(), 2), (OneTarget(), 2), (Residual(), 1),
                                                        (Residual(), 3)])
 def test_every_branch_has_a_name_an_estimate_and_a_target(parametrisation, branches):
-    """Where one is missing, the others would train in silence."""
+    """Without this check, a missing one would go unnoticed, and only the other branches would train."""
     net = Spy('0.5')
     net.parametrisation, net.estimates = parametrisation, lambda x: (x,) * branches
     with pytest.raises(ValueError, match='zip'):
@@ -153,7 +153,7 @@ def test_constants():
 
 
 def test_works_through_a_wrapper():
-    """DDP calls the network through itself and keeps it as `module`."""
+    """The loss is the same through DDP, which is called in the network's place and keeps it as `module`."""
     class Wrapped:
         def __init__(self, module):
             self.module = module

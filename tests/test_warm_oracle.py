@@ -1,4 +1,4 @@
-"""warm.samplers on Gaussian data, where all is known: order of accuracy, variances, and EDM's sampler at BNR 0."""
+"""warm.samplers on Gaussian data, where all is known: orders of accuracy, variances, EDM's sampler at BNR 0."""
 
 import math
 
@@ -37,7 +37,7 @@ def assert_close(actual, expected, tolerance):
 
 @ALL_PATHS
 def test_is_the_conditional_mean(path):
-    """Of jointly Gaussian x₀ and x, per band: Cov(x₀, x)/Var(x)·x, here estimated from samples."""
+    """D + R is E[x₀|x], per band Cov(x₀, x)/Var(x)·x, here estimated from samples; D is its blur and R its rest."""
     white = noise(4000, 1, 4, 4)
     spectrum = prior_spectrum(4)
     x_0 = filter_bands(white, spectrum.sqrt())
@@ -62,7 +62,7 @@ def test_works_as_a_network():
 
 @BLURRED_PATHS
 def test_ode_solution(path):
-    """∏ of many tiny Euler steps of dx/dβ = (x − D)/β + V [Ṁ/(1−M)] Vᵀ R, Ṁ by differences, tends to `ode_factor`."""
+    """Many tiny Euler steps of dx/dβ = (x − D)/β + V [Ṁ/(1−M)] Vᵀ R, Ṁ by differences, tend to `ode_factor`."""
     betas = torch.logspace(0, -0.5, 4001, dtype=torch.float64)
     factor = torch.ones([N, N], dtype=torch.float64)
     for beta, beta_next in zip(betas, betas[1:]):
@@ -84,21 +84,21 @@ def error_towards_sigma_min(solver, path, num_steps):
 
 
 def assert_falls(errors, order):
-    """By 2^order from the first to the second, which has half the width of steps; a high order may do better."""
+    """Assert that the second error, at half the step width, is smaller by 2^order; a high order may do better."""
     assert math.log2(errors[0] / errors[1]) > order - 0.3
 
 
 @ALL_PATHS
 @pytest.mark.parametrize('solver', ode_solvers())
 def test_order_of_accuracy(solver, path):
-    """n + 1 steps have n to σ_min; halving their width divides the error by 2^order."""
+    """Halving the step width divides the error by 2^order; of n + 1 steps, n lead to σ_min."""
     assert_falls([error_towards_sigma_min(solver, path, n + 1) for n in (128, 256)], SOLVERS[solver].order)
 
 
 @ALL_PATHS
 @pytest.mark.parametrize('solver', ode_solvers())
 def test_covariance_tends_to_its_law(solver, path):
-    """6400·S/(M²S + 6400) × M²S/(M²S + σ_min²), each M at its own end."""
+    """The law is 6400·S/(M²S + 6400) × M²S/(M²S + σ_min²), each M at its own end of the path."""
     start, end = (blur_mask(path.alpha(beta), N) ** 2 * S for beta in (80.0, 0.002))
     law = 6400 * S / (start + 6400) * end / (end + 0.002 ** 2)
     errors = [(deterministic_factor(GaussianOracle(S), steps, path=path, solver=solver).square() / law - 1).abs().max()
@@ -110,7 +110,7 @@ def test_covariance_tends_to_its_law(solver, path):
 
 @ALL_PATHS
 def test_samples_are_linear_in_the_latents(path):
-    """What lets `sampler_factors` speak for all latents."""
+    """A factor per band describes the deterministic sampler, whatever the latents; `sampler_factors` relies on it."""
     z = noise(2, 3, N, N)
     samples = warm_sampler(GaussianOracle(S), z, num_steps=5, path=path)
     factor = deterministic_factor(GaussianOracle(S), 5, path=path)
@@ -141,7 +141,7 @@ def test_churn_scales_its_noise():
 
 @ALL_PATHS
 def test_churned_samples_tend_to_the_spectrum_of_the_data(path):
-    """Second order, as without churn; the last step's floor is far below."""
+    """The error falls with second order, as without churn; the floor that the last step sets is far below."""
     spectrum, errors = prior_spectrum(8), []
     for num_steps in (120, 240):
         factors = sampler_factors(GaussianOracle(spectrum), num_steps, path=path, S_churn=20)
@@ -174,7 +174,7 @@ def test_stochastic_samples_tend_to_the_spectrum_of_the_data(path, eta):
 
 
 def test_sampler_factors_speak_for_drawn_noise():
-    """The same sampler with real noise: Σ of each source through its factor."""
+    """With drawn noise, the samples are the sum of all noise sources, each through its factor."""
     net, path, steps = GaussianOracle(S), ConstantBNR(0.5), 6
     options = dict(path=path, S_churn=3, S_noise=1.01)
     factors = sampler_factors(net, steps, **options)
@@ -201,7 +201,7 @@ class Toy:
 
 
 class WarmToy(Toy):
-    """The same with a Warm network's interface."""
+    """`Toy` with a Warm network's interface."""
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None):
         assert not alpha
@@ -226,7 +226,7 @@ def test_bnr_0_equals_the_edm_sampler(golden, case, net):
 
 @pytest.mark.parametrize('solver', ode_solvers())
 def test_slight_blur_tends_to_no_blur(solver):
-    """The path without DCT is the limit of the one with it."""
+    """BNR 0, which takes the path without DCT, is the limit of small BNRs, which take the one with it."""
     hot, slight = (deterministic_factor(GaussianOracle(S), 10, path=ConstantBNR(bnr), solver=solver)
                    for bnr in (0, 1e-6))
     assert_close(slight, hot, 1e-8)
@@ -235,7 +235,7 @@ def test_slight_blur_tends_to_no_blur(solver):
 # -- what the samplers do with options
 
 def test_the_last_state_is_the_clean_estimate():
-    """β′ = 0: x̂₀ for every solver; with one step, which multistep solvers do not take, that is all."""
+    """A step to β′ = 0 returns x̂₀; with a single step, which multistep solvers do not take, that is the sample."""
     z = noise(1, 3, N, N)
     for solver in SOLVERS.keys() - MULTISTEP:
         samples = warm_sampler(GaussianOracle(S), z, num_steps=1, path=ConstantBNR(0.5), solver=solver)
@@ -261,7 +261,7 @@ def test_options_are_refused_in_a_sentence(options, said):
 
 @pytest.mark.parametrize('option', options_of(SOLVERS), ids=lambda option: option.name)
 def test_options_of_solvers(option):
-    """Each has one meaning and a name of its own; where it means nothing, its default is no offence."""
+    """Each option has one meaning and a name of its own; solvers without it accept its default and drop it."""
     assert option.name not in SAMPLER_DEFAULTS
     for name, solver in SOLVERS.items():
         full = with_defaults({'solver': name, option.name: option.default})
@@ -269,7 +269,7 @@ def test_options_of_solvers(option):
 
 
 def test_a_new_solver_is_one_function_and_one_line(monkeypatch):
-    """With noise and an option: here a step that keeps a share of the old noise and draws the rest."""
+    """That holds with noise and an option too: here a step keeps a share of the old noise and draws the rest."""
     def step(denoise, x, D, R, here, there, z, memory, kept):
         return transition(x, D, R, here, there, math.sqrt(1 - kept ** 2) * there.beta, z)
     monkeypatch.setitem(SOLVERS, 'renewing', Solver(
@@ -313,7 +313,7 @@ def test_an_edm_network_is_not_sampled_with_blur():
                                               (ConstantBNR(1), 0.39, 0.11), (ConstantBNR(2), 1.13, 0.33),
                                               (BlurringSchedule(20), 1.84, 0.84)], ids=str)
 def test_ratios_with_the_spectrum_of_cifar_10(golden, path, half, same):
-    """Those in the page's note: 0.6 and a seventh at BNR 0.5, 1.1 and 1.9."""
+    """The page's note states DPM-Solver++(2M)'s error over Heun's, with half as many evaluations and with as many."""
     S = torch.tensor(golden('cifar10-spectrum').power)
     heun = oracle.solver_error(S, path, 'heun', 18)[0]
     ratios = [oracle.solver_error(S, path, 'dpmpp2m', steps)[0] / heun for steps in (19, 35)]

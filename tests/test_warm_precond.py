@@ -33,7 +33,7 @@ EVERY_FAMILY = pytest.mark.parametrize('kwargs', FAMILIES, ids=lambda kwargs: '-
 @pytest.mark.parametrize('kwargs', [SMALL, ADM, dict(SMALL, label_dim=3, augment_dim=2)],
                          ids=['song', 'adm', 'labelled'])
 def test_bnr_0_is_edm_bit_for_bit(kwargs):
-    """From the same seed: tensors, outputs, losses, gradients and samples."""
+    """From the same seed, tensors, outputs, samples, losses and gradients are the same."""
     edm, warm = (seeded(c, **kwargs, **own) for c, own in ((EDMPrecond, {}), (WarmPrecond, dict(bnr='0'))))
     state, warm_state = edm.state_dict(), warm.state_dict()
     assert list(state) == list(warm_state) and all(torch.equal(state[k], warm_state[k]) for k in state)
@@ -126,7 +126,7 @@ def test_the_clean_image_is_d_plus_r(targets):
 
 
 def test_residual_targets_by_definition():
-    """D = c_skip·x + c_out·F_D, R = s_R·F_R less its mean; D's channels first."""
+    """D = c_skip·x + c_out·F_D, R = s_R·F_R minus its mean; D's channels come first."""
     net = warm_net()
     x, sigma, _ = batch()
     alpha = 0.5 * sigma
@@ -140,7 +140,7 @@ def test_residual_targets_by_definition():
 
 @pytest.mark.parametrize('targets', ['clean', 'blurred', 'clean-blurred'])
 def test_other_targets_by_definition(targets):
-    """Table 5 (a) to (c): every branch is c_skip·x + c_out·F; what it does not estimate follows from it."""
+    """Table 5 (a) to (c): every branch is c_skip·x + c_out·F; what is not estimated follows from the branches."""
     net = warm_net(targets=targets)
     x, sigma, _ = batch()
     alpha = 0.5 * sigma
@@ -233,7 +233,7 @@ class Velocity(Parametrisation):
 
 @pytest.mark.parametrize('parametrisation', [Noise, Velocity])
 def test_a_new_target_is_a_class_and_a_line(parametrisation, monkeypatch):
-    """It obeys every law above, learns, draws, and λ(β) weighs the error of its D."""
+    """It obeys the laws above, learns and draws, and its loss is λ(β) times the squared errors of its D and R."""
     monkeypatch.setitem(TARGETS, 'new', parametrisation())
     test_branches_name_what_they_learn('new')
     test_the_clean_image_is_d_plus_r('new')
@@ -355,7 +355,7 @@ def test_transfer_from_warm_copies_all():
 
 
 def test_transfer_from_a_narrower_network_copies_what_matches():
-    """A tensor of twice the length is no second branch; the output's alone is."""
+    """Twice the length means a second branch in the output's tensors only; others of another shape are left alone."""
     source = seeded(EDMPrecond).state_dict()
     net = seeded(WarmPrecond, model_channels=16)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -367,7 +367,7 @@ def test_transfer_from_a_narrower_network_copies_what_matches():
 
 
 def test_transferred_network_learns_the_rest():
-    """The zeros that it starts from are no dead end."""
+    """Training leaves the zeros that a transferred network starts from."""
     net = seeded(WarmPrecond, label_dim=3)
     net.transfer(seeded(EDMPrecond, label_dim=3).state_dict())
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)

@@ -19,7 +19,7 @@ PATHS = {'bnr0': ConstantBNR(0), 'bnr0.1': ConstantBNR(0.1), 'bnr0.5': ConstantB
 
 
 class Uneven(GaussianOracle):
-    """A D and an R that do not fit together; R has a mean, which the sampler must ignore."""
+    """A network whose D and R do not fit together; R has a mean, which the sampler must ignore."""
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None):
         self.calls += 1
@@ -61,7 +61,7 @@ def test_recorded_transition(golden):
 @pytest.mark.parametrize('solver', SOLVERS)
 @pytest.mark.parametrize('path', ['bnr0', 'bnr0.5'])
 def test_levels_that_are_rounded_to_one(record, path, solver):
-    """A grid may be finer than the network's levels: a step between equal ones changes nothing."""
+    """A grid may be finer than the network's levels: samples stay finite through steps between equal levels."""
     class Coarse(GaussianOracle):
         def round_sigma(self, sigma):
             return torch.where(sigma > 0, (2 * sigma.log2()).round().div(2).exp2(), 0)

@@ -1,4 +1,4 @@
-"""What Warm's network, loss and choices are tried on: images, small networks, and the loss's draws by hand."""
+"""What the tests of Warm's network, loss and choices use: images, small networks, the loss's draws by hand."""
 
 import torch
 
@@ -15,7 +15,7 @@ TABLE_5 = {'residual': ('blurred', 'rest'), 'clean': ('images',), 'blurred': ('b
 
 
 def family_of(text):
-    """Of --bnr's text, or of the schedule 'blurring'."""
+    """The family of a --bnr text, or of the schedule 'blurring'."""
     return parse_family(None, text) if text == 'blurring' else parse_family(text)
 
 
@@ -25,7 +25,7 @@ def images_of(n=6):
 
 
 def seeded(network_class, perturb=True, **kwargs):
-    """A network made from one seed, its weights moved away from their (often zero) start."""
+    """A network from a fixed seed; with `perturb`, its weights are moved away from their (often zero) start."""
     torch.manual_seed(0)
     net = network_class(**{**SMALL, **kwargs})
     if perturb:
@@ -37,19 +37,19 @@ def seeded(network_class, perturb=True, **kwargs):
 
 
 def warm_net(**kwargs):
-    """Warm's, in evaluation mode."""
+    """Warm's network from a fixed seed, in evaluation mode."""
     return seeded(WarmPrecond, **kwargs).eval()
 
 
 def batch(n=4, label_dim=0):
-    """(x, sigma, labels or None): noise levels far apart."""
+    """(x, sigma, labels or None), with noise levels far apart."""
     g = torch.Generator().manual_seed(2)
     x, sigma = torch.randn([n, 3, 8, 8], generator=g), torch.linspace(-3, 3, n).exp()
     return x, sigma, torch.eye(label_dim)[torch.arange(n) % label_dim] if label_dim else None
 
 
 def outputs_of(net, x, sigma, alpha):
-    """F, the U-Net's output, by its definition."""
+    """The branches of F, the U-Net's output, by definition."""
     sigma = sigma.reshape(-1, 1, 1, 1)
     _, _, c_in, c_noise = edm_scalings(sigma)
     F = net.model(c_in * x, c_noise.flatten(), None, extra_embedding=net.map_blur(alpha))
@@ -57,7 +57,7 @@ def outputs_of(net, x, sigma, alpha):
 
 
 def point_of(x, beta, alpha):
-    """What a parametrisation is told, of data with σ_data = 0.5."""
+    """What a parametrisation is told, with σ_data = 0.5."""
     return Point(x, beta, alpha, *edm_scalings(beta), sigma_data=0.5, rest_scale='prior')
 
 
@@ -82,7 +82,7 @@ def by_hand(family, images, augment_pipe=None):
 
 
 class Spy:
-    """A network that estimates zeros and notes what it was called with."""
+    """A network that estimates zeros and records what it was called with."""
 
     def __init__(self, family, targets='residual'):
         self.family = family_of(family)

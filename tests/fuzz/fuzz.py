@@ -2,10 +2,10 @@
 
     python -m tests.fuzz.fuzz --cases 10000
 
-prints a line a reader: how many files were refused, how many could be read all the same, and what failed. Each case is
-one damaged file, decided by its number. A case fails if anything but a result or a UserError comes of it, if it takes
-5 seconds of the processor or the process grows beyond 1 GiB, if code runs that is no module of Python's, or if a file
-elsewhere is written. A crash or a case without end is noticed from outside. The test suite runs a few hundred
+prints a line per reader: how many files were refused, how many could be read all the same, and what failed. Each case
+is one damaged file, decided by its number. A case fails if it gives anything but a result or a UserError, if it takes
+5 seconds of processor time, if the process grows beyond 1 GiB, if code runs that is not a Python module's, or if a file
+is written elsewhere. A crash or an endless case is noticed from outside. The test suite runs a few hundred cases
 (tests/test_untrusted.py).
 """
 
@@ -30,17 +30,17 @@ from tests.fuzz.targets import TARGETS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MAX_SEC, MAX_BYTES = 5, 1 << 30
-MEMORY = '/dev/shm'  # where the files lie, if it is there: a disk takes longer than all else
-STALL_SEC = 120  # without a finished case, on whatever busy machine
+MEMORY = '/dev/shm'  # where the files are, if it exists: a disk takes longer than all else
+STALL_SEC = 120  # without a finished case, even on a busy machine
 FORBIDDEN = {'os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.fork', 'os.forkpty', 'pty.spawn',
              'socket.connect', 'subprocess.Popen', 'ctypes.dlopen', 'shutil.rmtree', 'pickle.find_class'}
 
 
 class Tripwire:
-    """Notes every event of Python's that only code in a file could have caused. Once armed it stays.
+    """Notes every audit event of Python's that only code in a file could have caused. It cannot be removed again.
 
     Attributes:
-        armed: Whether it looks.
+        armed: Whether it takes notes.
         folder: Where files may be written.
     """
 
@@ -51,7 +51,7 @@ class Tripwire:
     def hook(self, event, args):
         if not self.armed:
             return
-        if event == 'exec' and not os.path.exists(getattr(args[0], 'co_filename', '')):  # a module of Python's is fine
+        if event == 'exec' and not os.path.exists(getattr(args[0], 'co_filename', '')):  # a Python module is fine
             self.events.append(f'exec of {args[0]}')
         elif event == 'open' and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not self.may_write(args[0]):
             self.events.append(f'writing {args[0]}')
@@ -63,7 +63,7 @@ class Tripwire:
 
 
 def peak_memory():
-    """Most memory that this program has taken, in bytes. (getrusage would also count its parent's before the exec.)"""
+    """Peak memory of this program, in bytes. (getrusage would also count its parent's before the exec.)"""
     status = pathlib.Path('/proc/self/status')
     if status.is_file():
         return int(re.search(r'VmHWM:\s+(\d+) kB', status.read_text())[1]) * 1024
@@ -77,7 +77,7 @@ def run_cases(name, first, count, tripwire, tell=lambda i: None):
         target = TARGETS[name](pathlib.Path(tmp))
         warnings.simplefilter('ignore')
         tripwire.armed, tripwire.folder = False, os.path.abspath(tmp)
-        for i in [*range(-20, 0), *range(first, first + count)]:  # the first only load what is loaded when first used
+        for i in [*range(-20, 0), *range(first, first + count)]:  # negative ones only load what is loaded on first use
             data = target.damage(random.Random(f'{name} {i}'))
             tripwire.armed = i >= 0
             started, outcome = time.process_time(), 'read'
@@ -126,7 +126,7 @@ def watched(name, first, count):
 
 
 def told(name, first, count):
-    """Prints what `watched` found; returns the numbers of files and of failures."""
+    """Print what `watched` found; returns the numbers of files and of failures."""
     started = time.monotonic()
     outcomes, failures = watched(name, first, count)
     lines = [f'{name:10} {outcomes}, {len(failures)} failures, {time.monotonic() - started:.0f} s']

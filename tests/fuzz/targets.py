@@ -72,7 +72,7 @@ def mutate(data, rng):
 
 
 def rebuilt_zip(data, change):
-    """A zip with its first part that change(name, content) changes, stored again with right checksums."""
+    """The zip `data` with each member's content as change(name, content) gives it, and right checksums."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, 'w') as new:
         for info in old.infolist():
@@ -83,7 +83,7 @@ def rebuilt_zip(data, change):
 # -- what is damaged, and how it is read
 
 class Snapshot:
-    """The project's snapshots; one in two without a checksum, to get behind it."""
+    """The project's snapshots; seven in ten without a checksum, to get behind it."""
 
     def __init__(self, folder):
         path = folder / 'network-snapshot-000001.safetensors'
@@ -124,7 +124,7 @@ class EdmPickle:
 
 
 class State:
-    """Training states; one in two with the archive around the damaged part made anew."""
+    """Training states; six in ten with the archive around the damaged part made anew."""
 
     def __init__(self, folder):
         net = torch.nn.Linear(3, 2)
@@ -266,7 +266,7 @@ class Zip:
 
 
 class Npz:
-    """Statistics; one in two with the archive around the damaged array made anew."""
+    """Statistics; six in ten with the archive around the damaged array made anew."""
 
     def __init__(self, folder):
         self.detector, self.path, whole = PixelDetector('cpu'), folder / 'ref.npz', io.BytesIO()
