@@ -329,7 +329,8 @@ def test_a_cache_that_cannot_be_written(folders, reference, tmp_path, monkeypatc
     monkeypatch.setattr('training.metric_resume.SAVE_SECONDS', 0)
     (tmp_path / 'cache').write_text('a file where the folder should be')
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
-    assert 'FD-pixels' in invoke('calc', images=folders[1], num=50, ref=reference)
+    output = invoke('calc', images=folders[1], num=50, ref=reference)
+    assert 'FD-pixels' in output and 'Warning: progress cannot be saved' in output
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='names that are no text')

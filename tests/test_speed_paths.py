@@ -502,23 +502,24 @@ def test_data_device_needs_a_gpu(monkeypatch):
 # -- sampling
 
 def test_writing_goes_on_behind(tmp_path, monkeypatch):
-    """Batches are drawn while earlier ones are written; all are there in the end."""
-    drawn, written = [], []
+    """Batches are drawn while earlier ones are written, at most QUEUED of them ahead; all are there in the end."""
+    count = generated.QUEUED + 8
+    drawn, written, ahead, sizes, waiting = [], [], [], [], []
 
     def batches():
-        for i in range(12):
+        for i in range(count):
+            waiting.append(i - len(sizes))
             drawn.append(i)
             yield [2 * i, 2 * i + 1], torch.zeros([2, 3, 4, 4], dtype=torch.uint8)
 
     def slow(path, image):
         time.sleep(0.01)
-        ahead.append(len(drawn) - len(written))
+        ahead.append(2 * len(drawn) - len(written))
         written.append(path)
-    ahead, sizes = [], []
     monkeypatch.setattr(generated, 'save_png', slow)
     generated.write_images(tmp_path, batches(), progress=sizes.append)
-    assert len(written) == 24 and sizes == [2] * 12
-    assert max(drawn) == 11 and max(ahead) > 1
+    assert len(written) == 2 * count and sizes == [2] * count
+    assert max(ahead) > 2 and max(waiting) <= generated.QUEUED
 
 
 def test_a_failed_write_ends_the_drawing(tmp_path, monkeypatch):

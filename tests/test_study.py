@@ -167,11 +167,12 @@ def test_tidying_leaves_a_network_that_is_not_scored(tiny, tmp_path):
     assert here.snapshot(run.name, 4) is not None
 
 
-def test_the_first_score_is_not_begun_without_time(tmp_path):
-    """The speed of scoring is that of the last score recorded on this machine, in whichever piece or run."""
+def test_the_speed_of_scoring_is_known_from_the_records(tmp_path):
+    """It is that of the last score on this machine, in whichever piece or run."""
     here = study.Study(SCALES['digits'], tmp_path, tmp_path / 'digits.jsonl', study_pieces.Clock())
     scored = dict(hardware=study.hardware(), num_images=16, nfe=35)
-    lines = [dict(scored, seconds=9.0), dict(scored, seconds=7.0), dict(scored, seconds=5.0, hardware='another machine')]
+    lines = [dict(scored, seconds=9.0), dict(scored, seconds=7.0),
+             dict(scored, seconds=5.0, hardware='another machine')]
     here.results.write_text(''.join(json.dumps(x) + '\n' for x in lines))
     assert study.recorded_speed(here) == pytest.approx(7 / 16 / 35)
     here.results.write_text(json.dumps(lines[-1]) + '\n')

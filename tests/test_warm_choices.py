@@ -182,7 +182,7 @@ def test_transfer_at_bnr_0_is_edm(own, family):
 
 
 @EVERY_OTHER
-def test_learns_from_a_transfer(own):
+def test_every_parameter_learns(own):
     """With every choice, the loss is finite and every parameter gets a gradient."""
     net = seeded(WarmPrecond, **family_for(own), **own).train()
     x, _, _ = batch(8)

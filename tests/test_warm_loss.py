@@ -130,16 +130,6 @@ def test_bnr_0_is_the_loss_of_edm():
     assert torch.equal(*losses)
 
 
-def test_images_without_blur_in_a_list():
-    """Their rest is exactly 0 and their denoising target the image itself."""
-    images, net = images_of(), Spy('0,1e-9')
-    torch.manual_seed(1)
-    WarmLoss()(net, images)
-    hot = (net.alpha == 0).flatten()
-    assert hot.any() and not hot.all()
-    assert torch.equal(blur(images, net.alpha)[hot], images[hot]) and not rest(images, net.alpha)[hot].any()
-
-
 def test_constants():
     net = Spy('0.5')
     torch.manual_seed(3)
