@@ -22,12 +22,13 @@ from click.testing import CliRunner
 
 import dataset_tool
 from dnnlib import UserError, download
+from dnnlib.files import sigterm_exits
 from tests.commands import refused, torchrun
 from training import dataset_sources
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import ARCHIVES, TRANSFORMS, convert, open_dest
 from training.dataset_sources import open_source
-from training.workers import Workers
+from training.workers import Workers, signals_wait
 
 
 def pixels(seed, w=8, h=8, channels=3):
@@ -364,6 +365,18 @@ def test_signal_leaves_nothing(tmp_path, root, end):
         assert f'Error: interrupted; nothing was changed at {tmp_path}/out.zip' in errors.decode(), errors
         assert b'Aborted' not in errors and b'Traceback' not in errors
     assert os.listdir(tmp_path) == ['src']
+
+
+@pytest.mark.parametrize('number, error', [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def testsignals_wait_while_a_worker_starts(number, error):
+    """They take effect right afterwards; a pool that is interrupted while it starts a process may wait for ever."""
+    steps = []
+    with sigterm_exits(143), pytest.raises(error):
+        with signals_wait():
+            signal.raise_signal(number)
+            steps.append('started')
+        steps.append('went on')
+    assert steps == ['started'] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 # Other sources

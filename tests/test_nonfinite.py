@@ -56,7 +56,7 @@ def test_single_bad_steps_are_counted_and_the_run_goes_on(value, bad_steps, tmp_
 
 def test_too_many_in_a_row_end_the_run_and_the_last_good_state_stays(bad_steps, tmp_path):
     bad_steps(range(6, 1000), math.nan)
-    refused(train(tmp_path, '--max-nonfinite=4', steps=40), '4 steps in a row', 'the steps 6 to 9', '--max-nonfinite',
+    refused(train(tmp_path, '--max-nonfinite=4', steps=40), '4 steps in a row', 'steps 6 to 9', '--max-nonfinite',
             'start again with a lower --lr, from the newest training state if there is one')
     assert final_state(tmp_path)['progress']['nimg'] == 5 * 16  # that of step 7 would have been bad
     snapshot = read_snapshot(saved_files(tmp_path, 'network-snapshot')[0])

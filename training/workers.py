@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import pickle
 import signal
+import threading
 
 from dnnlib import UserError
 
@@ -38,7 +39,7 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def _submit(self, *call):
-        with _interrupts_wait():  # a process started in it keeps the signal blocked for good
+        with signals_wait():  # a process started in it never sees Ctrl-C
             return self.pool.submit(*call)
 
     def map(self, function, chunks):
@@ -86,13 +87,23 @@ def _broken_pool_named():
 
 
 @contextlib.contextmanager
-def _interrupts_wait():
-    """Context that holds Ctrl-C back until the block ends."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def signals_wait():
+    """Context that holds Ctrl-C and SIGTERM back until the block ends: a pool that is interrupted may wait for ever.
+
+    Processes that are started in it inherit the mask, which blocks Ctrl-C, but no handler, so that SIGTERM ends them.
+    """
+    arrived, handles = [], threading.current_thread() is threading.main_thread()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if handles:
+        handler = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if handles:
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if arrived:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _nothing():
