@@ -342,7 +342,8 @@ def test_what_does_not_fit_leaves_no_folder(tmp_path):
                                        channel_mult=[1])
     snapshot = tmp_path / 'network-snapshot-000001.safetensors'
     save_snapshot(snapshot, net, 'edm')
-    refused(invoke('train.py', *runs, f'--transfer={snapshot}'), "only 0 of this network's", '8 pixels and 3 channels, the data')
+    refused(invoke('train.py', *runs, f'--transfer={snapshot}'), "only 0 of this network's",
+            '8 pixels and 3 channels, the data')
     net = SYSTEMS['edm'].network_class(img_resolution=8, img_channels=1, model_type='DhariwalUNet', model_channels=16,
                                        channel_mult=[1])
     save_snapshot(snapshot, net, 'edm')
