@@ -88,20 +88,33 @@ def _broken_pool_named():
 
 @contextlib.contextmanager
 def signals_wait():
-    """Context that holds Ctrl-C and SIGTERM back until the block ends: a pool that is interrupted may wait for ever.
+    """Context that holds Ctrl-C and SIGTERM back until the block ends: a pool that is interrupted may wait for ever."""
+    with _interrupts_wait(), _sigterm_waits():
+        yield
 
-    Processes that are started in it inherit the mask, which blocks Ctrl-C, but no handler, so that SIGTERM ends them.
-    """
-    arrived, handles = [], threading.current_thread() is threading.main_thread()
+
+@contextlib.contextmanager
+def _interrupts_wait():
+    """Ctrl-C by the mask, which processes that are started in it inherit: they never see it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    if handles:
-        handler = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
     try:
         yield
     finally:
-        if handles:
-            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def _sigterm_waits():
+    """SIGTERM by its handler, which they do not inherit: it ends them. Only the main thread can set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived = []
+    handler = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
         if arrived:
             signal.raise_signal(signal.SIGTERM)
 
