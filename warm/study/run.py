@@ -291,16 +291,19 @@ def tidy(study, runs):
     Runs that another worker is busy with are left alone.
     """
     parents = {run.parent for run in plan(study.scale) if study.missing(run)}
-    for run in runs:
-        folder = study.folder(run.name)
-        if folder.is_dir():
-            with claimed(folder / 'lock') as lock:
-                if lock is not None:
-                    left = {score.kimg for score in study.missing(run)}
-                    for kimg in left:  # time may have run out, or the worker died, just after the training ended
-                        keep_network(study, run, kimg)
-                    needed = left | {study.scale.main[-1]} if run.name in parents else left
-                    delete_but(folder, {study.snapshot(run.name, kimg) for kimg in needed}, bool(left))
+    for run in (run for run in runs if study.folder(run.name).is_dir()):
+        with claimed(study.folder(run.name) / 'lock') as lock:
+            if lock is not None:
+                tidy_run(study, run, starts_others=run.name in parents)
+
+
+def tidy_run(study, run, starts_others):
+    """`tidy` for one run, whose lock is held; `starts_others` keeps its last network."""
+    left = {score.kimg for score in study.missing(run)}
+    for kimg in left:  # time may have run out, or the worker died, just after the training ended
+        keep_network(study, run, kimg)
+    needed = left | {study.scale.main[-1]} if starts_others else left
+    delete_but(study.folder(run.name), {study.snapshot(run.name, kimg) for kimg in needed}, bool(left))
 
 
 def delete_but(folder, networks, unfinished):
