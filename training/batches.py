@@ -77,7 +77,7 @@ class Batches:
         """
         if share > MAX_WAIT and self._workers is not None:
             dist.print0(f'Training waited for data {share:.0%} of this tick; with CPU cores to spare, '
-                        f'--workers={2 * self._workers or 1} (now {self._workers}) will be faster.')
+                        f'--workers={2 * self._workers or 1} (now {self._workers}) may help.')
             self._workers = None
 
     def close(self):
