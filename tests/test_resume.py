@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.commands import SMALL, full_disk, invoke, refused
+from tests.commands import SMALL, full_disk, invoke, refused, succeed
 from tests.kills import check_same, equal, final_state, losses
 from training import saving, training_loop
 from training.dataset import EMBEDDED
 from training.health import Health
 from training.progress import MALFORMED, checked_seed, load_optimizer, load_run_state
 from training.run_files import OPTIONS_NAME, saved_files
-from training.run_folder import create_run_dir
+from training.run_folder import create_run_dir, start_point
 from training.saving import Saver, host_copy, prune
 from training.snapshot import read_snapshot
 from training.state import load_state, save_state
@@ -109,6 +109,20 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     with pytest.raises(UserError, match='another run has begun'):
         create_run_dir(tmp_path / '00000-a', {'seed': 9}, None)
     assert json.loads((tmp_path / '00000-a' / OPTIONS_NAME).read_text()) == {'seed': 0}
+
+
+def test_a_run_takes_the_next_folder_if_another_was_quicker(tmp_path, monkeypatch):
+    """Between looking for a free number and claiming it, another process began a run of the same name."""
+    def start_late(flags, name):
+        run_dir, start = start_point(flags, name)
+        create_run_dir(run_dir, {'seed': 'theirs'}, None)
+        return run_dir, start
+    monkeypatch.setattr('train.start_point', start_late)
+    out = succeed('train.py', *RUN, f'--outdir={tmp_path}', '--duration=0.000064', '--seed=3')
+    theirs, ours = sorted(tmp_path.iterdir())
+    assert (theirs.name[:6], ours.name[:6]) == ('00000-', '00001-') and theirs.name[6:] == ours.name[6:]
+    assert [path.name for path in theirs.iterdir()] == [OPTIONS_NAME]
+    assert f'Output directory:        {ours}' in out and (ours / 'log.txt').is_file()
 
 
 @pytest.fixture
