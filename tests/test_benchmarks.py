@@ -229,7 +229,7 @@ def test_curves_over_several_calls(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_curves, 'subprocess', types.SimpleNamespace(**{**vars(subprocess), 'Popen': Training}))
     monkeypatch.setattr(bench_curves, 'time', types.SimpleNamespace(monotonic=lambda: Training.clock[0]))
     out = tmp_path / 'report.json'
-    line = ['--kimg=8', '--precisions=bf16', f'--outdir={tmp_path}', f'--out={out}', '--minutes=12.5']
+    line = ['--kimg=8', '--precisions=bf16', f'--outdir={tmp_path}', f'--out={out}', '--minutes=12.4']
 
     def call():
         Training.started.clear()
@@ -237,12 +237,15 @@ def test_curves_over_several_calls(tmp_path, monkeypatch):
         rows = {row['precision']: row for row in json.loads(out.read_text())['rows']}
         return result, {name: row['run'] for name, row in rows.items()}, rows
     result, runs, rows = call()
-    assert result.exit_code == 75 and 'before the end of: bf16, fp32, another seed.' in result.output
+    assert result.exit_code == 75 and 'end of: bf16, fp32 in channels-last, fp32 with another seed.' in result.output
     assert runs == {'fp32': 'complete', 'bf16': 'partial: 4 kimg'} and rows['bf16']['ticks'] == 4
-    assert rows['bf16']['mean_difference'] == '1.00%' and Training.started == ['fp32-s0', 'bf16-s0']
+    assert rows['bf16']['mean_difference'] == '1.00%' and Training.started == ['fp32', 'bf16']
     result, runs, rows = call()
-    assert result.exit_code == 0 and set(runs.values()) == {'complete'} and rows['bf16']['ticks'] == 8
-    assert Training.started == ['bf16-s0', 'fp32-s1']
+    assert result.exit_code == 75 and rows['bf16']['ticks'] == 8
+    assert Training.started == ['bf16', 'fp32-in-channels-last']
+    result, runs, rows = call()
+    assert result.exit_code == 0 and set(runs.values()) == {'complete'}
+    assert Training.started == ['fp32-with-another-seed']
     assert call()[0].exit_code == 0 and Training.started == []
 
 

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_curves.py --data=datasets/cifar10-32x32.zip --kimg=2000 --outdir=curves [--minutes=9]
 
-The runs share seed, images, noise levels and augmentation, so that their curves can be compared tick by tick; another
-float32 run with a different seed shows how large a difference chance makes. Losses are means over a tick. Flags after
--- are passed to every train.py, such as `-- --precond=warm`.
+The runs share seed, images, noise levels and augmentation, so that their curves can be compared tick by tick. Two more
+float32 runs say how large a difference means something: one in channels-last memory, which differs in the order of
+summation alone (training amplifies rounding errors, so even such runs drift apart), and one with another seed. Losses
+are means over a tick. Flags after -- are passed to every train.py, such as `-- --precond=warm`.
 
 After --minutes, the current training is told to stop, saves its state, and the command ends with code 75; the same
 command continues with the runs in --outdir, as it does after an interruption. An unfinished run is compared as far as
@@ -30,14 +31,15 @@ from torch_utils.precision import PRECISIONS  # noqa: E402
 from torch_utils.signals import EXIT_STOPPED  # noqa: E402
 from warm.study.plan import CIFAR10_REF  # noqa: E402
 
-REFERENCE, YARDSTICK = 'fp32', 'fp32, another seed'
+REFERENCE = 'fp32'
+YARDSTICKS = {'fp32 in channels-last': '--channels-last=1', 'fp32 with another seed': '--seed=1'}
 CPU_FLAGS = ('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01', '--dropout=0',
              '--augment=0')
-SHARED_FLAGS = ('--grid=0', '--snap=0', '--dump=5', '--keep=1', '--compact-state')
+SHARED_FLAGS = ('--seed=0', '--grid=0', '--snap=0', '--dump=5', '--keep=1', '--compact-state')
 START_SECONDS = 30  # with less time left, no training is started
 
 
-def train(folder, data, kimg, tick, seed, precision, flags, end):
+def train(folder, data, kimg, tick, flags, end):
     """Start or continue a run until it is finished or time.monotonic() is `end`; returns whether it is finished."""
     if finished(folder, kimg):
         return True
@@ -45,7 +47,7 @@ def train(folder, data, kimg, tick, seed, precision, flags, end):
         return False
     command = [sys.executable, str(ROOT / 'train.py'), f'--outdir={folder}', '--nosubdir', '--auto-resume',
                *([f'--data={data}'] if data else []), f'--duration={kimg / 1000:g}', f'--tick={tick:g}',
-               f'--seed={seed}', f'--precision={precision}', *SHARED_FLAGS, *flags]
+               *SHARED_FLAGS, *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         process.wait(None if end == float('inf') else max(end - time.monotonic(), 0))
@@ -102,12 +104,13 @@ def main(data, kimg, tick, precisions, minutes, outdir, out, flags):
         raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(PRECISIONS)}",
                                  param_hint='--precisions')
     flags = (*(CIFAR10_REF if cuda else CPU_FLAGS), *flags)
+    runs = {name: (f'--precision={name}',) for name in (REFERENCE, *names)}
+    runs.update({name: (f'--precision={REFERENCE}', flag) for name, flag in YARDSTICKS.items()})
     curves, done = {}, {}
     with tempfile.TemporaryDirectory() as temporary:
-        for name, precision, seed in ((REFERENCE, REFERENCE, 0), *((name, name, 0) for name in names),
-                                      (YARDSTICK, REFERENCE, 1)):
-            folder = pathlib.Path(outdir or temporary) / f'{precision}-s{seed}'
-            done[name] = train(folder, data, kimg, tick or kimg / 32, seed, precision, flags, end)
+        for name, own_flags in runs.items():
+            folder = pathlib.Path(outdir or temporary) / name.replace(' ', '-')
+            done[name] = train(folder, data, kimg, tick or kimg / 32, (*flags, *own_flags), end)
             curves[name] = curve_of(folder)
     rows = [dict(precision=name, run='complete' if done[name] else f'partial: {curve[-1][0]:g} kimg',
                  **compare(curve, curves[REFERENCE])) for name, curve in curves.items() if curve]
