@@ -69,7 +69,7 @@ def heun_step(slope, x, t, t_next, alpha=1):
         return euler_step(slope, x, t, t_next)
     h = t_next - t
     d = slope(x, t)
-    d_prime = slope(x + alpha * h * d, t + alpha * h)
+    d_prime = slope(x + alpha * h * d, t_next if alpha == 1 else t + alpha * h)  # t + h may miss t_next by an ulp
     return x + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_prime)
 
 
@@ -91,7 +91,7 @@ def edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net):
     """
     _check_grid(num_steps, rho)
     sigma_min, sigma_max = _clipped(net, sigma_min, sigma_max)
-    sigmas = rounded(net, edm_sigmas(num_steps, sigma_min, sigma_max, rho=rho))
+    sigmas = _rounded_grid(net, edm_sigmas(num_steps, sigma_min, sigma_max, rho=rho))
     return torch.cat([sigmas, sigmas.new_zeros([1])])
 
 
@@ -117,6 +117,14 @@ def rounded(net, sigmas):
     Call it once with all levels: looking them up on a GPU makes the host wait.
     """
     return net.round_sigma(sigmas).to('cpu', torch.float64)
+
+
+def _rounded_grid(net, sigmas):
+    """`rounded`, but UserError where a level is so small that float64 made it 0."""
+    sigmas = rounded(net, sigmas)
+    if not (sigmas > 0).all():
+        raise UserError(f'the smallest of the noise levels below {sigmas[0]:g} is 0 in float64; raise sigma_min')
+    return sigmas
 
 
 def evaluate(net, x, level, class_labels=None):
@@ -195,8 +203,8 @@ def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
                                     default_max if sigma_max is None else sigma_max)
 
     sigma, sigma_deriv, sigma_inv = make_schedule(sigma_min, sigma_max, epsilon_s)
-    t_steps = sigma_inv(rounded(net, grid.levels(num_steps, sigma_min, sigma_max, rho=rho, epsilon_s=epsilon_s,
-                                                  C_1=C_1, C_2=C_2, M=M)))
+    t_steps = sigma_inv(_rounded_grid(net, grid.levels(num_steps, sigma_min, sigma_max, rho=rho, epsilon_s=epsilon_s,
+                                                        C_1=C_1, C_2=C_2, M=M)))
     sigmas = sigma(t_steps)
     t_hats = sigma_inv(_churned_levels(net, sigmas, num_steps, S_churn, S_min, S_max))
     sigma_hats = sigma(t_hats)

@@ -53,7 +53,7 @@ class BlurringSchedule:
     """α = σ_B,max·β²/(1+β²): Blurring Diffusion's cosine schedule in this parametrisation (Table 4).
 
     There β = tan(πt/2) and σ_B = σ_B,max·sin²(πt/2). This is the ideal form, without d_min and without the
-    rescaled log-SNR: the original's α is ten times smaller at β = 0.01, and equal within 0.2 % from β = 1 on.
+    rescaled log-SNR: the original's α is ten times smaller at β = 0.01, and equal within 0.3 % from β = 1 on.
     """
 
     sigma_b_max: float = 20.0

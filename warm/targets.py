@@ -136,7 +136,10 @@ class CleanOnly(Parametrisation):
 
 
 class BlurredOnly(Parametrisation):
-    """(b): one branch estimates the blurred image; x̂₀ = V max(M, 10⁻³)⁻¹ Vᵀ D."""
+    """(b): one branch estimates the blurred image; x̂₀ = V max(M, 10⁻³)⁻¹ Vᵀ D.
+
+    D + R differs from this x̂₀ in the bands where M < 10⁻³, by a thousandth of it at most.
+    """
 
     names = ('denoise',)
 
