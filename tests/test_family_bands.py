@@ -11,8 +11,7 @@ from warm.bands import Bands, ancestral_noise_step, diffuse, posterior, spread_l
 from warm.blur import blur_and_rest, dct2, frequencies, idct2
 from warm.blurring import BlurringProcess
 from warm.lee import LeeChain
-from warm.samplers import Level
-from warm.samplers import transition
+from warm.steps import Level, transition
 
 N = 8
 

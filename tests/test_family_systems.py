@@ -24,7 +24,8 @@ from training.system import EDM_SYSTEMS, GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
 from warm import flags
 from warm.edm_like import with_multistep
-from warm.samplers import SOLVERS, Solver
+from warm.samplers import SOLVERS
+from warm.steps import Solver
 from warm.systems import SYSTEMS
 
 EDM_NFE = 35  # of EDM's sampler, and so of a system that takes it

@@ -361,8 +361,8 @@ class TestAnyArchitecture:
         model = small_net(model_type).model
         x, sigma, labels = batch_of()
         out = model(x, sigma.log(), labels)
-        # float64 in, float64 throughout, with the same float32 weights.
-        assert_close(out.double(), model(x.double(), sigma.double().log(), labels.double()), rel=1e-4)
+        # Images in float64: float64 throughout, with the same float32 weights.
+        assert_close(out.double(), model(x.double(), sigma.log(), labels), rel=1e-4)
         assert_close(model(x.half(), sigma.log(), labels).float(), out, rel=2e-2)
         assert model(x.half(), sigma.log(), labels).dtype == torch.float16
 

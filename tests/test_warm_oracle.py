@@ -14,14 +14,18 @@ from warm.blur import blur, blur_mask, dct2, filter_bands, idct2, prior_spectrum
 from warm.oracle import (COMPARED, GaussianOracle, deterministic_factor, last_step_factor, marginal_variance,
                          ode_factor, ode_solvers, sampler_factors)
 from warm.path import PATHS, BlurringSchedule, ConstantBNR, parse_path
-from warm.samplers import (SAMPLER_DEFAULTS, SOLVERS, Level, Solver, add_churn, dpmpp2m_step, options_of, transition,
-                           warm_sampler, with_defaults)
+from warm.samplers import (SAMPLER_DEFAULTS, SOLVERS, add_churn, dpmpp2m_step, options_of, warm_sampler,
+                           with_defaults)
+from warm.steps import Level, Solver, transition
 
 N = 16
 S = prior_spectrum(N)
 PATHS_HERE = list(dict.fromkeys([*COMPARED, *(parse_path(schedule=name) for name in PATHS)]))
 ALL_PATHS = pytest.mark.parametrize('path', PATHS_HERE, ids=str)
 BLURRED_PATHS = pytest.mark.parametrize('path', [path for path in PATHS_HERE if not path.is_hot], ids=str)
+# Solvers that add noise, with the options that make them do so.
+STOCHASTIC = [('euler', dict(eta=0.5)), ('euler', dict(eta=1)),
+              *((name, {}) for name, solver in SOLVERS.items() if solver.order is None)]
 MULTISTEP = [name for name, solver in SOLVERS.items() if solver.multistep]
 
 
@@ -163,11 +167,11 @@ def test_stochastic_transition_keeps_the_marginal(path):
 
 
 @ALL_PATHS
-@pytest.mark.parametrize('eta', [0.5, 1])
-def test_stochastic_samples_tend_to_the_spectrum_of_the_data(path, eta):
+@pytest.mark.parametrize('solver, options', STOCHASTIC)
+def test_stochastic_samples_tend_to_the_spectrum_of_the_data(path, solver, options):
     errors = []
     for num_steps in (60, 120):
-        factors = sampler_factors(GaussianOracle(S), num_steps, path=path, solver='euler', eta=eta)
+        factors = sampler_factors(GaussianOracle(S), num_steps, path=path, solver=solver, **options)
         assert factors[1:-1].abs().max() > 0.05, 'no noise was added'
         errors.append((factors.square().sum(0) / S - 1).abs().max().item())
     assert errors[1] < 0.6 * errors[0] < 0.4, 'the error should halve with the steps'

@@ -12,7 +12,8 @@ from training.samplers import edm_sigma_steps
 from warm.oracle import GaussianOracle
 from warm.path import BlurringSchedule, ConstantBNR
 from warm.precond import WarmPrecond
-from warm.samplers import SOLVERS, Level, transition, warm_sampler
+from warm.samplers import SOLVERS, warm_sampler
+from warm.steps import Level, transition
 
 PATHS = {'bnr0': ConstantBNR(0), 'bnr0.1': ConstantBNR(0.1), 'bnr0.5': ConstantBNR(0.5), 'bnr1': ConstantBNR(1),
          'bnr2': ConstantBNR(2), 'blurring20': BlurringSchedule(20)}

@@ -7,21 +7,12 @@ The deterministic limit of Eq. 4 is the probability-flow ODE of the process:
 Unprimed symbols belong to the current level (α, β), primed ones to the next. Grid, churn and NFE are EDM's
 (training.samplers); at BNR 0 every step here does the same arithmetic as EDM's sampler, without a DCT.
 
-To add a solver: one function
-
-    step(denoise, x, D, R, here, there, z, memory) → x′
-
-and one line in SOLVERS that describes it (`Solver`). D and R are the network's output at x, `here`; a step that needs
-more evaluations calls `denoise(x, level) → (D, R)`. At β′ = 0 a step returns x̂₀ = D + R.
-- Noise: z is the step's own, standard normal like x; `adds_noise` says when the solver uses it.
-- Options: each Option in `options` is a keyword of the step and a flag of generate.py, refused by the other solvers.
-- Multistep: `memory` is a dict, empty at first, that the step may write to; a solver that does is `multistep`.
+To add a solver: one function here, or in a file of its own, and one line in SOLVERS; warm.steps says what it is given and
+has to return.
 """
 
-import dataclasses
 import inspect
 import math
-from collections.abc import Callable
 
 import torch
 
@@ -29,53 +20,9 @@ from dnnlib import UserError, chosen
 from training.samplers import check_churn, churned, edm_sigma_steps, evaluate, rounded
 from training.schedules import NUM_STEPS, RHO, SIGMA_MAX, SIGMA_MIN, SOLVER
 from training.system import GRID_OPTIONS, Option, flag_of
-from warm.blur import blur_mask, dct2, filter_bands, idct2, log_mask_ratio, mask_difference, rest_mask
+from warm.blur import blur_mask, dct2, idct2, log_mask_ratio
 from warm.path import ConstantBNR
-
-
-@dataclasses.dataclass(frozen=True)
-class Level:
-    """A point of a path.
-
-    alpha: Blur in pixels: a number, or a 0-d tensor on the images' device, which saves a copy.
-    beta: Noise level, a float, so that nothing is read back from the device.
-    hot: Whether the path has no blur at all.
-    """
-
-    alpha: float | torch.Tensor
-    beta: float
-    hot: bool = False
-
-
-def blur_fraction(here, there, n):
-    """(M′ − M)/(1 − M) per band [n, n]: the share of the rest R that a step restores (Eq. 4).
-
-    0 at λ = 0, since R has zero mean, and at α = 0. Negative for a step backwards, towards more blur.
-    """
-    missing = rest_mask(here.alpha, n)
-    gained = mask_difference(here.alpha, there.alpha, n)
-    return torch.where(missing > 0, gained / missing.clamp(min=torch.finfo(missing.dtype).tiny), 0)
-
-
-def deblur(R, here, there):
-    """V [(M′−M)/(1−M)] Vᵀ R: the detail that a step from `here` to `there` adds (Eq. 4, first term)."""
-    return filter_bands(R, blur_fraction(here, there, R.shape[-1]))
-
-
-def transition(x, D, R, here, there, sigma=0, z=None):
-    """One step of Eq. 4: x + V [(M′−M)/(1−M)] Vᵀ R + (β − √(β′²−σ²))·(D−x)/β + σz.
-
-    Args:
-        x, D, R: State, denoised image and rest [B, C, N, N].
-        here, there: Levels before and after.
-        sigma: The paper's σ_t, 0 ≤ σ ≤ β′; 0 is the deterministic step (Euler, DDIM).
-        z: Standard normal noise like x; needed where σ > 0.
-    """
-    kept = math.sqrt(max(there.beta ** 2 - sigma ** 2, 0))
-    x_next = x + (kept - here.beta) * ((x - D) / here.beta)
-    if not here.hot:
-        x_next = x_next + deblur(R, here, there)
-    return x_next if z is None else x_next + sigma * z
+from warm.steps import Level, Solver, deblur, transition
 
 
 def add_churn(x, here, there, z, S_noise=1):
@@ -133,8 +80,6 @@ def dpmpp2m_step(denoise, x, D, R, here, there, z, memory):
     clean = D if here.hot else D + R
     if there.beta == 0:
         return clean
-    if there.beta == here.beta:  # the network rounded two levels to one: h would be 0 in the next step's slope
-        return x
     n = x.shape[-1]
     h = torch.as_tensor(math.log(here.beta / there.beta), dtype=x.dtype)
     if not here.hot:
@@ -147,27 +92,6 @@ def dpmpp2m_step(denoise, x, D, R, here, there, z, memory):
     if not here.hot:
         drift = idct2(blur_mask(there.alpha, n) * drift)
     return (there.beta / here.beta) * x - drift
-
-
-@dataclasses.dataclass(frozen=True)
-class Solver:
-    """A step from level to level, and the properties of it that users and tests rely on.
-
-    Attributes:
-        step: step(denoise, x, D, R, here, there, z, memory, **options) → x′, explained at the top of this module.
-        order: Order of accuracy on the ODE with default options; None if these add noise.
-        multistep: Whether it reuses earlier steps' evaluations: if so, churn and num_steps=1 are refused.
-        options: Option objects of its own, with the defaults that the step receives.
-        adds_noise: adds_noise(**options) → whether the step uses z; if so, churn, which uses the same z, is refused.
-        check: check(**options) raises UserError for invalid values.
-    """
-
-    step: Callable
-    order: int | None
-    multistep: bool = False
-    options: tuple = ()
-    adds_noise: Callable = lambda **options: False
-    check: Callable = lambda **options: None
 
 
 ETA = Option('eta', 0, 'Stochasticity of the solver euler (Eq. 4), 0 to 1', type=float)
@@ -250,6 +174,8 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         here, there, z = level(beta), level(beta_next), randn_like(x)
         if raised[i] > beta:
             x, here = add_churn(x, here, level(raised[i]), z, S_noise), level(raised[i])
+        if there.beta == here.beta:  # the network rounded two levels to one
+            continue
         D, R = denoise(x, here)
         x = step(denoise, x, D, R, here, there, z, memory, **own)
     return x
