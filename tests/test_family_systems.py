@@ -25,6 +25,7 @@ from training.training_loop import training_loop
 from warm import flags
 from warm.edm_like import with_multistep
 from warm.samplers import SOLVERS
+from warm.sources import open_network
 from warm.steps import Solver
 from warm.systems import SYSTEMS
 
@@ -85,7 +86,7 @@ def test_default_number_of_evaluations(name):
     net.model.forward = count
     options = {'data': EMBEDDED} if SYSTEMS[name].starts_from_data else {}
     generate_batch(net, [0], SYSTEMS[name].make_sampler(net, options))
-    assert calls[0] == DEFAULT_NFE.get(name, EDM_NFE)
+    assert calls[0] == DEFAULT_NFE.get(name, EDM_NFE), 'if this is as intended, say so in DEFAULT_NFE above'
 
 
 @pytest.mark.parametrize('name', TRAINABLE)
@@ -162,10 +163,24 @@ def test_options_of_a_loss(tmp_path, monkeypatch):
     assert other.network_kwargs({'p_mean': 0.5}) == {} and other.loss_kwargs({}) == {'p_mean': -1.2}
     with pytest.raises(UserError, match='--p-mean is not an option of --precond=edm'):
         SYSTEMS['edm'].loss_kwargs({'p_mean': 0.5})
-    training_loop(run_dir=str(tmp_path), systems={'other': other}, system='other', loss_kwargs={'p_mean': 0.5},
-                  dataset_kwargs=dict(path=EMBEDDED, use_labels=False), network_kwargs=TINY, batch_size=4,
-                  total_kimg=0.004, optimizer_kwargs=dict(lr=1e-3), augment_kwargs=None, seed=0, grid_images=0)
+
+    def train(kimg, **options):
+        training_loop(run_dir=str(tmp_path), systems={'other': other}, system='other', total_kimg=kimg, seed=0,
+                      dataset_kwargs=dict(path=EMBEDDED, use_labels=False), network_kwargs=TINY, batch_size=4,
+                      optimizer_kwargs=dict(lr=1e-3), augment_kwargs=None, grid_images=0, **options)
+    train(0.004, loss_kwargs={'p_mean': 0.5}, eval_kwargs=dict(ticks=1, num=4, detector='pixels'))
     assert seen == [0.5]
+
+    # What was changed is recorded, and a run goes on with nothing else.
+    assert json_lines(tmp_path / 'metrics.jsonl')[0]['loss'] == '--p-mean=0.5'
+    monkeypatch.setitem(SYSTEMS, 'other', other)
+    facts = open_network(tmp_path / 'network-snapshot-000000.safetensors', {}).facts
+    assert facts['loss'] == '--p-mean=0.5' and facts['architecture'] == 'SongUNet' and facts['parameters'] > 1000
+    state = str(tmp_path / 'training-state-000000.pt')
+    for kwargs, words in (({'p_mean': -1.2}, 'none'), ({'p_mean': 0.7}, '--p-mean=0.7')):
+        with pytest.raises(UserError, match=f'from a run with the loss options --p-mean=0.5, not {words}; resume'):
+            train(0.008, loss_kwargs=kwargs, resume=state)
+    train(0.008, loss_kwargs={'p_mean': 0.5}, resume=state)
 
 
 def foreign(attribute):
@@ -220,8 +235,10 @@ def test_epsilon_scaling_refuses_what_it_would_ignore(option):
 @pytest.mark.parametrize('name', SYSTEMS)
 def test_a_flag_left_out_is_an_argument_left_out(name):
     """What --help shows as a default is the constructor's, or None, which leaves it to the constructor."""
-    parameters = inspect.signature(SYSTEMS[name].network_class).parameters
-    for option in SYSTEMS[name].train_options:
+    bases = SYSTEMS[name].network_class.__mro__  # a subclass may hand keywords on to one of them
+    parameters = {key: p for cls in reversed(bases) for key, p in inspect.signature(cls.__init__).parameters.items()}
+    for option in SYSTEMS[name].network_options:
+        assert option.name in parameters, f'{option.flag} is no argument of {SYSTEMS[name].network_class.__name__}'
         assert option.default in (None, parameters[option.name].default), option.flag
 
 

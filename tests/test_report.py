@@ -135,13 +135,36 @@ def test_blurring_diffusion_without_blur_is_its_baseline(tmp_path):
         assert [row[0] for row in rows(text) if row[5] == '5.00'] == [title]
 
 
-def test_other_targets_answer_table_5_alone(tmp_path):
+def test_other_targets_are_not_the_method(tmp_path):
+    """At BNR 0.5 they have a row of Table 5, elsewhere one of their own among the methods."""
     schedule = dict(bnr=None, path='blurring schedule up to 20 pixels')
-    text = report_of(tmp_path, [*rounds([1.0], targets='clean'), *rounds([1.0], targets='clean', bnr=1.5),
+    text = report_of(tmp_path, [*rounds([1.0], targets='clean'),
+                                *rounds([1.0], targets='clean', bnr=1.5, path='constant BNR 1.5'),
                                 *rounds([1.0], targets='clean', nfe=79, **schedule),
                                 *rounds([1.0], targets='clean', nfe=59, **schedule)])
-    assert [row[0] for row in rows(text) if row[5] == '1.00'] == ['(a) R: x₀']
-    assert not [row for row in rows(text) if row[0] == '1.5' or row[1:3] == ['–', '–']]
+    assert [row[0] for row in rows(text) if row[5] == '1.00'] == [
+        'Warm (constant BNR 1.5, clean)', 'Warm (blurring schedule up to 20 pixels, clean)', '(a) R: x₀']
+
+
+def test_methods_of_ones_own_have_rows(tmp_path):
+    """A system, a schedule and a choice that the tables do not know; options of a loss are said, and never win."""
+    own = dict(path=None, trained_on=None, targets=None, bnr=None)
+    for data in ({}, dict(dataset='digits-8x8')):
+        text = report_of(tmp_path, [
+            *rounds([2.0], system='flow', **own, **data), *rounds([3.0], targets='residual --rest-scale=edm', **data),
+            *rounds([4.0], bnr=None, path='sigmoid BNR up to 1', **data), *rounds([5.0], **{**EDM, **data}),
+            *rounds([4.5], **{**EDM, **data, 'network_sha256': 'f'}, loss='--p-mean=0.5')])
+        assert [(row[0], row[5]) for row in rows(text) if row[5] in ('2.00', '3.00', '4.00', '4.50')] == [
+            ('flow', '2.00'), ('Warm (constant BNR 0.5, residual --rest-scale=edm)', '3.00'),
+            ('Warm (sigmoid BNR up to 1)', '4.00')]
+        assert found_row(text, 'EDM')[5] == '5.00'
+    shown = report_of(tmp_path, rounds([4.5], **EDM, loss='--p-mean=0.5'))
+    assert '`--p-mean=0.5`' in found_row(shown, 'EDM')[-1]
+
+
+def test_networks_are_named_where_known(tmp_path):
+    lines = rounds([2.0], architecture='DhariwalUNet', parameters=295_899_558) + rounds([2.0], network_sha256='d')
+    assert [row[3] for row in rows(all_scores(measured(tmp_path, lines)))[2:]] == ['DhariwalUNet, 296 M', '–']
 
 
 def test_the_measurement_nearest_to_the_paper_is_shown(tmp_path):
@@ -187,7 +210,7 @@ def test_whose_prior_a_score_measures_is_said(tmp_path):
     assert found_row(text, 'Cold Diffusion (Blur)')[5:] == ['80.00', '–', 'starts from blurred training images']
     assert found_row(text, 'Cold Diffusion (Blur), from colours')[5:] == [
         '90.00', '–', '`--cold-start=colours`; starts from mean colours of training images; `--cold-blur=strong`']
-    paths, options = zip(*[(row[3], row[6]) for row in rows(all_scores(measured(tmp_path, lines)))[2:]])
+    paths, options = zip(*[(row[4], row[7]) for row in rows(all_scores(measured(tmp_path, lines)))[2:]])
     assert paths == ('cold from blurred training images', 'cold from mean colours of training images')
     assert options == ('`--cold-blur=paper`', '`--cold-start=colours --cold-blur=strong`')
     text = report_of(tmp_path, rounds([80.0] * 3, **COLD) + rounds([90.0] * 3, **COLD, sampler=given))
@@ -203,7 +226,7 @@ def test_precisions_are_not_rounds_of_each_other(tmp_path):
     measurements = measured(tmp_path, lines)
     assert [(m.rounds, m.values['FID']) for m in measurements] == [(1, 2.0), (1, 1.5)]
     assert best_match(measurements) is measurements[0]
-    assert [row[6] for row in rows(all_scores(measurements))[2:]] == ['`--precision=fp32`', '`--precision=bf16`']
+    assert [row[7] for row in rows(all_scores(measurements))[2:]] == ['`--precision=fp32`', '`--precision=bf16`']
 
 
 def curves_of(plot):

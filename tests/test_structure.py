@@ -121,7 +121,7 @@ def test_help_texts_in_docs(name):
     if os.environ.get('UPDATE_DOCS') == '1':
         path.write_text(shown)
     # Versions of click break lines differently.
-    assert path.read_text().split() == shown.split()
+    assert path.read_text().split() == shown.split(), f'{path.name} is old; UPDATE_DOCS=1 as above makes it anew'
 
 
 def test_readme_names_files_that_exist():

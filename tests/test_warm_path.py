@@ -1,5 +1,6 @@
 """Paths and families of paths: formulas, what the texts of the flags mean, what lies inside what."""
 
+import dataclasses
 import math
 
 import pytest
@@ -162,5 +163,26 @@ def test_a_schedule_without_a_number(monkeypatch):
     assert texts[:2] == ['constant', 'blurring[:SIGMA_B_MAX]'] and texts[-1] == 'straight'
     assert parse_path(None, 'straight').alpha(2.0) == 2.0
     assert parse_family(None, 'straight').flags == {'bnr': None, 'bnr_schedule': 'straight'}
-    with pytest.raises(UserError, match="--bnr-schedule=straight:3 takes no number; give --bnr-schedule=straight"):
+    with pytest.raises(UserError, match='straight:3: straight takes no number; give --bnr-schedule=straight'):
         parse_path(None, 'straight:3')
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(BlurringSchedule):
+    """A schedule with two numbers, here in place of one that a user would write."""
+
+    sigma_b_max: float = 20.0
+    slope: float = 2.0
+
+
+def test_a_schedule_with_several_numbers(monkeypatch):
+    """Numbers left out keep their defaults; what a snapshot stores rebuilds the same path."""
+    monkeypatch.setitem(PATHS, 'sigmoid', Sigmoid)
+    assert schedule_texts()[-1] == 'sigmoid[:SIGMA_B_MAX,SLOPE]'
+    for text, path in (('sigmoid', Sigmoid()), ('sigmoid:5', Sigmoid(5)), ('sigmoid:5,0.7', Sigmoid(5, 0.7))):
+        assert parse_path(None, text) == path
+        assert parse_family(None, parse_family(None, text).flags['bnr_schedule']) == OnePath(path)
+    for text, words in (('sigmoid:5,x', "'x' in --bnr-schedule is not slope of the schedule sigmoid"),
+                        ('sigmoid:1,2,3', 'takes up to 2 numbers; give --bnr-schedule=sigmoid:20,2')):
+        with pytest.raises(UserError, match=words):
+            parse_path(None, text)

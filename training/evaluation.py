@@ -28,6 +28,7 @@ class Evaluator:
         num: Number of images: far fewer than a published score's 50,000, so the scores' names in stats.jsonl state it.
         scorer: `training.scoring.Scorer`.
         sample_options: Options of the sampler.
+        loss: The loss's options as flags (System.loss_flags), for metrics.jsonl.
     """
 
     run_dir: str
@@ -37,6 +38,7 @@ class Evaluator:
     num: int
     scorer: object
     sample_options: dict
+    loss: str | None
 
     def __call__(self, net, tick, nimg, done):
         """Scores of `net` at the end of a tick, {'Metrics/FID-1000': value}, on rank 0; {} elsewhere or if not due."""
@@ -47,7 +49,7 @@ class Evaluator:
         values, facts = self.scorer(source, default_batch(net), progress=False)
         named = {m.label(name, self.scorer.detector): value for name, value in values.items()}
         if dist.get_rank() == 0:
-            facts.update(training_facts(net, self.system, self.dataset_name), kimg=nimg / 1000, network=None,
+            facts.update(training_facts(net, self.system, self.dataset_name, self.loss), kimg=nimg / 1000, network=None,
                          **sampling_facts(net, self.system, self.sample_options, sampler), **source.record)
             log_scores(os.path.join(self.run_dir, SCORES_NAME), values, self.scorer.detector, facts)
             shown = (f'{name} {value:.5g}' for name, value in named.items())
@@ -61,7 +63,7 @@ def no_evaluation(net, tick, nimg, done):
     return {}
 
 
-def make_evaluator(run_dir, system, dataset_path, sample_options=None, ticks=0, num=1000, ref=None,
+def make_evaluator(run_dir, system, dataset_path, sample_options=None, loss=None, ticks=0, num=1000, ref=None,
                    detector='inception', metrics='fid'):
     """An `Evaluator`, or `no_evaluation` for ticks 0. Call on all ranks.
 
@@ -69,6 +71,7 @@ def make_evaluator(run_dir, system, dataset_path, sample_options=None, ticks=0, 
         dataset_path: The training data; without `ref`, its statistics (of unmirrored images) are the reference,
             and are kept as RUN_DIR/eval-ref.npz.
         sample_options: Options of the system's sampler.
+        loss: The loss's options as flags (System.loss_flags), for the record.
         ticks, num, ref, detector, metrics: As train.py's --eval flags.
 
     Raises:
@@ -86,4 +89,4 @@ def make_evaluator(run_dir, system, dataset_path, sample_options=None, ticks=0, 
         write_reference(ref, ImageFiles(dataset, dataset_path), detector, names, BATCH, progress=False)
     scorer = load_scorer(names, detector, ref)
     scorer.warn_of_size(ImageFiles(dataset))
-    return Evaluator(run_dir, system, dataset.name, ticks, num, scorer, sample_options or {})
+    return Evaluator(run_dir, system, dataset.name, ticks, num, scorer, sample_options or {}, loss)

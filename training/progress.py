@@ -33,7 +33,8 @@ ARGUMENT_NAMES = {
 REGIME = ('use_fp16', 'dropout')
 
 # What a state's settings say of the run besides its network, in the user's words; and what all older runs had.
-ORIGIN = {'system': '--precond=', 'augmentations': '--augment-with=', 'optimizer': 'the optimizer '}
+ORIGIN = {'system': '--precond=', 'augmentations': '--augment-with=', 'optimizer': 'the optimizer ',
+          'loss': 'the loss options '}
 ORIGIN_BEFORE = {'optimizer': 'Adam'}
 
 MAX_SEED = (1 << 32) - 1  # the largest of NumPy's generators, which make the training order

@@ -32,15 +32,16 @@ def network_facts(snapshot, net, system, options, sampler, class_idx=None):
         network=pathlib.Path(snapshot.path).name,
         network_sha256=file_sha256(snapshot.path),
         kimg=snapshot.kimg,
-        **training_facts(net, system, snapshot.dataset.get('name')),
+        **training_facts(net, system, snapshot.dataset.get('name'), snapshot.extra.get('loss')),
         **sampling_facts(net, system, options, sampler),
         class_idx=class_idx,
     )
 
 
-def training_facts(net, system, dataset_name):
-    """What the network was trained for."""
-    return dict(system=system.name, dataset=dataset_name, resolution=net.img_resolution, label_dim=net.label_dim)
+def training_facts(net, system, dataset_name, loss):
+    """What the network is and was trained for; `loss`: the loss's options as flags (System.loss_flags)."""
+    return dict(system=system.name, dataset=dataset_name, resolution=net.img_resolution, label_dim=net.label_dim,
+                architecture=type(net.model).__name__, parameters=sum(p.numel() for p in net.parameters()), loss=loss)
 
 
 def sampling_facts(net, system, options, sampler):

@@ -59,7 +59,7 @@ class System:
         loss: loss(net, **loss options) → callable(net, images, labels, augment_pipe) → tensor like images; `net` is
             bare, not wrapped for data parallelism.
         network_options: Options of train.py that become constructor arguments of the network, recorded in snapshots.
-        loss_options: Options of train.py that become arguments of `loss`.
+        loss_options: Options of train.py that become arguments of `loss`; snapshots record those that were changed.
         sample_options: Names of generate.py's common options that its sampler accepts.
         own_sample_options: Options of generate.py specific to such systems.
         sampler: sampler(net, **options) → callable(net, latents, class_labels, randn_like) → float64 images.
@@ -104,6 +104,12 @@ class System:
     def loss_kwargs(self, given):
         """Arguments of `loss`, as `network_kwargs` gives the network's."""
         return self._filled(self.loss_options, given)
+
+    def loss_flags(self, kwargs):
+        """Those arguments of `loss` that are not its options' defaults, as flags ('--p-mean=0.5'); None if none is."""
+        given = (f'{option.flag}={kwargs[option.name]}' for option in self.loss_options
+                 if kwargs.get(option.name, option.default) != option.default)
+        return ' '.join(given) or None
 
     def _filled(self, options, given):
         names = [option.name for option in self.train_options]

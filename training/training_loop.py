@@ -80,13 +80,15 @@ def training_loop(
     total_nimg = round(total_kimg * 1000)
     seed = checked_seed(seed)
     system = systems[system]
+    loss_kwargs = loss_kwargs or {}
+    loss_flags = system.loss_flags(loss_kwargs)
 
     if dataset is None:
         dataset = open_dataset(**dataset_kwargs)
     augmentations = enabled_names(augment_kwargs)
     state = resume_from(resume) if resume is not None else None
     if state is not None:  # before the early return: a finished run of another system must not count as this one's
-        check_origin(state, resume, system=system.name, augmentations=augmentations)
+        check_origin(state, resume, system=system.name, augmentations=augmentations, loss=loss_flags)
         tell_other_data(state, dataset.name)
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_nimg:
@@ -98,7 +100,7 @@ def training_loop(
     net = system.network_class(**interface_kwargs(dataset, augment_kwargs), **network_kwargs)
     net.train().requires_grad_(True).to(device)
     accelerate(net, **(accelerate_kwargs or {}))
-    loss_fn = system.loss(net, **(loss_kwargs or {}))
+    loss_fn = system.loss(net, **loss_kwargs)
     augment_pipe = AugmentPipe(**augment_kwargs) if augment_kwargs else None
     optimizer = make_optimizer(net, **optimizer_kwargs)
     if state is not None:
@@ -108,14 +110,15 @@ def training_loop(
         dist.print0(f'Transferred {transfer_weights(transfer, net)} of {len(net.state_dict())} tensors.')
         ema_rampup_ratio = None
     settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name,
-                    optimizer=type(optimizer).__name__, augmentations=augmentations)
+                    optimizer=type(optimizer).__name__, augmentations=augmentations, loss=loss_flags)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
         check_origin(state, resume, optimizer=type(optimizer).__name__)
         restore(state, resume, net, ema, optimizer)
     ddp = dist.data_parallel(net)
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None
-    evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, **(eval_kwargs or {}))
+    evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, loss_flags,
+                              **(eval_kwargs or {}))
     batches = Batches(dataset, batch_gpu, seed, progress.nimg, data_loader_kwargs or {}, device, data_device)
     seed_rank(seed, state, resume)
     del state  # it is as large as network, EMA and optimiser together
@@ -241,7 +244,7 @@ def save_run(saver, net, ema, optimizer, progress, settings, dataset_facts, last
     """
     weights = ema.state_dict()
     snapshot = dict(tensors=weights, network_kwargs=ema.init_kwargs, system=settings['system'], dataset=dataset_facts,
-                    kimg=progress.nimg / 1000)
+                    kimg=progress.nimg / 1000, extra={'loss': settings['loss']} if settings['loss'] else None)
     state = run_state(net, weights, optimizer, progress, settings, last_line) if dump else None
     if dist.get_rank() == 0:
         saver.save(progress.nimg, snapshot, state)

@@ -86,7 +86,8 @@ VARIANTS = (
 # Flags of train.py closest to each paper's own network and training (see the notes in each system's file).
 PAPER_SETTINGS = {
     'blurring': ('CIFAR-10; 2 million steps', '--data=datasets/cifar10-32x32.zip --arch=ddpmpp --cbase=256 '
-                 '--cres=1,1,1 --dropout=0.2 --augment=0 --batch=128 --lr=2e-4 --lr-rampup=0 --ema=0.89 --duration=256'),
+                 '--cres=1,1,1 --dropout=0.2 --augment=0 --batch=128 --lr=2e-4 --lr-rampup=0 --ema=0.89 '
+                 '--duration=256'),
     'lee': ('LSUN-church 64×64; 600,000 steps', '--data=datasets/lsun-church-64x64.zip --arch=adm --cbase=128 '
             '--cres=1,2,3,4 --dropout=0 --augment=0 --batch=16 --lr=5e-5 --lr-rampup=0 --ema=0.11 --duration=9.6'),
     'ihdm': ('CIFAR-10, as Blurring Diffusion describes its network',

@@ -15,7 +15,8 @@ What differs from the paper, or is left open there:
 - Linear f is f(N)·i/N; the paper only names it in a figure. The loss weight λ(i) is 1. Level i goes into the embedding
   unscaled.
 - Their network (LSUN 64×64): --arch=adm --cbase=128 --cres=1,2,3,4 --dropout=0 --augment=0 --batch=16 --lr=5e-5
-  --lr-rampup=0 (App. B; App. G says 1e-5; neither mentions a warm-up). The paper has no CIFAR-10 result; the defaults are those for LSUN.
+  --lr-rampup=0 (App. B; App. G says 1e-5; neither mentions a warm-up). The paper has no CIFAR-10 result; the defaults
+  are those for LSUN.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
 A path gives α for each β. A network is trained on a *family* of paths: a single one, a list of constant
 BNRs, or a range of them; training draws from it per image, sampling takes any path inside it.
 
-To add a schedule: one class here and one line in PATHS. The class is a frozen dataclass (paths are compared) with at
-most one field, a number with a default that --bnr-schedule=NAME:NUMBER sets, and has what `BlurringSchedule` has:
-`alpha`, `bnr_bounds`, `is_hot` and `__str__`.
+To add a schedule: one class here and one line in PATHS. The class is a frozen dataclass (paths are compared) whose
+fields are numbers with defaults, which --bnr-schedule=NAME:NUMBER,… sets in their order, and has what
+`BlurringSchedule` has: `alpha`, which increases with β, `bnr_bounds`, `is_hot` and `__str__`.
 """
 
 import dataclasses
@@ -113,10 +113,10 @@ class OnePath:
     def flags(self):
         """{'bnr', 'bnr_schedule'}."""
         name = next(name for name, kind in PATHS.items() if type(self.path) is kind)
-        field = argument_of(name)
         if name == 'constant':
             return dict(bnr=_text(self.path.bnr), bnr_schedule=None)
-        return dict(bnr=None, bnr_schedule=f'{name}:{_text(getattr(self.path, field.name))}' if field else name)
+        numbers = _join(getattr(self.path, field.name) for field in arguments_of(name))
+        return dict(bnr=None, bnr_schedule=f'{name}:{numbers}' if numbers else name)
 
     def __str__(self):
         return str(self.path)
@@ -222,7 +222,7 @@ ANY_BNR = (f'a Blur-to-Noise Ratio; give a number ≥ 0 such as {PAPER_BNR}, a l
 
 
 def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
-    """One path from the texts of --bnr (a number) and --bnr-schedule (`constant` or `blurring[:SIGMA_B_MAX]`).
+    """One path from the texts of --bnr (a number) and --bnr-schedule (a name in PATHS, some with `:NUMBER,…`).
 
     `expected` says, in the error, what --bnr should be if it is not a number.
 
@@ -239,21 +239,25 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
         raise UserError(f'--bnr={bnr} does not go with --bnr-schedule={schedule}, which sets α itself; give one')
     if not argument:
         return make_path()
-    field = argument_of(name)
-    if field is None:
-        raise UserError(f'--bnr-schedule={schedule} takes no number; give --bnr-schedule={name}')
-    return make_path(_number(argument, '--bnr-schedule', f'{field.name} of the schedule {name}; give a number, such as '
-                                                         f'--bnr-schedule={name}:{field.default:g}'))
+    fields, texts = arguments_of(name), argument.split(',')
+    example = ':'.join([name, *([','.join(f'{field.default:g}' for field in fields)] if fields else [])])
+    if len(texts) > len(fields):
+        takes = {0: 'no number', 1: 'one number'}.get(len(fields), f'up to {len(fields)} numbers')
+        raise UserError(f'--bnr-schedule={schedule}: {name} takes {takes}; give --bnr-schedule={example}')
+    remedy = f'of the schedule {name}; give a number, such as --bnr-schedule={example}'
+    return make_path(*(_number(text, '--bnr-schedule', f'{field.name} {remedy}')
+                       for field, text in zip(fields, texts)))
 
 
-def argument_of(name):
-    """The dataclass field that --bnr-schedule=NAME:NUMBER sets; None if there is none or another flag sets it."""
-    return None if name == 'constant' else next(iter(dataclasses.fields(PATHS[name])), None)
+def arguments_of(name):
+    """The dataclass fields that --bnr-schedule=NAME:NUMBER,… sets; none where another flag sets them."""
+    return () if name == 'constant' else dataclasses.fields(PATHS[name])
 
 
 def schedule_texts():
     """What --bnr-schedule accepts: 'constant', 'blurring[:SIGMA_B_MAX]' and so on."""
-    return [name + (f'[:{field.name.upper()}]' if (field := argument_of(name)) else '') for name in PATHS]
+    return [name + (f"[:{','.join(field.name.upper() for field in fields)}]" if (fields := arguments_of(name)) else '')
+            for name in PATHS]
 
 
 def parse_family(bnr=None, schedule=None):

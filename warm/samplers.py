@@ -7,8 +7,8 @@ The deterministic limit of Eq. 4 is the probability-flow ODE of the process:
 Unprimed symbols belong to the current level (α, β), primed ones to the next. Grid, churn and NFE are EDM's
 (training.samplers); at BNR 0 every step here does the same arithmetic as EDM's sampler, without a DCT.
 
-To add a solver: one function here, or in a file of its own, and one line in SOLVERS; warm.steps says what it is given and
-has to return.
+To add a solver: one function here, or in a file of its own, and one line in SOLVERS; warm.steps says what it is given
+and has to return.
 """
 
 import inspect

@@ -73,8 +73,8 @@ class Solver:
 
     Attributes:
         step: step(denoise, x, D, R, here, there, z, memory, **options) → x′, explained above.
-        order: Order of accuracy on the ODE with default options, of the whole solution: a multistep solver's start counts.
-            None if these add noise.
+        order: Order of accuracy on the ODE with default options, of the whole solution, a multistep solver's start
+            included; None if these add noise.
         multistep: Whether it reuses earlier steps' evaluations: if so, churn and num_steps=1 are refused.
         options: Option objects of its own, with the defaults that the step receives.
         adds_noise: adds_noise(**options) → whether the step uses z; if so, churn, which uses the same z, is refused.

@@ -23,7 +23,7 @@ DISTANCES = ('FID', 'FD')  # kinds of a distance's label: Inception's, any other
 # Two scores that agree in these are rounds of one measurement; everything else may differ between rounds.
 SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'precision', 'bnr', 'path',
         'trained_on', 'targets', 'prior', 'cold_blur', 'cold_start', 'sampler', 'class_idx', 'detector',
-        'detector_sha256', 'ref_sha256', 'num_images')
+        'detector_sha256', 'ref_sha256', 'num_images', 'architecture', 'parameters', 'loss')
 # Sampler options that the facts hold under another name: as NFE, solver and path; `data` is the training set.
 NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data')
 ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
@@ -138,9 +138,14 @@ def flags_beyond_defaults(facts):
             if name not in NAMED_OTHERWISE and (name not in plain or value != plain[name])]
 
 
+def loss_flags(facts):
+    """The options of the loss that were not the defaults, as flags."""
+    return str(facts.get('loss') or '').split()
+
+
 def is_plain(facts):
-    """Whether a score is of plain sampling: no non-default sampler options, images of all classes."""
-    return not flags_beyond_defaults(facts) and facts.get('class_idx') is None
+    """Whether a score is of plain training and sampling: no options beyond the defaults, images of all classes."""
+    return not (facts.get('loss') or flags_beyond_defaults(facts)) and facts.get('class_idx') is None
 
 
 def in_float32(facts):
@@ -151,8 +156,8 @@ def in_float32(facts):
 def best_match(candidates, images=PAPER_IMAGES, **preferred):
     """The candidate that compares best with a number of the paper's over `images` images; None without candidates.
 
-    In order of priority: plain sampling (`is_plain`), so that the best of a scan over sampler options does not win;
-    most of the facts `preferred`; nearest number of images; longest training; float32; best score.
+    In order of priority: plain training and sampling (`is_plain`), so that the best of a scan over options does not
+    win; most of the facts `preferred`; nearest number of images; longest training; float32; best score.
     """
     def rank(m):
         distance = m.value('FID')
@@ -187,7 +192,7 @@ def differences(m, nfe=None, dataset=None, images=PAPER_IMAGES):
         words.append(f'{label} instead of FID')
     if f['solver'] not in (None, SOLVER):
         words.append(f'solver {f["solver"]}')
-    words += [f'`{flag}`' for flag in flags_beyond_defaults(f)]
+    words += [f'`{flag}`' for flag in (*loss_flags(f), *flags_beyond_defaults(f))]
     if not in_float32(f):
         words.append(f'precision {f["precision"]}')
     if f['trained_on'] not in (None, f['path']):

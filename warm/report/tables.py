@@ -5,7 +5,8 @@ import dataclasses
 from training.schedules import SOLVER
 from warm.cold import DEFAULT_START, STARTS
 from warm.path import PAPER_BNR
-from warm.report.data import PAPER_IMAGES, best_match, differences, flags_beyond_defaults
+from warm.report.data import PAPER_IMAGES, best_match, differences, flags_beyond_defaults, loss_flags
+from warm.systems import SYSTEMS
 from warm.targets import PAPER_TARGETS
 
 NONE = '–'
@@ -157,6 +158,26 @@ def further_step_counts(measurements):
             for nfe in sorted(counts - {row.nfe for row in TABLE_4})]
 
 
+def method_of(facts):
+    """Name of a method, with Warm's path, and its targets where they are not the paper's."""
+    name = facts['system'] or NONE
+    title = SYSTEMS[name].title if name in SYSTEMS else name
+    details = [facts['path'], facts['targets'] if facts['targets'] != PAPER_TARGETS else None]
+    details = ', '.join(text for text in details if text)
+    return f'{title} ({details})' if details else title
+
+
+def further_methods(measurements):
+    """Rows for methods that we measured and for which neither the paper nor Tables 3 to 5 have a row."""
+    listed = [*METHODS, *(row for _, _, rows, further in TABLES_3_TO_5 for row in (*rows, *further(measurements)))]
+
+    def unlisted(facts):
+        return not any(row.matches(facts) for row in listed)
+    titles = dict.fromkeys(method_of(m.facts) for m in measurements if unlisted(m.facts))
+    return [Row(title, None, None, None, lambda f, title=title: method_of(f) == title and unlisted(f))
+            for title in titles]
+
+
 TABLES_3_TO_5 = [  # (title, head of the first column, the paper's rows, measurements → rows that the paper lacks)
     ('Table 3. Blur-to-Noise Ratios at NFE 35', 'BNR', TABLE_3, further_bnrs),
     ("Table 4. Blurring Diffusion's schedule in Warm's parametrisation", 'BNR schedule', TABLE_4, further_step_counts),
@@ -218,7 +239,7 @@ def sections(table, measurements):
         lines += [[f'**{title}**']] + [cells_of(row, answer(row, group)) for row in rows]
         listed = {row.title for other, listed_rows in table.values() if other == data for row in listed_rows}
         if rows[0].images == PAPER_IMAGES:
-            lines += scored([row for row in METHODS if row.title not in listed], group)
+            lines += scored([row for row in METHODS if row.title not in listed] + further_methods(group), group)
     return lines
 
 
@@ -226,7 +247,7 @@ def other_sections(measurements):
     """Lines for data sets that the paper lacks: the methods that we scored on them."""
     lines = []
     for dataset, group in others(measurements).items():
-        lines += [[f'**{title_of(dataset)}** (not in the paper)'], *scored(METHODS, group)]
+        lines += [[f'**{title_of(dataset)}** (not in the paper)'], *scored(METHODS + further_methods(group), group)]
     return lines
 
 
@@ -273,17 +294,23 @@ def rows_of(heads, alignment, lines):
 
 def all_scores(measurements):
     """A Markdown table of every measurement, with all it takes to repeat it."""
-    heads = ['Run', 'Snapshot', 'kimg', 'Path', 'Solver', 'NFE', 'Other options', 'Images', 'Rounds', 'Seeds', 'Scores',
-             'Detector', 'Device', 'Seconds', 'Commit']
+    heads = ['Run', 'Snapshot', 'kimg', 'Network', 'Path', 'Solver', 'NFE', 'Other options', 'Images', 'Rounds',
+             'Seeds', 'Scores', 'Detector', 'Device', 'Seconds', 'Commit']
     lines = []
     for m in measurements:
         f = m.facts
         scores = ', '.join(f'{label} {value:.5g}' for label, value in m.values.items())
-        lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), _path(f),
+        lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), _network(f), _path(f),
                       f['solver'] or NONE, _number(f['nfe'], 'd'), _other_options(f), _number(f['num_images'], ',d'),
                       str(m.rounds), f['seeds'], scores,
                       f['detector'] or NONE, f['device'] or NONE, f'{m.seconds:.0f}', f['commit'] or NONE])
     return rows_of(heads, ['---'] * len(heads), lines)
+
+
+def _network(facts):
+    """Class and size of the U-Net, where recorded."""
+    millions = facts['parameters'] / 1e6 if isinstance(facts['parameters'], int) else None
+    return f"{facts['architecture']}, {millions:.3g} M" if millions else NONE
 
 
 def _path(facts):
@@ -293,5 +320,6 @@ def _path(facts):
 
 def _other_options(facts):
     given = [('precision', facts['precision']), ('class', facts['class_idx']), ('cold-blur', facts['cold_blur'])]
-    flags = flags_beyond_defaults(facts) + [f'--{name}={value}' for name, value in given if value is not None]
+    flags = [*loss_flags(facts), *flags_beyond_defaults(facts),
+             *(f'--{name}={value}' for name, value in given if value is not None)]
     return f"`{' '.join(flags)}`" if flags else NONE
