@@ -1,6 +1,7 @@
 """Warm through the commands and the library: every way to train it, and what may be drawn from the result."""
 
 import json
+import re
 
 import numpy as np
 import PIL.Image
@@ -9,7 +10,7 @@ import torch
 
 import warm
 from dnnlib import UserError
-from tests.commands import SMALL, invoke, refused
+from tests.commands import SMALL, invoke, refused, run_command
 from training.dataset import EMBEDDED
 from training.snapshot import read_snapshot, save_snapshot
 from warm.systems import SYSTEMS
@@ -86,6 +87,23 @@ def test_library(tmp_path):
         warm.sample(net, [0], discretization='vp')
     with pytest.raises(UserError, match='no file'):
         warm.load(tmp_path / 'none.safetensors')
+
+
+def test_a_method_outside_the_repository(tmp_path, root):
+    """The README's script, as it stands there, trains its method and draws from it."""
+    script = re.search(r'```python\n(# shifted\.py.*?)```', (root / 'README.md').read_text(), re.DOTALL)[1]
+    (tmp_path / 'shifted.py').write_text(script)
+
+    def run(*args):
+        return run_command(tmp_path / 'shifted.py', *args, env={'PYTHONPATH': str(root)})
+    trained = run('train', '--precond=shifted', f'--outdir={tmp_path / "run"}', '--nosubdir', '--duration=0.000016',
+                  *SMALL)
+    assert 'System:                  shifted' in trained.stdout
+    snapshot = tmp_path / 'run' / 'network-snapshot-000000.safetensors'
+    run('generate', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0', '--steps=2')
+    assert (tmp_path / 'out' / '000000.png').is_file()
+    refused(invoke('generate.py', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0'),
+            "is of the system 'shifted', which this version does not know")
 
 
 def test_library_with_edm(root):

@@ -35,8 +35,10 @@ def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
     if bnr is not None or bnr_schedule is not None:
         path = parse_path(bnr, bnr_schedule)
         if not net.family.contains(path, full['sigma_min'], full['sigma_max']):
-            raise UserError(f'this network knows {net.family}, not {path}; choose a --bnr or --bnr-schedule within '
-                            'it, or train a network for it')
+            low, high = path.bnr_bounds(full['sigma_min'], full['sigma_max'])
+            varies = '' if low == high else f', whose BNR goes from {low:.2g} to {high:.2g}'
+            raise UserError(f'this network knows {net.family}, not {path}{varies}; choose a --bnr or --bnr-schedule '
+                            'within it, or train a network for it')
     return functools.partial(warm_sampler, path=path, **options)
 
 
