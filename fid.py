@@ -37,22 +37,30 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     check_exclusive(images, network, {flag_of(k): v for k, v in network_only.items()}, {'--num': num})
     if log:
         check_json_lines(log)
-    scorer = load_scorer(m.parse_metrics(metrics), detector, ref, seed)
+    metrics = m.parse_metrics(metrics)
     if images:
-        batch = batch or scoring_batch(scorer.detector.device)
-        dataset = open_images(images, num or NUM, seed)
-        sources = [ImageFiles(dataset, images, read_object(pathlib.Path(images) / RECORD))]
-        default_log = pathlib.Path(os.path.abspath(images)).parent / SCORES_NAME
+        sources, usual_batch, usual_log = file_sources(images, num, seed)
     else:
-        seeds = seeds or list(range(NUM))
-        scorer.check(len(seeds))
-        dist.print0(f'Loading network from {network} ...')
-        drawn = open_network(network, sampler_options, class_idx)
-        batch = batch or default_batch(drawn.net)
-        sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
-                   for shift in shifts(seeds, rounds or 1)]
-        default_log = (pathlib.Path() if is_url(network) else drawn.snapshot.path.parent) / SCORES_NAME
-    return score_rounds(scorer, sources, batch, log, default_log)
+        sources, usual_batch, usual_log = network_sources(network, seeds, rounds, class_idx, sampler_options)
+    scorer = load_scorer(metrics, detector, ref, seed)  # after the images, since it may have to be downloaded
+    return score_rounds(scorer, sources, batch or usual_batch, log, usual_log)
+
+
+def file_sources(images, num, seed):
+    """([source], batch size, log) for a folder or zip of images."""
+    source = ImageFiles(open_images(images, num or NUM, seed), images, read_object(pathlib.Path(images) / RECORD))
+    return [source], scoring_batch(dist.device()), pathlib.Path(os.path.abspath(images)).parent / SCORES_NAME
+
+
+def network_sources(network, seeds, rounds, class_idx, sampler_options):
+    """(a source for each round, batch size, log) for a network."""
+    seeds = seeds or list(range(NUM))
+    dist.print0(f'Loading network from {network} ...')
+    drawn = open_network(network, sampler_options, class_idx)
+    sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
+               for shift in shifts(seeds, rounds or 1)]
+    folder = pathlib.Path() if is_url(network) else drawn.snapshot.path.parent
+    return sources, default_batch(drawn.net), folder / SCORES_NAME
 
 
 def check_exclusive(images, network, network_only, images_only):
@@ -109,8 +117,8 @@ def ref(data, dest, batch, detector, metrics):
     """Write reference statistics of a folder or zip of images to an .npz file."""
     metrics = m.parse_metrics(metrics)
     m.check_destination(dest, data)
-    detector = open_detector(detector)
     source = ImageFiles(open_images(data), data)
+    detector = open_detector(detector)
     dist.print0(f'Reference statistics of {source.total} images of {data} ...')
     write_reference(dest, source, detector, metrics, batch or scoring_batch(detector.device))
     dist.print0(f'Wrote {dest}')

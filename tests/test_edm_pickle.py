@@ -144,6 +144,16 @@ def test_numpy_numbers_become_python_numbers_under_both_names_of_their_module():
         assert all(type(v) in (int, float, bool) for v in found.values())
 
 
+def test_positional_arguments_get_their_names():
+    """A script may make EDMPrecond(32, 3, 10): the first four arguments are the same in all of EDM's networks."""
+    data = fake_edm_pickle(module_state(_init_args=(32, 3, 10), _init_kwargs={'model_type': 'SongUNet'}))
+    assert load_edm_pickle(data)['kwargs'] == dict(img_resolution=32, img_channels=3, label_dim=10,
+                                                   model_type='SongUNet')
+    for args in ((32, 3, 10, False, 0.5), 7):
+        assert 'more positional arguments than img_resolution' in refusal(
+            fake_edm_pickle(module_state(_init_args=args, _init_kwargs={})))
+
+
 def test_keys_follow_the_nesting_of_modules(good):
     """The names that layouts and networks use: containers add a level, None entries nothing."""
     names = list(load_edm_pickle(good)['state_dict'])

@@ -548,6 +548,19 @@ def test_reference_address_that_fails(folders, tmp_path, monkeypatch):
           ref='https://example.org/cifar10-32x32.npz')
 
 
+def test_files_are_missed_before_a_detector_is_fetched(folders, reference, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('there is no need for a download yet')
+    monkeypatch.setattr(requests.Session, 'request', refuse)
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
+    fails('calc', 'nowhere', detector='inception', images=tmp_path / 'nowhere', num=50, ref=reference)
+    fails('calc', '50 images where 51 are to be scored', detector='inception', images=folders[1], num=51, ref=reference)
+    fails('calc', 'there is no file nowhere.npz', detector='inception', images=folders[1], num=50, ref='nowhere.npz')
+    fails('calc', 'there is no file nowhere.safetensors', detector='inception', network='nowhere.safetensors',
+          ref=reference)
+    fails('ref', 'nowhere', detector='inception', data=tmp_path / 'nowhere', dest=tmp_path / 'x.npz')
+
+
 @pytest.mark.parametrize('name, content, allowed', [
     ('x.zip', b'PK\x03\x04', False), ('notes.txt', b'dear diary\n', False), ('new.txt', None, False),
     ('empty.txt', b'', False), ('numbers.txt', b'1\n', False),

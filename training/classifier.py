@@ -28,7 +28,6 @@ from dnnlib.text import format_time
 from training.acceleration import check_compiler
 from training.classifier_net import MIN_RESOLUTION, Classifier, script_bytes
 from training.dataset import ImageFolderDataset
-from training.image_archive import open_archive, read_labels
 from training.metric_images import image_batches
 from training.provenance import code_version, hardware
 
@@ -69,11 +68,10 @@ def open_labelled(path):
     Raises:
         UserError: no labels, label vectors, images too small, or whatever ImageFolderDataset finds wrong.
     """
-    archive = open_archive(path)
-    if not archive.has('dataset.json') or read_labels(archive) is None:
+    dataset = ImageFolderDataset(path, use_labels=True)
+    if not dataset.has_labels:
         raise UserError(f'{path} has no labels, which a classifier learns from; recreate it with dataset_tool.py from '
                         'a labelled source')
-    dataset = ImageFolderDataset(path, use_labels=True)
     if not dataset.has_onehot_labels:
         raise UserError(f'the labels of {path} are vectors, not class numbers; give a data set whose dataset.json has '
                         'a class number for every image')

@@ -34,8 +34,8 @@ class ImageFolderDataset(torch.utils.data.Dataset):
     Args:
         path: Folder or zip, as made by dataset_tool.py; any square images of one size will do.
         resolution: Size the images must have; None accepts any.
-        use_labels: Use the labels of dataset.json: class numbers become one-hot vectors whose
-            length is the highest number plus one, float vectors stay as they are.
+        use_labels: Use the labels of dataset.json, if it has any (`has_labels`): class numbers become one-hot vectors
+            whose length is the highest number plus one, float vectors stay as they are.
         max_size: Keep a random subset of this many images, in their original order; None keeps all.
         xflip: Append the mirrored copy of every image.
         random_seed: Chooses the subset.
@@ -193,12 +193,9 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return f'{name} in {self._archive.path}'
 
     def _load_labels(self, names):
-        remedy = 'train without labels (--cond=0), or recreate it with dataset_tool.py from a labelled source'
-        if not self._archive.has('dataset.json'):
-            raise UserError(f'{self._archive.path} has no labels (no dataset.json); {remedy}')
-        labels = read_labels(self._archive)
+        labels = read_labels(self._archive) if self._archive.has('dataset.json') else None
         if labels is None:
-            raise UserError(f'{self._archive.path} has no labels; {remedy}')
+            return np.zeros([len(names), 0], np.float32)
         ordered = labels_of(names, labels, self._archive.path)
         return np.array(ordered, np.float32 if isinstance(ordered[0], list) else np.int64)
 

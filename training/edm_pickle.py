@@ -19,6 +19,7 @@ from training.pickle_machine import SCALARS, Buildable, Machine, Refused, StandI
 from training.pickled_tensors import TENSOR_GLOBALS, Storage, parse_storage_id
 
 MAX_DEPTH = 64  # nesting of modules, or of plain values
+POSITIONAL = ('img_resolution', 'img_channels', 'label_dim', 'use_fp16')  # the first arguments of EDM's networks
 
 
 # -- what an EDM pickle may build
@@ -148,19 +149,26 @@ def _load_edm(data):
     machine.find_global = {}  # ends the reference cycle, so that the file is released at once
     require(type(content) is dict and isinstance(content.get('ema'), Object), "it has no network under the key 'ema'")
     net, loss, augment = content['ema'], content.get('loss_fn'), content.get('augment_pipe')
-    require(not net.state.get('_init_args'), 'its network was made with unnamed arguments')
     state_dict = {}
     _collect_tensors(net, '', state_dict, machine)
     require(sum(t.nbytes for t in state_dict.values()) <= len(data), 'it repeats its own content')
     return {
         'class_name': net.class_name,
-        'kwargs': _init_kwargs(net, machine),
+        'kwargs': {**_init_args(net, machine), **_init_kwargs(net, machine)},
         'state_dict': state_dict,
         'dataset_kwargs': _plain(content.get('dataset_kwargs'), machine),
         'augment_kwargs': _init_kwargs(augment, machine),
         'loss_class': getattr(loss, 'class_name', None),
         'loss_kwargs': _init_kwargs(loss, machine),
     }
+
+
+def _init_args(net, machine):
+    """The positional arguments that made a network, by name; EDM's own training passes none."""
+    args = _plain(net.state.get('_init_args', ()), machine)
+    require(type(args) is tuple and len(args) <= len(POSITIONAL),
+            f"its network was made with more positional arguments than {', '.join(POSITIONAL)}")
+    return dict(zip(POSITIONAL, args))
 
 
 def _init_kwargs(obj, machine):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import tqdm
 
-from dnnlib.download import local_path
+from dnnlib.download import is_url, local_path
 from dnnlib.files import file_sha256
 from dnnlib.text import NUMBER, check_once, excerpt, format_int_list
 from torch_utils import distributed as dist
@@ -204,6 +204,8 @@ def load_scorer(metrics, detector, ref=None, seed=0):
         UserError: any of these is unsuitable.
     """
     m.check_reference_given(metrics, ref)
+    if ref and not is_url(ref):
+        local_path(ref)  # it must exist; checked before a detector is downloaded
     if not isinstance(detector, Detector):
         detector = open_detector(detector)
     if not ref:

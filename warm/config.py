@@ -141,6 +141,9 @@ def check_config(config, start, fetch=True):
     """
     split_batch(config['batch_size'], config['batch_gpu'])
     dataset = open_data(**config['dataset_kwargs'])
+    if config['dataset_kwargs']['use_labels'] and not dataset.has_labels:
+        raise UserError(f'{dataset.path} has no labels; train without them (--cond=0), or recreate it with '
+                        'dataset_tool.py from a labelled source')
     system = SYSTEMS[config['system']]
     with torch.device('meta'):  # names and shapes, without memory
         net = system.network_class(**interface_kwargs(dataset, config['augment_kwargs']), **config['network_kwargs'])
