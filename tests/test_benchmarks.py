@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -194,7 +195,7 @@ def test_a_whole_scoring_has_rows(monkeypatch):
 class Training:
     """Stands in for a process of train.py: a tick per kimg, a minute per tick; a signal stops it, its state saved."""
 
-    clock, started = [0.0], []
+    clock, started, flags = [0.0], [], {}
 
     def __init__(self, command, **kwargs):
         options = dict(flag.lstrip('-').split('=') for flag in command[2:] if '=' in flag)
@@ -202,6 +203,7 @@ class Training:
         self.kimg, self.loss = 1000 * float(options['duration']), 1.0 + float(options['precision'] == 'bf16') / 100
         assert {'--auto-resume', '--keep=1', '--compact-state'} <= set(command)
         Training.started.append(self.folder.name)
+        Training.flags[self.folder.name] = [flag for flag in command if re.match('--(seed|channels-last)', flag)]
 
     def wait(self, timeout=None):
         if self.returncode is not None:
@@ -247,6 +249,9 @@ def test_curves_over_several_calls(tmp_path, monkeypatch):
     assert result.exit_code == 0 and set(runs.values()) == {'complete'}
     assert Training.started == ['fp32-with-another-seed']
     assert call()[0].exit_code == 0 and Training.started == []
+    assert Training.flags == {'fp32': ['--seed=0'], 'bf16': ['--seed=0'],
+                              'fp32-in-channels-last': ['--seed=0', '--channels-last=1'],
+                              'fp32-with-another-seed': ['--seed=0', '--seed=1']}
 
 
 @pytest.mark.parametrize('line, words', [

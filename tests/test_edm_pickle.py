@@ -149,9 +149,10 @@ def test_positional_arguments_get_their_names():
     data = fake_edm_pickle(module_state(_init_args=(32, 3, 10), _init_kwargs={'model_type': 'SongUNet'}))
     assert load_edm_pickle(data)['kwargs'] == dict(img_resolution=32, img_channels=3, label_dim=10,
                                                    model_type='SongUNet')
-    for args in ((32, 3, 10, False, 0.5), 7):
-        assert 'more positional arguments than img_resolution' in refusal(
-            fake_edm_pickle(module_state(_init_args=args, _init_kwargs={})))
+    for args, words in (((32, 3, 10, False, 0.5), 'more positional arguments than img_resolution'),
+                        (7, 'malformed'), ((32, 3), 'given twice')):
+        data = fake_edm_pickle(module_state(_init_args=args, _init_kwargs={'img_channels': 3}))
+        assert words in refusal(data)
 
 
 def test_keys_follow_the_nesting_of_modules(good):

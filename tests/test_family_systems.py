@@ -23,6 +23,7 @@ from training.snapshot import SYSTEM_OF_EDM_CLASS
 from training.system import EDM_SYSTEMS, GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
 from warm import flags
+from warm.config import check_config
 from warm.edm_like import with_multistep
 from warm.samplers import SOLVERS
 from warm.sources import open_network
@@ -172,15 +173,19 @@ def test_options_of_a_loss(tmp_path, monkeypatch):
     assert seen == [0.5]
 
     # What was changed is recorded, and a run goes on with nothing else.
-    assert json_lines(tmp_path / 'metrics.jsonl')[0]['loss'] == '--p-mean=0.5'
+    assert json_lines(tmp_path / 'metrics.jsonl')[0]['loss'] == {'p_mean': 0.5}
     monkeypatch.setitem(SYSTEMS, 'other', other)
     facts = open_network(tmp_path / 'network-snapshot-000000.safetensors', {}).facts
-    assert facts['loss'] == '--p-mean=0.5' and facts['architecture'] == 'SongUNet' and facts['parameters'] > 1000
+    assert facts['loss'] == {'p_mean': 0.5} and facts['architecture'] == 'SongUNet' and facts['parameters'] > 1000
     state = str(tmp_path / 'training-state-000000.pt')
     for kwargs, words in (({'p_mean': -1.2}, 'none'), ({'p_mean': 0.7}, '--p-mean=0.7')):
         with pytest.raises(UserError, match=f'from a run with the loss options --p-mean=0.5, not {words}; resume'):
             train(0.008, loss_kwargs=kwargs, resume=state)
     train(0.008, loss_kwargs={'p_mean': 0.5}, resume=state)
+    config = dict(system='other', batch_size=4, batch_gpu=None, dataset_kwargs=dict(path=EMBEDDED, use_labels=False),
+                  network_kwargs=TINY, augment_kwargs=None, accelerate_kwargs=dict(recompute=False), loss_kwargs={})
+    with pytest.raises(UserError, match='from a run with the loss options --p-mean=0.5, not none'):
+        check_config(config, {'path': state, 'settings': {'loss': {'p_mean': 0.5}}})
 
 
 def foreign(attribute):

@@ -558,6 +558,8 @@ def test_files_are_missed_before_a_detector_is_fetched(folders, reference, tmp_p
     fails('calc', 'there is no file nowhere.npz', detector='inception', images=folders[1], num=50, ref='nowhere.npz')
     fails('calc', 'there is no file nowhere.safetensors', detector='inception', network='nowhere.safetensors',
           ref=reference)
+    fails('calc', 'there is no file nowhere.npz', network='https://example.org/a.safetensors', ref='nowhere.npz')
+    fails('calc', 'give --ref', network='https://example.org/a.safetensors')
     fails('ref', 'nowhere', detector='inception', data=tmp_path / 'nowhere', dest=tmp_path / 'x.npz')
 
 

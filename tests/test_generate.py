@@ -14,7 +14,7 @@ import torch
 
 from dnnlib import UserError
 from tests.commands import ROOT, invoke, refused, run_command, succeed, torchrun
-from tests.small_networks import TRAINABLE, few_steps, short_network
+from tests.small_networks import TRAINABLE, few_steps, short_network, tiny_network
 from training.dataset import EMBEDDED
 from training.generated import RECORD, write_images
 from training.generation import generate_batch, generate_images
@@ -299,6 +299,16 @@ def test_one_layout_for_a_seed(tmp_path, networks):
     refused(invoke(*base), '000000/000000.png', 'add --subdirs')
     refused(invoke(*base, '--overwrite'), 'add --subdirs')
     assert state_of(tmp_path) == state
+
+
+def test_more_steps_than_evaluations(tmp_path):
+    """iDDPM rounds many noise levels to one, and steps between equal levels take no evaluation."""
+    path = tmp_path / 'network-snapshot-000000.safetensors'
+    save_snapshot(path, tiny_network('iddpm'), 'iddpm')
+    record, drawn = (open_network(path, dict(solver='dpmpp2m', num_steps=200, **options))
+                     for options in ({}, {'rho': 7.0}))
+    assert record.facts['nfe'] < 200 and drawn.difference(record.facts) is None
+    assert drawn.difference({**record.facts, 'sampler': {'num_steps': 10 ** 9}}) is not None
 
 
 def test_what_makes_no_difference_is_no_other_option(tmp_path, networks):

@@ -153,13 +153,34 @@ def test_methods_of_ones_own_have_rows(tmp_path):
         text = report_of(tmp_path, [
             *rounds([2.0], system='flow', **own, **data), *rounds([3.0], targets='residual --rest-scale=edm', **data),
             *rounds([4.0], bnr=None, path='sigmoid BNR up to 1', **data), *rounds([5.0], **{**EDM, **data}),
-            *rounds([4.5], **{**EDM, **data, 'network_sha256': 'f'}, loss='--p-mean=0.5')])
+            *rounds([4.5], **{**EDM, **data, 'network_sha256': 'f'}, loss={'p_mean': 0.5})])
         assert [(row[0], row[5]) for row in rows(text) if row[5] in ('2.00', '3.00', '4.00', '4.50')] == [
             ('flow', '2.00'), ('Warm (constant BNR 0.5, residual --rest-scale=edm)', '3.00'),
             ('Warm (sigmoid BNR up to 1)', '4.00')]
         assert found_row(text, 'EDM')[5] == '5.00'
-    shown = report_of(tmp_path, rounds([4.5], **EDM, loss='--p-mean=0.5'))
+    shown = report_of(tmp_path, rounds([4.5], **EDM, loss={'p_mean': 0.5}))
     assert '`--p-mean=0.5`' in found_row(shown, 'EDM')[-1]
+
+
+def test_no_measurement_is_lost(tmp_path):
+    """Tables 3 and 5 are drawn for one of the paper's data sets only; on the others, their rows join the methods'."""
+    title = 'Warm (constant BNR 0.3)'
+    for data in (dict(label_dim=10), dict(dataset='ffhq-64x64', resolution=64)):
+        text = report_of(tmp_path, rounds([2.0], bnr=0.3, path='constant BNR 0.3', **data)
+                         + rounds([3.0], targets='clean', **data))
+        assert found_row(text, title)[5] == '2.00'
+        assert found_row(text, 'Warm (constant BNR 0.5, clean)')[5] == '3.00'
+    stf = dict(system='stf', path=None, targets=None)
+    scaled = report_of(tmp_path, rounds([2.0], **stf, sampler={'epsilon_scale': '1.001'}))
+    assert found_row(scaled, 'STF (epsilon scaling)')[5] == '2.00'
+    assert all(row[0] != '–' for row in rows(report_of(tmp_path, rounds([2.0], system=None, dataset=None))))
+
+
+def test_rounds_of_older_and_newer_versions_are_one_measurement(tmp_path):
+    lines = rounds([2.0, 2.1, 2.2])
+    lines[2].update(architecture='SongUNet', parameters=55_700_000, loss={})
+    measurement, = measured(tmp_path, lines)
+    assert measurement.rounds == 3 and measurement.facts['architecture'] == 'SongUNet'
 
 
 def test_networks_are_named_where_known(tmp_path):

@@ -263,7 +263,9 @@ BAD_OPTIONS = [(dict(num_steps=0), 'number of sampling steps is 0'), (dict(num_s
                (dict(rho=0), 'rho is 0'), (dict(rho=math.nan), 'rho is nan'), (dict(sigma_min=0), 'sigma_min 0'),
                (dict(sigma_min=-1), 'sigma_min -1'), (dict(sigma_min=90), 'sigma_min 90 and sigma_max 80'),
                (dict(sigma_max=math.inf), 'sigma_max inf'), (dict(sigma_min=1, sigma_max=1), 'sigma_min 1'),
-               (dict(sigma_min=1e-170), 'is 0 in float64'),
+               (dict(sigma_min=1e-46), '0 or infinite in float32'),
+               (dict(sigma_max=1e39), '0 or infinite in float32'), (dict(rho=0.008), '0 or infinite in float32'),
+               (dict(rho=0.004), 'rho is 0.004'),
                (dict(S_churn=-1), 'S_churn is -1'), (dict(S_noise=math.nan), 'S_noise is nan')]
 BAD_CHOICES = [(dict(solver='rk4'), "no solver 'rk4'; choose one of euler, heun"),
                (dict(discretization='x'), "no discretization 'x'"), (dict(schedule='x'), "no schedule 'x'"),

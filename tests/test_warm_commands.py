@@ -66,6 +66,12 @@ def test_options_that_exclude_each_other():
     refused(invoke('train.py', '-n', '--precond=warm', '--bnr=0.5,x'), "'x'")
 
 
+def test_a_refused_schedule_says_what_its_bnr_is():
+    net = SYSTEMS['warm'].network_class(8, 1, model_type='SongUNet', model_channels=8, channel_mult=[1], bnr='0.1-2')
+    with pytest.raises(UserError, match='not blurring schedule up to 20 pixels, whose BNR goes from 0.04 to 10'):
+        SYSTEMS['warm'].make_sampler(net, {'bnr_schedule': 'blurring'})
+
+
 def test_library(tmp_path):
     """The README's example: `sample` draws what generate.py writes, and D + R is the network's prediction."""
     network = train(tmp_path / 'run', '--cond=1')

@@ -154,7 +154,7 @@ def _load_edm(data):
     require(sum(t.nbytes for t in state_dict.values()) <= len(data), 'it repeats its own content')
     return {
         'class_name': net.class_name,
-        'kwargs': {**_init_args(net, machine), **_init_kwargs(net, machine)},
+        'kwargs': _network_kwargs(net, machine),
         'state_dict': state_dict,
         'dataset_kwargs': _plain(content.get('dataset_kwargs'), machine),
         'augment_kwargs': _init_kwargs(augment, machine),
@@ -163,12 +163,15 @@ def _load_edm(data):
     }
 
 
-def _init_args(net, machine):
-    """The positional arguments that made a network, by name; EDM's own training passes none."""
-    args = _plain(net.state.get('_init_args', ()), machine)
-    require(type(args) is tuple and len(args) <= len(POSITIONAL),
+def _network_kwargs(net, machine):
+    """All arguments that made a network, by name; EDM's own training passes none by position."""
+    args, kwargs = _plain(net.state.get('_init_args') or (), machine), _init_kwargs(net, machine)
+    require(type(args) is tuple, 'the arguments of its network are malformed')
+    require(len(args) <= len(POSITIONAL),
             f"its network was made with more positional arguments than {', '.join(POSITIONAL)}")
-    return dict(zip(POSITIONAL, args))
+    named = dict(zip(POSITIONAL, args))
+    require(not named.keys() & kwargs.keys(), 'its network was made with an argument given twice')
+    return {**named, **kwargs}
 
 
 def _init_kwargs(obj, machine):

@@ -28,7 +28,7 @@ class Evaluator:
         num: Number of images: far fewer than a published score's 50,000, so the scores' names in stats.jsonl state it.
         scorer: `training.scoring.Scorer`.
         sample_options: Options of the sampler.
-        loss: The loss's options as flags (System.loss_flags), for metrics.jsonl.
+        loss: Options of the loss (System.changed_loss), for metrics.jsonl.
     """
 
     run_dir: str
@@ -38,7 +38,7 @@ class Evaluator:
     num: int
     scorer: object
     sample_options: dict
-    loss: str | None
+    loss: dict
 
     def __call__(self, net, tick, nimg, done):
         """Scores of `net` at the end of a tick, {'Metrics/FID-1000': value}, on rank 0; {} elsewhere or if not due."""
@@ -71,7 +71,7 @@ def make_evaluator(run_dir, system, dataset_path, sample_options=None, loss=None
         dataset_path: The training data; without `ref`, its statistics (of unmirrored images) are the reference,
             and are kept as RUN_DIR/eval-ref.npz.
         sample_options: Options of the system's sampler.
-        loss: The loss's options as flags (System.loss_flags), for the record.
+        loss: Options of the loss (System.changed_loss), for the record.
         ticks, num, ref, detector, metrics: As train.py's --eval flags.
 
     Raises:
@@ -89,4 +89,4 @@ def make_evaluator(run_dir, system, dataset_path, sample_options=None, loss=None
         write_reference(ref, ImageFiles(dataset, dataset_path), detector, names, BATCH, progress=False)
     scorer = load_scorer(names, detector, ref)
     scorer.warn_of_size(ImageFiles(dataset))
-    return Evaluator(run_dir, system, dataset.name, ticks, num, scorer, sample_options or {}, loss)
+    return Evaluator(run_dir, system, dataset.name, ticks, num, scorer, sample_options or {}, loss or {})

@@ -14,7 +14,7 @@ from torch_utils import distributed as dist
 from torch_utils import training_stats
 from training.compact import MOMENTS, expand, is_compact
 from training.state import load_state
-from training.system import flag_of
+from training.system import as_flags, flag_of
 from training.unet import ARCHITECTURES, MODELS
 
 # What Python and PyTorch raise for values of an unexpected type or shape.
@@ -152,11 +152,14 @@ def check_origin(state, path, **origin):
     Raises:
         UserError: they differ.
     """
+    def shown(value):
+        return excerpt(' '.join(as_flags(value)) if isinstance(value, dict) else value or '') or 'none'
+
     before = {**origin, **ORIGIN_BEFORE, **state['settings']}
     for name, now in origin.items():
         if before[name] != now:
-            raise UserError(f"{path} is from a run with {ORIGIN[name]}{excerpt(before[name] or 'none')}, not "
-                            f"{now or 'none'}; resume with that, or start from a snapshot of it with --transfer")
+            raise UserError(f'{path} is from a run with {ORIGIN[name]}{shown(before[name])}, not {shown(now)}; '
+                            'resume with that, or start from a snapshot of it with --transfer')
 
 
 def tell_other_data(state, dataset):

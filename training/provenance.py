@@ -15,7 +15,7 @@ from torch_utils import distributed as dist
 from training import metrics as m
 from training.schedules import SOLVER
 from training.stand_ins import count_evaluations, trace
-from training.system import flag_of
+from training.system import as_flags
 
 COMMIT_VARIABLE = 'WARM_COMMIT'  # environment variable with the code version, for a copy without git
 
@@ -39,7 +39,7 @@ def network_facts(snapshot, net, system, options, sampler, class_idx=None):
 
 
 def training_facts(net, system, dataset_name, loss):
-    """What the network is and was trained for; `loss`: the loss's options as flags (System.loss_flags)."""
+    """What the network is and was trained for; `loss`: options of its loss (System.changed_loss)."""
     return dict(system=system.name, dataset=dataset_name, resolution=net.img_resolution, label_dim=net.label_dim,
                 architecture=type(net.model).__name__, parameters=sum(p.numel() for p in net.parameters()), loss=loss)
 
@@ -77,7 +77,8 @@ def _draws_alike(net, system, there, now, nfe):
     """Whether two sets of sampler options make the same sampler; `there` comes from a file and may be anything."""
     steps = there.get('num_steps') if isinstance(there, dict) else math.inf
     try:
-        if (steps or 0) > nfe:  # no sampler takes more steps than evaluations; an absurd number would take for ever
+        # No sampler takes more steps than asked for, or by default than evaluations; an absurd number takes for ever.
+        if (steps or 0) > max(nfe, now.get('num_steps') or 0):
             return False
         samplers = [system.make_sampler(net, options) for options in (there, now)]
         return trace(net, samplers[0]) == trace(net, samplers[1])
@@ -89,7 +90,7 @@ def _as_typed(options):
     """Sampler options as flags: '--steps=3 --bnr=0.5'."""
     if not isinstance(options, dict):
         return 'unknown ones'
-    return ' '.join(f'{flag_of(str(name))}={value}' for name, value in options.items()) or 'the defaults'
+    return ' '.join(as_flags(options)) or 'the defaults'
 
 
 def code_version():

@@ -120,10 +120,11 @@ def rounded(net, sigmas):
 
 
 def _rounded_grid(net, sigmas):
-    """`rounded`, but UserError where a level is so small that float64 made it 0."""
+    """`rounded`, but UserError where a level is 0 or infinite in float32, in which networks take it."""
     sigmas = rounded(net, sigmas)
-    if not (sigmas > 0).all():
-        raise UserError(f'the smallest of the noise levels below {sigmas[0]:g} is 0 in float64; raise sigma_min')
+    if not ((sigmas.to(torch.float32) > 0) & sigmas.to(torch.float32).isfinite()).all():
+        raise UserError('some of the noise levels are 0 or infinite in float32; choose sigma_min, sigma_max and rho '
+                        'that are less extreme')
     return sigmas
 
 

@@ -135,7 +135,10 @@ def _fractions(num_steps):
 
 def edm_sigmas(num_steps, sigma_min, sigma_max, *, rho, **_):
     """Evenly spaced in σ^(1/rho) (equation 5)."""
-    high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    try:
+        high, low = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    except OverflowError as e:
+        raise UserError(f'rho is {rho}, too small for noise levels up to {sigma_max:g}; give a larger one') from e
     return (high + _fractions(num_steps) * (low - high)) ** rho
 
 

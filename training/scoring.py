@@ -191,6 +191,13 @@ def open_detector(spec):
     return dist.first_on_rank0(lambda: load_detector(spec, dist.device()))
 
 
+def check_reference(metrics, ref):
+    """Raise UserError if `metrics` need a reference and there is none, or if `ref` is a file that does not exist."""
+    m.check_reference_given(metrics, ref)
+    if ref and not is_url(ref):
+        local_path(ref)
+
+
 def load_scorer(metrics, detector, ref=None, seed=0):
     """Load detector and reference statistics into a `Scorer`. Call on all ranks.
 
@@ -203,9 +210,7 @@ def load_scorer(metrics, detector, ref=None, seed=0):
     Raises:
         UserError: any of these is unsuitable.
     """
-    m.check_reference_given(metrics, ref)
-    if ref and not is_url(ref):
-        local_path(ref)  # it must exist; checked before a detector is downloaded
+    check_reference(metrics, ref)
     if not isinstance(detector, Detector):
         detector = open_detector(detector)
     if not ref:

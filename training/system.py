@@ -105,11 +105,10 @@ class System:
         """Arguments of `loss`, as `network_kwargs` gives the network's."""
         return self._filled(self.loss_options, given)
 
-    def loss_flags(self, kwargs):
-        """Those arguments of `loss` that are not its options' defaults, as flags ('--p-mean=0.5'); None if none is."""
-        given = (f'{option.flag}={kwargs[option.name]}' for option in self.loss_options
-                 if kwargs.get(option.name, option.default) != option.default)
-        return ' '.join(given) or None
+    def changed_loss(self, kwargs):
+        """{name: value} of those arguments of `loss` that are not its options' defaults."""
+        return {option.name: kwargs[option.name] for option in self.loss_options
+                if kwargs.get(option.name, option.default) != option.default}
 
     def _filled(self, options, given):
         names = [option.name for option in self.train_options]
@@ -181,6 +180,11 @@ def flag_of(name):
     """The command-line flag for an option's name; EDM's own keep their underscores."""
     edm = (*COMMON_SAMPLE_OPTIONS, *ABLATION_OPTIONS)
     return '--' + (FLAG_NAMES.get(name, name) if name in edm else name.replace('_', '-'))
+
+
+def as_flags(options):
+    """{name: value} as typed: ['--steps=3', '--bnr=0.5']."""
+    return [f'{flag_of(str(name))}={value}' for name, value in options.items()]
 
 
 def own_options(systems, attribute):

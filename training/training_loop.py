@@ -81,14 +81,14 @@ def training_loop(
     seed = checked_seed(seed)
     system = systems[system]
     loss_kwargs = loss_kwargs or {}
-    loss_flags = system.loss_flags(loss_kwargs)
+    changed_loss = system.changed_loss(loss_kwargs)
 
     if dataset is None:
         dataset = open_dataset(**dataset_kwargs)
     augmentations = enabled_names(augment_kwargs)
     state = resume_from(resume) if resume is not None else None
     if state is not None:  # before the early return: a finished run of another system must not count as this one's
-        check_origin(state, resume, system=system.name, augmentations=augmentations, loss=loss_flags)
+        check_origin(state, resume, system=system.name, augmentations=augmentations, loss=changed_loss)
         tell_other_data(state, dataset.name)
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_nimg:
@@ -110,14 +110,14 @@ def training_loop(
         dist.print0(f'Transferred {transfer_weights(transfer, net)} of {len(net.state_dict())} tensors.')
         ema_rampup_ratio = None
     settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name,
-                    optimizer=type(optimizer).__name__, augmentations=augmentations, loss=loss_flags)
+                    optimizer=type(optimizer).__name__, augmentations=augmentations, loss=changed_loss)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
         check_origin(state, resume, optimizer=type(optimizer).__name__)
         restore(state, resume, net, ema, optimizer)
     ddp = dist.data_parallel(net)
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None
-    evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, loss_flags,
+    evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, changed_loss,
                               **(eval_kwargs or {}))
     batches = Batches(dataset, batch_gpu, seed, progress.nimg, data_loader_kwargs or {}, device, data_device)
     seed_rank(seed, state, resume)

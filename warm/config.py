@@ -151,7 +151,7 @@ def check_config(config, start, fetch=True):
         net.model.check_recompute()
     if start['path'] is not None:
         check_origin(start, start['path'], system=system.name, augmentations=enabled_names(config['augment_kwargs']),
-                     loss=system.loss_flags(config['loss_kwargs']))
+                     loss=system.changed_loss(config['loss_kwargs']))
         check_network(start, start['path'], net, [option.name for option in system.network_options])
     elif config['transfer'] is not None and (fetch or not is_url(config['transfer'])):
         transfer_weights(config['transfer'], net)  # only a check here: on the meta device there is nothing to set

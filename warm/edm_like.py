@@ -12,13 +12,12 @@ from warm.samplers import SAMPLER_DEFAULTS, SOLVERS, check_foreign, options_of, 
 
 def with_multistep(system):
     """A copy of `system` with those solvers of warm.samplers that EDM lacks (dpmpp2m), at BNR 0."""
-    def own_options():
-        return options_of([name for name in SOLVERS if name not in EDM_SOLVERS])
+    own = options_of([name for name in SOLVERS if name not in EDM_SOLVERS])
+    own_names = [option.name for option in own]
 
     def sampler(net, **options):
         solver = options.get('solver') or SAMPLER_DEFAULTS['solver']
-        own_names = [option.name for option in own_options()]
-        if solver in EDM_SOLVERS or solver not in SOLVERS:
+        if solver in EDM_SOLVERS:
             for name in options.keys() & own_names:
                 check_foreign(name, options.pop(name), solver)
             return system.sampler(net, **options)
@@ -28,7 +27,7 @@ def with_multistep(system):
                                 f"--solver={' or '.join(EDM_SOLVERS)}")
         with_defaults(options)
         return functools.partial(warm_sampler, **options)
-    return dataclasses.replace(system, sampler=sampler, own_sample_options=(*system.own_sample_options, *own_options()))
+    return dataclasses.replace(system, sampler=sampler, own_sample_options=(*system.own_sample_options, *own))
 
 
 def edm_like(system):

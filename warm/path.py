@@ -233,7 +233,7 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
     make_path = chosen('--bnr-schedule', name, PATHS)
     if name == 'constant':
         if argument:
-            raise UserError(f'--bnr-schedule={schedule} takes no argument; give the ratio as --bnr={argument}')
+            raise UserError(f'--bnr-schedule={schedule} takes no argument; give the ratio as --bnr={PAPER_BNR}')
         return ConstantBNR(PAPER_BNR if bnr is None else _number(bnr, '--bnr', expected))
     if bnr is not None:
         raise UserError(f'--bnr={bnr} does not go with --bnr-schedule={schedule}, which sets α itself; give one')
@@ -241,12 +241,12 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
         return make_path()
     fields, texts = arguments_of(name), argument.split(',')
     example = ':'.join([name, *([','.join(f'{field.default:g}' for field in fields)] if fields else [])])
+    remedy = f'of the schedule {name}; give a number, such as --bnr-schedule={example}'
+    numbers = [_number(text, '--bnr-schedule', f'{field.name} {remedy}') for field, text in zip(fields, texts)]
     if len(texts) > len(fields):
         takes = {0: 'no number', 1: 'one number'}.get(len(fields), f'up to {len(fields)} numbers')
         raise UserError(f'--bnr-schedule={schedule}: {name} takes {takes}; give --bnr-schedule={example}')
-    remedy = f'of the schedule {name}; give a number, such as --bnr-schedule={example}'
-    return make_path(*(_number(text, '--bnr-schedule', f'{field.name} {remedy}')
-                       for field, text in zip(fields, texts)))
+    return make_path(*numbers)
 
 
 def arguments_of(name):

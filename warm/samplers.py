@@ -5,7 +5,8 @@ The deterministic limit of Eq. 4 is the probability-flow ODE of the process:
     dx/dβ = (x − D)/β + V [Ṁ/(1−M)] Vᵀ R.
 
 Unprimed symbols belong to the current level (α, β), primed ones to the next. Grid, churn and NFE are EDM's
-(training.samplers); at BNR 0 every step here does the same arithmetic as EDM's sampler, without a DCT.
+(training.samplers), but that steps between equal levels, to which a network may round its grid, are skipped; at BNR 0
+every step here does the same arithmetic as EDM's sampler, without a DCT.
 
 To add a solver: one function here, or in a file of its own, and one line in SOLVERS; warm.steps says what it is given
 and has to return.

@@ -11,7 +11,7 @@ from training.metrics import METRICS, STD, kind_of
 from training.run_files import OPTIONS_NAME, SCORES_NAME, STATS_NAME
 from training.samplers import ablation_sampler
 from training.schedules import SOLVER
-from training.system import flag_of
+from training.system import as_flags, flag_of
 from warm.cold import ColdProcess
 from warm.samplers import SAMPLER_DEFAULTS
 from warm.systems import SYSTEMS
@@ -23,7 +23,9 @@ DISTANCES = ('FID', 'FD')  # kinds of a distance's label: Inception's, any other
 # Two scores that agree in these are rounds of one measurement; everything else may differ between rounds.
 SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'precision', 'bnr', 'path',
         'trained_on', 'targets', 'prior', 'cold_blur', 'cold_start', 'sampler', 'class_idx', 'detector',
-        'detector_sha256', 'ref_sha256', 'num_images', 'architecture', 'parameters', 'loss')
+        'detector_sha256', 'ref_sha256', 'num_images')
+# What the network's content determines, or what does not matter: taken from the last round.
+OF_THE_LAST = ('resolution', 'commit', 'device', 'ranks', 'network', 'architecture', 'parameters', 'loss')
 # Sampler options that the facts hold under another name: as NFE, solver and path; `data` is the training set.
 NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data')
 ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
@@ -64,8 +66,8 @@ class Measurement:
 
     Attributes:
         run: Name of the run.
-        facts: What the rounds have in common (SAME); all their seeds; of the last round the resolution, commit, device,
-            ranks and network file; and the blur of Blurring Diffusion. None where unknown.
+        facts: What the rounds have in common (SAME); OF_THE_LAST; all their seeds; and the blur of Blurring Diffusion.
+            None where unknown.
         values: {metric's label: best value}.
         rounds: Number of different sets of seeds.
         seconds: Scoring time of all rounds together.
@@ -122,7 +124,7 @@ def _measurement(run, lines):
         best = BETTER.get('FID' if base == 'FD' else base)
         if best is not None:
             values[line['metric']] = best(line['value'], values.get(line['metric'], line['value']))
-    facts = {name: lines[-1].get(name) for name in (*SAME, 'resolution', 'commit', 'device', 'ranks', 'network')}
+    facts = {name: lines[-1].get(name) for name in (*SAME, *OF_THE_LAST)}
     facts['sigma_blur_max'] = run.options.get('network_kwargs', {}).get('sigma_blur_max')
     facts['seeds'] = '; '.join(dict.fromkeys(str(line.get('seeds')) for line in lines))
     seconds = {str(line.get('seeds')): line.get('seconds') or 0 for line in lines}
@@ -140,12 +142,13 @@ def flags_beyond_defaults(facts):
 
 def loss_flags(facts):
     """The options of the loss that were not the defaults, as flags."""
-    return str(facts.get('loss') or '').split()
+    loss = facts.get('loss')
+    return as_flags(loss) if isinstance(loss, dict) else []
 
 
 def is_plain(facts):
     """Whether a score is of plain training and sampling: no options beyond the defaults, images of all classes."""
-    return not (facts.get('loss') or flags_beyond_defaults(facts)) and facts.get('class_idx') is None
+    return not (loss_flags(facts) or flags_beyond_defaults(facts)) and facts.get('class_idx') is None
 
 
 def in_float32(facts):

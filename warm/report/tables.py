@@ -160,20 +160,26 @@ def further_step_counts(measurements):
 
 def method_of(facts):
     """Name of a method, with Warm's path, and its targets where they are not the paper's."""
-    name = facts['system'] or NONE
-    title = SYSTEMS[name].title if name in SYSTEMS else name
-    details = [facts['path'], facts['targets'] if facts['targets'] != PAPER_TARGETS else None]
+    title = SYSTEMS[facts['system']].title if facts['system'] in SYSTEMS else facts['system']
+    details = [facts['path'], facts['targets'] if facts['targets'] != PAPER_TARGETS else None,
+               'epsilon scaling' if 'epsilon_scale' in (facts['sampler'] or {}) else None]
     details = ', '.join(text for text in details if text)
     return f'{title} ({details})' if details else title
 
 
-def further_methods(measurements):
-    """Rows for methods that we measured and for which neither the paper nor Tables 3 to 5 have a row."""
-    listed = [*METHODS, *(row for _, _, rows, further in TABLES_3_TO_5 for row in (*rows, *further(measurements)))]
+def further_methods(measurements, tabled=True):
+    """Rows for methods that we measured and for which neither METHODS nor, if `tabled`, Tables 3 to 5 have a row.
+
+    Args:
+        measurements: All on one data set.
+        tabled: Whether Tables 3 to 5 are drawn for this data set.
+    """
+    tables_here = TABLES_3_TO_5 if tabled else ()
+    listed = [*METHODS, *(row for _, _, rows, further in tables_here for row in (*rows, *further(measurements)))]
 
     def unlisted(facts):
-        return not any(row.matches(facts) for row in listed)
-    titles = dict.fromkeys(method_of(m.facts) for m in measurements if unlisted(m.facts))
+        return facts['system'] is not None and not any(row.matches(facts) for row in listed)
+    titles = dict.fromkeys(method_of(m.facts) for m in measurements)
     return [Row(title, None, None, None, lambda f, title=title: method_of(f) == title and unlisted(f))
             for title in titles]
 
@@ -239,7 +245,8 @@ def sections(table, measurements):
         lines += [[f'**{title}**']] + [cells_of(row, answer(row, group)) for row in rows]
         listed = {row.title for other, listed_rows in table.values() if other == data for row in listed_rows}
         if rows[0].images == PAPER_IMAGES:
-            lines += scored([row for row in METHODS if row.title not in listed] + further_methods(group), group)
+            lines += scored([row for row in METHODS if row.title not in listed]
+                            + further_methods(group, tabled=data == CIFAR10), group)
     return lines
 
 
