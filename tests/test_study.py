@@ -15,7 +15,8 @@ from training.dataset import EMBEDDED
 from warm.study import page as study_page
 from warm.study import pieces as study_pieces
 from warm.study import plan as study_plan
-from warm.study import run as study
+from warm.study import run as study_command
+from warm.study import work as study
 from warm.study.data import Scores, compare, shown
 from warm.study.plan import (CHOICES, PAPER_BNRS, QUESTIONS, REAL, REAL_DRAWS, SCALES, bnr_name, choice_name, plan,
                              run_name)
@@ -43,8 +44,8 @@ def short(tiny, monkeypatch):
 
 
 def carry_out(folder, *options):
-    return CLI.invoke(study.main, ['--scale=digits', f'--outdir={folder / "runs"}', f'--results={folder / "results"}',
-                                   *options])
+    return CLI.invoke(study_command.main, ['--scale=digits', f'--outdir={folder / "runs"}',
+                                           f'--results={folder / "results"}', *options])
 
 
 def records(folder):
@@ -273,7 +274,7 @@ def test_a_study_does_not_make_its_own_code_dirty(tmp_path):
     (['--scale=digits', '--questions=7'], "no question '7'")])
 def test_bad_input(tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
-    result = CLI.invoke(study.main, options)
+    result = CLI.invoke(study_command.main, options)
     assert result.exit_code == 1 and words in result.output and list(tmp_path.iterdir()) == []
 
 

@@ -1,1 +1,1 @@
-"""Does it work? The questions (plan), the runs that answer them (run, pieces), and the results (data, page)."""
+"""Does it work? The questions (plan), the runs that answer them (run, work, pieces), and the results (data, page)."""
