@@ -7,7 +7,7 @@ import torch
 from tests.family_oracle import LinearOracle, noise_gain, spectrum, variance, worst
 
 from dnnlib import UserError
-from warm.bands import ancestral_noise_step, diffuse, posterior
+from warm.bands import Bands, ancestral_noise_step, diffuse, posterior
 from warm.blur import dct2
 from warm.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, blurring_samplers
 from warm.lee import MAX_LOG_GAIN, LeeChain, eq12_step, lee_loss, lee_sampler, lee_samplers
@@ -66,6 +66,19 @@ def test_the_papers_forms_are_the_defaults():
     assert LeeChain(f_type='log').sums[1].diff()[-1].item() == pytest.approx(0.6)
     least = 0.001 * math.sin(math.atan(math.exp(-5)))
     assert BlurringProcess().at(number(1.0), 8).signal[7, 7].item() == pytest.approx(least)
+
+
+def test_d_min_of_1_means_no_blur():
+    at = BlurringProcess(d_min=1).at(number(0.5), 8)
+    exact(at.signal, at.signal[0, 0].expand(8, 8))
+
+
+def test_the_guard_bounds_the_earlier_noise():
+    """A.1's δ stands for s_s² where the earlier state has no noise; without it the posterior has no variance."""
+    here, there = (Bands(torch.zeros(8, 8, dtype=torch.float64), torch.full([8, 8], s, dtype=torch.float64))
+                   for s in (0.1, 0.0))
+    exact(posterior(here, there, 1e-4)[2], torch.full([8, 8], 1e-4 / (1 + 1e-4 / 0.01), dtype=torch.float64))
+    exact(posterior(here, there)[2], torch.zeros(8, 8, dtype=torch.float64))
 
 
 # -- the Gaussian oracle through the systems' own samplers

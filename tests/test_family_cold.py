@@ -246,6 +246,42 @@ def test_cold_loss_is_absolute():
     torch.testing.assert_close(cold_loss(Net(), images), torch.full_like(images, 0.3))
 
 
+@pytest.mark.parametrize('loss, process', [(ihdm_loss, HeatLevels(num_levels=3)),
+                                           (cold_loss, ColdProcess(num_steps=3))])
+def test_losses_draw_every_level_but_0(loss, process):
+    """From level 0 there is nothing to learn; at the last, sampling starts."""
+    drawn = []
+
+    class Net:
+        def __call__(self, x, k, labels=None, augment_labels=None):
+            drawn.extend(k.flatten().tolist())
+            return x
+    Net.process = process
+    loss(Net(), torch.zeros(200, 1, 8, 8))
+    assert set(drawn) == {1, 2, 3}
+
+
+def test_colour_start_has_the_covariance_of_the_channels(tmp_path):
+    """Red and green rise together in these images, and blue is nearly constant."""
+    rng = np.random.default_rng(0)
+    for i, (shared, own) in enumerate(rng.normal(size=[100, 2])):
+        colour = np.clip([128 + 40 * shared, 128 + 20 * shared + 5 * own, 60 + own], 0, 255).astype(np.uint8)
+        PIL.Image.fromarray(np.broadcast_to(colour, [8, 8, 3]).copy()).save(tmp_path / f'{i}.png')
+    images = TrainingImages(tmp_path, stub(channels=3))
+    generator = torch.Generator().manual_seed(0)
+    x = colour_start(images, None)(torch.zeros(20000, 3, 8, 8), None,
+                                   lambda t: torch.randn(t.shape, dtype=t.dtype, generator=generator))
+    torch.testing.assert_close(x.mean(dim=(2, 3)).T.cov(), images.colours()[1], rtol=0.05, atol=1e-4)
+
+
+def test_colour_start_of_grey_images_in_three_channels():
+    """Their covariance has rank one, so that rounding may leave an eigenvalue just below 0."""
+    covariance = torch.full([3, 3], 0.02, dtype=torch.float64) - 1e-17 * torch.eye(3, dtype=torch.float64)
+    images = types.SimpleNamespace(colours=lambda: (torch.zeros(3, dtype=torch.float64), covariance))
+    assert torch.linalg.eigvalsh(covariance).min() < 0
+    assert colour_start(images, None)(torch.zeros(4, 3, 8, 8), None, torch.randn_like).isfinite().all()
+
+
 # -- starts
 
 def normals(*values):

@@ -91,6 +91,15 @@ def test_stf_target_has_the_same_mean_and_less_variance():
     assert draws.var(dim=0).mean() < 0.5 * images.var(dim=0).mean()
 
 
+def test_stf_of_augmented_images_is_edm():
+    """Augmentation labels that no other image has leave each its own image as target."""
+    losses = []
+    for loss in (STFLoss(P_mean=2), EDMLoss(P_mean=2)):
+        torch.manual_seed(3)
+        losses.append(loss(half, uniform_images(5), augment_pipe=lambda x: (x, torch.arange(5.0)[:, None])))
+    torch.testing.assert_close(*losses)
+
+
 # -- PFGM++
 
 @pytest.mark.parametrize('aug_dim', [8, 128])

@@ -293,3 +293,10 @@ def test_a_trajectory_needs_predictions_of_images(tmp_path):
     refused(invoke('generate.py', f'--network={snapshot}', f'--outdir={tmp_path / "out"}',
                    f'--trajectory={tmp_path / "x.png"}'), '--trajectory', 'Blur Diffusion')
     assert not (tmp_path / 'out').exists()
+
+
+def test_an_option_of_zero_is_given(tmp_path):
+    """--S_noise=0 and --ihdm-delta=0 are not their defaults; only None says that the user gave nothing."""
+    for name, options in (('edm', {'S_noise': 0.0}), ('ihdm', {'ihdm_delta': 0.0, 'data': EMBEDDED})):
+        save_snapshot(tmp_path / 'net.safetensors', short_network(name), name)
+        assert open_network(tmp_path / 'net.safetensors', {**options, 'num_steps': None}).options == options

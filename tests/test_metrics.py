@@ -195,6 +195,12 @@ def test_precision_recall_equals_the_plain_form(block):
     assert got == pytest.approx(expected, abs=1e-12)
 
 
+def test_copies_have_distance_0():
+    """Rounding must not put an image outside the ball, of radius 0, around its own copies."""
+    x = (torch.rand([50, 64], generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 100).repeat(5, 1)
+    assert metric_pr.precision_recall(x[:50].repeat(5, 1), x.flip(0)) == (1, 1)
+
+
 # -- the registry, names, files
 
 def test_every_metric_scores():

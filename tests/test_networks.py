@@ -481,6 +481,19 @@ def test_float16_only_on_cuda():
     assert small_net().precision == 'fp32'
 
 
+def test_recorded_arguments_are_a_copy():
+    mult = [1]
+    net = networks.EDMPrecond(8, 1, model_type='SongUNet', model_channels=8, channel_mult=mult, num_blocks=1)
+    mult.append(2)
+    assert net.init_kwargs['channel_mult'] == [1]
+
+
+def test_iddpm_rounds_in_the_dtype_it_is_given():
+    net = networks.iDDPMPrecond(8, 1, model_type='SongUNet', model_channels=8, channel_mult=[1], num_blocks=1)
+    for dtype in (torch.float32, torch.float64):
+        assert net.round_sigma(torch.tensor([1.0], dtype=dtype)).dtype == dtype
+
+
 # -- bad input
 
 @pytest.mark.parametrize('kwargs, names', [

@@ -136,3 +136,11 @@ def test_one_rank_is_enough(monkeypatch):
     assert health.streak == 1 and health.stopping
     with pytest.raises(UserError, match='2 steps in a row, steps 1 to 2'):
         health.end_step(2, [torch.tensor(True)], False)
+
+
+def test_a_request_to_stop_is_not_forgotten():
+    """On a GPU several steps may be read at once, of which only an earlier one carried the request."""
+    health, sound = Health(), torch.tensor(True)
+    health.end_step(1, [sound], True)
+    health.end_step(2, [sound], False)
+    assert health.stopping

@@ -10,6 +10,7 @@ import torch
 from dnnlib import UserError
 from training.samplers import (DISCRETIZATIONS, SCALINGS, SCHEDULES, SOLVERS, StackedRandomGenerator, ablation_sampler,
                                churned, edm_sampler, edm_sigma_steps)
+from training.schedules import iddpm_noise_levels
 
 CASES = ['edm18', 'edm5', 'edm_range', 'edm_churn', 'edm_churn_all', 'abl_euler_vp_vp_vp', 'abl_heun_vp_vp_vp',
          'abl_heun_edm_vp_vp', 'abl_heun_edm_linear_none', 'abl_euler_ve_ve_none', 'abl_heun_ve_ve_none',
@@ -195,6 +196,12 @@ def test_scalings_agree_with_their_derivative(scaling):
     np.testing.assert_allclose(SCALINGS[scaling].s_deriv(t.detach() ** 2, sigma_deriv), slope, rtol=1e-9)
 
 
+def test_iddpm_levels_include_both_ends():
+    u = iddpm_noise_levels(0.001, 0.008, 1000, torch.float64)
+    levels = DISCRETIZATIONS['iddpm'].levels(3, u[900].item(), u[500].item(), C_1=0.001, C_2=0.008, M=1000)
+    assert levels.tolist() == u[[500, 700, 900]].tolist()
+
+
 # -- churn and random numbers
 
 def test_churn_raises_the_level_inside_its_window_only():
@@ -255,6 +262,11 @@ def test_gradients_flow_to_the_latents(sampler):
     x = latents().requires_grad_()
     sampler(gaussian(), x, num_steps=3).sum().backward()
     assert (x.grad > 0).all()
+
+
+def test_seeds_count_modulo_2_to_the_32():
+    a, b, c = (StackedRandomGenerator('cpu', [seed]).randn([1, 4]) for seed in (7, 7 + (1 << 32), 7 + (1 << 31)))
+    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 # -- refusals

@@ -359,3 +359,21 @@ def test_scores_that_are_switched_off_by_hand(tmp_path):
     """With an explicit --eval=0, the other --eval flags are accepted without effect."""
     assert invoke('train.py', '-n', '--eval=0', '--eval-num=50').exit_code == 0
     assert invoke('train.py', '-n', '--eval=1', '--eval-num=50').exit_code == 0
+
+
+def test_seed_0_is_a_seed(tmp_path):
+    assert '"seed": 0,' in succeed('train.py', f'--outdir={tmp_path}', '--seed=0', '--dry-run')
+
+
+def test_a_drawn_seed_is_rank_0s(tmp_path, monkeypatch):
+    """Ranks that drew a seed each would deal out different training orders."""
+    monkeypatch.setattr(tl.dist, 'broadcast_object', lambda value: 123 if isinstance(value, int) else value)
+    assert '"seed": 123,' in succeed('train.py', f'--outdir={tmp_path}', '--dry-run')
+
+
+def test_statistics_keep_no_graph():
+    """Otherwise the graph of every loss would stay in memory until the tick ends."""
+    training_stats.restore({})
+    training_stats.report('x', torch.ones(3, requires_grad=True) * 2)
+    assert not training_stats.unread()['x'].requires_grad
+    training_stats.restore({})

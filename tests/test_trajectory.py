@@ -56,3 +56,11 @@ def test_noisy_states_are_scaled_to_the_range_of_images(beta, spread):
     x = x0 + beta * noise
     seen = visible(Frame(beta, 0.0, x, x0, torch.zeros_like(x)))[0]
     assert abs(seen.astype(int) - to_uint8(x / spread).numpy().astype(int)).max() <= 3
+
+
+def test_a_level_is_one_frame_whatever_its_last_digits():
+    """Samplers compute a level in more than one way; the later evaluation at a level takes the earlier one's place."""
+    watched = Watch(network('edm'))
+    for sigma in (3.0, 3 * (1 + 1e-12)):
+        watched(images(), torch.tensor(sigma, dtype=torch.float64))
+    assert len(watched.frames) == 1

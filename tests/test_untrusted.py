@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import math
 import os
 import resource
 import string
@@ -21,7 +22,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dnnlib import UserError
-from dnnlib.json_files import read_object
+from dnnlib.json_files import json_line, read_object
 from tests.commands import ROOT, invoke, refusal
 from training import dataset_sources, metrics
 from training.dataset import ImageFolderDataset
@@ -193,6 +194,10 @@ def test_an_idx_file_that_asks_for_all_memory(tmp_path):
         path = tmp_path / f'train-{kind}-ubyte.gz'
         path.write_bytes(gzip.compress(struct.pack(f'>{1 + len(shape)}I', 0x800 + len(shape), *shape)))
     assert 'header' in refusal(dataset_sources.read_mnist, str(tmp_path / 'train-images-idx3-ubyte.gz'))
+
+
+def test_lines_are_json_whatever_the_numbers():
+    assert json_line({'a': [math.nan, (math.inf, 1.0)]}) == '{"a": [null, [null, 1.0]]}\n'
 
 
 # -- whatever a user may type or have

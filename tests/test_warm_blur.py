@@ -227,3 +227,7 @@ def test_scale_of_the_rest_per_image():
 def test_images_that_are_not_square_are_refused():
     with pytest.raises(UserError, match='16×8 pixels.*crop'):
         blur(torch.zeros([1, 3, 8, 16]), 0.5)
+
+
+def test_scale_of_the_rest_of_one_blur_is_a_number():
+    assert rest_magnitude(0.5, N).shape == ()

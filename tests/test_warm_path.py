@@ -52,6 +52,7 @@ def test_bounds_are_the_extremes_of_the_ratio(path, low, high):
     (None, None, ConstantBNR(0.5)), ('0.65', None, ConstantBNR(0.65)), ('0', 'constant', ConstantBNR(0)),
     (1.5, None, ConstantBNR(1.5)), (None, 'blurring', BlurringSchedule(20)),
     (None, 'blurring:7.5', BlurringSchedule(7.5)), ('1e-3', None, ConstantBNR(0.001)),
+    ('1E-3', None, ConstantBNR(0.001)), ('1000', None, ConstantBNR(1000)),
 ])
 def test_paths_from_texts(bnr, schedule, path):
     assert parse_path(bnr, schedule) == path
@@ -60,7 +61,7 @@ def test_paths_from_texts(bnr, schedule, path):
 
 @pytest.mark.parametrize('text, family', [
     ('0,0.1,0.3,0.5,1', BNRList((0, 0.1, 0.3, 0.5, 1))), ('0.5,0', BNRList((0.5, 0))),
-    ('0.1-2', BNRRange(0.1, 2)), (' 0.1-2 ', BNRRange(0.1, 2)),
+    ('0.1-2', BNRRange(0.1, 2)), (' 0.1-2 ', BNRRange(0.1, 2)), ('0.1-1000', BNRRange(0.1, 1000)),
 ])
 def test_families_from_texts(text, family):
     assert parse_family(text) == family

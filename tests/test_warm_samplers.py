@@ -81,3 +81,20 @@ def test_network_without_blur_refuses_a_path_with_blur():
     assert warm_sampler(net, torch.randn([1, 1, 8, 8]), num_steps=2).shape == (1, 1, 8, 8)
     with pytest.raises(UserError, match='only denoises'):
         warm_sampler(net, torch.randn([1, 1, 8, 8]), num_steps=2, path=PATHS['bnr2'])
+
+
+@pytest.mark.parametrize('path', ['bnr0', 'bnr0.5'])
+def test_churn_keeps_to_the_networks_levels(record, path):
+    """Levels raised by churn are rounded like the grid's, so a network meets no level that it does not have."""
+    seen = []
+
+    class Coarse(GaussianOracle):
+        def round_sigma(self, sigma):
+            return torch.as_tensor(sigma).round(decimals=1)
+
+        def denoise_deblur(self, x, sigma, class_labels=None, alpha=None):
+            seen.append(float(sigma))
+            return super().denoise_deblur(x, sigma, class_labels, alpha)
+    warm_sampler(Coarse(torch.tensor(record.spectrum)), torch.tensor(record.latents), num_steps=6, sigma_min=0.4,
+                 sigma_max=20.2, S_churn=2, path=PATHS[path])
+    np.testing.assert_allclose(seen, np.round(seen, 1), rtol=0, atol=1e-12)
