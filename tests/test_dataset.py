@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import pickle
 import re
 import shlex
@@ -457,3 +458,12 @@ def test_sampler_refuses_bad_arguments(kwargs):
         InfiniteSampler(range(3), **kwargs)
     with pytest.raises(ValueError):
         InfiniteSampler([])
+
+
+def test_a_forked_process_opens_the_zip_for_itself(monkeypatch):
+    """With one file position for both, one would read in the middle of what the other asked for."""
+    archive = open_archive(EMBEDDED)
+    inherited = archive._open()
+    assert archive._open() is inherited
+    monkeypatch.setattr(os, 'getpid', lambda: 1)
+    assert archive._open() is not inherited

@@ -24,9 +24,9 @@ import dataset_tool
 from dnnlib import UserError, download
 from dnnlib.files import sigterm_exits
 from tests.commands import refused, torchrun
-from training import dataset_sources
+from training import dataset_sources, image_codec
 from training.dataset import ImageFolderDataset
-from training.dataset_convert import ARCHIVES, TRANSFORMS, convert, open_dest
+from training.dataset_convert import ARCHIVES, TRANSFORMS, check_apart, convert, open_dest
 from training.dataset_sources import open_source
 from training.workers import Workers, signals_wait
 
@@ -589,3 +589,37 @@ def test_empty_paths(option, folder, tmp_path):
     """An empty --source would be the root of the file system."""
     args = f'--source={folder}', f'--dest={tmp_path / "x.zip"}', f'{option}='
     refused(CliRunner().invoke(dataset_tool.main, args), f"'{option}': it is empty")
+
+
+def test_pixels_of_many_bytes_are_limited_to_half(monkeypatch):
+    monkeypatch.setattr(image_codec, 'MAX_PIXELS', 100)
+    image_codec.open_image(image_codec.encode_png(PIL.Image.new('RGB', (10, 10))), 'x.png')
+    with pytest.raises(UserError, match='10x10 pixels, more than the 50 accepted'):
+        image_codec.open_image(image_codec.encode_png(PIL.Image.new('RGBA', (10, 10))), 'x.png')
+
+
+def test_16_bits_are_rounded_to_the_nearest_8():
+    image = PIL.Image.fromarray(np.array([[128, 129, 200, 65535]], np.uint16))
+    assert np.asarray(image_codec.open_image(image_codec.encode_png(image), 'x')).tolist() == [[0, 1, 1, 255]]
+
+
+def test_the_height_of_a_wide_crop_is_rounded():
+    """73 pixels wide, 4:3 is 54.75 high: 54 are too few, as in EDM's tool."""
+    crop = TRANSFORMS['center-crop-wide']
+    assert crop(PIL.Image.new('RGB', (73, 54)), (64, 48)) is None
+    assert crop(PIL.Image.new('RGB', (73, 55)), (64, 48)).size == (64, 64)
+
+
+def test_a_destination_beside_the_source_may_begin_like_it(tmp_path):
+    (tmp_path / 'set').mkdir()
+    check_apart(tmp_path / 'set', tmp_path / 'set-64x64')
+    with pytest.raises(UserError, match='lies inside the source'):
+        check_apart(tmp_path / 'set', tmp_path / 'set' / '64x64')
+
+
+def test_signals_that_wait_already_go_on_waiting():
+    with signals_wait():
+        with signals_wait():
+            pass
+        assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -320,3 +320,15 @@ def test_make_dirs_over_a_file(tmp_path):
     make_dirs(tmp_path / 'a' / 'b')
     with pytest.raises(UserError, match='could not create the folder'):
         make_dirs(tmp_path / 'f')
+
+
+@pytest.mark.parametrize('name', ['ok.bin', 'unsized.bin'])
+def test_a_file_may_be_as_large_as_allowed(server, name):
+    assert fetch(f'{server}/{name}', max_bytes=len(BODY)).read_bytes() == BODY
+
+
+def test_atomic_write_of_a_long_name(tmp_path):
+    """The temporary file's name is no longer than the 255 bytes that file systems allow."""
+    with atomic_write(tmp_path / ('x' * 250)) as f:
+        f.write(b'1')
+    assert [len(path.name) for path in tmp_path.glob('x*')] == [250]

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from tests.commands import SMALL, invoke, json_lines, refused
+from torch_utils import training_stats
 from training.generation import generate_batch
 from training.snapshot import read_snapshot
 from training.stand_ins import count_evaluations
+from training.status import Status
 from warm.systems import SYSTEMS
 
 TRAIN = [*SMALL, '--precond=warm', '--duration=0.000064', '--tick=0.016', '--seed=3', '--ema=0.0001', '--snap=2',
@@ -118,3 +120,13 @@ def test_number_of_evaluations(system, options, nfe):
     net.model.register_forward_hook(lambda *args: calls.append(args))
     generate_batch(net, [0], sampler)
     assert len(calls) == nfe
+
+
+def test_a_score_is_in_the_line_of_its_tick_alone(tmp_path):
+    training_stats.restore({})
+    status = Status(tmp_path, 0, 200, 0, torch.device('cpu'))
+    status.add({'Metrics/FID-10': 3.0})
+    for tick, nimg in enumerate((100, 200)):
+        status.end_tick(tick, nimg)
+        status.start_tick(nimg)
+    assert ['Metrics/FID-10' in line for line in json_lines(tmp_path / 'stats.jsonl')] == [True, False]

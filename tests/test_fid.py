@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
 import zipfile
 
@@ -603,3 +604,35 @@ def test_full_disk_leaves_the_old_reference(folders, reference, monkeypatch):
     monkeypatch.setattr(np, 'savez', full)
     fails('ref', 'could not write .*No space left on device', data=folders[1], dest=reference)
     assert reference.read_bytes() == before
+
+
+def test_fewer_images_than_a_batch_are_not_padded(monkeypatch):
+    """A compiled network would draw, and compile for, a whole batch."""
+    sizes = []
+    monkeypatch.setattr(scoring, 'generate_batch', lambda *args, size: sizes.append(size) or torch.zeros(3, 1, 8, 8))
+    net = types.SimpleNamespace(img_channels=1, img_resolution=8)
+    assert len(list(scoring.NetworkImages(net, None, range(3)).batches(range(3), 64))) == 1 and sizes == [3]
+
+
+def test_a_written_reference_leaves_no_pass_behind(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
+    invoke('ref', data=folders[0], dest=tmp_path / 'ref.npz', metrics='fid,pr')
+    assert list((tmp_path / 'cache' / 'unfinished-scores').iterdir()) == []
+
+
+def test_seconds_of_an_interrupted_pass_count(tmp_path, monkeypatch):
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
+    first = Unfinished(['x'])
+    first.started -= 1000
+    first.save(types.SimpleNamespace(state=dict))
+    again = Unfinished(['x'])
+    assert again.load() == {} and again.seconds() >= 1000
+
+
+def test_two_images_are_enough_for_a_covariance(folders):
+    assert len(open_images(folders[0], 2)) == 2
+
+
+def test_seeds_of_a_network_are_sorted_as_its_files_would_be():
+    net = types.SimpleNamespace(img_channels=1, img_resolution=8)
+    assert scoring.NetworkImages(net, None, [3, 1, 2]).seeds == [1, 2, 3]

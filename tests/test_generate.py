@@ -16,7 +16,7 @@ from dnnlib import UserError
 from tests.commands import ROOT, invoke, refused, run_command, succeed, torchrun
 from tests.small_networks import TRAINABLE, few_steps, short_network, tiny_network
 from training.dataset import EMBEDDED
-from training.generated import RECORD, write_images
+from training.generated import RECORD, save_png, write_images
 from training.generation import generate_batch, generate_images
 from training.networks import EDMPrecond
 from training.pixels import to_uint8
@@ -491,3 +491,10 @@ def test_full_disk(tmp_path, networks):
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert 'grid.png' in done.stderr and 'free some space' in done.stderr
     assert len(images_in(tmp_path / 'o')) == 64 and not list(tmp_path.rglob('.tmp*'))
+
+
+def test_an_image_that_cannot_get_its_name_leaves_no_file(tmp_path):
+    (tmp_path / '000000.png').mkdir()
+    with pytest.raises(UserError, match='could not write'):
+        save_png(tmp_path / '000000.png', np.zeros([3, 8, 8], np.uint8))
+    assert [path.name for path in tmp_path.iterdir()] == ['000000.png']

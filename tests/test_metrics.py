@@ -9,7 +9,7 @@ import torch
 from dnnlib import UserError
 from training import metric_fid, metric_is, metric_kid, metric_pr, metrics
 from training.detectors import Detector, PixelDetector
-from training.metric_collectors import Features, SplitProbabilities
+from training.metric_collectors import Features, Moments, SplitProbabilities
 
 
 class TableDetector(Detector):
@@ -372,3 +372,20 @@ def test_missing_reference():
     metrics.check_reference_given(['is'], None)
     with pytest.raises(UserError, match="'fid' compares with a reference; give --ref"):
         metrics.check_reference_given(['is', 'fid'], None)
+
+
+@pytest.mark.parametrize('collector', [Moments, Features, SplitProbabilities])
+def test_a_collector_continues_from_its_state(collector):
+    """To the last bit, the result is that of one that was not interrupted."""
+    x = torch.rand([40, 5], generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+    whole, first, second = (collector(40) for _ in range(3))
+    for part in x.split(17):
+        whole.update(part)
+    first.update(x[:17])
+    second.restore(first.state(), 17, 'cpu')
+    for part in x[17:].split(17):
+        second.update(part)
+    expected, found = whole.result(), second.result()
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])

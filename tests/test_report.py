@@ -4,10 +4,11 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 
 from warm.report import page as report
 from warm.report.data import best_match, flags_beyond_defaults, measurements_of, read_run
-from warm.report.plots import fid_against_bnr, fid_against_nfe, training_curves
+from warm.report.plots import draw_curves, fid_against_bnr, fid_against_nfe, training_curves
 from warm.report.tables import TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, all_scores, tables
 from warm.systems import SYSTEMS
 
@@ -320,3 +321,32 @@ def test_bad_input(tmp_path):
         result = CLI.invoke(report.main, [str(tmp_path / path), f'--outdir={tmp_path / "out"}'])
         assert result.exit_code == 1 and message in result.output
     assert not (tmp_path / 'out').exists()
+
+
+def test_more_rounds_than_the_papers_are_said(tmp_path):
+    """The best of four is an easier number than the best of three."""
+    assert found_row(report_of(tmp_path, rounds([1.9] * 4)), '0.5')[-1] == '4 rounds'
+
+
+def test_scores_of_unknown_duration_are_reported(tmp_path):
+    measurement, = measured(tmp_path, rounds([2.0, 2.1], seconds=None))
+    assert measurement.seconds == 0
+
+
+def test_a_curve_over_nfe_is_of_the_longest_training(tmp_path):
+    """The earlier, worse networks of the run are in no curve."""
+    lines = [line for kimg, fid in ((1000.0, 9.0), (2000.0, 3.0)) for nfe in (35, 79)
+             for line in rounds([fid], kimg=kimg, network_sha256=str(kimg), nfe=nfe)]
+    assert curves_of(fid_against_nfe(measured(tmp_path, lines))) == {'BNR 0.5': [3.0, 3.0]}
+
+
+def test_labels_of_the_nfe_axis_do_not_overlap():
+    figure = Figure()
+    draw_curves(figure, dict(curves=[dict(x=[18, 19, 35], y=[3, 2, 1], label='a')], xlabel='', ylabel='', log=True), '')
+    assert figure.axes[0].get_xticks().tolist() == [18, 35]
+
+
+def test_a_run_named_twice_is_one_run(tmp_path):
+    folder = make_run(tmp_path / 'run', rounds([2.0]))
+    result = CLI.invoke(report.main, [str(folder), f'{folder}/', f'--outdir={tmp_path / "out"}'])
+    assert '1 measurements of 1 runs' in result.output

@@ -483,3 +483,15 @@ def test_a_state_of_another_system_is_refused_and_other_data_is_said(whole, tmp_
     shutil.copy(EMBEDDED, data)
     result = trained(tmp_path / 'b', f'--resume={whole}', f'--data={data}', kimg=1.2)
     assert 'was trained on digits-8x8 and continues with other' in result.output
+
+
+def test_nothing_is_written_after_an_error(tmp_path, monkeypatch):
+    """The first error is the one that is said, and no later save deletes what is kept."""
+    def fail(path, state):
+        raise UserError(f'{path} cannot be written')
+    monkeypatch.setattr(saving, 'save_state', fail)
+    with Saver(tmp_path) as saver:
+        saver.save(1000, state={})
+        saver.save(2000, state={})
+        with pytest.raises(UserError, match='000001.pt'):
+            saver.finish()

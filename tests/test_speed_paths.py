@@ -567,3 +567,20 @@ def test_memory_is_counted_as_real_tensors_would_have_it():
     for way, (between, peak) in real.items():
         assert fake[way] == [pytest.approx(between, rel=0.01), pytest.approx(peak, rel=0.01)], way
         assert 16 * weights < between < 1.1 * 16 * weights < peak, way
+
+
+def test_a_set_larger_than_a_copy_moves_whole(cache, monkeypatch):
+    monkeypatch.setattr(b, 'COPY_IMAGES', 500)
+    dataset = decoded_dataset()
+    np.testing.assert_array_equal(b._to_gpu(dataset, torch.device('cpu')).numpy(), dataset.decoded)
+
+
+@pytest.mark.parametrize('name', ['set[1]', 'set*'])
+def test_former_files_of_a_name_with_brackets_go(cache, name):
+    cache.mkdir(parents=True)
+    former, own, other = (cache / f'{stem}.npy' for stem in (f'{name}-0123456789ab-old', f'{name}-0123456789ab-new',
+                                                             'set1-0123456789ab-old'))
+    for path in (former, own, other):
+        path.touch()
+    decoded._remove_former(own)
+    assert set(cache.iterdir()) == {own, other}

@@ -14,7 +14,8 @@ from dnnlib.files import sigterm_exits
 from tests import kills
 from tests.commands import ROOT, SMALL, free_port, invoke
 from tests.kills import check_same, equal, final_state, losses
-from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED
+from torch_utils.distributed import lost_ranks_named
+from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED, StopRequest
 from training.health import Health
 from training.run_files import saved_files
 
@@ -200,3 +201,20 @@ def test_a_job_killed_while_it_writes_goes_on(tmp_path):
 def test_the_comparison_notices_a_difference(whole, undisturbed):
     assert not equal(final_state(whole), final_state(undisturbed)) and losses(whole) != losses(undisturbed)
     assert pathlib.Path(undisturbed, 'training_options.json').exists()
+
+
+def test_the_former_wakeup_pipe_is_back():
+    reader, pipe = os.pipe()
+    os.set_blocking(pipe, False)
+    former = signal.set_wakeup_fd(pipe)
+    with StopRequest():
+        pass
+    assert signal.set_wakeup_fd(former) == pipe
+    os.close(pipe)
+    os.close(reader)
+
+
+def test_a_single_process_has_no_rank_to_lose():
+    """PyTorch's loader of data, say, reports a time limit in the same words."""
+    with pytest.raises(RuntimeError, match='timed out'), lost_ranks_named():
+        raise RuntimeError('DataLoader timed out after 5 seconds')

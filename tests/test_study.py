@@ -381,3 +381,40 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
 
 def test_every_question_has_a_section():
     assert {title[0] for title in study_page.QUESTIONS} == {*QUESTIONS, '3'}
+
+
+def test_tidying_keeps_the_unscored_networks_of_a_parent_too(tiny, tmp_path):
+    """Not only the last one, from which others start."""
+    run = next(run for run in plan(tiny) if run.name == 'edm-uncond-s0')
+    here = study.Study(tiny, tmp_path, tmp_path / 'digits.jsonl', study_pieces.Clock())
+    kept = here.folder(run.name) / study.KEPT
+    kept.mkdir(parents=True)
+    for kimg in (1, 2, 4):
+        (kept / f'network-snapshot-{kimg:06d}.safetensors').touch()
+    study.tidy_run(here, run, starts_others=True)
+    assert {p.stem[-1] for p in kept.iterdir()} == {'2', '4'}
+
+
+def test_a_network_may_be_a_little_late(tmp_path):
+    """Ticks need not end at the planned number of images: 3 % later, or 1 kimg, is near enough."""
+    for kimg in (3, 103, 208):
+        (tmp_path / f'network-snapshot-{kimg:06d}.safetensors').touch()
+    found = [study.first_after(tmp_path, kimg) for kimg in (2, 100, 200, 4)]
+    assert [path and path.stem[-3:] for path in found] == ['003', '103', None, None]
+
+
+def test_the_first_tick_says_nothing_of_the_speed(tmp_path):
+    """It is a single step, with all that starting takes."""
+    for rates, seconds in (([100.0], None), ([100.0, 2.0], 8.0)):
+        lines = [{'Progress/tick': {'mean': i}, 'Timing/sec_per_kimg': {'mean': rate}} for i, rate in enumerate(rates)]
+        (tmp_path / 'stats.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
+        assert study.training_seconds(tmp_path, 4) == seconds
+
+
+def test_the_test_is_two_sided():
+    """t = 3.5 of three seeds lies between the 5 % points of the one-sided test, 2.9, and of the two-sided, 4.3."""
+    assert compare({0: 1.0, 1: 0.505, 2: 1.495}, dict.fromkeys(range(3), 2.0)).verdict == 'undecided'
+
+
+def test_a_piece_lasts_minutes():
+    assert 59 < study_pieces.Clock(1).left() <= 60

@@ -1,9 +1,11 @@
 """training.training_loop: the recipe's formulas, and complete small runs through train.py."""
 
+import io
 import json
 import math
 import pathlib
 import re
+import sys
 
 import click
 import numpy as np
@@ -12,12 +14,14 @@ import pytest
 import torch
 
 from dnnlib import UserError
+from dnnlib.text import format_time
 from torch_utils import training_stats
 from training import training_loop as tl
 from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
-from training.run_folder import next_run_dir, run_name
+from training.run_folder import next_run_dir, run_name, same_run_dir
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
+from training.status import ProgressLine, Status
 from tests.commands import SMALL, invoke, json_lines, refused, run_command, succeed, torchrun
 from train import main
 from warm.systems import SYSTEMS
@@ -377,3 +381,34 @@ def test_statistics_keep_no_graph():
     training_stats.report('x', torch.ones(3, requires_grad=True) * 2)
     assert not training_stats.unread()['x'].requires_grad
     training_stats.restore({})
+
+
+def test_run_numbers_beyond_five_digits(tmp_path):
+    """The next folder, and the newest of one name, are found by number, not by text."""
+    for name in ('99999-a', '100000-a', '100001-b'):
+        (tmp_path / name).mkdir()
+    assert pathlib.Path(next_run_dir(tmp_path, 'x')).name == '100002-x'
+    assert pathlib.Path(same_run_dir(tmp_path, 'a')).name == '100000-a'
+
+
+def test_the_progress_line_shows_this_runs_speed(monkeypatch):
+    """After a resume, images that were seen before do not count."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, 'stderr', terminal)
+    line = ProgressLine(1000, 3000)
+    line.began -= 1000
+    line.show(2000)
+    assert '2.0 of 3 kimg, 1.0 images/s, 16m 40s left' in terminal.getvalue()
+
+
+def test_maintenance_is_the_time_between_ticks(tmp_path):
+    status = Status(tmp_path, 0, 100, 1000.0, torch.device('cpu'))
+    status.end_tick(0, 100)
+    status.start_tick(100)
+    assert 0 <= status.maintenance < 100
+
+
+def test_times_as_status_lines_say_them():
+    assert [format_time(s) for s in (59.4, 60, 3599, 3600, 86399, 86400)] == [
+        '59s', '1m 00s', '59m 59s', '1h 00m 00s', '23h 59m 59s', '1d 00h 00m']
