@@ -122,7 +122,8 @@ def rounded(net, sigmas):
 def _rounded_grid(net, sigmas):
     """`rounded`, but UserError where a level is 0 or infinite in float32, in which networks take it."""
     sigmas = rounded(net, sigmas)
-    if not ((sigmas.to(torch.float32) > 0) & sigmas.to(torch.float32).isfinite()).all():
+    levels = sigmas.to(torch.float32)
+    if not ((levels > 0) & levels.isfinite()).all():
         raise UserError('some of the noise levels are 0 or infinite in float32; choose sigma_min, sigma_max and rho '
                         'that are less extreme')
     return sigmas

@@ -11,7 +11,7 @@ from training.metrics import METRICS, STD, kind_of
 from training.run_files import OPTIONS_NAME, SCORES_NAME, STATS_NAME
 from training.samplers import ablation_sampler
 from training.schedules import SOLVER
-from training.system import as_flags, flag_of
+from training.system import as_flags
 from warm.cold import ColdProcess
 from warm.samplers import SAMPLER_DEFAULTS
 from warm.systems import SYSTEMS
@@ -136,8 +136,8 @@ def flags_beyond_defaults(facts):
     system = SYSTEMS.get(facts.get('system'))
     own = {option.name: option.default for option in system.own_sample_options} if system else {}
     plain = {**own, **ABLATION_DEFAULTS, **SAMPLER_DEFAULTS}
-    return [f'{flag_of(name)}={value}' for name, value in (facts.get('sampler') or {}).items()
-            if name not in NAMED_OTHERWISE and (name not in plain or value != plain[name])]
+    return as_flags({name: value for name, value in (facts.get('sampler') or {}).items()
+                     if name not in NAMED_OTHERWISE and (name not in plain or value != plain[name])})
 
 
 def loss_flags(facts):
