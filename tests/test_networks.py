@@ -375,6 +375,12 @@ class TestAnyArchitecture:
 @pytest.mark.parametrize('model_type', UNETS)
 class TestAnyUNet:
 
+    def test_labels_may_be_float64_too(self, model_type):
+        model = small_net(model_type).model
+        x, sigma, labels = batch_of()
+        assert_close(model(x, sigma.log(), labels).double(),
+                     model(x.double(), sigma.double().log(), labels.double()), rel=1e-4)
+
     def test_extra_embedding_joins_the_noise_embedding(self, model_type):
         model = small_net(model_type).model
         x, sigma, labels = batch_of()
