@@ -10,7 +10,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import Tee, interruptible
-from dnnlib.flags import NumberRange, Text
+from dnnlib.flags import Key, NumberRange, Text
 from torch_utils import distributed as dist
 from torch_utils.precision import PRECISIONS
 from torch_utils.signals import EXIT_STOPPED
@@ -61,7 +61,7 @@ GRID = LOOP['grid_images'] if torch.cuda.is_available() else 16
 @click.option('--outdir', metavar='DIR', type=Text(), default='training-runs', help='Where to save the results')
 @click.option('--data', metavar='ZIP|DIR', type=Text(), default=None, help='Data set  [default: the embedded digits]')
 @click.option('--cond', metavar='BOOL', type=bool, default=False, help='Train a class-conditional model')
-@click.option('--arch', type=click.Choice(list(cfg.ARCHITECTURES)), default='ddpmpp', help='Network architecture')
+@click.option('--arch', type=Key(cfg.ARCHITECTURES), default='ddpmpp', help='Network architecture')
 @click.option('--precond', type=click.Choice(TRAINABLE), default='edm', help='System: preconditioning and loss')
 # Hyperparameters.
 @click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=LOOP['total_kimg'] // 1000,

@@ -1,4 +1,4 @@
-"""Types of command-line flags that refuse what click's own let through: NaN, infinity, empty text."""
+"""Types of command-line flags: numbers and text without what click's own let through, and keys of registries."""
 
 import math
 
@@ -28,6 +28,23 @@ class NumberRange(Number, click.FloatRange):
     def __init__(self, infinite=False, **kwargs):
         super().__init__(**kwargs)
         self.infinite = infinite
+
+
+class Key(click.Choice):
+    """A key of a registry, which may still grow after the command has been made."""
+
+    def __init__(self, registry):
+        self._registry = registry
+        super().__init__(registry)
+
+    @property
+    def choices(self):
+        """The keys at this moment, in place of click's attribute."""
+        return tuple(self._registry)
+
+    @choices.setter
+    def choices(self, _):
+        pass  # click's constructor would keep a copy
 
 
 class Text(click.types.StringParamType):

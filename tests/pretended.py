@@ -121,6 +121,7 @@ READ_BACK = {'iddpm': 'its noise levels are looked up in a table on the device, 
 def cases():
     """{name: function} of everything that is tried."""
     from training.dataset import EMBEDDED
+    from warm.blur import BLUR_RATES
     from warm.choices import BLUR_EMBEDDINGS, REST_SCALES
     from warm.samplers import SOLVERS
     from warm.systems import SYSTEMS
@@ -141,7 +142,8 @@ def cases():
             found[f'warm {bnr} by {solver}'] = partial(sample, warm, dict(bnr=bnr), bnr=0.5, solver=solver)
     for bnr in FAMILIES:
         found[f'step of warm {bnr}'] = partial(step, warm, bnr=bnr)
-    for option, values in (('targets', TARGETS), ('rest_scale', REST_SCALES), ('blur_embedding', BLUR_EMBEDDINGS)):
+    for option, values in (('targets', TARGETS), ('blur', BLUR_RATES), ('rest_scale', REST_SCALES),
+                           ('blur_embedding', BLUR_EMBEDDINGS)):
         for value in values:
             found[f'step of warm {value}'] = partial(step, warm, **{option: value})
             found[f'sampler of warm {value}'] = partial(sample, warm, {option: value})

@@ -5,14 +5,12 @@ import json
 import math
 import types
 
-import click
 import pytest
 import torch
 
 from dnnlib import UserError
 from tests.commands import invoke, refused
 from torch_utils.precision import PRECISIONS
-from train import main
 from training import architecture, networks
 from training.acceleration import accelerate
 from training.architecture import Network
@@ -409,16 +407,9 @@ def test_narrow_adm_levels_have_no_attention():
 
 # -- a network through the commands
 
-@pytest.fixture
-def patches_offered(monkeypatch):
-    """Offer --arch=patches, as if it had been registered before the command was built."""
-    arch = next(param for param in main.params if param.name == 'arch')
-    monkeypatch.setattr(arch, 'type', click.Choice(list(ARCHITECTURES)))
-
-
 @pytest.mark.filterwarnings('ignore:.*pin_memory.*')
 @pytest.mark.parametrize('system', ['edm', 'warm'])
-def test_a_new_network_is_trained_and_sampled(patches_offered, tmp_path, system):
+def test_a_new_network_is_trained_and_sampled(tmp_path, system):
     """Both as EDM and as Warm, there with the blur as a further condition and a preset meant for U-Nets."""
     flags = ['--preset=digits', '--augment=0.5'] if system == 'warm' else ['--channels-last=1', '--precision=bf16']
     result = invoke('train.py', '--arch=patches', f'--precond={system}', *flags, f'--outdir={tmp_path}', '--nosubdir',
@@ -435,7 +426,7 @@ def test_a_new_network_is_trained_and_sampled(patches_offered, tmp_path, system)
 @pytest.mark.parametrize('flag, sentence', [
     ('--cbase=8', '--cbase has no effect with --arch=patches; leave it out'), ('--cres=1,2', '--cres has no effect'),
     ('--checkpoint-activations', 'Patches cannot recompute its features; leave out --checkpoint-activations')])
-def test_flags_that_a_new_network_does_not_take(patches_offered, flag, sentence):
+def test_flags_that_a_new_network_does_not_take(flag, sentence):
     refused(invoke('train.py', '-n', '--arch=patches', flag), sentence)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from training.precond import edm_scalings
-from warm.blur import blur, rest
+from warm.blur import blur, frequencies, rest
 from warm.path import parse_family
 from warm.precond import WarmPrecond
 from warm.targets import TARGETS, Example, Hot, Point
@@ -87,6 +87,7 @@ class Spy:
     def __init__(self, family, targets='residual'):
         self.family = family_of(family)
         self.parametrisation = Hot() if self.family.is_hot else TARGETS[targets]
+        self.rates = frequencies
 
     def __call__(self, x, sigma, labels, alpha, return_estimates, augment_labels=None):
         assert return_estimates

@@ -32,7 +32,8 @@ class Option:
         help: For the help text.
         type: Converts the text of the command line: str, int, float or a click type.
         shown: The default as the help text shows it, if not `default`.
-        from_data: from_data(value, dataset) → value, for values measured from the data ('auto'); None: taken as is.
+        from_data: from_data(value, dataset, options) → value, for values measured from the data ('auto') given all of
+            the network's options by name; None: taken as is.
     """
 
     name: str

@@ -4,6 +4,10 @@ Vᵀ is the orthonormal two-dimensional DCT-II of each channel of an N×N image,
 diagonal: M = exp(−λ α²/2) with λ[k,l] = (πk/N)² + (πl/N)², a Gaussian blur of standard deviation α
 pixels with reflecting edges.
 
+Another blur has other rates λ, at which the bands fade. To add one: a function like `natural_rates`, here or in a file
+of its own, and one line in BLUR_RATES; whatever depends on the blur takes that function as `rates`. Rates are ≥ 0, and
+0 for the mean, λ[0,0], which no blur changes.
+
 Everything here is computed in float64 and returned in the precision of its input. TF32 and autocast
 affect only float32 products, so no global switch is needed against them; at these sizes the cost is
 far below that of a network (tests/benchmarks/bench_warm.py).
@@ -39,6 +43,29 @@ def frequencies(n, device=torch.device('cpu')):
     return (f[:, None] + f).to(device)
 
 
+def prior_spectrum(n, sigma_data=SIGMA_DATA):
+    """Natural-image prior S ∝ (k² + l² + 1)^−1.2 with mean σ_data² over the bands: [n, n], float64 (ours)."""
+    k = torch.arange(n, dtype=torch.float64).square()
+    s = (k[:, None] + k + 1) ** -1.2
+    return s * (sigma_data ** 2 / s.mean())
+
+
+@constant
+def natural_rates(n, device=torch.device('cpu')):
+    """λ ∝ 1/S − 1/S[0,0] [n, n], S from `prior_spectrum`; the highest band has the Gaussian's rate (ours).
+
+    At constant BNR, α²λ is then BNR² times β²/S, so M depends on a band's signal-to-noise ratio alone: all bands begin
+    to fade when the noise drowns them to the same degree, whereas the Gaussian takes low ones at higher ratios.
+    """
+    rates = 1 / prior_spectrum(n)
+    rates = rates - rates[0, 0]
+    return (rates * (frequencies(n)[-1, -1] / rates[-1, -1])).to(device)
+
+
+BLUR_RATES = {'gaussian': frequencies, 'natural': natural_rates}
+PAPER_BLUR = 'gaussian'
+
+
 def dct2(x):
     """Vᵀx: orthonormal DCT-II over the last two dimensions of x [..., N, N]; returns float64 bands.
 
@@ -69,57 +96,58 @@ def _half_square(alpha):
     return (alpha if alpha.ndim == 0 else alpha.reshape(-1, 1, 1, 1)).square() / 2
 
 
-def log_blur_mask(alpha, n):
+def log_blur_mask(alpha, n, rates=frequencies):
     """ln M_α = −λ α²/2, finite at any blur; arguments and shape as in `blur_mask`."""
     tau = _half_square(alpha)
-    return -frequencies(n, tau.device) * tau
+    return -rates(n, tau.device) * tau
 
 
-def blur_mask(alpha, n):
+def blur_mask(alpha, n, rates=frequencies):
     """M_α = exp(−λ α²/2).
 
     Args:
         alpha: Blur in pixels, ≥ 0: a number or 0-d tensor, or one per image ([B] or [B, 1, 1, 1]).
         n: Image width N.
+        rates: λ(n, device), one of BLUR_RATES.
 
     Returns:
         float64 in (0, 1]: [n, n], or [B, 1, n, n] for one blur per image.
     """
-    return log_blur_mask(alpha, n).exp()
+    return log_blur_mask(alpha, n, rates).exp()
 
 
-def rest_mask(alpha, n):
+def rest_mask(alpha, n, rates=frequencies):
     """1 − M_α, shaped like `blur_mask`; uses expm1 to keep its relative precision at blur near 0."""
-    return -torch.expm1(log_blur_mask(alpha, n))
+    return -torch.expm1(log_blur_mask(alpha, n, rates))
 
 
-def log_mask_ratio(alpha, alpha_next, n):
+def log_mask_ratio(alpha, alpha_next, n, rates=frequencies):
     """ln(M′/M) = λ(α² − α′²)/2, shaped like `blur_mask`; not from the masks, which are nearly all 0 at strong blur."""
     tau, tau_next = _half_square(alpha), _half_square(alpha_next)
-    return frequencies(n, tau.device) * (tau - tau_next.to(tau.device))
+    return rates(n, tau.device) * (tau - tau_next.to(tau.device))
 
 
-def mask_difference(alpha, alpha_next, n):
+def mask_difference(alpha, alpha_next, n, rates=frequencies):
     """M′ − M, shaped like `blur_mask`: ±max(M, M′)·(1 − exp(−|ln M′/M|)), which neither cancels nor overflows."""
-    log_ratio = log_mask_ratio(alpha, alpha_next, n)
-    larger = torch.maximum(blur_mask(alpha, n), blur_mask(alpha_next, n))
+    log_ratio = log_mask_ratio(alpha, alpha_next, n, rates)
+    larger = torch.maximum(blur_mask(alpha, n, rates), blur_mask(alpha_next, n, rates))
     return -log_ratio.sign() * larger * torch.expm1(-log_ratio.abs())
 
 
-def blur(x, alpha):
+def blur(x, alpha, rates=frequencies):
     """V M_α Vᵀ x: images x [B, C, N, N] blurred by α pixels (as in `blur_mask`); x's dtype."""
-    return filter_bands(x, blur_mask(_on(alpha, x), x.shape[-1]))
+    return filter_bands(x, blur_mask(_on(alpha, x), x.shape[-1], rates))
 
 
-def rest(x, alpha):
+def rest(x, alpha, rates=frequencies):
     """V (I − M_α) Vᵀ x: what `blur` removes, without the cancellation of x − blur(x, α); x's dtype."""
-    return filter_bands(x, rest_mask(_on(alpha, x), x.shape[-1]))
+    return filter_bands(x, rest_mask(_on(alpha, x), x.shape[-1], rates))
 
 
-def blur_and_rest(x, alpha):
+def blur_and_rest(x, alpha, rates=frequencies):
     """(blur(x, α), rest(x, α)) from one forward transform."""
     bands, alpha = dct2(x), _on(alpha, x)
-    return tuple(idct2(mask(alpha, x.shape[-1]) * bands).to(x.dtype) for mask in (blur_mask, rest_mask))
+    return tuple(idct2(mask(alpha, x.shape[-1], rates) * bands).to(x.dtype) for mask in (blur_mask, rest_mask))
 
 
 def _on(alpha, x):
@@ -127,29 +155,23 @@ def _on(alpha, x):
         alpha, dtype=torch.float64, device=x.device)
 
 
-def prior_spectrum(n, sigma_data=SIGMA_DATA):
-    """Natural-image prior S ∝ (k² + l² + 1)^−1.2 with mean σ_data² over the bands: [n, n], float64 (ours)."""
-    k = torch.arange(n, dtype=torch.float64).square()
-    s = (k[:, None] + k + 1) ** -1.2
-    return s * (sigma_data ** 2 / s.mean())
-
-
 @constant
 def _prior_on(n, sigma_data, device):
     return prior_spectrum(n, sigma_data).to(device)
 
 
-def rest_magnitude(alpha, n, sigma_data=SIGMA_DATA):
+def rest_magnitude(alpha, n, sigma_data=SIGMA_DATA, rates=frequencies):
     """s_R(α) = √mean((1−M)² S): expected magnitude of the rest under the prior spectrum (ours).
 
     Args:
         alpha: Blur in pixels, [B, 1, 1, 1] or a number.
         n: Image width N.
         sigma_data: Standard deviation of the data.
+        rates: As in `blur_mask`.
 
     Returns:
         float64, [B, 1, 1, 1] or a 0-d tensor; 0 at α = 0.
     """
-    gone = rest_mask(alpha, n)
+    gone = rest_mask(alpha, n, rates)
     power = gone.square() * _prior_on(n, sigma_data, gone.device)
     return power.mean(dim=(-2, -1), keepdim=power.ndim > 2).sqrt()

@@ -68,34 +68,35 @@ def band_power(dataset, max_images=None, seed=0):
 
 # -- the rule
 
-def spectral_gap(power, bnr):
+def spectral_gap(power, bnr, rates=frequencies):
     """Largest distance in dB between M²S + β² and hot diffusion's S + β², over all bands and β in BETAS.
 
     Args:
         power: S, float64 [N, N], as from `band_power`.
         bnr: Blur-to-Noise Ratio α/β ≥ 0.
+        rates: The blur's, one of warm.blur.BLUR_RATES.
     """
-    S, rate = undominated(power)
+    S, rate = undominated(power, rates)
     beta = BETAS[:, None]
     noise, squared_mask = beta.square(), torch.exp(-rate * (bnr * beta).square())
     ratio = (S + noise) / (squared_mask * S + noise)
     return 10 * ratio.log10().max().item()
 
 
-def undominated(power):
+def undominated(power, rates=frequencies):
     """(S [K], λ [K]) of the bands that no other band exceeds in both, float64.
 
     A band that another exceeds in both never has the largest gap, since the gap grows with S and, as M² = exp(−λα²),
     with λ.
     """
-    rate = frequencies(len(power)).flatten()
+    rate = rates(len(power)).flatten()
     order = torch.argsort(rate, descending=True, stable=True)
     S, rate = power.to(torch.float64).flatten()[order], rate[order]
     kept = S.cummax(0).indices == torch.arange(len(S))
     return S[kept], rate[kept]
 
 
-def recommended_bnr(power, tolerance=TOLERANCE):
+def recommended_bnr(power, tolerance=TOLERANCE, rates=frequencies):
     """The largest BNR, to two decimals, whose `spectral_gap` is at most `tolerance` dB; 0 if even 0.01 is too much.
 
     Raises:
@@ -105,12 +106,12 @@ def recommended_bnr(power, tolerance=TOLERANCE):
         raise UserError(f'a tolerance of {tolerance} dB allows no blur at all; give a number above 0, '
                         f'such as {TOLERANCE}')
     low, high = 0, SEARCHED_UP_TO * 100  # the gap grows with the BNR
-    if spectral_gap(power, SEARCHED_UP_TO) <= tolerance:
+    if spectral_gap(power, SEARCHED_UP_TO, rates) <= tolerance:
         raise UserError(f'every BNR up to {SEARCHED_UP_TO} stays within {tolerance:g} dB on these images; '
                         'give a smaller --tolerance, or images with more detail')
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if spectral_gap(power, middle / 100) <= tolerance else (low, middle)
+        low, high = (middle, high) if spectral_gap(power, middle / 100, rates) <= tolerance else (low, middle)
     return low / 100
 
 

@@ -1,7 +1,8 @@
-"""Choices in Warm that are ours, since the paper leaves them open, each with alternatives to compare it with.
+"""Choices in Warm, each with alternatives to compare it with; all but the first are ours, as the paper is silent.
 
 The options, their defaults, and the reasons for these:
 
+- `blur`, how fast each DCT band fades (warm.blur.BLUR_RATES): 'gaussian', the paper's.
 - `rest_weight`, the weight of R's term in the loss: 1. At small blur and constant BNR an error in R enters the
   sampler like one in D: the ODE's coefficient of R, Ṁ/(1−M), tends to −2/β there, and D's is −1/β. Squared, this
   could suggest a factor of 4; at strong blur R's coefficient vanishes, which suggests less than 1.
@@ -11,7 +12,8 @@ The options, their defaults, and the reasons for these:
 - `blur_embedding`, how the blur is embedded: 'log', the logarithm / 4, as EDM embeds the noise level, since β and with
   it α span orders of magnitude.
 
-All three only affect networks that are trained with blur, and the first two only those with a branch for the rest.
+All only affect networks that are trained with blur, and `rest_weight` and `rest_scale` only those with a branch for
+the rest.
 Defaults are not written into `init_kwargs`, so snapshots and states from before these options existed stay valid.
 """
 
@@ -21,10 +23,10 @@ import torch
 
 from dnnlib import UserError, chosen
 from training.system import flag_of
-from warm.blur import rest_magnitude
+from warm.blur import BLUR_RATES, PAPER_BLUR, rest_magnitude
 from warm.path import OnePath
 
-DEFAULTS = dict(rest_weight=1.0, rest_scale='prior', blur_embedding='log')
+DEFAULTS = dict(blur=PAPER_BLUR, rest_weight=1.0, rest_scale='prior', blur_embedding='log')
 REST = 'deblur'  # the name of the branch that estimates the rest (warm.targets)
 BLUR_UNIT = 1.0  # pixels; at BNR 0.5 the spread of α/BLUR_UNIT in training (0.55) is then similar to ln(α)/4's (0.3)
 
@@ -33,7 +35,7 @@ BLUR_UNIT = 1.0  # pixels; at BNR 0.5 the spread of α/BLUR_UNIT in training (0.
 
 def prior_scale(point):
     """s_R(α), the rest's magnitude under a natural-image prior (warm.blur.rest_magnitude)."""
-    return rest_magnitude(point.alpha, point.x.shape[-1], point.sigma_data)
+    return rest_magnitude(point.alpha, point.x.shape[-1], point.sigma_data, point.rates)
 
 
 def edm_scale(point):
@@ -76,6 +78,7 @@ def checked_choices(choices, family, targets, branches):
     Raises:
         UserError: an unknown or invalid value; one that has no effect on this network.
     """
+    chosen('blur', choices['blur'], BLUR_RATES)
     chosen('rest_scale', choices['rest_scale'], REST_SCALES)
     feature = chosen('blur_embedding', choices['blur_embedding'], BLUR_EMBEDDINGS)
     if not 0 < choices['rest_weight'] < math.inf:

@@ -112,7 +112,7 @@ def measured(system, own, dataset_kwargs):
 
     def measure():
         dataset = open_data(**dataset_kwargs)
-        return {option.name: option.from_data(own[option.name], dataset) for option in wanted}
+        return {option.name: option.from_data(own[option.name], dataset, own) for option in wanted}
     return dist.on_rank0(measure) if wanted else {}
 
 

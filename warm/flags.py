@@ -3,7 +3,7 @@
 import click
 
 from dnnlib import UserError
-from dnnlib.flags import Number, NumberRange, Text
+from dnnlib.flags import Key, Number, NumberRange, Text
 from torch_utils.precision import PRECISIONS
 from training.samplers import DISCRETIZATIONS, SCALINGS, SCHEDULES
 from training.system import own_options
@@ -43,7 +43,7 @@ SAMPLER_FLAGS = (
                   help=f"Highest noise level with stochasticity  [default: {SAMPLER_DEFAULTS['S_max']:g}]"),
     click.option('--S_noise', 'S_noise', metavar='FLOAT', type=Number(), default=None,
                   help=f"Inflation of the noise  [default: {SAMPLER_DEFAULTS['S_noise']:g}]"),
-    click.option('--solver', type=click.Choice(list(SOLVERS)), default=None,
+    click.option('--solver', type=Key(SOLVERS), default=None,
                   help='ODE solver; on EDM networks euler and heun select the ablation sampler  '
                        f"[default: {SAMPLER_DEFAULTS['solver']}]"),
     click.option('--disc', 'discretization', type=click.Choice(list(DISCRETIZATIONS)), default=None,

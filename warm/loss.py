@@ -42,7 +42,7 @@ class WarmLoss:
         alpha = bare.family.draw_alpha(sigma)
         y, augment_labels = augment(images, augment_pipe)
         noise = torch.randn_like(y)
-        blurred, rest = (y, None) if bare.family.is_hot else blur_and_rest(y, alpha)
+        blurred, rest = (y, None) if bare.family.is_hot else blur_and_rest(y, alpha, bare.rates)
         estimates = net(blurred + noise * sigma, sigma, labels, alpha=alpha, return_estimates=True,
                         augment_labels=augment_labels)
         weight = edm_loss_weight(sigma, self.sigma_data)

@@ -21,7 +21,7 @@ import torch
 from dnnlib.files import atomic_write
 from training.dataset import ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
-from warm.blur import blur_mask, dct2, idct2, prior_spectrum, rest_mask
+from warm.blur import blur_mask, dct2, frequencies, idct2, prior_spectrum, rest_mask
 from warm.bnr import band_power
 from warm.figures import draw
 from warm.path import BlurringSchedule, ConstantBNR
@@ -41,12 +41,13 @@ class GaussianOracle:
 
     Args:
         spectrum: S, float64 [N, N]: variance of the data in each DCT band of an N×N channel.
+        rates: The blur's, one of warm.blur.BLUR_RATES.
     """
 
     sigma_min, sigma_max = 0, float('inf')
 
-    def __init__(self, spectrum):
-        self.spectrum, self.calls = spectrum, 0
+    def __init__(self, spectrum, rates=frequencies):
+        self.spectrum, self.rates, self.calls = spectrum, rates, 0
 
     def round_sigma(self, sigma):
         return torch.as_tensor(sigma)
@@ -55,10 +56,10 @@ class GaussianOracle:
         """(V M Vᵀ x̂₀, V (I−M) Vᵀ x̂₀), float64, for x [B, C, N, N]; sigma and alpha a number or one per image."""
         self.calls += 1
         n, S = x.shape[-1], self.spectrum
-        M = blur_mask(alpha, n)
+        M = blur_mask(alpha, n, self.rates)
         beta = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1, 1, 1, 1)
         clean = M * S / (M ** 2 * S + beta ** 2) * dct2(x)
-        return idct2(M * clean), idct2(rest_mask(alpha, n) * clean)
+        return idct2(M * clean), idct2(rest_mask(alpha, n, self.rates) * clean)
 
     def __call__(self, x, sigma, class_labels=None, alpha=0):
         """x̂₀ = D + R."""

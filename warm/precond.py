@@ -6,6 +6,7 @@ from dnnlib import UserError, chosen
 from dnnlib.text import excerpt
 from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings
+from warm.blur import BLUR_RATES
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
 from warm.path import parse_family
 from warm.targets import PAPER_TARGETS, TARGETS, Hot, Point
@@ -17,7 +18,7 @@ class WarmPrecond(Precond):
     D = c_skip·x + c_out·F_D with EDM's coefficients at σ = β; R = s_R(α)·F_R (warm.targets). The noise level
     is embedded through ln(β)/4 as in EDM, the blur through ln(α)/4: a positional embedding and a linear map
     without bias, added to the noise embedding; exactly zero for images with α = 0. A network whose only BNR
-    is 0 is EDM's, tensor for tensor. Our choices in this have alternatives (warm.choices).
+    is 0 is EDM's, tensor for tensor. Choices in this have alternatives (warm.choices).
 
     Args:
         sigma_min, sigma_max: Supported noise levels β.
@@ -25,6 +26,7 @@ class WarmPrecond(Precond):
         bnr: What to train on: a number, a list '0,0.1,0.5' or a range '0.1-2' (None: the paper's 0.5).
         bnr_schedule: 'constant', or 'blurring[:SIGMA_B_MAX]', which replaces `bnr`.
         targets: What the branches estimate, a name in warm.targets.TARGETS (Table 5).
+        blur: What kind of blur, a name in warm.blur.BLUR_RATES.
         rest_weight: Weight of R's term in the loss, > 0; recorded here, applied by warm.loss.
         rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
         blur_embedding: How the blur is embedded, a name in warm.choices.BLUR_EMBEDDINGS; 'none' only for a single
@@ -33,26 +35,28 @@ class WarmPrecond(Precond):
     Attributes:
         family: The paths that the network is trained on (warm.path).
         parametrisation: The one of warm.targets in use.
-        choices: Those of the last three arguments that are not the defaults; only these are in `init_kwargs`.
+        rates: The blur's (warm.blur).
+        choices: Those of the last four arguments that are not the defaults; only these are in `init_kwargs`.
 
     Raises:
         UserError: an argument that is unknown, or that has no effect together with the others.
     """
 
     def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None,
-                 targets=PAPER_TARGETS, rest_weight=DEFAULTS['rest_weight'], rest_scale=DEFAULTS['rest_scale'],
-                 blur_embedding=DEFAULTS['blur_embedding'], **network):
+                 targets=PAPER_TARGETS, blur=DEFAULTS['blur'], rest_weight=DEFAULTS['rest_weight'],
+                 rest_scale=DEFAULTS['rest_scale'], blur_embedding=DEFAULTS['blur_embedding'], **network):
         parametrisation = chosen('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
         if family.is_hot:
             parametrisation = Hot()
-        choices = checked_choices(dict(rest_weight=rest_weight, rest_scale=rest_scale, blur_embedding=blur_embedding),
-                                  family, targets, parametrisation.names)
+        choices = checked_choices(dict(blur=blur, rest_weight=rest_weight, rest_scale=rest_scale,
+                                       blur_embedding=blur_embedding), family, targets, parametrisation.names)
         super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, bnr=bnr,
                               bnr_schedule=bnr_schedule, targets=targets, **choices),
                          sigma_min, sigma_max, len(parametrisation.names), *args, **network)
         self.family, self.parametrisation, self.choices = family, parametrisation, choices
         self.rest_weight, self.rest_scale, self.blur_embedding = rest_weight, rest_scale, blur_embedding
+        self.rates = BLUR_RATES[blur]
         feature = BLUR_EMBEDDINGS[blur_embedding]
         self.map_blur = None if family.is_hot or feature is None else BlurEmbedding(self.model.noise_channels, feature)
 
@@ -67,7 +71,8 @@ class WarmPrecond(Precond):
     def point(self, x, sigma, alpha=None):
         """The warm.targets.Point given by the arguments of `forward`, checked as described there."""
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
-        return Point(x, sigma, self.as_alpha(alpha, sigma, x), *self.scalings(sigma), self.sigma_data, self.rest_scale)
+        return Point(x, sigma, self.as_alpha(alpha, sigma, x), *self.scalings(sigma), self.sigma_data, self.rest_scale,
+                     self.rates)
 
     def estimates(self, point, class_labels=None, force_fp32=False, **model_kwargs):
         """What the branches estimate at a Point: float32 tensors like x, one per branch."""

@@ -21,7 +21,7 @@ from dnnlib import UserError, chosen
 from training.samplers import check_churn, churned, edm_sigma_steps, evaluate, rounded
 from training.schedules import NUM_STEPS, RHO, SIGMA_MAX, SIGMA_MIN, SOLVER
 from training.system import GRID_OPTIONS, Option, flag_of
-from warm.blur import blur_mask, dct2, idct2, log_mask_ratio
+from warm.blur import blur_mask, dct2, frequencies, idct2, log_mask_ratio
 from warm.path import ConstantBNR
 from warm.steps import Level, Solver, deblur, transition
 
@@ -34,7 +34,7 @@ def add_churn(x, here, there, z, S_noise=1):
     """
     if here.hot:
         return x + S_noise * math.sqrt(max(there.beta ** 2 - here.beta ** 2, 0)) * z
-    ratio = torch.exp(log_mask_ratio(here.alpha, there.alpha, x.shape[-1]))
+    ratio = torch.exp(log_mask_ratio(here.alpha, there.alpha, x.shape[-1], here.rates))
     return idct2(ratio * dct2(x) + (there.beta ** 2 - (ratio * here.beta) ** 2).sqrt() * dct2(S_noise * z))
 
 
@@ -84,14 +84,14 @@ def dpmpp2m_step(denoise, x, D, R, here, there, z, memory):
     n = x.shape[-1]
     h = torch.as_tensor(math.log(here.beta / there.beta), dtype=x.dtype)
     if not here.hot:
-        clean, h = dct2(clean), h + log_mask_ratio(here.alpha, there.alpha, n)
+        clean, h = dct2(clean), h + log_mask_ratio(here.alpha, there.alpha, n, here.rates)
     X = clean
     if memory:
         X = clean + h / (2 * memory['h']) * (clean - memory['clean'])
     memory.update(clean=clean, h=h)
     drift = torch.expm1(-h) * X
     if not here.hot:
-        drift = idct2(blur_mask(there.alpha, n) * drift)
+        drift = idct2(blur_mask(there.alpha, n, there.rates) * drift)
     return (there.beta / here.beta) * x - drift
 
 
@@ -115,6 +115,11 @@ def sampling_path(net, path=None):
         return path
     family = getattr(net, 'family', None)
     return family.default if family is not None else ConstantBNR(0)
+
+
+def blur_rates(net):
+    """The rates of the network's blur, one of warm.blur.BLUR_RATES; the Gaussian's where a network names none."""
+    return getattr(net, 'rates', frequencies)
 
 
 def make_denoiser(net, class_labels=None):
@@ -165,10 +170,10 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net).tolist()
     raised = [churned(beta, num_steps, S_churn, S_min, S_max) for beta in betas[:-1]]
     raised = rounded(net, torch.tensor(raised, dtype=torch.float64)).tolist()
-    denoise, step, memory = make_denoiser(net, class_labels), SOLVERS[solver].step, {}
+    denoise, step, memory, rates = make_denoiser(net, class_labels), SOLVERS[solver].step, {}, blur_rates(net)
 
     def level(beta):
-        return Level(latents.new_full([], path.alpha(beta), dtype=torch.float64), beta, path.is_hot)
+        return Level(latents.new_full([], path.alpha(beta), dtype=torch.float64), beta, path.is_hot, rates)
 
     x = latents.to(torch.float64) * betas[0]
     for i, (beta, beta_next) in enumerate(zip(betas[:-1], betas[1:])):

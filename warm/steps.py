@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from warm.blur import filter_bands, mask_difference, rest_mask
+from warm.blur import filter_bands, frequencies, mask_difference, rest_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Level:
     alpha: Blur in pixels: a number, or a 0-d tensor on the images' device, which saves a copy.
     beta: Noise level, a float, so that nothing is read back from the device.
     hot: Whether the path has no blur at all.
+    rates: The blur's, one of warm.blur.BLUR_RATES.
     """
 
     alpha: float | torch.Tensor
     beta: float
     hot: bool = False
+    rates: Callable = frequencies
 
 
 def blur_fraction(here, there, n):
@@ -41,8 +43,8 @@ def blur_fraction(here, there, n):
 
     0 at λ = 0, since R has zero mean, and at α = 0. Negative for a step backwards, towards more blur.
     """
-    missing = rest_mask(here.alpha, n)
-    gained = mask_difference(here.alpha, there.alpha, n)
+    missing = rest_mask(here.alpha, n, here.rates)
+    gained = mask_difference(here.alpha, there.alpha, n, here.rates)
     return torch.where(missing > 0, gained / missing.clamp(min=torch.finfo(missing.dtype).tiny), 0)
 
 

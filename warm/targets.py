@@ -10,10 +10,11 @@ it. One that estimates ε itself would weight D's squared error by λ(β)/β².
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
-from warm.blur import blur_and_rest, blur_mask, filter_bands, rest
+from warm.blur import blur_and_rest, blur_mask, filter_bands, frequencies, rest
 from warm.choices import REST, REST_SCALES
 
 MIN_MASK = 1e-3  # (b) divides by M: below this a band counts as lost (ours: x₀ = V max(M, 10⁻³)⁻¹ Vᵀ D)
@@ -29,6 +30,7 @@ class Point:
     c_skip, c_out, c_in, c_noise: EDM's coefficients at σ = β, float32.
     sigma_data: Standard deviation of the data.
     rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
+    rates: The blur's, one of warm.blur.BLUR_RATES.
     """
 
     x: torch.Tensor
@@ -40,6 +42,7 @@ class Point:
     c_noise: torch.Tensor
     sigma_data: float
     rest_scale: str
+    rates: Callable = frequencies
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,7 +135,7 @@ class CleanOnly(Parametrisation):
     def parts(self, estimates, point):
         """(V M Vᵀ x̂₀, V (I − M) Vᵀ x̂₀)."""
         clean, = estimates
-        return blur_and_rest(clean, point.alpha)
+        return blur_and_rest(clean, point.alpha, point.rates)
 
 
 class BlurredOnly(Parametrisation):
@@ -150,8 +153,8 @@ class BlurredOnly(Parametrisation):
     def parts(self, estimates, point):
         """(D, V (I − M) Vᵀ x̂₀)."""
         D, = estimates
-        clean = filter_bands(D, 1 / blur_mask(point.alpha, D.shape[-1]).clamp(min=MIN_MASK))
-        return D, rest(clean, point.alpha)
+        clean = filter_bands(D, 1 / blur_mask(point.alpha, D.shape[-1], point.rates).clamp(min=MIN_MASK))
+        return D, rest(clean, point.alpha, point.rates)
 
 
 class CleanAndBlurred(Parametrisation):
@@ -166,7 +169,7 @@ class CleanAndBlurred(Parametrisation):
     def parts(self, estimates, point):
         """(D, V (I − M) Vᵀ x̂₀)."""
         D, clean = estimates
-        return D, rest(clean, point.alpha)
+        return D, rest(clean, point.alpha, point.rates)
 
 
 class Hot(Parametrisation):

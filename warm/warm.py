@@ -6,10 +6,10 @@ goes into a file like this one, with `dataclasses.replace(WARM, name=â€¦, loss=â
 
 import functools
 
-import click
-
 from dnnlib import UserError
+from dnnlib.flags import Key
 from training.system import COMMON_SAMPLE_OPTIONS, GRID_OPTIONS, Option, System
+from warm.blur import BLUR_RATES
 from warm.bnr import band_power, recommended_bnr
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES, flags_of
 from warm.loss import WarmLoss
@@ -42,9 +42,11 @@ def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
     return functools.partial(warm_sampler, path=path, **options)
 
 
-def measured_bnr(bnr, dataset):
-    """--bnr as given, or for 'auto' the largest that the spectrum of the data allows (warm.bnr)."""
-    return f'{recommended_bnr(band_power(dataset)):.2f}' if bnr == 'auto' else bnr
+def measured_bnr(bnr, dataset, options):
+    """--bnr as given, or for 'auto' the largest that the spectrum of the data allows for this --blur (warm.bnr)."""
+    if bnr != 'auto':
+        return bnr
+    return f"{recommended_bnr(band_power(dataset), rates=BLUR_RATES[options['blur']]):.2f}"
 
 
 def warm_facts(net, options):
@@ -81,10 +83,10 @@ WARM = System(
                             'such as 0.1-2, drawn per image; auto measures the data (warm.spectrum)',
                shown=str(PAPER_BNR), from_data=measured_bnr),
         Option('bnr_schedule', None, SCHEDULES, shown='constant'),
-        Option('targets', PAPER_TARGETS, 'What the branches estimate (Table 5)', type=click.Choice(list(TARGETS))),
+        Option('targets', PAPER_TARGETS, 'What the branches estimate (Table 5)', type=Key(TARGETS)),
+        Option('blur', DEFAULTS['blur'], 'Kind of blur: how fast each band of the DCT fades', type=Key(BLUR_RATES)),
         Option('rest_weight', DEFAULTS['rest_weight'], "Weight of R's term in the loss", type=float),
-        Option('rest_scale', DEFAULTS['rest_scale'], "Scale of R's output", type=click.Choice(list(REST_SCALES))),
-        Option('blur_embedding', DEFAULTS['blur_embedding'], 'How the blur is embedded',
-               type=click.Choice(list(BLUR_EMBEDDINGS))),
+        Option('rest_scale', DEFAULTS['rest_scale'], "Scale of R's output", type=Key(REST_SCALES)),
+        Option('blur_embedding', DEFAULTS['blur_embedding'], 'How the blur is embedded', type=Key(BLUR_EMBEDDINGS)),
     ),
 )

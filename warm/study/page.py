@@ -162,7 +162,7 @@ def question_4(scores, figures):
 
 
 def question_5(scores, figures):
-    """Our own choices against their alternatives."""
+    """Our own choices, and the kind of blur, against their alternatives."""
     kimg, rows = scores.scale.side, []
     ours = scores.values(WARM, kimg)
     for flag, (chosen, alternatives) in CHOICES.items():
@@ -194,7 +194,7 @@ QUESTIONS = {
     '2. Which BNR (Table 3)': question_2,
     '3. Fewer evaluations (Fig. 5)': question_3,
     '4. Parametrisations and schedules (Tables 5 and 4)': question_4,
-    '5. Our own choices': question_5,
+    '5. Our own choices, and the kind of blur': question_5,
     '6. From EDM to Warm by transfer': question_6,
 }
 

@@ -9,6 +9,7 @@ import math
 
 from training.schedules import SOLVER
 from training.system import flag_of
+from warm.blur import BLUR_RATES
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES
 from warm.path import PAPER_BNR
 from warm.report.tables import BNR_SCORES
@@ -190,10 +191,11 @@ def question_4(scale):
         yield Run(run_name('warm-blurring', seed=seed), seed, ('--precond=warm', '--bnr-schedule=blurring'), scores)
 
 
-# Our choices where the paper is silent: {flag: (our choice, its alternatives)}.
+# Choices with alternatives: {flag: (our choice, its alternatives)}.
 CHOICES = {'--rest-weight': (f"{DEFAULTS['rest_weight']:g}", ('0.25', '4')),
            **{flag_of(name): (DEFAULTS[name], tuple(value for value in values if value != DEFAULTS[name]))
-              for name, values in (('rest_scale', REST_SCALES), ('blur_embedding', BLUR_EMBEDDINGS))}}
+              for name, values in (('rest_scale', REST_SCALES), ('blur_embedding', BLUR_EMBEDDINGS),
+                                   ('blur', BLUR_RATES))}}
 
 
 def choice_name(flag, value):
@@ -202,7 +204,7 @@ def choice_name(flag, value):
 
 
 def question_5(scale):
-    """Our own choices: each alternative by itself."""
+    """Our own choices, and the kind of blur: each alternative by itself."""
     for seed in scale.side_seeds:
         for flag, (_, alternatives) in CHOICES.items():
             for value in alternatives:
