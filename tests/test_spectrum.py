@@ -259,7 +259,7 @@ def test_command(tmp_path, synthetic):
 
 def test_the_bnr_is_looked_for_once(tmp_path, synthetic, monkeypatch):
     calls = []
-    monkeypatch.setattr(spectrum, 'recommended_bnr', lambda power, tolerance: calls.append(tolerance) or 0.3)
+    monkeypatch.setattr(spectrum, 'recommended_bnr', lambda power, tolerance, rates: calls.append(tolerance) or 0.3)
     assert run(f'--data={synthetic[0]}', '--max-images=30', f'--outdir={tmp_path}').output.endswith(' 0.30\n')
     assert calls == [0.5]
 

@@ -11,7 +11,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.flags import Key
-from tests.commands import SMALL, invoke, refused
+from tests.commands import SMALL, invoke, refused, succeed
 from tests.warm_examples import batch, by_hand, images_of, outputs_of, warm_net
 from training.loss import edm_loss_weight
 from training.precond import edm_scalings
@@ -193,14 +193,12 @@ def test_key_is_read_when_the_command_runs():
 
 def test_a_blur_registered_later(horizontal, monkeypatch, tmp_path):
     """It is trained, recorded, sampled by its own rates, and missed with a sentence where it is not registered."""
-    result = invoke('train.py', '--precond=warm', '--blur=horizontal', f'--outdir={tmp_path}', '--nosubdir',
-                    '--duration=0.000016', '--seed=0', *SMALL)
-    assert result.exit_code == 0, (result.output, result.exception)
+    succeed('train.py', '--precond=warm', '--blur=horizontal', f'--outdir={tmp_path}', '--nosubdir',
+            '--duration=0.000016', '--seed=0', *SMALL)
     snapshot = tmp_path / 'network-snapshot-000000.safetensors'
     assert build_network(read_snapshot(str(snapshot)), SYSTEMS).rates is horizontal_rates
     draw = ('generate.py', f'--network={snapshot}', '--seeds=0', '--steps=3')
-    result = invoke(*draw, f'--outdir={tmp_path}/out', f'--trajectory={tmp_path}/steps.png')
-    assert result.exit_code == 0, (result.output, result.exception)
+    succeed(*draw, f'--outdir={tmp_path}/out', f'--trajectory={tmp_path}/steps.png')
     assert '--blur=horizontal' in (tmp_path / 'out' / 'generation.json').read_text()
     monkeypatch.delitem(BLUR_RATES, 'horizontal')
     refused(invoke(*draw, f'--outdir={tmp_path}/out2'), "blur 'horizontal'")
@@ -217,11 +215,11 @@ def test_the_default_is_the_papers_and_is_not_recorded():
 def test_auto_measures_with_the_blur(tmp_path):
     """The natural blur leaves more of what decides, so the rule allows more of it."""
     def chosen(*flags):
-        result = invoke('train.py', '-n', '--precond=warm', '--bnr=auto', f'--outdir={tmp_path}', *flags)
-        assert result.exit_code == 0, (result.output, result.exception)
-        return float(json.loads(result.output[result.output.index('{'):result.output.rindex('}') + 1])
-                     ['network_kwargs']['bnr'])
-    assert chosen('--blur=natural') > chosen() == 0.13
+        output = succeed('train.py', '-n', '--precond=warm', '--bnr=auto', f'--outdir={tmp_path}', *flags)
+        return float(json.loads(output[output.index('{'):output.rindex('}') + 1])['network_kwargs']['bnr'])
+    def measured(*flags):
+        return float(succeed('warm.spectrum', *flags).split()[-1])
+    assert measured('--blur=natural') == chosen('--blur=natural') > measured() == chosen() == 0.13
 
 
 def test_rule_by_hand():

@@ -12,9 +12,10 @@ import click
 import numpy as np
 import torch
 
+from dnnlib.flags import Key
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
-from warm.blur import blur_mask, rest_mask
+from warm.blur import BLUR_RATES, PAPER_BLUR, blur_mask, frequencies, rest_mask
 from warm.blurring import BLUR_SCHEDULES, BlurringProcess
 from warm.bnr import BETAS, TOLERANCE, band_power, fit_power_law, radius, recommended_bnr, spectral_gap
 from warm.figures import draw
@@ -42,10 +43,10 @@ def middle_beta(power):
     return float(f'{rings[round(math.sqrt(len(rings))) - 1].clamp(min=1e-6).sqrt().item():.2g}')
 
 
-def spectra(power, bnr, beta):
+def spectra(power, bnr, beta, rates=frequencies):
     """The curves of Fig. 3 at one noise level: {name: float64 [N−1]}, power in rings of DCT bands."""
     n = len(power)
-    M, gone = blur_mask(bnr * beta, n), rest_mask(bnr * beta, n)
+    M, gone = (mask(bnr * beta, n, rates) for mask in (blur_mask, rest_mask))
     curves = {'signal S': power, 'noise β²': torch.full_like(power, beta ** 2),
               'hot diffusion S + β²': power + beta ** 2, 'observed M²S + β²': M ** 2 * power + beta ** 2,
               'denoising target M²S': M ** 2 * power, 'deblurring target (1−M)²S': gone ** 2 * power}
@@ -57,7 +58,7 @@ LOOKS = (dict(color='0.45', ls='--'), dict(color='0.45', ls=':'), dict(color='ta
          dict(color='black'), dict(color='tab:red'), dict(color='tab:blue'))
 
 
-def draw_spectra(figure, power, beta=None):
+def draw_spectra(figure, power, beta=None, rates=frequencies):
     """Draw Fig. 3: spectra of the observation and of the two branches' targets, for several BNRs at one noise level."""
     beta = middle_beta(power) if beta is None else beta
     n = len(power)
@@ -66,7 +67,7 @@ def draw_spectra(figure, power, beta=None):
     top, bottom = levels.max().item() + 8, min(levels.min().item(), 20 * math.log10(beta)) - 12
     axes = figure.subplots(1, len(SHOWN), sharey=True)
     for ax, bnr in zip(axes, SHOWN):
-        for (name, values), look in zip(spectra(power, bnr, beta).items(), LOOKS, strict=True):
+        for (name, values), look in zip(spectra(power, bnr, beta, rates).items(), LOOKS, strict=True):
             # Exact zeros cannot be shown in dB.
             ax.plot(cycles, 10 * values.where(values > 0, math.nan).log10(), label=name, **look)
         ax.set(xscale='log', ylim=(bottom, top), xlabel='frequency (cycles per pixel)', title=f'BNR {bnr:g}')
@@ -124,36 +125,37 @@ def other_diffusions():
 
 # -- command
 
-def report(power, tolerance, recommended):
+def report(power, tolerance, recommended, rates=frequencies):
     """The lines to print: power law, table of gaps, and last the recommended BNR."""
     c, gamma = fit_power_law(power)
     lines = [f'mean power {power.mean():.4f} (EDM takes 0.5² = 0.25)',
              f'power law S = {c:.4g}·(k² + l² + 1)^−{gamma:.3f}, at high frequencies 1/f^{2 * gamma:.2f}',
              '', f'largest gap between M²S + β² and S + β² over all DCT bands and β in {SIGMA_MIN}…{SIGMA_MAX}:',
              '   BNR  gap (dB)']
-    lines += [f'{bnr:6g} {spectral_gap(power, bnr):9.3f}' for bnr in TABLE]
+    lines += [f'{bnr:6g} {spectral_gap(power, bnr, rates):9.3f}' for bnr in TABLE]
     return [*lines, '', f'the largest gap within {tolerance:g} dB is '
-            f'{spectral_gap(power, recommended):.3f} dB', f'recommended BNR {recommended:.2f}']
+            f'{spectral_gap(power, recommended, rates):.3f} dB', f'recommended BNR {recommended:.2f}']
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--data', metavar='ZIP|DIR', default=None, help='Images to measure  [default: the embedded digits]')
 @click.option('--outdir', metavar='DIR', default=None, help='Also draw spectrum and schedules here, as PNG and SVG')
 @click.option('--tolerance', metavar='DB', type=float, default=TOLERANCE, help='Largest gap to hot diffusion, in dB')
+@click.option('--blur', type=Key(BLUR_RATES), default=PAPER_BLUR, help='Kind of blur, as for train.py')
 @click.option('--max-images', metavar='INT', type=int, default=None, help='Measure a random subset  [default: all]')
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Random seed of the subset')
-def main(data, outdir, tolerance, max_images, seed):
+def main(data, outdir, tolerance, blur, max_images, seed):
     """Measure a data set's spectrum and recommend a Blur-to-Noise Ratio for it."""
-    dataset = ImageFolderDataset(data or EMBEDDED)
+    dataset, rates = ImageFolderDataset(data or EMBEDDED), BLUR_RATES[blur]
     power = band_power(dataset, max_images, seed)
     taken = min(max_images or len(dataset), len(dataset))
     subset = f'a random subset (seed {seed}) of {taken} of the' if taken < len(dataset) else 'all'
-    recommended = recommended_bnr(power, tolerance)
-    lines = report(power, tolerance, recommended)
+    recommended = recommended_bnr(power, tolerance, rates)
+    lines = report(power, tolerance, recommended, rates)
     click.echo(f'{dataset.name}: {subset} {len(dataset)} images of {dataset.resolution}x{dataset.resolution} pixels')
     click.echo('\n'.join(lines[:-1]))
     if outdir is not None:
-        files = draw(os.path.join(outdir, 'spectrum'), (13, 4), lambda figure: draw_spectra(figure, power))
+        files = draw(os.path.join(outdir, 'spectrum'), (13, 4), lambda figure: draw_spectra(figure, power, rates=rates))
         files += draw(os.path.join(outdir, 'schedules'), (10, 5), lambda figure: draw_schedules(figure, recommended))
         click.echo('drawn: ' + ', '.join(files))
     click.echo(lines[-1])
