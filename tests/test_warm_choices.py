@@ -16,7 +16,7 @@ from training.networks import EDMPrecond
 from training.precond import edm_scalings
 from training.progress import restore
 from training.snapshot import build_network, read_snapshot, save_snapshot
-from warm.blur import blur, rest_magnitude, rest
+from warm.blur import BLUR_RATES, blur, rest, rest_magnitude
 from warm.choices import BLUR_EMBEDDINGS, BLUR_UNIT, DEFAULTS, REST, REST_SCALES, checked_choices
 from warm.loss import WarmLoss
 from warm.precond import BlurEmbedding, WarmPrecond
@@ -26,6 +26,7 @@ from warm.targets import TARGETS
 
 # Every value on offer but the defaults; 'none' goes with single paths only.
 OTHERS = [dict(rest_weight=4.0), dict(rest_weight=0.25),
+          *(dict(blur=name) for name in BLUR_RATES if name != DEFAULTS['blur']),
           *(dict(rest_scale=name) for name in REST_SCALES if name != DEFAULTS['rest_scale']),
           *(dict(blur_embedding=name) for name in BLUR_EMBEDDINGS if name != DEFAULTS['blur_embedding'])]
 EVERY_OTHER = pytest.mark.parametrize('own', OTHERS, ids=lambda own: '-'.join(map(str, *own.items())))
