@@ -11,7 +11,10 @@ import torch
 import warm
 from dnnlib import UserError
 from tests.commands import SMALL, invoke, refused, run_command
+from tests.warm_examples import warm_net
 from training.dataset import EMBEDDED
+from training.pixels import to_uint8
+from training.samplers import StackedRandomGenerator
 from training.snapshot import read_snapshot, save_snapshot
 from warm.systems import SYSTEMS
 from warm.targets import TARGETS
@@ -110,6 +113,39 @@ def test_a_method_outside_the_repository(tmp_path, root):
     assert (tmp_path / 'out' / '000000.png').is_file()
     refused(invoke('generate.py', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0'),
             "is of the system 'shifted', which this version does not know")
+
+
+LAZY = """
+import dataclasses
+from training.system import Option
+from warm.samplers import SOLVERS
+from warm.steps import Solver, transition
+from warm.systems import SYSTEMS
+
+PULL = Option('pull', 1.0, 'How far a step goes', type=float)
+
+def lazy(denoise, x, D, R, here, there, z, memory, pull):
+    return x + pull * (transition(x, D, R, here, there) - x)
+
+SOLVERS['lazy'] = Solver(lazy, order=None, options=(PULL,))
+SYSTEMS['warm'] = dataclasses.replace(
+    SYSTEMS['warm'], own_sample_options=(*SYSTEMS['warm'].own_sample_options, PULL))
+
+if __name__ == '__main__':
+    from generate import main
+    main()
+"""
+
+
+def test_a_solver_with_options_outside_the_repository(tmp_path, root):
+    """Its option is a flag, which the solver receives: at 0, a step goes nowhere, and the images are the noise."""
+    (tmp_path / 'lazy.py').write_text(LAZY)
+    save_snapshot(tmp_path / 'network.safetensors', warm_net(), 'warm', kimg=1)
+
+    run_command(tmp_path / 'lazy.py', f'--network={tmp_path}/network.safetensors', f'--outdir={tmp_path}', '--seeds=3',
+                '--steps=2', '--solver=lazy', '--pull=0', env={'PYTHONPATH': str(root)})
+    noise = 80 * StackedRandomGenerator('cpu', [3]).randn([1, 3, 8, 8])
+    np.testing.assert_array_equal(PIL.Image.open(tmp_path / '000003.png'), to_uint8(noise)[0].permute(1, 2, 0))
 
 
 def test_library_with_edm(root):
