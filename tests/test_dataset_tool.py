@@ -1,5 +1,6 @@
 """dataset_tool.py: every source, both destinations, and that nothing half-made is left."""
 
+import functools
 import gzip
 import hashlib
 import io
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 
@@ -377,6 +379,47 @@ def testsignals_wait_while_a_worker_starts(number, error):
             steps.append('started')
         steps.append('went on')
     assert steps == ['started'] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def blocked_signals():
+    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_signals_do_not_wait_for_ever_after_an_error():
+    before = blocked_signals()
+    with pytest.raises(RuntimeError), signals_wait():
+        raise RuntimeError('no more processes can be started')
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, before) == before
+
+
+def test_signals_wait_outside_the_main_thread():
+    """There only the mask can be changed, not the handlers."""
+    def inside():
+        with signals_wait():
+            found.append(blocked_signals())
+    found = []
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert signal.SIGINT in found[0]
+
+
+def test_workers_never_see_ctrl_c_and_end_with_the_block():
+    """A terminal sends it to them, too, and each would print a traceback."""
+    with Workers(2) as workers:
+        ask = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK)
+        blocked = next(workers.map(ask, [[]] * 3))  # the first chunk is another process's
+    assert signal.SIGINT in blocked and signal.SIGINT not in blocked_signals()
+    assert not multiprocessing.active_children()
+
+
+def test_few_chunks_are_read_while_one_takes_long():
+    """Otherwise a large set would fill the memory."""
+    read = []
+    chunks = (read.append(i) or (0.3 if i == 0 else 0) for i in range(10_000))
+    with Workers(2) as workers:
+        next(workers.map(time.sleep, chunks))
+    assert len(read) <= 12
 
 
 # Other sources

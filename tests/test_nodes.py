@@ -1,5 +1,6 @@
 """Several machines, as two torchrun agents on this one."""
 
+import datetime
 import os
 import signal
 import subprocess
@@ -148,3 +149,32 @@ def test_the_slurm_file_repeats_what_may_go_well_the_next_time(restarts, asked, 
         os.kill(int(pid), signal.SIGKILL)
     assert job.wait(60) == 128 + signal.SIGKILL
     assert said().count('asked to requeue') == asked
+
+
+def test_a_rank_that_does_not_join_is_named(monkeypatch):
+    monkeypatch.setattr(dist, 'TIMEOUT', datetime.timedelta(0))
+    with pytest.raises(UserError, match='rank 1 of 3 has not joined within 0:00:00; check its output'):
+        dist.fresh_store(torch.distributed.HashStore(), 0, 3)
+
+
+def alone(monkeypatch):
+    """This process without torchrun's environment."""
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_group_is_left_however_the_block_ends(monkeypatch):
+    left = []
+    alone(monkeypatch)
+    monkeypatch.setattr(dist, 'cleanup', lambda: left.append(True))
+    with pytest.raises(KeyboardInterrupt), dist.process_group():
+        raise KeyboardInterrupt
+    assert left
+
+
+def test_a_reason_that_torchrun_cannot_be_told_is_still_said(monkeypatch, tmp_path):
+    """The file that it names may be on a disk that is full or gone."""
+    alone(monkeypatch)
+    monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(tmp_path / 'gone' / 'error.json'))
+    with pytest.raises(UserError, match='the reason'), dist.process_group():
+        raise UserError('the reason')

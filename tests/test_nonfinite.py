@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -144,3 +145,45 @@ def test_a_request_to_stop_is_not_forgotten():
     health.end_step(1, [sound], True)
     health.end_step(2, [sound], False)
     assert health.stopping
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Ballots as a GPU's: a step's numbers are on the host only after its event has been waited for."""
+    def cast(self, numbers):
+        arriving = torch.full_like(numbers, math.nan)
+        self._under_way.append((arriving, types.SimpleNamespace(synchronize=lambda: arriving.copy_(numbers))))
+    monkeypatch.setattr(dist.Ballot, 'cast', cast)
+
+
+def test_a_ballot_is_read_one_step_later(late):
+    ballot = dist.Ballot()
+    ballot.cast(torch.tensor([1.]))
+    assert list(ballot.results()) == []
+    ballot.cast(torch.tensor([2.]))
+    assert list(ballot.results()) == [[1.]]
+    assert list(ballot.results(wait=True)) == [[2.]]
+
+
+def test_steps_read_late_are_named_rightly(late):
+    health = Health(max_nonfinite=2)
+    for step, sound in ((1, True), (2, False), (3, False)):
+        health.end_step(step, [torch.tensor(sound)], False)
+    assert health.streak == 1  # step 3 is not read yet
+    with pytest.raises(UserError, match='2 steps in a row, steps 2 to 3'):
+        health.settle()
+
+
+def test_bad_steps_before_a_resume_within_the_tick_count():
+    health = Health(count=3)
+    health.end_step(1, [torch.tensor(False)], False)
+    assert health.count == 4
+
+
+@pytest.mark.parametrize('finite, bad', [([True, True], 0), ([True, False], 1), ([False, False], 1)])
+def test_a_bad_step_counts_once(finite, bad, monkeypatch):
+    """However many of its losses and gradients were bad, and on however many ranks (here two alike)."""
+    monkeypatch.setattr(dist, 'all_reduce_sum', lambda t: t.mul_(2))
+    health = Health()
+    health.end_step(1, [torch.tensor(f) for f in finite], False)
+    assert health.count == health.streak == bad

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pathlib
 import shutil
 import stat
+import threading
 import time
 
 import numpy as np
@@ -13,13 +15,16 @@ import torch
 from dnnlib import UserError
 from tests.commands import SMALL, full_disk, invoke, refused, succeed
 from tests.kills import check_same, equal, final_state, losses
+from torch_utils import distributed as dist
+from torch_utils import training_stats
 from training import saving, training_loop
 from training.dataset import EMBEDDED
 from training.health import Health
-from training.progress import MALFORMED, checked_seed, load_optimizer, load_run_state
+from training.progress import (MALFORMED, check_origin, checked_seed, load_optimizer, load_run_state, random_state,
+                               seed_rank, tell_other_data)
 from training.run_files import OPTIONS_NAME, saved_files
-from training.run_folder import create_run_dir, start_point
-from training.saving import Saver, host_copy, prune
+from training.run_folder import check_run_dir, create_run_dir, start_point
+from training.saving import MAX_WAITING, Saver, find_states, host_copy, prune
 from training.snapshot import read_snapshot
 from training.state import load_state, save_state
 from warm.systems import SYSTEMS
@@ -495,3 +500,162 @@ def test_nothing_is_written_after_an_error(tmp_path, monkeypatch):
         saver.save(2000, state={})
         with pytest.raises(UserError, match='000001.pt'):
             saver.finish()
+
+
+# -- where a run starts
+
+def test_a_state_of_its_own_goes_before_resume(whole, cut):
+    """The same command, started again, goes on from where it was, not from the other run again."""
+    flags = dict(outdir=cut, nosubdir=True, auto_resume=True, resume=whole, dry_run=False)
+    assert start_point(flags, 'name')[1]['path'] == str(cut / 'training-state-000000.pt')
+
+
+def test_resume_goes_on_where_no_state_of_its_own_can_be_read(whole, cut):
+    damage(cut / 'training-state-000000.pt')
+    flags = dict(outdir=cut, nosubdir=True, auto_resume=True, resume=whole, dry_run=False)
+    assert start_point(flags, 'name')[1]['path'] == str(whole / 'training-state-000001.pt')
+
+
+@pytest.mark.parametrize('last', ['00000-a', '00001-b', '.'])
+def test_the_latest_run_is_the_one_that_saved_last(last, tmp_path):
+    """It need not have the highest number, and may be in --outdir itself (--nosubdir)."""
+    for folder in ('00000-a', '00001-b', '.'):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / 'training-state-000001.pt'
+        path.touch()
+        os.utime(path, (2000, 2000) if folder == last else (1000, 1000))
+    assert find_states('latest', tmp_path) == [tmp_path / last / 'training-state-000001.pt']
+
+
+def test_a_transferred_run_resumes(whole, tmp_path):
+    """Its average of the weights has no ramp-up, then as before."""
+    snapshot = saved_files(whole, 'network-snapshot')[0]
+    trained(tmp_path, f'--transfer={snapshot}', kimg=0.064)
+    trained(tmp_path, '--auto-resume', kimg=0.128)
+    assert final_state(tmp_path)['settings']['ema_rampup_ratio'] is None
+
+
+def test_a_folder_that_cannot_be_claimed():
+    with pytest.raises(UserError, match='could not write in /proc/self: .*; choose another --outdir'):
+        create_run_dir('/proc/self', {}, None)
+
+
+def test_a_link_to_nowhere_is_no_place_for_a_run(tmp_path):
+    (tmp_path / 'link').symlink_to(tmp_path / 'gone')
+    with pytest.raises(UserError, match='could not create the folder'):
+        check_run_dir(tmp_path / 'link' / 'runs')
+
+
+# -- what a run takes from a state
+
+def test_runs_that_do_not_name_their_optimizer_are_adams():
+    check_origin({'settings': {}}, 'x.pt', optimizer='Adam')
+    with pytest.raises(UserError, match='with the optimizer Adam, not SGD'):
+        check_origin({'settings': {}}, 'x.pt', optimizer='SGD')
+
+
+def test_runs_that_do_not_name_their_data_are_not_warned(capsys):
+    tell_other_data({'settings': {}}, 'digits-8x8')
+    assert capsys.readouterr().out == ''
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """ranks(rank, count) makes this process one of so many."""
+    def change(rank, count):
+        monkeypatch.setattr(dist, 'get_rank', lambda: rank)
+        monkeypatch.setattr(dist, 'get_world_size', lambda: count)
+    return change
+
+
+def test_noise_differs_between_ranks_and_between_starts(ranks):
+    """Else ranks would learn from the same noise, and a run that goes on with other ranks from its former noise."""
+    def noise(rank, nimg):
+        ranks(rank, 2)
+        seed_rank(5, {'progress': {'nimg': nimg}, 'ranks': [None] * 3})
+        return torch.randn([]).item()
+    draws = [noise(rank, nimg) for rank in (0, 1) for nimg in (0, 64)]
+    assert len(set(draws)) == 4 and noise(1, 64) == draws[3]
+
+
+@pytest.mark.parametrize('count', [1, 4])
+def test_noise_of_other_numbers_of_ranks_is_not_continued(count, ranks, capsys):
+    torch.manual_seed(1)
+    own = dict(random=random_state(), statistics={'x': torch.zeros(3, dtype=torch.float64)})
+    ranks(0, 2)
+    seed_rank(5, {'progress': {'nimg': 64}, 'ranks': [own] * count})
+    assert f'saved by {count} ranks and continues with 2' in capsys.readouterr().out
+    assert not torch.equal(torch.get_rng_state(), own['random']['cpu']) and training_stats.unread() == {}
+
+
+def test_a_new_run_has_no_statistics_of_another():
+    training_stats.report('x', 1)  # by a run in this process that ended within a tick
+    seed_rank(5)
+    assert training_stats.unread() == {}
+
+
+# -- the thread that writes
+
+def test_few_saves_wait_for_the_disk(tmp_path, monkeypatch):
+    """Beyond MAX_WAITING the run waits too: a disk that is too slow must not fill the memory."""
+    disk, saved = threading.Event(), []
+    monkeypatch.setattr(saving, 'save_state', lambda path, state: disk.wait(10))
+    with Saver(tmp_path) as saver:
+        def run():
+            for i in range(MAX_WAITING + 2):
+                saver.save(i, state={})
+                saved.append(i)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join(0.2)
+        before = len(saved)
+        disk.set()
+        thread.join()
+    assert before <= MAX_WAITING + 1 and len(saved) == MAX_WAITING + 2
+
+
+def test_an_error_elsewhere_loses_nothing_that_was_saved(tmp_path, monkeypatch):
+    def slow(path, state):
+        time.sleep(0.2)
+        save_state(path, state)
+    monkeypatch.setattr(saving, 'save_state', slow)
+    with pytest.raises(KeyError), Saver(tmp_path) as saver:
+        saver.save(1000, state={'w': torch.zeros(2)})
+        raise KeyError
+    assert load_state(tmp_path / 'training-state-000001.pt')
+
+
+@pytest.mark.parametrize('keep, left', [(0, [3, 2, 1]), (1, [3]), (2, [3, 2])])
+def test_as_many_states_stay_as_are_to_be_kept(keep, left, tmp_path):
+    """One, too; 0 keeps all."""
+    with Saver(tmp_path, keep) as saver:
+        for kimg in (1, 2, 3):
+            saver.save(1000 * kimg, state={'w': torch.zeros(2)})
+        saver.finish()
+    assert [p.name for p in saved_files(tmp_path, 'training-state')] == [f'training-state-{k:06d}.pt' for k in left]
+
+
+def test_a_damaged_state_keeps_no_old_snapshots(tmp_path, monkeypatch):
+    """Each kind of file is judged by its own newest."""
+    fake_files(tmp_path, [1, 2])
+    damage(tmp_path / 'training-state-000002.pt')
+    for kimg in (1, 2):
+        (tmp_path / f'network-snapshot-{kimg:06d}.safetensors').touch()
+    monkeypatch.setitem(saving.READERS, 'network-snapshot', lambda path: None)
+    prune(tmp_path, 1, 2000)
+    assert len(saved_files(tmp_path, 'training-state')) == 2 and len(saved_files(tmp_path, 'network-snapshot')) == 1
+
+
+def test_an_old_file_that_cannot_be_deleted_stays(tmp_path, monkeypatch):
+    """The others go, and the run goes on."""
+    fake_files(tmp_path, [1, 2, 3, 4])
+    unlink = pathlib.Path.unlink
+
+    def busy(path):
+        if path.name == 'training-state-000002.pt':
+            raise OSError(16, 'Device or resource busy')
+        unlink(path)
+    monkeypatch.setattr(pathlib.Path, 'unlink', busy)
+    prune(tmp_path, 1, 4000)
+    names = [p.name for p in saved_files(tmp_path, 'training-state')]
+    assert names == ['training-state-000004.pt', 'training-state-000002.pt']

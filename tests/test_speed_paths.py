@@ -4,11 +4,14 @@ import copy
 import itertools
 import json
 import os
+import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import PIL.Image
@@ -444,7 +447,9 @@ def test_no_decoded_file_where_it_cannot_be(cache, monkeypatch, capsys, tmp_path
     dataset = load_embedded()
     monkeypatch.setattr(decoded.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(1, 1, 1 << 20))
     assert decoded.decoded_images(dataset, min_bytes=0) is None
-    assert 'not decoded in advance' in capsys.readouterr().out and not list(cache.glob('*'))
+    said = capsys.readouterr().out
+    assert 'not decoded in advance' in said and 'DNNLIB_CACHE_DIR names the folder' in said
+    assert not list(cache.glob('*'))
     assert decoded.decoded_images(dataset, max_bytes=1000) is None
     monkeypatch.undo()
     for i in range(2):
@@ -480,7 +485,8 @@ def test_share_of_waiting_is_recorded(tmp_path, monkeypatch):
         assert len(shares) == 2 and all(0 < share < 1 for share in shares)
 
 
-@pytest.mark.parametrize('workers, more', [(0, 1), (1, 2)])
+@pytest.mark.parametrize('workers, more', [(0, 1), (1, 2), (2, 4)])
+@pytest.mark.filterwarnings('ignore:This DataLoader will create 2 worker processes')  # on a machine with one CPU core
 def test_waiting_for_data_is_said_once(cache, capsys, workers, more):
     """The message names the remedy, more loader processes; for decoded data, where there is none, nothing is said."""
     def said(dataset, *shares, **loader_kwargs):
@@ -584,3 +590,163 @@ def test_former_files_of_a_name_with_brackets_go(cache, name):
         path.touch()
     decoded._remove_former(own)
     assert set(cache.iterdir()) == {own, other}
+
+
+# -- threads and processes that load data
+
+def test_waiting_is_counted_once(monkeypatch):
+    """All batches since the last question count, and those before it no more."""
+    monkeypatch.setattr(b, 'time', types.SimpleNamespace(perf_counter=itertools.count().__next__))  # 1 s a look
+    batches = b.Batches(load_embedded(), 8, 5, 0, {}, torch.device('cpu'))
+    for _ in range(3):
+        next(batches)
+    assert (batches.take_wait(), batches.take_wait()) == (3, 0)
+
+
+def test_processes_are_advised_where_none_were_asked_for(capsys):
+    """The loader's arguments may leave their number to PyTorch, whose default is none."""
+    b.Batches(load_embedded(), 8, 5, 0, {}, torch.device('cpu')).report_wait(0.5)
+    assert '--workers=1 (now 0)' in capsys.readouterr().out
+
+
+def test_closed_batches_leave_no_thread(cache):
+    batches = b.Batches(decoded_dataset(), 8, 5, 0, {}, torch.device('cpu'))
+    next(batches)
+    batches.close()
+    assert not any(thread.name == 'batches' for thread in threading.enumerate())
+
+
+def test_the_thread_stays_within_its_depth():
+    """Otherwise an epoch would fill the memory."""
+    far = threading.Event()
+
+    def items():
+        for i in itertools.count():
+            if i == 10:
+                far.set()
+            yield i
+    results = b.ahead(items(), depth=2)
+    next(results)
+    went_far = far.wait(0.2)
+    results.close()
+    assert not went_far
+
+
+def test_loading_leaves_the_training_noise_alone():
+    before = torch.get_rng_state()
+    batches = b.Batches(load_embedded(), 8, 5, 0, {}, torch.device('cpu'))
+    next(batches)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class IgnoredSignals(torch.utils.data.Dataset):
+    """Images whose label says whether the process that loads them ignores SIGUSR1, as a shielded one does."""
+
+    decoded = None
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, i):
+        return np.zeros([3, 8, 8], np.uint8), np.float32([signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN])
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_loader_processes_are_shielded_from_signals(workers):
+    """They leave a request to stop to their rank, which without processes stays able to hear it."""
+    batches = b.Batches(IgnoredSignals(), 8, 5, 0, dict(num_workers=workers), torch.device('cpu'))
+    _, labels = next(batches)
+    batches.close()
+    assert labels.mean() == workers
+
+
+def test_a_set_that_would_take_most_of_the_gpu(cache, monkeypatch):
+    dataset = decoded_dataset()
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (2 * dataset.decoded.nbytes - 1, 1 << 40))
+    with pytest.raises(UserError, match='more than half of the free memory of the GPU; leave --data-device=cuda out'):
+        b._to_gpu(dataset, torch.device('cuda'))
+
+
+# -- the file of decoded images
+
+def test_sets_of_one_name_have_a_file_each(cache, tmp_path, monkeypatch):
+    """A relative path, too, stands for another set in another folder."""
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        shutil.copy2(EMBEDDED, 'set.zip')  # of the same size and age
+        decoded_dataset('set.zip')
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize('damage', [
+    lambda path, images: path.write_bytes(b''), lambda path, images: np.save(path, images[:2] * 0),
+    lambda path, images: np.save(path, np.zeros(images.shape, np.float32))])
+def test_a_file_that_is_not_the_decoded_set_is_made_anew(damage, cache):
+    images = np.array(decoded_dataset().decoded)
+    path, = cache.iterdir()
+    damage(path, images)
+    np.testing.assert_array_equal(decoded_dataset().decoded[5], load_embedded()[5][0])
+
+
+def test_decoded_images_are_read_only(cache):
+    """All processes share the file, and later runs too."""
+    with pytest.raises(ValueError, match='read-only'):
+        decoded_dataset().decoded[0] = 0
+
+
+def test_a_former_file_that_cannot_be_deleted(cache, monkeypatch):
+    """Another rank may have been quicker, or the folder may be another user's."""
+    cache.mkdir(parents=True)
+    former, own = (cache / f'set-0123456789ab-{name}.npy' for name in ('old', 'new'))
+    former.touch()
+
+    def refuse(path):
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(pathlib.Path, 'unlink', refuse)
+    decoded._remove_former(own)
+
+
+def test_a_set_with_a_long_name_is_decoded_too(cache, tmp_path):
+    path = tmp_path / f'{"x" * 245}.zip'
+    shutil.copy(EMBEDDED, path)
+    assert isinstance(decoded_dataset(path).decoded, np.memmap)
+
+
+# -- how a network is told to run
+
+def test_the_layout_follows_the_networks_own_precision(monkeypatch):
+    monkeypatch.setattr(acceleration, 'wants_channels_last', lambda device, precision, compile: precision == 'bf16')
+    net = make_net()
+    net.precision = 'bf16'
+    assert accelerate(net).model.memory_format == torch.channels_last
+
+
+def test_recomputation_can_be_switched_off_again():
+    net = accelerate(make_net(), recompute=True)
+    assert net.model.recompute and not accelerate(net).model.recompute
+
+
+def test_recomputation_where_it_would_have_no_effect(monkeypatch):
+    net = make_net()
+    monkeypatch.setattr(type(net.model), 'can_recompute', False)
+    with pytest.raises(UserError, match='leave out --checkpoint-activations'):
+        accelerate(net, recompute=True)
+
+
+def test_a_compiler_is_tried_before_the_network(monkeypatch):
+    """Its absence is a sentence from `accelerate`, not a traceback from the first step."""
+    def fails(*args, **kwargs):
+        raise AssertionError  # as some of PyTorch's checks do, without a word
+    monkeypatch.setattr(torch, 'compile', fails)
+    with pytest.raises(UserError, match=r'--compile does not work here \(AssertionError\)'):
+        accelerate(make_net(), compile=True)
+
+
+@pytest.mark.parametrize('before, after', [(8, 32), (100, 100)])
+def test_room_for_every_input_shape(before, after):
+    """A network is compiled for 32 shapes at least; a limit that the user has set higher stays."""
+    with torch._dynamo.config.patch(cache_size_limit=before):
+        accelerate(make_net(), compile=True, backend='aot_eager')
+        assert torch._dynamo.config.cache_size_limit == after

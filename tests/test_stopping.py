@@ -6,7 +6,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,8 +16,10 @@ from dnnlib.files import sigterm_exits
 from tests import kills
 from tests.commands import ROOT, SMALL, free_port, invoke
 from tests.kills import check_same, equal, final_state, losses
-from torch_utils.distributed import lost_ranks_named
-from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED, StopRequest
+from torch_utils import distributed as dist
+from torch_utils import training_stats
+from torch_utils.distributed import LostRank, lost_ranks_named
+from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED, StopRequest, Watchdog
 from training.health import Health
 from training.run_files import saved_files
 
@@ -51,6 +55,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tic
     assert saved_files(tmp_path, 'network-snapshot')
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGTERM) == former  # the former handlers are back
+    training_stats.restore({})  # as in a process of its own
     assert invoke('train.py', *RUN, f'--outdir={tmp_path}').exit_code == 0
     check_same(tmp_path, whole)
 
@@ -218,3 +223,59 @@ def test_a_single_process_has_no_rank_to_lose():
     """PyTorch's loader of data, say, reports a time limit in the same words."""
     with pytest.raises(RuntimeError, match='timed out'), lost_ranks_named():
         raise RuntimeError('DataLoader timed out after 5 seconds')
+
+
+@pytest.mark.parametrize('reason', [
+    'Connection closed by peer [10.0.0.2]:4711', 'Read error: Connection reset by peer', 'writev: Broken pipe',
+    'NCCL error: unhandled system error', 'Timed out waiting 1800000ms for recv operation to complete'])
+def test_errors_that_mean_a_lost_rank(reason, monkeypatch):
+    """What matters stands at the end of a line that may begin with a long path, before many more lines."""
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    with pytest.raises(LostRank, match='run the same command with --auto-resume') as e, lost_ranks_named():
+        raise RuntimeError(f"[{'gloo/' * 60}pair.cc:544] {reason}\nException raised from ...")
+    assert f'{reason})' in e.value.message
+
+
+@pytest.mark.parametrize('reason', ['', 'shapes do not match'])
+def test_errors_that_do_not(reason, monkeypatch):
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    with pytest.raises(RuntimeError) as e, lost_ranks_named():
+        raise RuntimeError(reason)
+    assert str(e.value) == reason
+
+
+def test_outside_the_main_thread_no_handlers_are_installed():
+    """Python allows it only there; a run in a thread of a notebook, say, goes on without."""
+    def inside():
+        with StopRequest() as stop:
+            return stop.name, signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(inside).result() == (None, signal.getsignal(signal.SIGTERM))
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self/fd'), reason='needs Linux')
+def test_a_request_to_stop_leaves_no_pipe_open():
+    before = set(os.listdir('/proc/self/fd'))
+    with StopRequest():
+        pass
+    assert set(os.listdir('/proc/self/fd')) <= before
+
+
+def watchdogs():
+    return {thread for thread in threading.enumerate() if thread.name == 'watchdog'}
+
+
+def test_the_watchdog_goes_home():
+    """Otherwise it would end the user's process some time after a run that an error has ended."""
+    before = watchdogs()
+    with Watchdog(100) as dog:
+        dog.beat()
+        thread, = watchdogs() - before
+    thread.join(2)
+    assert not thread.is_alive()
+
+
+def test_a_watchdog_that_is_switched_off_does_nothing():
+    before = watchdogs()
+    with Watchdog(0):
+        assert watchdogs() <= before

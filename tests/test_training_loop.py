@@ -6,6 +6,7 @@ import math
 import pathlib
 import re
 import sys
+import types
 
 import click
 import numpy as np
@@ -21,7 +22,8 @@ from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
 from training.run_folder import next_run_dir, run_name, same_run_dir
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
-from training.status import ProgressLine, Status
+from training import status as st
+from training.status import ProgressLine, Status, trim_records
 from tests.commands import SMALL, invoke, json_lines, refused, run_command, succeed, torchrun
 from train import main
 from warm.systems import SYSTEMS
@@ -391,12 +393,17 @@ def test_run_numbers_beyond_five_digits(tmp_path):
     assert pathlib.Path(same_run_dir(tmp_path, 'a')).name == '100000-a'
 
 
-def test_the_progress_line_shows_this_runs_speed(monkeypatch):
-    """After a resume, images that were seen before do not count."""
+def a_terminal(monkeypatch):
+    """What is written to the terminal from now on."""
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, 'stderr', terminal)
-    line = ProgressLine(1000, 3000)
+    return terminal
+
+
+def test_the_progress_line_shows_this_runs_speed(monkeypatch):
+    """After a resume, images that were seen before do not count."""
+    terminal, line = a_terminal(monkeypatch), ProgressLine(1000, 3000)
     line.began -= 1000
     line.show(2000)
     assert '2.0 of 3 kimg, 1.0 images/s, 16m 40s left' in terminal.getvalue()
@@ -412,3 +419,86 @@ def test_maintenance_is_the_time_between_ticks(tmp_path):
 def test_times_as_status_lines_say_them():
     assert [format_time(s) for s in (59.4, 60, 3599, 3600, 86399, 86400)] == [
         '59s', '1m 00s', '59m 59s', '1h 00m 00s', '23h 59m 59s', '1d 00h 00m']
+
+
+def test_the_progress_line_changes_once_a_second(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(st, 'time', types.SimpleNamespace(time=lambda: now[0]))
+    terminal, line = a_terminal(monkeypatch), ProgressLine(0, 3000)
+    for now[0] in (1000.5, 1001.0, 1001.75):
+        line.show(1000)
+    assert terminal.getvalue().count('kimg') == 2
+
+
+def test_the_progress_line_makes_way_for_others(monkeypatch):
+    terminal, line = a_terminal(monkeypatch), ProgressLine(0, 3000)
+    line.clear()
+    assert terminal.getvalue() == ''  # nothing was shown yet
+    line.show(1000)
+    line.clear()
+    shown, blank = terminal.getvalue().strip('\r').replace('\r\r', '\r').split('\r')
+    assert len(blank) >= len(shown) and not blank.strip()
+
+
+def test_a_tick_clears_the_progress_line(monkeypatch, tmp_path):
+    terminal = a_terminal(monkeypatch)
+    status = Status(tmp_path, 0, 3000, 0, torch.device('cpu'))
+    status.line.show(1000)
+    status.end_tick(0, 1000)
+    assert terminal.getvalue().endswith('\r' + ' ' * 79 + '\r')
+
+
+def test_other_ranks_report_nothing(monkeypatch, tmp_path):
+    terminal = a_terminal(monkeypatch)
+    monkeypatch.setattr(tl.dist, 'get_rank', lambda: 1)
+    status = Status(tmp_path, 0, 3000, 0, torch.device('cpu'))
+    status.line.show(1000)
+    status.end_tick(0, 1000)
+    status.start_tick(1000)
+    assert terminal.getvalue() == '' and not list(tmp_path.iterdir())
+
+
+def test_time_before_a_resume_counts(tmp_path):
+    assert 1000 <= Status(tmp_path, 0, 3000, 1000.0, torch.device('cpu')).elapsed() < 1100
+
+
+def test_seconds_per_kimg_are_the_ticks_own(tmp_path):
+    status = Status(tmp_path, 1000, 9000, 0, torch.device('cpu'))
+    for tick, nimg in enumerate((3000, 7000)):
+        status.ended = status.tick_time + 6
+        assert status.fields(tick, nimg)['Timing/sec_per_kimg'] == pytest.approx((3, 1.5)[tick])
+        status.start_tick(nimg)
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_event_files_are_written_at_each_tick_by_rank_0(rank, tmp_path, monkeypatch):
+    """With a stand-in for TensorBoard, which need not be installed."""
+    class Writer(list):
+        def __init__(self, run_dir):
+            self.add_scalar = lambda name, value, global_step: self.append((name, global_step))
+            self.flush = lambda: self.append('flushed')
+    stand_in = types.SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', stand_in)
+    monkeypatch.setattr(torch.utils, 'tensorboard', stand_in, raising=False)
+    monkeypatch.setattr(tl.dist, 'get_rank', lambda: rank)
+    status = Status(tmp_path, 0, 3000, 0, torch.device('cpu'), tensorboard=True)
+    status.end_tick(0, 1000)
+    status.start_tick(1000)
+    if rank:
+        assert status.writer is None
+    else:
+        assert ('Progress/tick', 1000) in status.writer and status.writer[-1] == 'flushed'
+
+
+def test_records_with_damaged_bytes_are_cut_all_the_same(tmp_path):
+    """A crash of the machine may leave any bytes in them."""
+    for name in ('log.txt', 'stats.jsonl'):
+        (tmp_path / name).write_bytes(b'\xff\xfe\x00\n')
+    trim_records(tmp_path, 1, {'Progress/tick': {'mean': 0.0}})
+    assert [line['Progress/tick']['mean'] for line in json_lines(tmp_path / 'stats.jsonl')] == [0]
+
+
+def test_records_that_cannot_be_read(tmp_path):
+    (tmp_path / 'stats.jsonl').mkdir()
+    with pytest.raises(UserError, match='could not read stats.jsonl in .*; check its permissions'):
+        trim_records(tmp_path, 1, {})
