@@ -3,6 +3,7 @@
 import datetime
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -155,6 +156,21 @@ def test_a_rank_that_does_not_join_is_named(monkeypatch):
     monkeypatch.setattr(dist, 'TIMEOUT', datetime.timedelta(0))
     with pytest.raises(UserError, match='rank 1 of 3 has not joined within 0:00:00; check its output'):
         dist.fresh_store(torch.distributed.HashStore(), 0, 3)
+
+
+@pytest.mark.parametrize('rank, reason', [(0, 'EADDRINUSE'), (1, 'timed out')])
+def test_ranks_that_find_no_rank_0_say_so(rank, reason, monkeypatch):
+    """Another program has rank 0's port, or none listens there: a sentence, not PyTorch's traceback."""
+    with socket.socket() as other:
+        other.bind(('', 0))
+        if rank == 0:
+            other.listen()
+        port = other.getsockname()[1]
+        for name, value in dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port).items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(dist, 'TIMEOUT', datetime.timedelta(seconds=0.5))
+        with pytest.raises(UserError, match=f'rank {rank} could not join .* 127.0.0.1:{port} .*{reason}.*check that'):
+            dist.init()
 
 
 def alone(monkeypatch):

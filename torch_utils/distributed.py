@@ -26,7 +26,7 @@ def init():
     no port; every function of this module then acts as rank 0 of 1.
 
     Raises:
-        UserError: more processes than GPUs; a rank that does not join; only part of torchrun's environment.
+        UserError: more processes than GPUs; ranks that do not join; only part of torchrun's environment.
     """
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -40,10 +40,15 @@ def init():
             raise UserError(f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}; start the ranks with "
                             'torchrun, or unset all of these for a single process')
         on_cuda = torch.cuda.is_available()
-        store, rank, ranks = next(torch.distributed.rendezvous('env://', timeout=TIMEOUT))
-        torch.distributed.init_process_group(
-            'nccl' if on_cuda else 'gloo', store=fresh_store(store, rank, ranks), rank=rank, world_size=ranks,
-            timeout=TIMEOUT, device_id=device() if on_cuda else None)
+        try:
+            store, rank, ranks = next(torch.distributed.rendezvous('env://', timeout=TIMEOUT))
+            torch.distributed.init_process_group(
+                'nccl' if on_cuda else 'gloo', store=fresh_store(store, rank, ranks), rank=rank, world_size=ranks,
+                timeout=TIMEOUT, device_id=device() if on_cuda else None)
+        except RuntimeError as e:  # PyTorch's stores, gloo and NCCL raise all kinds of it
+            raise UserError(f"rank {os.environ['RANK']} could not join the others at {os.environ['MASTER_ADDR']}:"
+                            f"{os.environ['MASTER_PORT']} ({_first_line(e)[-160:]}); check that rank 0 runs there, "
+                            'that no other program has the port, and what the other ranks say') from e
 
 
 def fresh_store(store, rank, ranks):
@@ -129,13 +134,18 @@ def lost_ranks_named():
     try:
         yield
     except RuntimeError as e:
-        reason = (str(e).splitlines() or [''])[0]
+        reason = _first_line(e)
         lost = re.search('closed by peer|reset by peer|Broken pipe|NCCL|timed out', reason, re.I)
         if get_world_size() == 1 or not lost:
             raise
         raise LostRank(f'rank {get_rank()} lost the connection to another rank ({reason[-160:]}); check '
                         "that rank's output, and run the same command with --auto-resume to continue from the last "
                         'state') from e
+
+
+def _first_line(error):
+    """What PyTorch's error says, without the stack trace of C++ that often follows."""
+    return (str(error).splitlines() or [''])[0]
 
 
 def barrier():
