@@ -1,5 +1,6 @@
 """Stopping and dying: signals, ranks that are killed or hang, jobs that are killed while writing."""
 
+import io
 import os
 import pathlib
 import random
@@ -279,3 +280,22 @@ def test_a_watchdog_that_is_switched_off_does_nothing():
     before = watchdogs()
     with Watchdog(0):
         assert watchdogs() <= before
+
+
+class Gone:
+    """The standard error of a process whose terminal or pipe is gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, 'Broken pipe')
+
+
+@pytest.mark.parametrize('stderr', ['none', 'gone', 'closed'])
+def test_the_watchdog_needs_no_terminal(stderr, monkeypatch):
+    """The process ends even if what it says reaches nobody; Python's stderr is None if it was started without one."""
+    streams = {'none': None, 'gone': Gone(), 'closed': io.StringIO()}
+    streams['closed'].close()
+    codes = []
+    monkeypatch.setattr(sys, '__stderr__', streams[stderr])
+    monkeypatch.setattr(os, '_exit', codes.append)
+    Watchdog(1)._end()
+    assert codes == [EXIT_HUNG]

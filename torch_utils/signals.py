@@ -123,7 +123,7 @@ class Watchdog:
                 self._end()
 
     def _end(self):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or it is gone or closed
             sys.__stderr__.write(f'\nError: {self.who} finished no step for {self.seconds:g} seconds: it hangs, or it '
                                  'waits for a rank that hangs or is lost. Stack trace:\n')
             sys.__stderr__.flush()
