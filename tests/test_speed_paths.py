@@ -660,6 +660,13 @@ def test_loader_processes_are_shielded_from_signals(workers):
     assert labels.mean() == workers
 
 
+def test_batches_on_a_gpu_that_is_not_there(cache, monkeypatch):
+    """From Python, without the command's own check, they are refused as well, not kept on the CPU in silence."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(UserError, match='--data-device=cuda needs a GPU'):
+        b.Batches(decoded_dataset(), 8, 5, 0, {}, torch.device('cpu'), 'cuda')
+
+
 def test_a_set_that_would_take_most_of_the_gpu(cache, monkeypatch):
     dataset = decoded_dataset()
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)

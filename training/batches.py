@@ -47,6 +47,7 @@ class Batches:
         had = (start_nimg - rank + ranks - 1) // ranks  # how many of the first start_nimg were this rank's
         sampler = InfiniteSampler(dataset, rank=rank, num_replicas=ranks, seed=seed, start_idx=had)
         self._workers = None  # processes that load data; None if it is decoded in advance, or after `report_wait`
+        check_data_device(data_device)
         if data_device == 'cuda':
             self._source = resident_batches(dataset, sampler, batch, device)
         elif dataset.decoded is not None:
@@ -150,7 +151,6 @@ def check_data_device(data_device):
 
 
 def _to_gpu(dataset, device):
-    check_data_device(device.type)
     if dataset.decoded is None:
         raise UserError('--data-device=cuda needs a data set decoded in advance, but --cache=0, its size or the cache '
                         'folder prevents that; leave it out')
