@@ -72,11 +72,17 @@ def loading(data, batch, repeats):
     batches, slow_batches = (Batches(dataset, batch, 0, 0, {}, cpu) for dataset in (mapped, plain))
     order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
 
+    def in_a_row(take):  # and let go of: a training loop too returns a batch's memory before it takes the next
+        def taking():
+            for _ in range(IN_A_ROW):
+                take()
+        return taking
+
     def gather(dataset):
-        return lambda: [dataset.batch(order[:batch]) for _ in range(IN_A_ROW)]
+        return in_a_row(lambda: dataset.batch(order[:batch]))
 
     def take(batches):
-        return lambda: [next(batches) for _ in range(IN_A_ROW)]
+        return in_a_row(lambda: next(batches))
     reference = 'zip and PNG'
     seconds = alternate({('images', reference): gather(plain), ('images', 'decoded map'): gather(mapped),
                          ('batches', reference): take(slow_batches), ('batches', 'decoded map'): take(batches)},
