@@ -7,6 +7,7 @@ is in use), and in processor time. Loading is processor time, of batches gathere
 share of time that a loop taking 6,200 images/s, the limit of an H200 with the CIFAR-10 model, spends waiting for data.
 """
 
+import functools
 import os
 import pathlib
 import resource
@@ -65,28 +66,23 @@ def mapped_dataset(path):
     return dataset
 
 
+def in_a_row(take):
+    """Take batches and let go of each before the next, as training does: keeping them would time new memory instead."""
+    for _ in range(IN_A_ROW):
+        take()
+
+
 def loading(data, batch, repeats):
     """Rows for each way of loading, images alone and batches ready to train on; `ratio` is speed over zip and PNG's."""
     plain, mapped = ImageFolderDataset(data), mapped_dataset(data)
     cpu = torch.device('cpu')
     batches, slow_batches = (Batches(dataset, batch, 0, 0, {}, cpu) for dataset in (mapped, plain))
     order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0)).tolist()
-
-    def in_a_row(take):  # and let go of: a training loop too returns a batch's memory before it takes the next
-        def taking():
-            for _ in range(IN_A_ROW):
-                take()
-        return taking
-
-    def gather(dataset):
-        return in_a_row(lambda: dataset.batch(order[:batch]))
-
-    def take(batches):
-        return in_a_row(lambda: next(batches))
     reference = 'zip and PNG'
-    seconds = alternate({('images', reference): gather(plain), ('images', 'decoded map'): gather(mapped),
-                         ('batches', reference): take(slow_batches), ('batches', 'decoded map'): take(batches)},
-                        repeats)
+    ways = {('images', reference): lambda: plain.batch(order[:batch]),
+            ('images', 'decoded map'): lambda: mapped.batch(order[:batch]),
+            ('batches', reference): lambda: next(slow_batches), ('batches', 'decoded map'): lambda: next(batches)}
+    seconds = alternate({way: functools.partial(in_a_row, take) for way, take in ways.items()}, repeats)
     batches.close(), slow_batches.close()
     titles = {'images': '', 'batches': ', with the order and conversion to float'}
     return [dict(work=f'loading, {way}{titles[kind]}', unit='processor', images_per_second=batch * IN_A_ROW / s,
