@@ -370,7 +370,7 @@ def test_signal_leaves_nothing(tmp_path, root, end):
 
 
 @pytest.mark.parametrize('number, error', [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def testsignals_wait_while_a_worker_starts(number, error):
+def test_signals_wait_while_a_worker_starts(number, error):
     """They take effect right afterwards; a pool that is interrupted while it starts a process may wait for ever."""
     steps = []
     with sigterm_exits(143), pytest.raises(error):

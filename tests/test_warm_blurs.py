@@ -22,6 +22,7 @@ from warm.loss import WarmLoss
 from warm.oracle import GaussianOracle, deterministic_factor, ode_solvers, sampler_factors
 from warm.path import ConstantBNR
 from warm.samplers import SOLVERS, add_churn
+from warm.spectrum import ring_mean, spectra
 from warm.steps import Level
 from warm.systems import SYSTEMS
 
@@ -205,9 +206,7 @@ def test_a_blur_registered_later(horizontal, monkeypatch, tmp_path):
     refused(invoke('train.py', '-n', '--precond=warm', '--blur=horizontal'), "'horizontal' is not one of")
 
 
-def test_the_default_is_the_papers_and_is_not_recorded():
-    assert 'blur' not in warm_net(blur='gaussian').init_kwargs
-    assert warm_net(blur='natural').init_kwargs['blur'] == 'natural'
+def test_a_blur_without_blurring_is_refused():
     with pytest.raises(UserError, match='--blur=natural has no effect at BNR 0'):
         warm_net(blur='natural', bnr='0')
 
@@ -220,6 +219,15 @@ def test_auto_measures_with_the_blur(tmp_path):
     def measured(*flags):
         return float(succeed('warm.spectrum', *flags).split()[-1])
     assert measured('--blur=natural') == chosen('--blur=natural') > measured() == chosen() == 0.13
+
+
+def test_figure_3():
+    """Its curves, too, are of the blur that was asked for."""
+    S = prior_spectrum(16)
+    curves = spectra(S, 2, 0.3, natural_rates)
+    M = torch.exp(-natural_rates(16) * 0.6 ** 2 / 2)
+    torch.testing.assert_close(curves['denoising target M²S'], ring_mean(M ** 2 * S))
+    torch.testing.assert_close(curves['deblurring target (1−M)²S'], ring_mean((1 - M) ** 2 * S))
 
 
 def test_rule_by_hand():
