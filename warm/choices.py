@@ -13,8 +13,8 @@ The options, their defaults, and the reasons for these:
   it α span orders of magnitude.
 
 All only affect networks that are trained with blur, and `rest_weight` and `rest_scale` only those with a branch for
-the rest.
-Defaults are not written into `init_kwargs`, so snapshots and states from before these options existed stay valid.
+the rest. Defaults are not written into `init_kwargs`, so snapshots and states from before these options existed stay
+valid.
 """
 
 import math
