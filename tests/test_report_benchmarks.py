@@ -14,11 +14,13 @@ NAMES = ['fp32', 'bf16', 'bf16, compiled', 'bf16, Warm']
 
 
 def test_select():
-    """Names that hold any of the words are selected, in their own order; commas in names do no harm."""
+    """Names that hold any of the words are selected, in their own order; commas in names do no harm. '=' picks one."""
     assert select(NAMES, None) == select(NAMES, '') == NAMES
     assert select(NAMES, 'Warm,compiled') == NAMES[2:] and select(NAMES, ' fp32 ') == NAMES[:1]
-    with pytest.raises(click.BadParameter, match='typo.*fp32; bf16; bf16, compiled'):
-        select(NAMES, 'bf16,typo')
+    assert select(NAMES, '=bf16, compiled') == NAMES[2:3] and select(NAMES, '=bf16') == NAMES[1:2]
+    for wrong in ('bf16,typo', '=bf16,typo', '=typo'):
+        with pytest.raises(click.BadParameter, match='typo.*fp32; bf16; bf16, compiled'):
+            select(NAMES, wrong)
 
 
 @pytest.mark.parametrize('benchmark, choice', [

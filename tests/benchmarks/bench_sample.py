@@ -149,7 +149,7 @@ def whole_set(name, choices, drawer, total, folder):
 @click.option('--compile', is_flag=True, help='Also measure compiled networks')
 @backend_option
 @click.option('--only', metavar='LIST', default=None,
-              help='Only rows that contain one of these words (a,b), and the reference')
+              help='Only rows that contain one of these words (a,b), or the row =NAME, and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(arch, cbase, cres, blocks, size, batches, steps, total, repeats, compile, backend, only, out):
     """Measure sampling speed."""

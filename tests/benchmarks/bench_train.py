@@ -227,7 +227,7 @@ backend_option = click.option(
 @click.option('--compile', is_flag=True, help='Also measure compiled networks; each takes minutes to compile')
 @backend_option
 @click.option('--only', metavar='LIST', default=None,
-              help='Only rows that contain one of these words (a,b), and the reference')
+              help='Only rows that contain one of these words (a,b), or the row =NAME, and the reference')
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backend, only, out):
     """Measure training speed."""

@@ -1,9 +1,10 @@
-"""The CUDA tests and the speed benchmarks on a GPU, in five calls of at most ten minutes each.
+"""The CUDA tests and the speed benchmarks on a GPU, in six calls of at most ten minutes each.
 
     python tests/benchmarks/gpu_all.py --call=1 --out=gpu-1.json [--commit=REV] [--seconds=570] [--only=fid] [--tiny]
 
-What no longer fits into the time is skipped and named in the file; another call with --only makes up for it. With
---tiny, everything runs at a small size, on the CPU too, to try the script itself; networks are then compiled by a
+The first call runs the tests and measures each target once; the others measure what the choices between fast paths
+rest on. What no longer fits into the time is skipped and named in the file; another call with --only makes up for it.
+With --tiny, everything runs at a small size, on the CPU too, to try the script itself; networks are then compiled by a
 backend that compiles fast but does not speed them up. The cost of the presets goes to results/cost.json as well.
 """
 
@@ -31,6 +32,12 @@ TINY_COMPILE = ['--compile', '--backend=aot_eager']
 
 # name → (script, options, options with --tiny, time limit in seconds); compiling a network takes minutes
 RUNS = {
+    'train-target': ('bench_train.py', ['--compile', '--only==bf16, compiled, channels-last'],
+                     [*TINY_TRAIN, *TINY_COMPILE, '--only==bf16, compiled, channels-last'], 170),
+    'sample-target': ('bench_sample.py', ['--compile', '--only==bf16, compiled, CUDA graphs', '--repeats=1'],
+                      [*TINY_SAMPLE, *TINY_COMPILE, '--only==bf16, compiled, CUDA graphs', '--total=10'], 150),
+    'fid-target': ('bench_fid.py', ['--dims=64', '--images=256', '--repeats=1', '--total=50000'],
+                   ['--images=8', '--dims=32', '--repeats=1', '--total=8'], 70),
     'train': ('bench_train.py', [], TINY_TRAIN, 190),
     'warm': ('bench_warm.py', ['--precision=bf16'], [*TINY, '--resolution=8'], 90),
     'data': ('bench_data.py', ['--images=20000'], ['--images=64', '--repeats=1', '--size=8'], 50),
@@ -45,10 +52,10 @@ RUNS = {
                   [*TINY_SAMPLE, *TINY_COMPILE, '--only=compiled', '--total=0'], 330),
     'presets': ('bench_presets.py', ['--only=cifar10'], ['--only=ffhq', '--tiny'], 560),
 }
-TESTS = 'tests', 240  # name of the CUDA tests, and their time limit in seconds
+TESTS = 'tests', 180  # name of the CUDA tests, and their time limit in seconds
 SECONDS = 570  # time limit of a call
-CALLS = {'1': ('tests', 'train', 'warm', 'data'), '2': ('train-compiled',), '3': ('sample',),
-         '4': ('fid', 'train-64-a-gpu', 'sample-64'), '5': ('presets',)}
+CALLS = {'1': ('tests', 'train-target', 'sample-target', 'fid-target'), '2': ('train', 'warm', 'data', 'fid'),
+         '3': ('train-compiled',), '4': ('sample',), '5': ('train-64-a-gpu', 'sample-64'), '6': ('presets',)}
 KEPT = {'presets': ROOT / 'results' / 'cost.json'}  # reports kept in the repository; --tiny does not touch them
 
 
@@ -71,7 +78,7 @@ def run_one(command, limit):
 @click.option('--out', metavar='FILE.json', required=True, help='Where to write all results')
 @click.option('--seconds', type=float, default=SECONDS, show_default=True, help='Time limit for everything')
 @click.option('--tiny', is_flag=True, help='Small sizes, on the CPU too')
-@click.option('--call', type=click.Choice(list(CALLS)), default='1', show_default=True, help='Which of the five calls')
+@click.option('--call', type=click.Choice(list(CALLS)), default='1', show_default=True, help='Which of the six calls')
 @click.option('--only', metavar='LIST', default=None, help=f'Run these instead: some of tests, {", ".join(RUNS)}')
 @click.option('--commit', metavar='REV', default=None, help='Commit that is measured, if this is not a git checkout')
 def main(out, seconds, tiny, call, only, commit):

@@ -24,17 +24,22 @@ def select(names, words):
 
     Args:
         names: What there is to measure.
-        words: The value of --only, separated by commas. Names may contain commas ('bf16, compiled'), words may not.
+        words: The value of --only: words separated by commas, or '=' and one whole name, which may contain commas
+            ('=bf16, compiled').
 
     Raises:
         click.BadParameter: no name contains one of the words.
     """
-    words = [word.strip() for word in (words or '').split(',') if word.strip()]
+    if (words or '').startswith('='):
+        words, found = [words[1:]], [name for name in names if name == words[1:]]
+    else:
+        words = [word.strip() for word in (words or '').split(',') if word.strip()]
+        found = [name for name in names if not words or any(word in name for word in words)]
     for word in words:
-        if not any(word in name for name in names):
+        if not any(word in name for name in found):
             raise click.BadParameter(f"'{word}' is in none of the names; choose from: {'; '.join(names)}",
                                      param_hint='--only')
-    return [name for name in names if not words or any(word in name for word in words)]
+    return found
 
 
 def alternate(tasks, repeats, device='cpu', warm_up=1, in_a_row=1):
