@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 from matplotlib.figure import Figure
 
+from training.provenance import training_facts
 from warm.report import page as report
 from warm.report.data import best_match, flags_beyond_defaults, measurements_of, read_run
 from warm.report.plots import draw_curves, fid_against_bnr, fid_against_nfe, training_curves
@@ -128,12 +129,42 @@ def test_other_resolutions_are_not_the_papers_data(tmp_path):
 
 
 def test_blurring_diffusion_without_blur_is_its_baseline(tmp_path):
-    lines = rounds([5.0], system='blurring', dataset='lsun-church-128x128', nfe=1000, num_images=10_000)
+    """Scores of older versions don't say how much blur there was; the run's options do, where they are at hand."""
+    common = dict(system='blurring', dataset='lsun-church-128x128', nfe=1000, num_images=10_000)
     for blur, title in ((0.0, 'Denoising Diffusion'), (20.0, 'Blurring Diffusion')):
-        folder = make_run(tmp_path / title, lines)
+        folder = make_run(tmp_path / title, rounds([5.0] * 3, **common))
         (folder / 'training_options.json').write_text(json.dumps({'network_kwargs': {'sigma_blur_max': blur}}))
-        text = tables(measurements_of([read_run(folder)]))
-        assert [row[0] for row in rows(text) if row[5] == '5.00'] == [title]
+        now = rounds([5.0] * 3, **common, network_options={} if blur else {'sigma_blur_max': 0.0})
+        for runs in ([folder], [make_run(tmp_path / f'now {blur}', now)]):
+            text = tables(measurements_of(map(read_run, runs)))
+            assert [(row[0], row[-1]) for row in rows(text) if row[5] == '5.00'] == [(title, 'nothing')]
+
+
+OTHER_VALUES = {'bnr': '0.3', 'targets': 'clean', 'rest_weight': 4.0, 'sigma_blur_max': 10.0, 'd_min': 0.01,
+                'aug_dim': 8, 'soft_bnr': 1.0, 'f_final': 0.1, 'ihdm_levels': 20, 'ihdm_blur_max': 10.0,
+                'cold_steps': 20}
+
+
+@pytest.mark.parametrize('system, option', [
+    (system, option) for system in SYSTEMS.values() for option in system.network_options],
+    ids=lambda value: value.name)
+def test_a_network_with_other_options_differs(tmp_path, system, option):
+    """Options of the network that are not the defaults are recorded with its scores, and said beside the paper's.
+
+    Warm's make another row or title.
+    """
+    def said(value):
+        size = dict(img_resolution=8, img_channels=1, model_channels=8, channel_mult=[1], num_blocks=1)
+        net = system.network_class(**size, **system.network_kwargs({option.name: value}))
+        facts = {**training_facts(net, system, 'cifar10-32x32', {}), **system.describe(net, {}), 'resolution': 32}
+        text = report_of(tmp_path, rounds([1.5] * 3, **{**EDM, 'solver': None, **facts}))
+        return {cell for row in rows(text) if row[5] == '1.50' for cell in (row[0], *row[-1].split('; '))}
+
+    other = OTHER_VALUES.get(option.name) or next(
+        value for value in getattr(option.type, 'choices', ['blurring']) if value != option.default)
+    usual, changed = said(option.default), said(other)
+    assert usual and changed and (changed - usual if system.name == 'warm' else
+                                  changed - usual == {f'`{option.flag}={other}`'})
 
 
 def test_other_targets_are_not_the_method(tmp_path):

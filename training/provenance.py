@@ -41,7 +41,8 @@ def network_facts(snapshot, net, system, options, sampler, class_idx=None):
 def training_facts(net, system, dataset_name, loss):
     """What the network is and was trained for; `loss`: options of its loss (System.changed_loss)."""
     return dict(system=system.name, dataset=dataset_name, resolution=net.img_resolution, label_dim=net.label_dim,
-                architecture=type(net.model).__name__, parameters=sum(p.numel() for p in net.parameters()), loss=loss)
+                architecture=type(net.model).__name__, parameters=sum(p.numel() for p in net.parameters()),
+                network_options=system.changed_network(net.init_kwargs), loss=loss)
 
 
 def sampling_facts(net, system, options, sampler):

@@ -108,8 +108,11 @@ class System:
 
     def changed_loss(self, kwargs):
         """{name: value} of those arguments of `loss` that are not its options' defaults."""
-        return {option.name: kwargs[option.name] for option in self.loss_options
-                if kwargs.get(option.name, option.default) != option.default}
+        return _changed(self.loss_options, kwargs)
+
+    def changed_network(self, kwargs):
+        """{name: value} of those of the network's constructor arguments `kwargs` that are not its options' defaults."""
+        return _changed(self.network_options, kwargs)
 
     def _filled(self, options, given):
         names = [option.name for option in self.train_options]
@@ -145,6 +148,11 @@ class System:
         options = {} if options is None else options
         self.check_options(options)
         return functools.partial(self.sampler(net, **options), net)
+
+
+def _changed(options, kwargs):
+    return {option.name: kwargs[option.name] for option in options
+            if kwargs.get(option.name, option.default) != option.default}
 
 
 def edm_samplers(net, **options):

@@ -12,6 +12,7 @@ from training.run_files import OPTIONS_NAME, SCORES_NAME, STATS_NAME
 from training.samplers import ablation_sampler
 from training.schedules import SOLVER
 from training.system import as_flags
+from warm.choices import DEFAULTS as CHOICES
 from warm.cold import ColdProcess
 from warm.samplers import SAMPLER_DEFAULTS
 from warm.systems import SYSTEMS
@@ -25,9 +26,10 @@ SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solv
         'trained_on', 'targets', 'prior', 'cold_blur', 'cold_start', 'sampler', 'class_idx', 'detector',
         'detector_sha256', 'ref_sha256', 'num_images')
 # What the network's content determines, or what does not matter: taken from the last round.
-OF_THE_LAST = ('resolution', 'commit', 'device', 'ranks', 'network', 'architecture', 'parameters', 'loss')
-# Sampler options that the facts hold under another name: as NFE, solver and path; `data` is the training set.
-NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data')
+OF_THE_LAST = ('resolution', 'commit', 'device', 'ranks', 'network', 'architecture', 'parameters', 'network_options',
+               'loss')
+# Options that the facts hold under another name: as NFE, solver, path, targets and blur; `data` is the training set.
+NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data', 'targets', *CHOICES, 'cold_blur')
 ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
 
 
@@ -66,8 +68,7 @@ class Measurement:
 
     Attributes:
         run: Name of the run.
-        facts: What the rounds have in common (SAME); OF_THE_LAST; all their seeds; and the blur of Blurring Diffusion.
-            None where unknown.
+        facts: What the rounds have in common (SAME); OF_THE_LAST; all their seeds. None where unknown.
         values: {metric's label: best value}.
         rounds: Number of different sets of seeds.
         seconds: Scoring time of all rounds together.
@@ -125,7 +126,9 @@ def _measurement(run, lines):
         if best is not None:
             values[line['metric']] = best(line['value'], values.get(line['metric'], line['value']))
     facts = {name: lines[-1].get(name) for name in (*SAME, *OF_THE_LAST)}
-    facts['sigma_blur_max'] = run.options.get('network_kwargs', {}).get('sigma_blur_max')
+    if facts['network_options'] is None and facts['system'] in SYSTEMS and run.options:  # a record of an older version
+        kwargs = run.options.get('network_kwargs', {})
+        facts['network_options'] = SYSTEMS[facts['system']].changed_network(kwargs)
     facts['seeds'] = '; '.join(dict.fromkeys(str(line.get('seeds')) for line in lines))
     seconds = {str(line.get('seeds')): line.get('seconds') or 0 for line in lines}
     return Measurement(run.name, facts, values, len(seconds), sum(seconds.values()))
@@ -140,15 +143,20 @@ def flags_beyond_defaults(facts):
                      if name not in NAMED_OTHERWISE and (name not in plain or value != plain[name])})
 
 
-def loss_flags(facts):
-    """The options of the loss that were not the defaults, as flags."""
-    loss = facts.get('loss')
-    return as_flags(loss) if isinstance(loss, dict) else []
+def training_flags(facts):
+    """The options of the network and the loss that were not the defaults, as flags; not NAMED_OTHERWISE.
+
+    Nor is `--sigma-blur-max=0`, by which the tables tell Denoising Diffusion from Blurring Diffusion.
+    """
+    network, loss = (facts.get(name) if isinstance(facts.get(name), dict) else {}
+                     for name in ('network_options', 'loss'))
+    return as_flags({**{name: value for name, value in network.items()
+                        if name not in NAMED_OTHERWISE and (name, value) != ('sigma_blur_max', 0)}, **loss})
 
 
 def is_plain(facts):
     """Whether a score is of plain training and sampling: no options beyond the defaults, images of all classes."""
-    return not (loss_flags(facts) or flags_beyond_defaults(facts)) and facts.get('class_idx') is None
+    return not (training_flags(facts) or flags_beyond_defaults(facts)) and facts.get('class_idx') is None
 
 
 def in_float32(facts):
@@ -195,7 +203,7 @@ def differences(m, nfe=None, dataset=None, images=PAPER_IMAGES):
         words.append(f'{label} instead of FID')
     if f['solver'] not in (None, SOLVER):
         words.append(f'solver {f["solver"]}')
-    words += [f'`{flag}`' for flag in (*loss_flags(f), *flags_beyond_defaults(f))]
+    words += [f'`{flag}`' for flag in (*training_flags(f), *flags_beyond_defaults(f))]
     if not in_float32(f):
         words.append(f'precision {f["precision"]}')
     if f['trained_on'] not in (None, f['path']):

@@ -5,7 +5,7 @@ import dataclasses
 from training.schedules import SOLVER
 from warm.cold import DEFAULT_START, STARTS
 from warm.path import PAPER_BNR
-from warm.report.data import PAPER_IMAGES, best_match, differences, flags_beyond_defaults, loss_flags
+from warm.report.data import PAPER_IMAGES, best_match, differences, flags_beyond_defaults, training_flags
 from warm.systems import SYSTEMS
 from warm.targets import PAPER_TARGETS
 
@@ -68,12 +68,12 @@ def of_epsilon_scaling(f):
 
 def of_blurring_diffusion(f):
     """Whether the facts are of Blurring Diffusion, not known to be without blur."""
-    return f['system'] == 'blurring' and f['sigma_blur_max'] != 0
+    return f['system'] == 'blurring' and not of_denoising_diffusion(f)
 
 
 def of_denoising_diffusion(f):
     """Whether the facts are of Blurring Diffusion's own baseline: the same system without blur."""
-    return f['system'] == 'blurring' and f['sigma_blur_max'] == 0
+    return f['system'] == 'blurring' and (f['network_options'] or {}).get('sigma_blur_max') == 0
 
 
 def of_bnr(bnr):
@@ -327,6 +327,6 @@ def _path(facts):
 
 def _other_options(facts):
     given = [('precision', facts['precision']), ('class', facts['class_idx']), ('cold-blur', facts['cold_blur'])]
-    flags = [*loss_flags(facts), *flags_beyond_defaults(facts),
+    flags = [*training_flags(facts), *flags_beyond_defaults(facts),
              *(f'--{name}={value}' for name, value in given if value is not None)]
     return f"`{' '.join(flags)}`" if flags else NONE
