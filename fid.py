@@ -86,7 +86,8 @@ def score_rounds(scorer, sources, batch, log, default_log):
     scorer.warn_of_size(sources[0])
     for i, source in enumerate(sources, 1):
         scorer.check(source.total)
-        dist.print0(f'Scoring {source.total} images of {source.name} ...')
+        prior = f", which start from {source.record['prior']}" if source.record.get('prior') else ''
+        dist.print0(f'Scoring {source.total} images of {source.name}{prior} ...')
         passes.append(unfinished_pass(source, scorer.detector, scorer.metrics, batch))
         results.append(scorer(source, batch, passes[-1]))
         if len(sources) > 1:

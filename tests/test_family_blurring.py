@@ -7,7 +7,7 @@ import torch
 from tests.family_oracle import LinearOracle, noise_gain, spectrum, variance, worst
 
 from dnnlib import UserError
-from warm.bands import Bands, ancestral_noise_step, diffuse, posterior
+from warm.bands import Bands, ancestral_noise_step, diffuse, posterior, transition_moments
 from warm.blur import dct2
 from warm.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, blurring_samplers
 from warm.lee import MAX_LOG_GAIN, LeeChain, eq12_step, lee_loss, lee_sampler, lee_samplers
@@ -37,7 +37,9 @@ def test_recorded_blurring_scales(golden):
 @pytest.mark.parametrize('t', [1.0, 0.5, 0.02])
 def test_recorded_blurring_posterior(golden, t):
     r = golden('blurring')
-    here, there = (BlurringProcess().at(number(s), r.meta['N']) for s in (t, t - 1 / r.meta['T']))
+    process = BlurringProcess(sigma_blur_max=r.meta['sigma_blur_max'], d_min=r.meta['d_min'])
+    here, there = (process.at(number(s), r.meta['N']) for s in (t, t - 1 / r.meta['T']))
+    assert r.meta['delta'] == DELTA
     mean = ancestral_noise_step(torch.tensor(r.z_t), torch.tensor(r.eps_hat), here, there, delta=DELTA)
     exact(mean, r.arrays[f'mean_t{t:.4f}'])
     torch.testing.assert_close(posterior(here, there, DELTA)[2], torch.tensor(r.arrays[f'var_t{t:.4f}']), rtol=1e-9,
@@ -53,6 +55,7 @@ def test_recorded_lee(golden, f_type, i):
     torch.testing.assert_close(here.signal, torch.tensor(r.arrays[f'{f_type}_signal_{i}']), rtol=1e-9, atol=1e-300)
     B = torch.tensor(r.arrays[f'{f_type}_B_{i}'])
     exact(here.noise, (1 - here.signal ** 2).sqrt())
+    torch.testing.assert_close(transition_moments(there, here)[1], B.expand_as(here.signal), rtol=1e-9, atol=1e-300)
     # Eq. 12's coefficients, seen through the step itself
     x, eps, z = torch.randn(3, 1, 1, 16, 16, dtype=torch.float64)
     mean = eq12_step(x, eps, here, there)

@@ -165,6 +165,7 @@ def test_the_papers_blur_is_four_pixels_and_the_strong_one_leaves_a_colour():
     expected = np.exp(-(np.pi / 32) ** 2 * (std ** 2).sum() / 2)
     assert ColdProcess().at(level(50), 32).signal[0, 1].item() == pytest.approx(expected, rel=0.02)
     strong = ColdProcess('strong').at(level(50), 32).signal.clone()
+    assert strong[0, 1].item() == pytest.approx(np.exp(-(np.pi / 32) ** 2 * (1.25 * 32) ** 2 / 2))
     strong[0, 0] = 0
     assert strong.max() < 5e-4
 

@@ -173,6 +173,10 @@ def test_pfgmpp_sampler_gives_the_datas_covariance():
     assert gaussian.mean() < -0.03
 
 
+def test_pfgmpp_has_the_papers_best_dimensions_by_default():
+    assert PFGMPPPrecond(8, 1, model_channels=8, channel_mult=[1], num_blocks=1).aug_dim == PFGMPPLoss().aug_dim == 2048
+
+
 def test_pfgmpp_refuses_senseless_dimensions():
     with pytest.raises(UserError, match='--aug-dim'):
         PFGMPPPrecond(8, 1, aug_dim=0)
@@ -265,6 +269,12 @@ def test_soft_step_by_its_formula():
         step, x + blurred_next - blurred + (9 - 1) / 9 * (blurred - x) + math.sqrt(9 - 1) * z)
 
 
+def test_softs_last_step_returns_the_prediction(latents):
+    """Without noise, from whatever state: here 0."""
+    net = LinearOracle(lambda sigma: torch.zeros(8, 8), path=ConstantBNR(0.5))
+    torch.testing.assert_close(soft_sampler(net, latents, num_steps=3, sigma_min=1), torch.zeros_like(latents))
+
+
 class Wrong:
     """A network for losses that is off by σ·wrong."""
 
@@ -277,12 +287,13 @@ class Wrong:
         return self.images + sigma * self.wrong
 
 
+@pytest.mark.parametrize('sigma', [1.0, 3.0])
 @pytest.mark.parametrize('k, cost', [(0, 1.0), (7, 0.0)])
-def test_soft_loss_sees_what_the_blur_leaves(k, cost):
+def test_soft_loss_sees_what_the_blur_leaves(k, cost, sigma):
     """A wrong detail far beyond the blur costs nothing, a wrong mean costs its square over σ²."""
     images, bands = uniform_images(2), torch.zeros(8, 8, dtype=torch.float64)
     bands[k, k] = 1
-    loss = SoftLoss(P_mean=0, P_std=0)(Wrong(images, idct2(bands).float()), images)
+    loss = SoftLoss(P_mean=math.log(sigma), P_std=0)(Wrong(images, idct2(bands).float()), images)
     torch.testing.assert_close(loss.sum(dim=(1, 2, 3)), torch.full([2], cost), atol=1e-5, rtol=0)
 
 

@@ -55,6 +55,26 @@ def test_network_and_loss_share_their_constants(name, constant):
     assert {key: getattr(loss, key) for key in constant} == constant
 
 
+@pytest.mark.parametrize('name, level, form', [
+    ('blurring', 0.3, (0, 1, 1, 300)),  # ε̂ itself, at time 1000·t
+    ('lee', 7, (0, 1, 1, 7)),  # ε̂ itself
+    ('cold', 7, (0, 1, 1, 7)),  # x̂₀ itself
+    ('ihdm', 7, (1, 1, 1, 7)),  # the noisy input plus the network's output
+    ('soft', 2.0, (1, 2, 4.25 ** -0.5, math.log(2) / 4)),
+    ('pfgmpp', 2.0, (0.25 / 4.25, 2 * 0.5 / 4.25 ** 0.5, 4.25 ** -0.5, math.log(2) / 4))])
+def test_what_the_family_makes_of_the_unet(name, level, form):
+    """net(x, level) = c_skip·x + c_out·F(c_in·x, c_noise), F being the U-Net's output."""
+    net, seen = tiny_network(name), []
+    net.model.register_forward_hook(lambda module, inputs, F: seen.append((*inputs[:2], F)))
+    x = torch.randn([2, 1, 8, 8], generator=torch.Generator().manual_seed(0))
+    out, ((given, c_noise, F),) = net(x, level), seen
+    skip, scale, c_in, label = form
+    assert F.std() > 0.1
+    torch.testing.assert_close(out, skip * x + scale * F)
+    torch.testing.assert_close(given, c_in * x)
+    torch.testing.assert_close(c_noise, torch.full_like(c_noise, label))
+
+
 @pytest.mark.parametrize('name', TRAINABLE)
 def test_every_system_trains_and_its_snapshot_is_sampled(name, tmp_path):
     """training_loop → safetensors → generate.py, a few steps each."""

@@ -23,15 +23,15 @@ from warm.precond import WarmPrecond
 from warm.systems import SYSTEMS
 
 # ‖difference‖/‖F‖ of outputs; gradients may have three times that. About twice the most that float16, bfloat16 and
-# rounding of all products to TF32's 10 bits gave on a CPU, over eight seeds: 2.2e-3, 1.7e-2, 1.3e-3.
-TOLERANCE = {'tf32': 3e-3, 'bf16': 3e-2, 'fp16': 5e-3}
+# truncation of all factors to TF32's 10 bits gave on a CPU, over eight seeds: 2.2e-3, 1.7e-2, 2.6e-3.
+TOLERANCE = {'tf32': 5e-3, 'bf16': 3e-2, 'fp16': 5e-3}
 
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('model_type', NETWORKS)
 @pytest.mark.parametrize('precision', [name for name in PRECISIONS if name != 'fp32'])
 def test_near_float32(precision, model_type, device):
-    """‖F − F₃₂‖/‖F₃₂‖ ≤ 3 % in bf16, 0.5 % in fp16, 0.3 % in tf32; finite float32 gradients within three times that."""
+    """‖F − F₃₂‖/‖F₃₂‖ ≤ 3 % in bf16, 0.5 % in fp16 and tf32; finite float32 gradients within three times that."""
     net = make_net(model_type, device=device)
     x, c_noise = torch.randn([4, 3, 8, 8], device=device), torch.randn([4], device=device)
     reference = outputs_and_gradients(net, x, c_noise)

@@ -59,7 +59,8 @@ def test_channels_last_is_as_exact(model_type, device):
     exact = [out], [p.grad for p in exact.parameters()]
     plain = outputs_and_gradients(net, x, c_noise)
     other = outputs_and_gradients(accelerate(net, channels_last=True), x, c_noise)
-    assert all(distance(a, e) <= factor * distance(p, e) < limit for a, p, e in zip(other, plain, exact))
+    for a, p, e in zip(other, plain, exact):  # at least some roundings, should the plain layout's happen to cancel
+        assert distance(a, e) <= max(factor * distance(p, e), 3e-6) < limit
     assert other[0][0].is_contiguous() and all(p.is_contiguous() for p in net.parameters())
     features = net.model.enc['8x8_conv'](x.contiguous(memory_format=torch.channels_last))
     assert features.is_contiguous(memory_format=torch.channels_last)
@@ -233,6 +234,9 @@ def test_what_is_compiled(monkeypatch):
         reference = net(x, sigma)
         accelerate(net, compile=True, backend='aot_eager')
         assert acceleration.is_compiled(net) and distance([net(x, sigma)], [reference]) < 1e-5
+        with acceleration.uncompiled(net), monkeypatch.context() as patched:
+            patched.setattr(torch._dynamo.config, 'error_on_recompile', True)
+            net(torch.randn([3, 3, 8, 8]), sigma)
     assert not acceleration.is_compiled(copy.deepcopy(net))
     with stand_in(net, CountedModel):
         assert not acceleration.is_compiled(net)

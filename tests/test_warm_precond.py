@@ -19,7 +19,7 @@ from warm.path import BlurringSchedule, ConstantBNR, parse_path
 from warm.precond import BlurEmbedding, WarmPrecond
 from warm.samplers import SOLVERS, warm_sampler
 from warm.systems import SYSTEMS
-from warm.targets import MIN_MASK, TARGETS, Hot, Parametrisation, rest_estimate
+from warm.targets import TARGETS, Hot, Parametrisation, rest_estimate
 
 ADM = dict(img_resolution=8, img_channels=3, model_channels=16, channel_mult=[1, 2], num_blocks=1,
            attn_resolutions=[4], model_type='DhariwalUNet')
@@ -150,7 +150,7 @@ def test_other_targets_by_definition(targets):
         D, clean = blur(branches[0], alpha), branches[0]
     elif targets == 'blurred':
         D = branches[0]
-        clean = filter_bands(D, 1 / blur_mask(alpha, 8).clamp(min=MIN_MASK))
+        clean = filter_bands(D, 1 / blur_mask(alpha, 8).clamp(min=1e-3))
     else:
         D, clean = branches
     torch.testing.assert_close(net.denoise_deblur(x, sigma, alpha=alpha)[0], D, rtol=1e-4, atol=1e-5)
@@ -330,6 +330,18 @@ def test_transferred_network_equals_edm_at_bnr_0(kwargs, own, targets):
     if targets == 'residual':
         D, R = net.denoise_deblur(x, sigma, labels, alpha=0.5 * sigma)
         assert torch.equal(D, expected) and not R.any()
+
+
+def test_without_blur_the_clean_image_is_not_touched():
+    """Not even in its last bits, which show where it is nearly 0; images with blur in the same batch are blurred."""
+    x, sigma, _ = batch()
+    alpha = torch.zeros([len(x), 1, 1, 1])
+    alpha[1:] = 0.5
+    x[:, :, ::2] *= 1e-12
+    net = warm_net(bnr='0,0.5', targets='clean')
+    D, R = net.parametrisation.parts((x,), net.point(x, sigma, alpha))
+    assert torch.equal(D[0], x[0]) and not R[0].any()
+    torch.testing.assert_close(D[1:], blur(x[1:], alpha[1:]))
 
 
 def test_transfer_from_edm_pickle(root):

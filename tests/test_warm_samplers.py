@@ -1,6 +1,7 @@
 """warm.samplers against the recorded values (its laws: test_warm_oracle.py)."""
 
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from dnnlib import UserError
 from training.samplers import edm_sigma_steps
+from warm.blur import prior_spectrum
 from warm.oracle import GaussianOracle
 from warm.path import BlurringSchedule, ConstantBNR
 from warm.precond import WarmPrecond
@@ -57,6 +59,18 @@ def test_recorded_transition(golden):
     here, there = Level(m['alpha'], m['beta']), Level(m['alpha_next'], m['beta_next'])
     torch.testing.assert_close(transition(x, D, R, here, there, m['sigma'], z), torch.tensor(r.x_next),
                                rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('sigma', [-0.1, 0.71, math.nan])
+def test_a_step_with_more_noise_than_its_goal_is_refused(sigma):
+    x = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match='not between 0 and the noise level 0.7'):
+        transition(x, x, x, Level(0.5, 1.0), Level(0.35, 0.7), sigma, x)
+    transition(x, x, x, Level(0.5, 1.0), Level(0.35, 0.7), 0.7, x)
+
+
+def test_recorded_spectrum_is_the_prior(record):
+    torch.testing.assert_close(prior_spectrum(16), torch.tensor(record.spectrum), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize('solver', SOLVERS)

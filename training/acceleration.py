@@ -1,5 +1,7 @@
 """How a network runs: precision, memory layout, recomputation, compilation. None of this is stored in snapshots."""
 
+import contextlib
+
 import torch
 
 from dnnlib import UserError
@@ -58,6 +60,11 @@ def is_compiled(net):
     A copy of a compiled network is not compiled, nor is one whose U-Net has been replaced.
     """
     return getattr(net.model, '_compiled_call_impl', None) is not None
+
+
+def uncompiled(net):
+    """Context in which a network that `accelerate` has compiled runs as it is written."""
+    return torch.compiler.set_stance('force_eager') if is_compiled(net) else contextlib.nullcontext()
 
 
 def wants_channels_last(device, precision, compile):

@@ -89,7 +89,8 @@ def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted
     for batch in batches[dist.get_rank()::dist.get_world_size()]:
         images = to_uint8(generate_batch(net, batch, sampler, class_idx, size=min(max_batch, len(seeds))))
         rows = [i for i, seed in enumerate(batch) if wanted is None or seed in wanted]
-        yield [batch[i] for i in rows], images[rows]
+        # Taking rows copies their numbers to the GPU, for which the host would wait.
+        yield [batch[i] for i in rows], images if len(rows) == len(batch) else images[rows]
 
 
 def gather_images(net, seeds, sampler, max_batch=BATCH, class_idx=None):

@@ -5,6 +5,7 @@ scale s_t is the same in all bands (Eq. 25–27). --sigma-blur-max=0 gives d = 1
 with cosine schedule.
 
 What the paper leaves open, and our choice:
+- Algorithm 1's loop runs over t = 1, …, 1/T, and in A.1 `dissipation_time` is the blur's σ_B²/2: both are misprinted.
 - The text clips the log-SNR to ±10, the pseudo-code of A.1 rescales it; we follow the pseudo-code. a_t and s_t are
   then the cos and sin of one angle, while the blur keeps the plain sin²(πt/2).
 - To guard divisions, A.1 adds δ = 1e-8 in one coefficient and clips in the others; so do we (`warm.bands.posterior`).

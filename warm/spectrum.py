@@ -24,7 +24,7 @@ from warm.path import PAPER_BNR, PATHS, ConstantBNR, parse_path
 from warm.report.tables import BNR_SCORES
 
 TABLE = tuple(bnr for bnr in BNR_SCORES if bnr)  # the BNRs of the paper's Table 3
-SHOWN = (0, 0.5, 2, 10)  # the columns of Fig. 3
+SHOWN = (0, 0.5, 2, 10)  # the first two are columns of Fig. 3, the others ours
 GUIDES = (0.1, 1, 10)  # the thin lines of Fig. 6
 
 

@@ -61,7 +61,12 @@ def transition(x, D, R, here, there, sigma=0, z=None):
         here, there: Levels before and after.
         sigma: The paper's σ_t, 0 ≤ σ ≤ β′; 0 is the deterministic step (Euler, DDIM).
         z: Standard normal noise like x; needed where σ > 0.
+
+    Raises:
+        ValueError: σ outside its range, which would leave more noise than the next level has.
     """
+    if not 0 <= sigma <= there.beta * (1 + 1e-9):  # a σ computed as β′ may be rounded up
+        raise ValueError(f'σ_t = {sigma:g} is not between 0 and the noise level {there.beta:g} that the step leads to')
     kept = math.sqrt(max(there.beta ** 2 - sigma ** 2, 0))
     x_next = x + (kept - here.beta) * ((x - D) / here.beta)
     if not here.hot:

@@ -135,7 +135,8 @@ class CleanOnly(Parametrisation):
     def parts(self, estimates, point):
         """(V M Vᵀ x̂₀, V (I − M) Vᵀ x̂₀)."""
         clean, = estimates
-        return blur_and_rest(clean, point.alpha, point.rates)
+        blurred, gone = blur_and_rest(clean, point.alpha, point.rates)
+        return torch.where(point.alpha > 0, blurred, clean), gone  # without blur to the last bit, which a DCT rounds
 
 
 class BlurredOnly(Parametrisation):

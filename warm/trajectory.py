@@ -10,6 +10,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write
+from training.acceleration import uncompiled
 from training.generation import generate_batch
 from training.pictures import as_hwc, tile
 from training.pixels import to_uint8
@@ -85,7 +86,8 @@ def watch(net, system, seeds, options=None, class_idx=None):
         class_idx: As for `generate_batch`.
     """
     watched = Watch(net)
-    images = generate_batch(watched, seeds, system.make_sampler(watched, options), class_idx)
+    with uncompiled(net):  # these few images are not worth the minutes that another batch size takes to compile
+        images = generate_batch(watched, seeds, system.make_sampler(watched, options), class_idx)
     images = images.to('cpu', torch.float32)
     return [*watched.frames, Frame(0.0, 0.0, images, images, torch.zeros_like(images))]
 
