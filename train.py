@@ -21,7 +21,7 @@ from training.evaluation import make_evaluator
 from training.metrics import METRICS
 from training.run_files import LOG_NAME
 from training.run_folder import check_run_dir, create_run_dir, run_name, start_point
-from training.training_loop import open_dataset, training_loop
+from training.training_loop import TIMEOUT, open_dataset, training_loop
 from warm import config as cfg
 from warm.flags import compile_flag, given_flags, system_flags, typed_flags
 from warm.presets import preset_option
@@ -142,8 +142,9 @@ GRID = LOOP['grid_images'] if torch.cuda.is_available() else 16
               help='How many snapshots and states to keep; 0: all')
 @click.option('--max-nonfinite', metavar='STEPS', type=click.IntRange(min=0), default=LOOP['max_nonfinite'],
               help='Stop after this many steps in a row with NaN or infinite loss or gradients; 0: never')
-@click.option('--timeout', metavar='SEC', type=NumberRange(min=0), default=LOOP['timeout'],
-              help='Stop if no step finishes for this long; 0: never')
+@click.option('--timeout', metavar='SEC', type=NumberRange(min=0), default=None,
+              help=f'Stop if a rank makes no progress for this long; 0: never  [default: {TIMEOUT}; 0 for one process '
+                   'on the CPU]')
 @click.option('-n', '--dry-run', is_flag=True, help='Print the training options and exit')
 @system_flags('train_options')
 def main(**options):

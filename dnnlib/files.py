@@ -1,6 +1,7 @@
 """Writing files so that no crash, full disk or concurrent reader ever leaves or sees half of one; logs; CPU cores."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -37,8 +38,9 @@ def atomic_write(path, mode='wb'):
         tmp = None
         _sync_folder(folder)
     except OSError as e:
+        space = '' if e.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else 'free some space or '
         raise UserError(f'could not write {path}: {e.strerror or e} (nothing was changed there); '
-                        'free some space or choose another folder, and run the command again') from e
+                        f'{space}choose another folder, and run the command again') from e
     finally:
         if tmp is not None:
             with contextlib.suppress(OSError):
@@ -151,7 +153,7 @@ class Tee:
         self._file = io.StringIO()
         self._streams = sys.stdout, sys.stderr
         self._nowhere = open(os.devnull, 'w', encoding='utf-8')
-        sys.stdout, sys.stderr = (_TeeStream(stream or self._nowhere, self) for stream in self._streams)
+        sys.stdout, sys.stderr = (_TeeStream(stream or self._nowhere, self, self._nowhere) for stream in self._streams)
 
     def open(self, path):
         """Append to a file what has been printed so far and all that follows."""
@@ -185,17 +187,32 @@ class Tee:
 class _TeeStream:
     """One duplicated stream; status lines that are rewritten in place stay out of the log."""
 
-    def __init__(self, stream, log):
-        self._stream, self._log = stream, log
+    def __init__(self, stream, log, nowhere):
+        self._stream, self._log, self._nowhere = stream, log, nowhere
 
     def write(self, text):
-        try:
-            self._stream.write(text)
-        except UnicodeEncodeError as e:  # a terminal that lacks a character must not end a training run
-            self._stream.write(text.encode(e.encoding, 'replace').decode(e.encoding))
         if '\r' not in text:
             self._log.write(text)
+        with self._going_on():
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as e:  # a terminal that lacks a character must not end a training run
+                self._stream.write(text.encode(e.encoding, 'replace').decode(e.encoding))
         return len(text)
+
+    def flush(self):
+        with self._going_on():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _going_on(self):
+        """Nor may a closed terminal, a pipe without a reader, or a full disk: from then on there is only the log."""
+        try:
+            yield
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(self._nowhere.fileno(), self._stream.fileno())  # what the stream still holds goes there too
+            self._stream = self._nowhere
 
     def __getattr__(self, name):
         return getattr(self._stream, name)

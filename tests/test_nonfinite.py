@@ -16,6 +16,7 @@ from training.health import Health
 from training.loss import EDMLoss
 from training.progress import Progress
 from training.run_files import saved_files
+from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.state import load_state
 from training.status import trim_records
@@ -74,6 +75,19 @@ def test_zero_never_stops(bad_steps, tmp_path):
     bad_steps(range(2, 1000), math.nan)
     out = train(tmp_path, '--max-nonfinite=0', '--dump=0', steps=8)
     assert out.exit_code == 0 and 'Nothing is saved' in out.output
+
+
+@pytest.mark.parametrize('due', ['dump', 'snap'])
+def test_what_is_due_at_a_bad_step_is_saved_one_tick_later(due, bad_steps, tmp_path, monkeypatch):
+    """Not an interval later: ticks end with the steps 1, 3, 5, …, and only those of 5 and 9 are due."""
+    saved, save = [], Saver.save
+    monkeypatch.setattr(Saver, 'save', lambda self, nimg, snapshot, state: (
+        saved.append((nimg // 16, state is not None)), save(self, nimg, snapshot, state)))
+    bad_steps({5}, math.inf)
+    out = train(tmp_path, *(f'--{name}={2 if name == due else 0}' for name in ('dump', 'snap')), steps=11)
+    assert out.exit_code == 0 and 'Nothing is saved at 0.08 kimg, but after the next good tick' in out.output
+    dumped = due == 'dump'
+    assert saved == [*([] if dumped else [(1, False)]), (7, dumped), (9, dumped), (11, True)]
 
 
 def test_a_run_that_ends_with_a_bad_step_is_saved(bad_steps, tmp_path):

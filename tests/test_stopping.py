@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from dnnlib.files import sigterm_exits
 from tests import kills
@@ -23,6 +24,7 @@ from torch_utils.distributed import LostRank, lost_ranks_named
 from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED, StopRequest, Watchdog
 from training.health import Health
 from training.run_files import saved_files
+from training.training_loop import watched_sec
 
 RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0.12', '--dropout=0.1', '--tick=0.256', '--snap=0', '--dump=0',
        '--seed=3', '--nosubdir', '--auto-resume', '--duration=0.000768']
@@ -38,7 +40,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize('number, during, nimg, tick_nimg', [
-    (signal.SIGTERM, 7, 512, 320), (signal.SIGINT, 1, 128, 64), (signal.SIGUSR1, 8, 576, 576)])
+    (signal.SIGTERM, 7, 512, 320), (signal.SIGINT, 1, 128, 64), (signal.SIGUSR1, 8, 576, 576),
+    (signal.SIGHUP, 7, 512, 320)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tick_nimg, whole, tmp_path, monkeypatch):
     """Stopped within a tick or at its end, the resumed run equals the undisturbed one, that tick's statistics too."""
     end_step, former = Health.end_step, signal.getsignal(signal.SIGTERM)
@@ -59,6 +62,52 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tic
     training_stats.restore({})  # as in a process of its own
     assert invoke('train.py', *RUN, f'--outdir={tmp_path}').exit_code == 0
     check_same(tmp_path, whole)
+
+
+def test_nohup_is_respected():
+    """It starts a program with SIGHUP ignored, and so it must stay."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+        assert stop.name is None and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+@pytest.mark.parametrize('kind, ranks, timeout, seconds', [
+    ('cpu', 1, None, 0), ('cpu', 2, None, 600), ('cuda', 1, None, 600), ('cpu', 1, 5, 5), ('cuda', 8, 0, 0)])
+def test_who_is_watched(kind, ranks, timeout, seconds, monkeypatch):
+    monkeypatch.setattr(dist, 'get_world_size', lambda: ranks)
+    assert watched_sec(timeout, torch.device(kind)) == seconds
+
+
+def test_slow_steps_of_many_rounds_are_no_hang(tmp_path):
+    """Each round of a step counts as progress, though a step of four takes longer than --timeout allows a round."""
+    slow = ('import time, train\nfrom training.loss import EDMLoss\nformer = EDMLoss.__call__\n'
+            'def call(*args, **kwargs):\n    time.sleep(1)\n    return former(*args, **kwargs)\n'
+            'EDMLoss.__call__ = call\ntrain.main()')
+    done = subprocess.run(
+        [sys.executable, '-c', slow, *SMALL, '--grid=0', '--batch=16', '--batch-gpu=4', '--duration=0.000016',
+         '--timeout=3', f'--outdir={tmp_path}'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('target', ['/dev/full', 'a pipe without a reader'])
+def test_training_goes_on_without_a_terminal(target, tmp_path):
+    """Its output is lost there, but not in log.txt."""
+    if target == '/dev/full':
+        stdout = open(target, 'w')
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        stdout = os.fdopen(writer, 'w')
+    with stdout:
+        done = subprocess.run([sys.executable, 'train.py', *SMALL, '--grid=0', '--duration=0.000032', '--nosubdir',
+                               f'--outdir={tmp_path}'], cwd=ROOT, stdout=stdout, stderr=stdout, timeout=120)
+    assert done.returncode == 0
+    assert (tmp_path / 'log.txt').read_text().endswith('Done.\n') and saved_files(tmp_path, 'training-state')
 
 
 def test_sigterm_exits_and_the_former_handler_is_back():
@@ -114,7 +163,7 @@ with Watchdog(0.8, 'rank 3') as dog:
     stuck()
 ''')
     assert code == EXIT_HUNG and said.startswith('so far') and seconds < 20
-    assert 'rank 3 finished no step for 0.8 seconds' in said and 'in stuck' in said
+    assert 'rank 3 made no progress for 0.8 seconds' in said and 'in stuck' in said
 
 
 def test_loader_processes_leave_signals_to_their_rank():
@@ -162,7 +211,7 @@ def two_ranks(folder, port, *options, on_rank1=()):
 
 @pytest.mark.parametrize('number, options, code, sentence', [
     (signal.SIGKILL, [], 71, 'rank 0 lost the connection to another rank'),
-    (signal.SIGSTOP, ['--timeout=4'], EXIT_HUNG, 'rank 0 finished no step for 4 seconds')])
+    (signal.SIGSTOP, ['--timeout=4'], EXIT_HUNG, 'rank 0 made no progress for 4 seconds')])
 def test_a_lost_rank_stops_the_other(number, options, code, sentence, tmp_path):
     ranks = two_ranks(tmp_path, free_port(), *options)
     try:

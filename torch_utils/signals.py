@@ -12,12 +12,12 @@ import time
 EXIT_HUNG = 70  # EX_SOFTWARE of sysexits.h: a rank made no progress
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, the state is saved; the same command with --auto-resume continues
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECOND_SIGNAL_SEC = 1.0  # Ctrl-C reaches a rank twice at once, from the terminal and from torchrun; that is one request
 
 
 class StopRequest:
-    """Context in which the first of SIGTERM, SIGINT and SIGUSR1 only sets `name`.
+    """Context in which the first of STOP_SIGNALS only sets `name`; SIGHUP, a closed terminal, unless nohup ignores it.
 
     Another one more than SECOND_SIGNAL_SEC later ends the process, with code 128 + its number. A thread reads the
     signals, so this works even while the main thread waits inside PyTorch for a lost rank. Outside the main thread no
@@ -36,7 +36,8 @@ class StopRequest:
             self._reader, self._pipe = os.pipe()
             os.set_blocking(self._pipe, False)
             self._former_pipe = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-            self._former = {number: signal.signal(number, lambda *_: None) for number in STOP_SIGNALS}
+            ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+            self._former = {number: signal.signal(number, lambda *_: None) for number in {*STOP_SIGNALS} - ignored}
             self._thread = threading.Thread(target=self._watch, name='signals', daemon=True)
             self._thread.start()
         return self
@@ -72,6 +73,7 @@ def shield_worker(worker_id=None):
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS, where SIGTERM keeps PyTorch's handler
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
@@ -108,7 +110,7 @@ class Watchdog:
         self._closed.set()
 
     def beat(self):
-        """A step is done: restart the clock."""
+        """Something is done: restart the clock."""
         self._idle, self._resting = 0.0, False
 
     def rest(self):
@@ -124,8 +126,9 @@ class Watchdog:
 
     def _end(self):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or it is gone or closed
-            sys.__stderr__.write(f'\nError: {self.who} finished no step for {self.seconds:g} seconds: it hangs, or it '
-                                 'waits for a rank that hangs or is lost. Stack trace:\n')
+            sys.__stderr__.write(f'\nError: {self.who} made no progress for {self.seconds:g} seconds: it hangs, or '
+                                 'waits for a rank that hangs or is lost; if its steps just take longer, allow more '
+                                 'with --timeout. Stack trace:\n')
             sys.__stderr__.flush()
             faulthandler.dump_traceback(sys.__stderr__)
         os._exit(EXIT_HUNG)

@@ -27,6 +27,7 @@ from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.status import Status
 
+TIMEOUT = 600  # seconds
 MIN_TRANSFER = 0.1  # of a network's tensors; other architectures share up to 0.02, other sizes of one 0.3 and more
 
 
@@ -59,7 +60,7 @@ def training_loop(
     compact_state=False,        # Whether states take 10 bytes per parameter, not 16, and do not resume exactly.
     keep=0,                     # Snapshots and states kept; 0 = all.
     max_nonfinite=100,          # Steps in a row with a non-finite loss or gradients that end the run; 0 = no limit.
-    timeout=600,                # Seconds without a finished step after which a rank counts as hung; 0 = never.
+    timeout=None,               # Seconds without progress after which a rank counts as hung; 0 = never; `watched_sec`.
     eval_kwargs=None,           # Arguments of make_evaluator: ticks, num, ref, detector, metrics; None = no scores.
     tensorboard=False,          # Whether to write event files for TensorBoard too.
     dataset=None,               # What open_dataset(**dataset_kwargs) returned, if already called.
@@ -130,12 +131,13 @@ def training_loop(
     dist.print0(f'Training for {total_kimg:g} kimg...')
     status = Status(run_dir, progress.nimg, total_nimg, progress.seconds, device, tensorboard)
     health = Health(max_nonfinite, progress.nonfinite)
-    with (StopRequest() as stop, Watchdog(timeout, f'rank {dist.get_rank()}') as watchdog,
+    dump_owed = snapshot_owed = False  # what was due at a bad step, and is made up for at the end of the next tick
+    with (StopRequest() as stop, Watchdog(watched_sec(timeout, device), f'rank {dist.get_rank()}') as watchdog,
           Saver(run_dir, keep, compact if compact_state else None) as saver, contextlib.closing(batches)):
         while True:
-            watchdog.beat()
             optimizer.zero_grad(set_to_none=True)
-            finite = accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, loss_scaling / batch_rank)
+            finite = accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, loss_scaling / batch_rank,
+                                          watchdog.beat)
             for group in optimizer.param_groups:  # states hold plain numbers, whatever the schedule computes with
                 group['lr'] = float(learning_rate(progress.nimg, optimizer_kwargs['lr'], lr_rampup_kimg * 1000))
             finite.append(clean_gradients(net, loss_scaling))
@@ -163,8 +165,11 @@ def training_loop(
                     batches.report_wait(data_wait)
                 progress.tick, progress.tick_nimg, health.count = tick + 1, progress.nimg, 0
             leaving = done or health.stopping
-            dump = leaving or (tick != 0 and is_due(tick, state_dump_ticks))
-            if (dump or is_due(tick, snapshot_ticks)) and worth_saving(health, progress, ema, leaving):
+            dump = leaving or dump_owed or (tick != 0 and is_due(tick, state_dump_ticks))
+            snapshot = dump or snapshot_owed or is_due(tick, snapshot_ticks)
+            saving = snapshot and worth_saving(health, progress, ema, leaving)
+            dump_owed, snapshot_owed = dump and not saving, snapshot and not saving
+            if saving:
                 progress.seconds, progress.nonfinite = status.elapsed(), health.count
                 save_run(saver, net, ema, optimizer, progress, settings, facts(dataset), status.last_line(), dump)
                 if grid_images and not health.stopping:
@@ -184,6 +189,15 @@ def training_loop(
         return False
     dist.print0('Done.')
     return True
+
+
+def watched_sec(timeout, device):
+    """The watchdog's seconds; by default TIMEOUT, but 0 for a single process on the CPU.
+
+    There a step may take any time, such as 20 minutes for 512 images, and no rank waits for another.
+    """
+    alone = device.type == 'cpu' and dist.get_world_size() == 1
+    return timeout if timeout is not None else 0 if alone else TIMEOUT
 
 
 def split_batch(batch_size, batch_gpu=None):
@@ -228,7 +242,8 @@ def worth_saving(health, progress, ema, leaving):
     if not health.streak:
         return True
     if not leaving:
-        dist.print0(f'Nothing is saved at {progress.nimg / 1000:g} kimg: the loss or its gradients are not finite.')
+        dist.print0(f'Nothing is saved at {progress.nimg / 1000:g} kimg, but after the next good tick: the loss or its '
+                    'gradients are not finite.')
         return False
     if not torch.stack([p.isfinite().all() for p in ema.parameters()]).all():
         raise UserError(f'the weights are not finite after {progress.nimg / 1000:g} kimg, and are not saved; {AGAIN}')
@@ -280,7 +295,7 @@ def transfer_weights(path, net):
     return len(copied)
 
 
-def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale):
+def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale, begin_round=lambda: None):
     """Accumulate the gradients of scale · Σ loss over `rounds` batches; the last round averages them over ranks.
 
     Args:
@@ -289,12 +304,14 @@ def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale):
         batches: Iterator of (images, labels).
         augment_pipe: As for the loss.
         scale: Loss scaling divided by the number of images per rank.
+        begin_round: Called before each round.
 
     Returns:
         Whether each round's loss was finite: 0-d bool tensors, which stay on the device.
     """
     net, finite = dist.unwrapped(ddp), []
     for i in range(rounds):
+        begin_round()
         with ddp.no_sync() if ddp is not net and i < rounds - 1 else contextlib.nullcontext():
             images, labels = next(batches)
             loss = loss_fn(ddp, images, labels, augment_pipe)
