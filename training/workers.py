@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
@@ -19,7 +20,7 @@ class Workers:
     """A context in which `map` uses `count` processes, this one included.
 
     The others start when it is entered, so that their imports run while this one still finds out what there is to do.
-    Ctrl-C is handled by this process: the others never see it.
+    Ctrl-C is handled by this process: the others never see it. They end with it, even if it is killed.
     """
 
     def __init__(self, count=1):
@@ -28,7 +29,8 @@ class Workers:
     def __enter__(self):
         if self.others:
             # Spawned rather than forked: forking a process that has threads (PyTorch's, tqdm's) may deadlock.
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.others, multiprocessing.get_context('spawn'))
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.others, multiprocessing.get_context('spawn'),
+                                                               initializer=_end_with_parent)
             with _broken_pool_named():
                 for _ in range(self.others):
                     self._submit(_nothing)
@@ -117,6 +119,14 @@ def _sigterm_waits():
         signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
         if arrived:
             signal.raise_signal(signal.SIGTERM)
+
+
+def _end_with_parent():
+    """Tie this process to its parent, which may be killed; otherwise it would wait for work for ever."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _nothing():
