@@ -30,7 +30,8 @@ def parse_resolution(ctx, param, text):
               help='New or empty folder, or a file ending in .zip, which is replaced if it exists.')
 @click.option('--max-images', type=click.IntRange(min=1), metavar='INT', help='Read at most this many images. [all]')
 @click.option('--transform', type=click.Choice(list(TRANSFORMS)), help='How to crop; needs --resolution. [none]')
-@click.option('--resolution', metavar='WxH', callback=parse_resolution, help='Size to resize to. [unchanged]')
+@click.option('--resolution', metavar='WxH', callback=parse_resolution,
+              help='Size to resize to; without --transform, proportions are not kept. [unchanged]')
 @click.option('--workers', type=click.IntRange(min=1), metavar='INT', default=lambda: min(cpu_cores(), MAX_WORKERS),
               help='Processes that decode and encode; does not change the result. [CPU cores]')
 def main(source, dest, max_images, transform, resolution, workers):
@@ -44,10 +45,23 @@ def main(source, dest, max_images, transform, resolution, workers):
         return  # under torchrun, rank 0 does everything, with its own --workers
     with (interruptible(f'nothing was changed at {dest}: run the same command again to create it'),
           Workers(workers) as workers):
-        summary = convert(open_source(source), dest, transform, resolution, max_images, workers)
+        images = open_source(source)
+        summary = convert(images, dest, transform, resolution, max_images, workers)
     skipped = f', {summary.num_skipped} too small and left out' if summary.num_skipped else ''
+    others = images.left_out
+    unread = f'; {sum(others.values())} file(s) of other types left out ({", ".join(sorted(others))})' if others else ''
     click.echo(f'{dest}: {summary.num_images} images of {summary.size}x{summary.size}, {summary.channels} channel(s), '
-               f'{"no" if summary.labels is None else "with"} labels{skipped}')
+               f'{in_words(summary.labels)}{skipped}{unread}')
+
+
+def in_words(labels):
+    """Whether there are labels and, if they are class numbers, of how many classes."""
+    if labels is None:
+        return 'no labels'
+    if isinstance(labels[0], list):
+        return 'with labels'
+    classes = len(set(labels))
+    return f'with labels of {classes} class{"es" if classes > 1 else ""}'
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,6 +20,7 @@ import zipfile
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 from click.testing import CliRunner
 
@@ -140,6 +142,35 @@ def test_one_folder_is_no_class(tmp_path):
     save(tmp_path / 'src' / 'only' / 'a.png', pixels(0))
     assert 'no labels' in tool(f'--source={tmp_path}/src', f'--dest={tmp_path}/out.zip', '--workers=1')
     assert labels_of(tmp_path / 'out.zip') is None
+
+
+@pytest.mark.parametrize('limit, said', [(2, 'of 1 class\n'), (3, 'of 2 classes\n')])
+def test_classes_are_counted(folder, tmp_path, limit, said):
+    """--max-images takes the first images in order of their names, perhaps those of one class alone."""
+    shown = tool(f'--source={folder}', f'--dest={tmp_path}/out.zip', '--workers=1', f'--max-images={limit}')
+    assert shown.endswith(f', with labels {said}')
+
+
+def test_label_vectors_are_no_classes(tmp_path):
+    save(tmp_path / 'src' / 'a.png', pixels(0))
+    (tmp_path / 'src' / 'dataset.json').write_text('{"labels": [["a.png", [0.5, 1]]]}')
+    assert tool(f'--source={tmp_path}/src', f'--dest={tmp_path}/out.zip', '--workers=1').endswith(', with labels\n')
+
+
+@pytest.mark.parametrize('kind', ['folder', 'zip'])
+def test_files_of_other_types_are_counted(tmp_path, kind):
+    """Photographs in a format that cannot be read are not left out silently; what is no image goes without saying."""
+    src = tmp_path / 'src'
+    save(src / 'a.png', pixels(0))
+    for name in ('a.HEIC', 'deep/b.heic', 'c.svg', 'notes.txt', 'Thumbs.db', 'LICENSE', 'dataset.json', '.hidden.heic',
+                 '__MACOSX/a.heic', '.cache/x.heic', 'odd.j\u00e9', 'a.heic (2)'):
+        (src / name).parent.mkdir(exist_ok=True)
+        (src / name).write_text('{"labels": null}')
+    if kind == 'zip':
+        shutil.make_archive(tmp_path / 'src', 'zip', src)
+        src = tmp_path / 'src.zip'
+    assert tool(f'--source={src}', f'--dest={tmp_path}/out.zip', '--workers=1').endswith(
+        ': 1 images of 8x8, 3 channel(s), no labels; 3 file(s) of other types left out (.heic, .svg)\n')
 
 
 def test_workers_do_not_change_a_byte(tmp_path):
@@ -301,8 +332,28 @@ def test_destination_in_the_way(folder, tmp_path):
                        ('file/out', 'could not create')):
         assert word in tool(f'--source={folder}', f'--dest={tmp_path / dest}', '--workers=1', ok=False)
     assert os.listdir(tmp_path / 'full') == ['x'] and (tmp_path / 'file').read_bytes() == b'x'
+    (tmp_path / 'link').symlink_to(tmp_path / 'nowhere')
+    assert 'or a broken link' in tool(f'--source={folder}', f'--dest={tmp_path}/link', '--workers=1', ok=False)
+
+
+def test_an_empty_folder_is_filled(folder, tmp_path):
+    """One that is a link as well: it stays one, as a mount point would."""
     (tmp_path / 'empty').mkdir()
-    assert len(run(folder, tmp_path / 'empty')) == 6
+    (tmp_path / 'link').symlink_to(tmp_path / 'empty')
+    assert len(run(folder, tmp_path / 'link')) == 6
+    assert (tmp_path / 'link').is_symlink() and sorted(os.listdir(tmp_path / 'empty')) == ['00000', 'dataset.json']
+    assert os.listdir(tmp_path / 'empty' / '00000')[0] in [name[6:] for name, _ in labels_of(tmp_path / 'link')]
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(28, 'No space left on device')])
+def test_an_empty_folder_stays_empty_after_a_failure(tmp_path, error):
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'link').symlink_to(tmp_path / 'empty')
+    for name in ('empty', 'link'):
+        with pytest.raises(UserError if isinstance(error, OSError) else error), open_dest(tmp_path / name) as add:
+            add('00000/a.png', b'x')
+            raise error
+        assert os.listdir(tmp_path / name) == [] and sorted(os.listdir(tmp_path)) == ['empty', 'link']
 
 
 @pytest.mark.parametrize('kind', ['zip', 'link', 'folder', 'inside', 'deep inside'])
@@ -367,6 +418,20 @@ def test_signal_leaves_nothing(tmp_path, root, end):
         assert f'Error: interrupted; nothing was changed at {tmp_path}/out.zip' in errors.decode(), errors
         assert b'Aborted' not in errors and b'Traceback' not in errors
     assert os.listdir(tmp_path) == ['src']
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='Unix signals')
+def test_workers_end_with_a_killed_parent(root):
+    """`kill -9` leaves no process behind: neither a worker, nor multiprocessing's own, which end with the last one."""
+    script = 'import sys, time; from training.workers import Workers; w = Workers(3).__enter__(); ' \
+             'next(w.map(len, [[]] * 3)); print("ready", flush=True); time.sleep(600)'
+    with subprocess.Popen([sys.executable, '-c', f'if __name__ == "__main__":\n {script}'], cwd=root,
+                          stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b'ready\n'
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        assert len(children) == 3 and psutil.wait_procs(children, timeout=30)[1] == []
+        assert process.stdout.read() == b''
 
 
 @pytest.mark.parametrize('number, error', [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
@@ -614,7 +679,7 @@ def test_the_command_itself(folder, tmp_path, root):
     result = subprocess.run([sys.executable, root / 'dataset_tool.py', '--source=src', '--dest=out.zip'], cwd=tmp_path,
                             capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, '')
-    assert result.stdout == 'out.zip: 6 images of 8x8, 3 channel(s), with labels\n'
+    assert result.stdout == 'out.zip: 6 images of 8x8, 3 channel(s), with labels of 3 classes\n'
     assert len(ImageFolderDataset(tmp_path / 'out.zip', use_labels=True)) == 6
 
 

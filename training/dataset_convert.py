@@ -15,7 +15,7 @@ import tqdm
 from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs
 from training.image_codec import encode_png
-from training.workers import ALONE
+from training.workers import ALONE, signals_wait
 
 CHUNK = 64  # images handed to a worker process at once
 ARCHIVES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar')  # endings of archives that cannot be written
@@ -190,7 +190,8 @@ def image_name(idx):
 def open_dest(dest, compress=False):
     """Context manager for writing a dataset; yields ``add(name, data)``.
 
-    `dest` appears, complete, when the block ends; after an exception it is unchanged.
+    `dest` appears, complete, when the block ends; after an exception it is unchanged. (An existing folder, which may be
+    a link or a mount point, gets its content by several renames then, dataset.json last.)
 
     Args:
         dest: A file ending in .zip, or a folder that is new or empty.
@@ -207,10 +208,11 @@ def open_dest(dest, compress=False):
     if dest.lower().endswith(ARCHIVES):
         raise UserError(f'{dest} names a kind of archive that cannot be written; give a name ending in .zip, or that '
                         'of a folder')
-    if os.path.exists(dest) and not os.path.isdir(dest):
-        raise UserError(f'{dest} is a file; choose another folder, or a name ending in .zip')
-    if os.path.isdir(dest) and os.listdir(dest):
-        raise UserError(f'the folder {dest} is not empty; choose a new one, or a name ending in .zip')
+    if os.path.lexists(dest) and not os.path.isdir(dest):
+        raise UserError(f'{dest} is a file or a broken link; choose another folder, or a name ending in .zip')
+    if os.path.isdir(dest) and (there := os.listdir(dest)):
+        raise UserError(f'the folder {dest} is not empty (it holds {there[0]}); choose a new one, or a name ending in '
+                        '.zip')
     return _folder_dest(dest)
 
 
@@ -227,8 +229,10 @@ def _zip_dest(dest, compression):
 
 @contextlib.contextmanager
 def _folder_dest(dest):
-    make_dirs(os.path.dirname(dest))
-    stage = os.path.join(os.path.dirname(dest), f'.tmp-{os.path.basename(dest)}-{os.getpid()}')
+    exists = os.path.isdir(dest)
+    folder = dest if exists else os.path.dirname(dest)
+    make_dirs(folder)
+    stage = os.path.join(folder, f'.tmp-{os.path.basename(dest)}-{os.getpid()}')
 
     def add(name, data):
         path = os.path.join(stage, name)
@@ -238,9 +242,12 @@ def _folder_dest(dest):
     try:
         os.mkdir(stage)
         yield add
-        if os.path.isdir(dest):
-            os.rmdir(dest)
-        os.rename(stage, dest)
+        if exists:
+            with signals_wait():
+                for name in sorted(os.listdir(stage)):
+                    os.rename(os.path.join(stage, name), os.path.join(dest, name))
+        else:
+            os.rename(stage, dest)
     except OSError as e:
         raise UserError(f'could not write {dest}: {e.strerror or e} (nothing was changed there); '
                         'free some space or choose another folder, and run the command again') from e

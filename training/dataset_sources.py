@@ -14,7 +14,7 @@ import PIL.Image
 
 from dnnlib import UserError
 from dnnlib.download import fetch
-from training.image_archive import folder_labels, image_names, labels_of, open_archive, read_labels
+from training.image_archive import folder_labels, image_names, labels_of, open_archive, other_types, read_labels
 from training.image_codec import open_image
 from training.pickle_machine import Buildable, Machine, StandIn, require
 
@@ -39,12 +39,14 @@ class Source:
         items: One entry per image, its name or its pixels: what a worker process is sent.
         load: Picklable function from an item to a Pillow image of mode L or RGB.
         labels: Class number or list of floats for each image; None without labels.
+        left_out: {ending: number} of other files that may be images, but of a kind that cannot be read.
     """
 
     path: str
     items: Sequence
     load: Callable
     labels: list | None = None
+    left_out: dict = dataclasses.field(default_factory=dict)
 
     def describe(self, i):
         """The i-th image in words."""
@@ -81,7 +83,7 @@ def read_archive(path):
         labels = None if labels is None else labels_of(names, labels, path)
     else:
         labels = folder_labels(names, path)
-    return Source(path, names, _ArchiveLoader(archive), labels)
+    return Source(path, names, _ArchiveLoader(archive), labels, other_types(archive))
 
 
 class _ArchiveLoader:

@@ -1,5 +1,6 @@
 """Where images are stored: a folder or a zip, read in the same way, and the labels in its dataset.json."""
 
+import collections
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ MAX_FILE_BYTES = 1 << 28  # no image of a dataset is near this; a zip may claim 
 MAX_LABEL_BYTES = 16 << 20  # for dataset.json, plus LABEL_BYTES_PER_IMAGE; parsed JSON takes 20 times its text
 LABEL_BYTES_PER_IMAGE = 256
 MAX_CLASSES = 100_000  # a one-hot vector longer than this means a wrong label
+NO_IMAGES = ('.csv', '.db', '.html', '.ini', '.json', '.jsonl', '.log', '.md', '.txt', '.tsv', '.xml', '.yaml', '.yml')
 
 
 def open_archive(path):
@@ -179,10 +181,21 @@ def image_names(archive):
 
 def find_images(archive):
     """Sorted names of the images in an archive, without hidden files and macOS's `__MACOSX`."""
-    def hidden(name):
-        return any(part == '__MACOSX' or (part.startswith('.') and part not in ('.', '..'))
-                   for part in name.split('/'))
-    return sorted({name for name in archive.names() if is_image_name(name) and not hidden(name)})
+    return sorted({name for name in archive.names() if is_image_name(name) and not _hidden(name)})
+
+
+def other_types(archive):
+    """A Counter of the endings, such as '.heic', of files in an archive that may be images of a kind unknown here.
+
+    Hidden files are not among them, nor those with endings in `NO_IMAGES`, with none, or with what is no word.
+    """
+    endings = (os.path.splitext(name)[1].lower() for name in archive.names()
+               if not is_image_name(name) and not _hidden(name))
+    return collections.Counter(end for end in endings if end[1:].isalnum() and end.isascii() and end not in NO_IMAGES)
+
+
+def _hidden(name):
+    return any(part == '__MACOSX' or (part.startswith('.') and part not in ('.', '..')) for part in name.split('/'))
 
 
 def read_labels(archive):
