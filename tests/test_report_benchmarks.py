@@ -1,5 +1,6 @@
 """What the benchmarks share (tests/benchmarks/report.py): selection, and ratios against the right reference."""
 
+import json
 import time
 
 import click
@@ -8,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from tests.benchmarks import bench_data, bench_presets, bench_sample, bench_train
-from tests.benchmarks.report import GPU_IN_A_ROW, GPU_WARM_UP, alternate, alternate_steps, report, select
+from tests.benchmarks.report import GPU_IN_A_ROW, GPU_WARM_UP, Table, alternate, alternate_steps, report, select
 
 NAMES = ['fp32', 'bf16', 'bf16, compiled', 'bf16, Warm']
 
@@ -18,6 +19,7 @@ def test_select():
     assert select(NAMES, None) == select(NAMES, '') == NAMES
     assert select(NAMES, 'Warm,compiled') == NAMES[2:] and select(NAMES, ' fp32 ') == NAMES[:1]
     assert select(NAMES, '=bf16, compiled') == NAMES[2:3] and select(NAMES, '=bf16') == NAMES[1:2]
+    assert select(NAMES, '-Warm, -fp32') == NAMES[1:3] and select(NAMES, 'bf16,-compiled') == ['bf16', 'bf16, Warm']
     for wrong in ('bf16,typo', '=bf16,typo', '=typo'):
         with pytest.raises(click.BadParameter, match='typo.*fp32; bf16; bf16, compiled'):
             select(NAMES, wrong)
@@ -37,6 +39,68 @@ def test_report(tmp_path, capsys):
     report('Title', [dict(way=name, seconds=s) for name, s in seconds.items()], dict(repeats=1), path)
     title, heads, *_ = capsys.readouterr().out.splitlines()
     assert title == 'Title' and heads.split() == ['way', 'seconds'] and '"commit"' in path.read_text()
+
+
+def test_rows_are_written_as_they_come(tmp_path, capsys):
+    """Each is printed, and in the file, before the next is measured; only the end completes the file."""
+    path = tmp_path / 'out.json'
+    table = Table('Title', dict(repeats=1), path, arrange=lambda rows: [*rows, 'former'])
+    for i in range(3):
+        table.add(dict(way=i))
+        assert json.loads(capsys.readouterr().out) == dict(way=i)
+        content = json.loads(path.read_text())
+        assert content['rows'] == [*({'way': j} for j in range(i + 1)), 'former'] and content['complete'] is False
+    table.arrange = list
+    table.finish()
+    assert json.loads(path.read_text())['complete'] is True
+
+
+def test_a_row_that_fails_does_not_end_the_others(tmp_path, capsys):
+    """Measured together or alone, it gets an error in place of numbers, and the end says that there is one."""
+    asked = []
+
+    def measure(labels):
+        asked.append([label['way'] for label in labels])
+        if any(label['way'] == 'b' for label in labels):
+            raise torch.OutOfMemoryError('no memory\nand more')
+        return [dict(seconds=1.0) for _ in labels]
+    table = Table('Title', {}, tmp_path / 'out.json')
+    table.attempt([dict(way='a'), dict(way='b')], measure)
+    table.attempt([dict(way='c')], measure)
+    with pytest.raises(click.ClickException, match='1 of 3 rows failed'):
+        table.finish()
+    assert asked == [['a', 'b'], ['a'], ['b'], ['c']]
+    content = json.loads((tmp_path / 'out.json').read_text())
+    assert content['complete'] and content['rows'] == [
+        dict(way='a', seconds=1.0), dict(way='b', error='OutOfMemoryError: no memory\nand more'),
+        dict(way='c', seconds=1.0)]
+    cells = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ['way', 'seconds', 'error'] in cells and ['b', 'OutOfMemoryError:', 'no', 'memory'] in cells
+
+
+SMALL = ['--cbase=8', '--cres=1', '--blocks=1', '--size=8', '--batch=2', '--repeats=1', '--only==bf16']
+
+
+@pytest.mark.parametrize('options, rows, exit_code', [
+    ([], ['reference', 'bf16'], 1), (['--no-reference'], ['bf16'], 0)])
+@pytest.mark.parametrize('benchmark, broken', [(bench_train, 'Trainer.step'), (bench_sample, 'Drawer.draw')])
+def test_without_a_reference_there_are_no_ratios(benchmark, broken, options, rows, exit_code, tmp_path, monkeypatch):
+    """Whether it fails or is not wanted, the other rows are measured."""
+    owner, name = getattr(benchmark, broken.split('.')[0]), broken.split('.')[1]
+    working = getattr(owner, name)
+
+    def fails(self, *args, **kwargs):
+        if getattr(self, 'reference', False) or args and getattr(args[0], 'options', 0) is None:
+            raise RuntimeError('the reference fails')
+        return working(self, *args, **kwargs)
+    monkeypatch.setattr(owner, name, fails)
+    monkeypatch.setattr(benchmark, 'matrix_peak', lambda *_: 1e12)
+    extra = ['--images=8'] if benchmark is bench_train else ['--steps=1', '--total=0']
+    result = CliRunner().invoke(benchmark.main, [*SMALL, *extra, *options, f'--out={tmp_path}/out.json'])
+    assert result.exit_code == exit_code, result.output
+    found = {row['way']: row for row in json.loads((tmp_path / 'out.json').read_text())['rows']}
+    assert list(found) == rows and found['bf16']['ratio'] is None and found['bf16']['images_per_second'] > 0
+    assert 'the reference fails' in found.get('reference', dict(error='the reference fails'))['error']
 
 
 @pytest.mark.parametrize('device, warm_up, in_a_row', [('cpu', 1, 1), ('cuda', GPU_WARM_UP, GPU_IN_A_ROW)])

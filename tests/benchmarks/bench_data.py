@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_train import write_zip  # noqa: E402
-from tests.benchmarks.report import ROOT, alternate, report  # noqa: E402
+from tests.benchmarks.report import ROOT, Table, alternate  # noqa: E402
 from training.batches import Batches  # noqa: E402
 from training.dataset import ImageFolderDataset  # noqa: E402
 from training.decoded import decoded_images  # noqa: E402
@@ -120,16 +120,18 @@ def main(images, size, data, batch, repeats, out):
             data = f'{folder}/data.zip'
             write_zip(data, images, size)
         dataset = ImageFolderDataset(data)
+        table = Table(f'Data, {dataset.num_files} images of {dataset.resolution}×{dataset.resolution}, batch {batch}',
+                      dict(images=dataset.num_files, size=dataset.resolution, batch=batch, repeats=repeats,
+                           load=os.getloadavg()[0]), out, device.type)
+        table.add(*conversion(data, folder, repeats))
         start = time.process_time()
         decoded_images(dataset, min_bytes=0)
         decoding = time.process_time() - start
-        rows = [*conversion(data, folder, repeats),
-                dict(work='decoding into the cache, once', unit='processor',
-                     images_per_second=dataset.num_files / decoding, ratio=1.0),
-                *loading(data, batch, max(repeats, 5)), waiting(data, batch, device)]
-    report(f'Data, {dataset.num_files} images of {dataset.resolution}×{dataset.resolution}, batch {batch}', rows,
-           dict(images=dataset.num_files, size=dataset.resolution, batch=batch, repeats=repeats,
-                load=os.getloadavg()[0]), out, device.type)
+        table.add(dict(work='decoding into the cache, once', unit='processor',
+                       images_per_second=dataset.num_files / decoding, ratio=1.0))
+        table.add(*loading(data, batch, max(repeats, 5)))
+        table.add(waiting(data, batch, device))
+    table.finish()
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_train import write_zip  # noqa: E402
-from tests.benchmarks.report import alternate, report  # noqa: E402
+from tests.benchmarks.report import Table, alternate, report  # noqa: E402
 from training.detectors import InceptionDetector  # noqa: E402
 from training.inception import InceptionV3  # noqa: E402
 from training.metric_fid import frechet_distance  # noqa: E402
@@ -143,9 +143,12 @@ def main(dims, repeats, images, total, size, out):
     rows = measure_distance(dims, repeats)
     report(f'Fréchet distance of {dims} features', rows, dict(dims=dims, repeats=repeats, scipy=scipy.__version__))
     total = (10_000 if device == 'cuda' else 16) if total is None else total
-    passes = [*measure_pass(images, size, repeats, device), *(measure_scoring(total, size, device) if total else [])]
     settings = dict(dims=dims, repeats=repeats, size=size, scipy=scipy.__version__, distance=rows)
-    report(f'A pass over PNG files of {size}×{size} with Inception, and a scoring', passes, settings, out, device)
+    table = Table(f'A pass over PNG files of {size}×{size} with Inception, and a scoring', settings, out, device)
+    table.add(*measure_pass(images, size, repeats, device))
+    if total:
+        table.add(*measure_scoring(total, size, device))
+    table.finish()
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ presets that --only leaves out are kept, each with the commit that measured it. 
 instead, to try the script on a CPU.
 """
 
+import contextlib
 import json
 import pathlib
 import re
@@ -21,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_train import Trainer, step_flops, write_zip  # noqa: E402
-from tests.benchmarks.report import ROOT, alternate_steps, environment, report, select  # noqa: E402
+from tests.benchmarks.report import ROOT, Table, alternate_steps, environment, select  # noqa: E402
 from training.augment import AugmentPipe  # noqa: E402
 from warm.presets import PRESETS  # noqa: E402
 from warm.report.data import PAPER_GPUS, PAPER_KIMG  # noqa: E402
@@ -50,9 +51,8 @@ def images_per_second(config, network_kwargs, batch, repeats, device, options):
         data = f'{folder}/data.zip'
         write_zip(data, 4 * batch, network_kwargs['img_resolution'])
         trainer = Trainer(config['system'], options, network_kwargs, data, batch, device)
-        seconds = alternate_steps({'step': trainer.step}, repeats, device)['step']
-        trainer.batches.close()
-    return batch / seconds
+        with contextlib.closing(trainer.batches):
+            return batch / alternate_steps({'step': trainer.step}, repeats, device)['step']
 
 
 def chosen_presets(only):
@@ -85,11 +85,15 @@ def former_rows(out, here, tiny):
 
 
 def merged(rows, former):
-    """`rows` plus the rows of `former` for other presets or systems, in the order of PRESETS, Warm before EDM."""
+    """`rows` and those of `former` that none replaces, in the order of PRESETS, Warm before EDM.
+
+    A row replaces that of the same preset and system, but one that failed replaces nothing.
+    """
     def key(row):
         return row['preset'], row['system']
-    new = {key(row) for row in rows}
-    together = [*rows, *(row for row in former if key(row) not in new)]
+    old, new = ({key(row) for row in group} for group in (former, (row for row in rows if 'error' not in row)))
+    together = [*(row for row in rows if key(row) in new or key(row) not in old),
+                *(row for row in former if key(row) not in new)]
     return sorted(together, key=lambda row: (list(PRESETS).index(row['preset']), row['system'] != 'warm'))
 
 
@@ -101,31 +105,33 @@ def merged(rows, former):
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
 def main(only, repeats, tiny, out):
     """Count FLOPs and measure speed."""
-    device, rows, presets = 'cuda' if torch.cuda.is_available() else 'cpu', [], chosen_presets(only)
+    device, presets = 'cuda' if torch.cuda.is_available() else 'cpu', chosen_presets(only)
     here = environment(device)
     former = former_rows(out, here, tiny)
+    table = Table('Cost of training at full size', dict(gpus=PAPER_GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device,
+                  arrange=lambda rows: merged(rows, former))
     for preset in presets:
         for precond in ('warm', 'edm'):
             config = options_of(preset, precond)
             network_kwargs = network_of(config)
             with torch.device('meta'):
                 net = SYSTEMS[precond].network_class(img_channels=3, **network_kwargs)
-            flops = step_flops(network_kwargs, precond)
             row = dict(preset=preset, system=precond, parameters=sum(p.numel() for p in net.parameters()),
-                       gflop_an_image=flops / 1e9, images_per_second=None, hours=None, commit=here['commit'])
-            batch = config['batch_size'] // PAPER_GPUS
-            if tiny:  # no hours: they would be those of another network
-                small = {**network_kwargs, 'model_channels': 8, 'num_blocks': 1}
-                row['images_per_second'] = images_per_second(config, small, 2, 1, device, dict(precision='bf16'))
-            elif device == 'cuda':
-                row['images_per_second'] = images_per_second(config, network_kwargs, batch, repeats, device, FAST)
-            if row['images_per_second'] and not tiny:
-                row['hours'] = 1000 * PAPER_KIMG / (PAPER_GPUS * row['images_per_second']) / 3600
-            rows.append(row)
-            print(json.dumps(row), flush=True)  # not lost if time runs out during the next one
-            torch.cuda.empty_cache()
-    report('Cost of training at full size', merged(rows, former),
-           dict(gpus=PAPER_GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device)
+                       gflop_an_image=step_flops(network_kwargs, precond) / 1e9, images_per_second=None, hours=None,
+                       commit=here['commit'])
+
+            def measure(_):
+                if tiny:  # no hours: they would be those of another network
+                    small = {**network_kwargs, 'model_channels': 8, 'num_blocks': 1}
+                    return [dict(images_per_second=images_per_second(config, small, 2, 1, device,
+                                                                     dict(precision='bf16')))]
+                if device != 'cuda':
+                    return [{}]
+                rate = images_per_second(config, network_kwargs, config['batch_size'] // PAPER_GPUS, repeats, device,
+                                         FAST)
+                return [dict(images_per_second=rate, hours=1000 * PAPER_KIMG / (PAPER_GPUS * rate) / 3600)]
+            table.attempt([row], measure)
+    table.finish()
 
 
 if __name__ == '__main__':

@@ -24,8 +24,9 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.bench_train import backend_option, forward_flops, matrix_peak, reference_layers  # noqa: E402
-from tests.benchmarks.report import alternate, report, select  # noqa: E402
+from tests.benchmarks.bench_train import (backend_option, chosen_ways, forward_flops, matrix_peak,  # noqa: E402
+                                          reference_layers, reference_option)
+from tests.benchmarks.report import Table, alternate  # noqa: E402
 from torch_utils.precision import PRECISIONS  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
 from training.generated import save_png, write_images  # noqa: E402
@@ -116,19 +117,41 @@ class Drawer:
         return self.made[key]
 
 
-def measure(names, choices, drawer, repeats, folder):
-    """Yield (name, seconds) for `Drawer.count` images: on a GPU one way after the other, on a CPU in turns."""
-    cuda = torch.device(drawer.device).type == 'cuda'
-    for group in ([[name] for name in names] if cuda else [names] if names else []):
-        tasks = {name: lambda way=choices[name]: drawer.draw(way, drawer.count(way), folder) for name in group}
-        yield from alternate(tasks, repeats, drawer.device).items()
+def measure(table, drawer, choices, chosen, total, repeats):
+    """Add the rows of one batch size: EDM's ways, with `total` the whole set in the fastest of them, then Warm's."""
+    cuda, rates = torch.device(drawer.device).type == 'cuda', {}
 
+    def numbers(count, seconds, unit):
+        rate = count / seconds
+        return dict(images=count, seconds=seconds, unit=unit, images_per_second=rate,
+                    ratio=rate / rates['reference'] if 'reference' in rates else None,
+                    times_floor=seconds / (count * table.settings['flops'] / (1e12 * table.settings['matrix_tflops'])))
 
-def whole_set(name, choices, drawer, total, folder):
-    """(name of the row, elapsed seconds) for `total` images drawn as in way `name` and written in the background."""
-    start = time.perf_counter()
-    drawer.draw(choices[name]._replace(consume=write_images), total, folder, subdirs=True)
-    return f'{total} images: {name}, written behind it', time.perf_counter() - start
+    def draw(labels):
+        names = [label['way'] for label in labels]
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = alternate({name: lambda way=choices[name]: drawer.draw(way, drawer.count(way), folder)
+                                 for name in names}, repeats, drawer.device)
+        rates.update({name: drawer.count(choices[name]) / seconds[name] for name in names})
+        return [numbers(drawer.count(choices[name]), seconds[name], 'elapsed' if cuda else 'processor')
+                for name in names]
+
+    def draw_all(_):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            drawer.draw(choices[best]._replace(consume=write_images), total, folder, subdirs=True)
+            return [numbers(total, time.perf_counter() - start, 'elapsed')]
+
+    # Warm comes last: if time runs out, the whole set matters more.
+    of_edm = [name for name in chosen if choices[name].system == 'edm']
+    for names in (of_edm, [name for name in chosen if name not in of_edm]):
+        # On a GPU one way after the other, on a CPU in turns.
+        for group in ([[name] for name in names] if cuda else [names] if names else []):
+            table.attempt([dict(batch=drawer.batch_of(choices[name]), way=name) for name in group], draw)
+        if names is of_edm and total and rates:
+            best = max([name for name in rates if choices[name].consume is draw_only] or rates, key=rates.get)
+            table.attempt([dict(batch=drawer.batch_of(choices[best]),
+                                way=f'{total} images: {best}, written behind it')], draw_all)
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
@@ -149,14 +172,15 @@ def whole_set(name, choices, drawer, total, folder):
 @click.option('--compile', is_flag=True, help='Also measure compiled networks')
 @backend_option
 @click.option('--only', metavar='LIST', default=None,
-              help='Only rows that contain one of these words (a,b), or the row =NAME, and the reference')
+              help='Only rows that contain one of these words (a,b,-c: without c), or the row =NAME, and the reference')
+@reference_option
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
-def main(arch, cbase, cres, blocks, size, batches, steps, total, repeats, compile, backend, only, out):
+def main(arch, cbase, cres, blocks, size, batches, steps, total, repeats, compile, backend, only, reference, out):
     """Measure sampling speed."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cuda = device == 'cuda'
     choices = ways(device, compile, backend)
-    chosen = list(dict.fromkeys(['reference', *select(choices, only)]))
+    chosen = chosen_ways(choices, only, reference)
     if not cuda:
         torch.set_num_threads(1)
     steps, batches = steps or (18 if cuda else 2), batches or ([512] if cuda else [8])
@@ -165,35 +189,12 @@ def main(arch, cbase, cres, blocks, size, batches, steps, total, repeats, compil
     chosen_sizes = dict(model_channels=cbase or (None if cuda else 32), channel_mult=cres, num_blocks=blocks)
     network_kwargs.update({name: value for name, value in chosen_sizes.items() if value})
     flops = (2 * steps - 1) * forward_flops(network_kwargs)
-    peak, rows = matrix_peak('bf16', device), []
-
-    def add(way, batch, count, seconds, unit):
-        rate = count / seconds
-        rows.append(dict(batch=batch, way=way, images=count, seconds=seconds, unit=unit, images_per_second=rate,
-                         ratio=rate / (rows[0]['images_per_second'] if rows else rate),
-                         times_floor=seconds / (count * flops / peak)))
-        print(json.dumps(rows[-1]), flush=True)  # not lost if time runs out during the next one
-
+    table = Table(f'Sampling, {arch}, {steps} steps (NFE {2 * steps - 1}), {flops / 1e9:.4g} GFLOP per image',
+                  dict(network=network_kwargs, steps=steps, flops=flops, repeats=repeats, backend=backend,
+                       matrix_tflops=matrix_peak('bf16', device) / 1e12), out, device)
     for batch in batches:
-        drawer = Drawer(network_kwargs, steps, batch, device)
-        with tempfile.TemporaryDirectory() as folder:
-            # Warm comes last: if time runs out, the whole set matters more.
-            of_edm = [name for name in chosen if choices[name].system == 'edm']
-            rates = {}
-            for names in (of_edm, [name for name in chosen if name not in of_edm]):
-                for name, seconds in measure(names, choices, drawer, repeats, folder):
-                    way = choices[name]
-                    rates[name] = drawer.count(way) / seconds
-                    add(name, drawer.batch_of(way), drawer.count(way), seconds, 'elapsed' if cuda else 'processor')
-                if names is of_edm and total:
-                    best = max((name for name in of_edm if choices[name].consume is draw_only), key=rates.get,
-                               default='reference')
-                    name, seconds = whole_set(best, choices, drawer, total, folder)
-                    add(name, drawer.batch_of(choices[best]), total, seconds, 'elapsed')
-        del drawer
-    report(f'Sampling, {arch}, {steps} steps (NFE {2 * steps - 1}), {flops / 1e9:.4g} GFLOP per image', rows,
-           dict(network=network_kwargs, steps=steps, flops=flops, repeats=repeats, backend=backend,
-                matrix_tflops=peak / 1e12), out, device)
+        measure(table, Drawer(network_kwargs, steps, batch, device), choices, chosen, total, repeats)
+    table.finish()
 
 
 if __name__ == '__main__':

@@ -10,7 +10,6 @@ allocated during a step. On a CPU, times are processor time of one thread, witho
 """
 
 import contextlib
-import json
 import pathlib
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.report import alternate, alternate_steps, report, select  # noqa: E402
+from tests.benchmarks.report import Table, alternate, alternate_steps, select  # noqa: E402
 from torch_utils.precision import PRECISIONS, float32_products  # noqa: E402
 from training import layers  # noqa: E402
 from training import training_loop as tl  # noqa: E402
@@ -84,6 +83,8 @@ def ways(device, compile, backend='inductor'):
     found = {'reference': Way()}
     found.update({name: Way('edm', dict(precision=name)) for name, p in PRECISIONS.items()
                   if cuda or not (p.cuda_only or p.tf32)})
+    if cuda:
+        found['bf16, --data-device=cuda'] = Way('edm', dict(precision='bf16'), 'cuda')
     found['bf16, channels-last'] = Way('edm', dict(precision='bf16', channels_last=True))
     if compile:
         fast = dict(precision='bf16', compile=True, backend=backend)
@@ -92,8 +93,6 @@ def ways(device, compile, backend='inductor'):
         found['bf16, compiled, channels-last, Warm'] = Way('warm', dict(fast, channels_last=True))
     found['bf16, Warm'] = Way('warm', dict(precision='bf16'))
     found['bf16, --checkpoint-activations'] = Way('edm', dict(precision='bf16', recompute=True))
-    if cuda:
-        found['bf16, --data-device=cuda'] = Way('edm', dict(precision='bf16'), 'cuda')
     return found
 
 
@@ -207,8 +206,16 @@ def write_zip(path, count, size):
             z.writestr(f'{i:08d}.png', encode_png(small.resize([size, size], PIL.Image.Resampling.BICUBIC)))
 
 
+def chosen_ways(choices, only, reference):
+    """The names in `choices` that --only selects, after the reference; without it unless `reference`."""
+    names = [name for name in select(choices, only) if name != 'reference']
+    return ['reference', *names] if reference else names
+
+
 backend_option = click.option(
     '--backend', default='inductor', help='Backend of torch.compile; aot_eager takes seconds, to try the script')
+reference_option = click.option(
+    '--reference/--no-reference', default=True, help='Without the reference, which is slow, there are no ratios')
 
 
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
@@ -227,14 +234,15 @@ backend_option = click.option(
 @click.option('--compile', is_flag=True, help='Also measure compiled networks; each takes minutes to compile')
 @backend_option
 @click.option('--only', metavar='LIST', default=None,
-              help='Only rows that contain one of these words (a,b), or the row =NAME, and the reference')
+              help='Only rows that contain one of these words (a,b,-c: without c), or the row =NAME, and the reference')
+@reference_option
 @click.option('--out', metavar='FILE.json', default=None, help='Also write the report here')
-def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backend, only, out):
+def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backend, only, reference, out):
     """Measure training speed."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     cuda = device == 'cuda'
     choices = ways(device, compile, backend)
-    chosen = {name: choices[name] for name in dict.fromkeys(['reference', *select(choices, only)])}
+    chosen = chosen_ways(choices, only, reference)
     if not cuda:
         torch.set_num_threads(1)
     torch.backends.cudnn.benchmark = True
@@ -244,42 +252,51 @@ def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backe
     network_kwargs.update({name: value for name, value in chosen_sizes.items() if value})
     flops = step_flops(network_kwargs)
     peaks = {name: matrix_peak(name, device) for name in PRECISIONS}
+    parameters = sum(p.numel() for p in SYSTEMS['edm'].network_class(img_channels=3, **network_kwargs).parameters())
+    table = Table(
+        f'Training, {arch}, {parameters / 1e6:.1f} M parameters, batch {batch}, {flops / 1e9:.1f} GFLOP per image',
+        dict(network=network_kwargs, parameters=parameters, batch=batch, repeats=repeats, flops=flops, backend=backend,
+             matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
+    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         data = f'{folder}/data.zip'
         write_zip(data, images, size)
-        rows, seconds = [], {}
-        if cuda:  # one after the other: together they would need too much memory
-            for name, (system, options, data_device) in chosen.items():
-                trainer = Trainer(system, options, network_kwargs, data, batch, device, data_device)
-                slow = (options or {}).get('precision', 'fp32') == 'fp32'  # over a second per step
-                seconds.update(alternate_steps({name: trainer.step}, min(repeats, 2) if slow else repeats, device))
-                rows.append(row(name, trainer, options, seconds, flops, peaks))
-                print(json.dumps(rows[-1]), flush=True)  # not lost if time runs out during the next one
-                trainer.batches.close()
-                del trainer
-                torch.cuda.empty_cache()
-        else:
-            trainers = {name: Trainer(way.system, way.options, network_kwargs, data, batch, device)
-                        for name, way in chosen.items()}
-            seconds = alternate_steps({name: trainer.step for name, trainer in trainers.items()}, repeats, device)
-            rows = [row(name, trainer, chosen[name].options, seconds, flops, peaks)
-                    for name, trainer in trainers.items()]
-            for trainer in trainers.values():
-                trainer.batches.close()
-    parameters = sum(p.numel() for p in SYSTEMS['edm'].network_class(img_channels=3, **network_kwargs).parameters())
-    report(f'Training, {arch}, {parameters / 1e6:.1f} M parameters, batch {batch}, {flops / 1e9:.1f} GFLOP per image',
-           rows, dict(network=network_kwargs, parameters=parameters, batch=batch, repeats=repeats, flops=flops,
-                      backend=backend, matrix_tflops={k: v / 1e12 for k, v in peaks.items()}), out, device)
+
+        def measure(labels):
+            names = [label['way'] for label in labels]
+            with contextlib.ExitStack() as stack:
+                trainers = {}
+                for name in names:
+                    system, options, data_device = choices[name]
+                    trainers[name] = Trainer(system, options, network_kwargs, data, batch, device, data_device)
+                    stack.callback(trainers[name].batches.close)
+                steps = {name: trainer.step for name, trainer in trainers.items()}
+                if cuda and precision_of(choices[names[0]]) == 'fp32':  # over a second per step
+                    seconds.update(alternate(steps, 1, device, in_a_row=2))
+                else:
+                    seconds.update(alternate_steps(steps, repeats, device))
+                return [numbers(name, trainers[name], precision_of(choices[name]), seconds, flops, peaks)
+                        for name in names]
+
+        # On a GPU one after the other: together they would need too much memory.
+        for group in ([[name] for name in chosen] if cuda else [chosen]):
+            table.attempt([dict(way=name) for name in group], measure)
+    table.finish()
 
 
-def row(name, trainer, options, seconds, flops, peaks):
+def precision_of(way):
+    """Name of the precision that a way trains in."""
+    return (way.options or {}).get('precision', 'fp32')
+
+
+def numbers(name, trainer, precision, seconds, flops, peaks):
     """A row of the table: speed, MFU, memory, and the milliseconds of each part of a step."""
-    precision = (options or {}).get('precision', 'fp32')
     per_second = trainer.batch / seconds[name]
     memory = trainer.peak_memory()
     trainer.parts = {}
     trainer.step(timed=True)
-    return dict(way=name, images_per_second=per_second, ratio=seconds['reference'] / seconds[name],
+    return dict(images_per_second=per_second,
+                ratio=seconds['reference'] / seconds[name] if 'reference' in seconds else None,
                 mfu=per_second * flops / peaks[precision], **({'peak_gib': memory} if memory else {}),
                 **{part: f'{1e3 * t:.1f} ms' for part, t in trainer.parts.items()})
 

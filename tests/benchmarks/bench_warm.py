@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.report import alternate_steps, report  # noqa: E402
+from tests.benchmarks.report import Table, alternate_steps  # noqa: E402
 from torch_utils.precision import PRECISIONS  # noqa: E402
 from training.loss import EDMLoss  # noqa: E402
 from training.networks import EDMPrecond  # noqa: E402
@@ -116,17 +116,14 @@ def main(arch, cbase, cres, resolution, batch, sample_batch, steps, repeats, dev
     parameters = sum(p.numel() for p in build('edm', network_kwargs, 'meta').parameters())
     images = torch.rand([batch, 3, resolution, resolution], device=device) * 2 - 1
     latents = torch.randn([sample_batch, 3, resolution, resolution], device=device)
-    rows = [
-        dict(work=f'training step, batch {batch}',
-             **measure(lambda name, net: training_step(name, net, images), network_kwargs, device, precision,
-                       repeats)),
-        dict(work=f'sampling, batch {sample_batch}, {steps} steps',
-             **measure(lambda name, net: sampling(name, net, latents, steps), network_kwargs, device, precision,
-                       repeats)),
-    ]
     settings = dict(network=network_kwargs, parameters=parameters, batch=batch, sample_batch=sample_batch,
                     steps=steps, repeats=repeats, device=device, precision=precision)
-    report(f'Warm against EDM, {arch}, {parameters / 1e6:.1f} M parameters, {device}', rows, settings, out, device)
+    table = Table(f'Warm against EDM, {arch}, {parameters / 1e6:.1f} M parameters, {device}', settings, out, device)
+    kinds = {f'training step, batch {batch}': lambda name, net: training_step(name, net, images),
+             f'sampling, batch {sample_batch}, {steps} steps': lambda name, net: sampling(name, net, latents, steps)}
+    for work, make in kinds.items():
+        table.add(dict(work=work, **measure(make, network_kwargs, device, precision, repeats)))
+    table.finish()
 
 
 if __name__ == '__main__':

@@ -1,11 +1,15 @@
 """Shared by the benchmarks: choosing rows, alternating measurements, a report with hardware, versions and commit."""
 
+import gc
 import json
 import os
 import pathlib
 import platform
 import statistics
+import sys
+import threading
 import time
+import traceback
 
 import click
 import numpy as np
@@ -25,7 +29,7 @@ def select(names, words):
     Args:
         names: What there is to measure.
         words: The value of --only: words separated by commas, or '=' and one whole name, which may contain commas
-            ('=bf16, compiled').
+            ('=bf16, compiled'). A word after '-' leaves out the names that contain it ('-fp16').
 
     Raises:
         click.BadParameter: no name contains one of the words.
@@ -34,6 +38,9 @@ def select(names, words):
         words, found = [words[1:]], [name for name in names if name == words[1:]]
     else:
         words = [word.strip() for word in (words or '').split(',') if word.strip()]
+        for word in [word for word in words if word.startswith('-')]:
+            words.remove(word)
+            names = [name for name in names if word[1:] not in name]
         found = [name for name in names if not words or any(word in name for word in words)]
     for word in words:
         if not any(word in name for name in found):
@@ -90,16 +97,94 @@ def environment(device='cpu'):
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=code_version())
 
 
+class Table:
+    """A report whose rows are printed and written as they are measured: what is measured outlives whatever comes next.
+
+    The file is JSON; `complete` in it is false until `finish`.
+
+    Args:
+        title, settings: What is measured, in words and as plain JSON values.
+        out: Path of the file, or None.
+        device: Where it is measured.
+        arrange: Function of the rows that returns those to write.
+    """
+
+    def __init__(self, title, settings, out=None, device='cpu', arrange=list):
+        self.title, self.settings, self.out, self.arrange = title, settings, out, arrange
+        self.environment, self.rows, self.lock = environment(device), [], threading.Lock()
+
+    def write(self, complete=False):
+        """Write the file anew."""
+        if self.out is not None:
+            with atomic_write(self.out, 'w') as f:
+                json.dump(dict(title=self.title, complete=complete, rows=self.arrange(self.rows),
+                               settings=self.settings, environment=self.environment), f, indent=2)
+
+    def add(self, *rows):
+        """Add rows, dicts of plain JSON values; threads may do so at the same time."""
+        with self.lock:
+            for row in rows:
+                print(json.dumps(row), flush=True)
+            self.rows += rows
+            self.write()
+
+    def attempt(self, labels, measure):
+        """Add the rows {**label, **numbers}, with one dict of numbers per label, as measure(labels) returns them.
+
+        If it raises, each label is measured by itself; one that fails alone gets an `error` in place of numbers.
+        """
+        try:
+            if torch.cuda.is_initialized():
+                gc.collect()  # networks and optimizers refer to themselves
+                torch.cuda.empty_cache()
+            numbers = measure(labels)
+        except Exception as e:  # no memory, no compiler, a bug: the other rows are still worth measuring
+            traceback.print_exc()
+            numbers = [dict(error=f'{type(e).__name__}: {e}'[:500])]
+        if len(numbers) == len(labels):
+            self.add(*({**label, **found} for label, found in zip(labels, numbers)))
+        else:
+            for label in labels:
+                self.attempt([label], measure)
+
+    def finish(self):
+        """Print all rows as a table, and complete the file.
+
+        Raises:
+            click.ClickException: rows have failed.
+        """
+        rows = self.arrange(self.rows)
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        shown = [{key: key for key in keys}, *({key: in_words(row.get(key, '')) for key in keys} for row in rows)]
+        print(self.title)
+        for row in shown:
+            print('  '.join(f'{row[key]:<{max(len(other[key]) for other in shown)}}' for key in keys).rstrip())
+        print(json.dumps({**self.settings, **self.environment}))
+        self.write(complete=True)
+        failed = sum('error' in row for row in self.rows)
+        if failed:
+            raise click.ClickException(f'{failed} of {len(self.rows)} rows failed; their column `error` says why')
+
+
+def in_words(value):
+    """A value as a cell of the table; of an error, its first line."""
+    return f'{value:.4g}' if isinstance(value, float) else (str(value).splitlines() or [''])[0]
+
+
 def report(title, rows, settings, out=None, device='cpu'):
-    """Print `rows` (at least one dict, all with the same keys) as a table; with `out`, also write a report as JSON."""
-    shown = [{key: f'{value:.4g}' if isinstance(value, float) else str(value) for key, value in row.items()}
-             for row in rows]
-    width = {key: max(len(key), *(len(row[key]) for row in shown)) for key in shown[0]}
-    print(title)
-    for row in ({key: key for key in width}, *shown):
-        print('  '.join(f'{row[key]:<{width[key]}}' for key in width).rstrip())
-    content = dict(title=title, rows=rows, settings=settings, environment=environment(device))
-    print(json.dumps({**content['settings'], **content['environment']}))
-    if out is not None:
-        with atomic_write(out, 'w') as f:
-            json.dump(content, f, indent=2)
+    """Print `rows` (dicts) as a table; with `out`, also write a report as JSON."""
+    table = Table(title, settings, out, device)
+    table.rows = list(rows)
+    table.finish()
+
+
+def dying_with_parent(command):
+    """The command line that runs `command` so that it is killed as soon as this process ends, however it ends (Linux).
+
+    A process in a session of its own would otherwise survive, and share the GPU with the next measurement.
+    """
+    if sys.platform != 'linux':
+        return command
+    code = ('import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); '  # PR_SET_PDEATHSIG, SIGKILL; survives exec
+            f'os.getppid() == {os.getpid()} or sys.exit(1); os.execv(sys.argv[1], sys.argv[1:])')
+    return [sys.executable, '-I', '-S', '-c', code, *command]
