@@ -1,12 +1,15 @@
 """Score images: Frechet Inception Distance (FID), Inception Score, KID, precision and recall."""
 
+import contextlib
 import os
 import pathlib
+import sys
 
 import click
 
 from dnnlib import UserError
 from dnnlib.download import is_url
+from dnnlib.files import interruptible
 from dnnlib.flags import Text
 from dnnlib.json_files import check_json_lines, read_object
 from dnnlib.text import parse_seeds
@@ -18,13 +21,14 @@ from training.generation import BATCH, GPU_BATCH, default_batch
 from training.metric_images import open_images
 from training.provenance import log_scores
 from training.run_files import SCORES_NAME
-from training.scoring import (ImageFiles, NetworkImages, check_reference, load_scorer, open_detector, scoring_batch,
-                              unfinished_pass, write_reference)
+from training.scoring import (ImageFiles, NetworkImages, check_reference, load_scorer, open_detector, say,
+                              scoring_batch, unfinished_pass, write_reference)
 from training.system import flag_of
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network
 
 NUM = 50_000  # images by default
+KEPT = 'what was scored so far is kept: the same command continues from there'
 
 
 def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, metrics, class_idx, **sampler_options):
@@ -56,7 +60,7 @@ def file_sources(images, num, seed):
 def network_sources(network, seeds, rounds, class_idx, sampler_options):
     """(a source for each round, batch size, log) for a network."""
     seeds = seeds or list(range(NUM))
-    dist.print0(f'Loading network from {network} ...')
+    say(f'Loading network from {network} ...')
     drawn = open_network(network, sampler_options, class_idx)
     sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
                for shift in shifts(seeds, rounds or 1)]
@@ -87,7 +91,7 @@ def score_rounds(scorer, sources, batch, log, default_log):
     for i, source in enumerate(sources, 1):
         scorer.check(source.total)
         prior = f", which start from {source.record['prior']}" if source.record.get('prior') else ''
-        dist.print0(f'Scoring {source.total} images of {source.name}{prior} ...')
+        say(f'Scoring {source.total} images of {source.name}{prior} ...')
         passes.append(unfinished_pass(source, scorer.detector, scorer.metrics, batch))
         results.append(scorer(source, batch, passes[-1]))
         if len(sources) > 1:
@@ -95,7 +99,6 @@ def score_rounds(scorer, sources, batch, log, default_log):
     best = {}
     if dist.get_rank() == 0:
         best = m.best_scores(scorer.metrics, [values for values, _ in results])
-        print_scores(scorer, best)
         try:
             for i, (source, (values, facts)) in enumerate(zip(sources, results), 1):
                 log_scores(log or default_log, values, scorer.detector,
@@ -103,16 +106,28 @@ def score_rounds(scorer, sources, batch, log, default_log):
         except UserError as e:
             if log:
                 raise
-            click.echo(f'Warning: the scores were not recorded; {e.message}, or give one with --log', err=True)
+            click.echo(f'Warning: the scores were not recorded: {e.message} with --log', err=True)
+        finally:
+            print_scores(scorer, best)
     for done in passes:
         done.remove()
     return {m.label(name, scorer.detector): value for name, value in best.items()}
 
 
 def print_scores(scorer, values, prefix=''):
-    """Print a line for each score; ranks other than 0 have none."""
-    for name, value in values.items():
-        print(f'{prefix}{m.label(name, scorer.detector)}: {value:.8g}', flush=True)
+    """Print a line for each score; ranks other than 0 have none.
+
+    Raises:
+        UserError: stdout is a full disk, or gone.
+    """
+    try:
+        for name, value in values.items():
+            print(f'{prefix}{m.label(name, scorer.detector)}: {value:.8g}', flush=True)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # or the interpreter would try again at its end, and say so
+        raise UserError(f'could not print the scores: {e.strerror or e}; run the same command again with its output '
+                        'elsewhere: it does not draw or score these images again') from e
 
 
 def ref(data, dest, batch, detector, metrics):
@@ -121,9 +136,9 @@ def ref(data, dest, batch, detector, metrics):
     m.check_destination(dest, data)
     source = ImageFiles(open_images(data), data)
     detector = open_detector(detector)
-    dist.print0(f'Reference statistics of {source.total} images of {data} ...')
+    say(f'Reference statistics of {source.total} images of {data} ...')
     write_reference(dest, source, detector, metrics, batch or scoring_batch(detector.device))
-    dist.print0(f'Wrote {dest}')
+    say(f'Wrote {dest}')
 
 
 # -- flags
@@ -192,7 +207,7 @@ def calc_command(**options):
     The score of a network is that of the images that generate.py writes with the same --batch (and, on the CPU, the
     same OMP_NUM_THREADS). An interrupted run continues with the same command.
     """
-    with dist.process_group():
+    with interruptible(KEPT), dist.process_group():
         calc(**options)
         dist.barrier()
 
@@ -203,7 +218,7 @@ def calc_command(**options):
 @with_common
 def ref_command(**options):
     """Compute reference statistics of a folder or zip of images."""
-    with dist.process_group():
+    with interruptible(KEPT), dist.process_group():
         ref(**options)
         dist.barrier()
 

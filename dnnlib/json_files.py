@@ -53,13 +53,13 @@ def append_line(path, record, remedy):
     """Append `record` as one line (`json_line`); `remedy` ends the error message if that fails.
 
     Raises:
-        UserError: the disk is full or gone.
+        UserError: the disk is full, gone or read-only.
     """
     try:
         with open(path, 'a', encoding='utf-8') as f:
             f.write(json_line(record))
     except OSError as e:
-        raise UserError(f'could not write {path}: {e.strerror or e}; free some space and {remedy}') from e
+        raise UserError(f'could not write {path}: {e.strerror or e}; {remedy}') from e
 
 
 def check_json_lines(path):

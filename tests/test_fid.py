@@ -24,9 +24,11 @@ import requests
 import torch
 
 import fid
+from dnnlib import UserError
 from tests.commands import ROOT, SMALL, json_lines, refused, run_command, torchrun
 from tests.commands import invoke as invoke_script
 from training import metric_collectors, metrics, scoring
+from training.detectors import PixelDetector
 from training.metric_images import image_batches, open_images
 from training.metric_resume import Unfinished
 from training.snapshot import save_snapshot
@@ -249,9 +251,38 @@ def test_scores_are_printed_where_they_cannot_be_recorded(folders, reference, tm
     shutil.copytree(folders[1], tmp_path / 'images')
     (tmp_path / 'metrics.jsonl').mkdir()
     output = invoke('calc', images=tmp_path / 'images', num=50, ref=reference)
-    assert 'FD-pixels: ' in output and 'Warning: the scores were not recorded' in output
+    assert 'FD-pixels: ' in output
+    assert 'Warning: the scores were not recorded: could not write ' in output
+    assert 'metrics.jsonl: Is a directory; choose another file with --log\n' in output
     fails('calc', 'metrics.jsonl cannot be written', images=tmp_path / 'images', num=50, ref=reference,
           log=tmp_path / 'metrics.jsonl')
+
+
+def test_scores_that_cannot_be_recorded_where_wished_are_printed(folders, reference, tmp_path, monkeypatch):
+    def full(path, record, remedy):
+        raise UserError(f'could not write {path}: No space left on device; {remedy}')
+    monkeypatch.setattr('training.provenance.append_line', full)
+    result = run('calc', images=folders[1], num=50, ref=reference, log=tmp_path / 'a.jsonl')
+    refused(result, 'FD-pixels: ', 'a.jsonl: No space left on device; choose another file\n')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device that is full')
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+def test_scores_that_cannot_be_printed_are_recorded(unbuffered, root, folders, reference, tmp_path):
+    """With the output on a full disk: a sentence, no traceback; the same command prints them elsewhere at once."""
+    args = ['calc', f'--images={folders[1]}', '--num=50', f'--ref={reference}', '--detector=pixels',
+            f'--log={tmp_path / "a.jsonl"}']
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([sys.executable, 'fid.py', *args], cwd=root, stdout=full, stderr=subprocess.PIPE,
+                              env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': unbuffered}, text=True,
+                              timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith('Error: could not print the scores: No space left on device; run')
+    assert 'Traceback' not in done.stderr and 'Exception' not in done.stderr
+    shown = invoke_script('fid.py', *args).output
+    score, again = json_lines(tmp_path / 'a.jsonl')
+    assert 'Continuing an interrupted run after 50 of 50' in shown and f'FD-pixels: {score["value"]:.8g}\n' in shown
+    assert again['value'] == score['value']
 
 
 # -- interruptions
@@ -270,6 +301,41 @@ PixelDetector.run = slow
 import fid
 fid.main()
 """
+
+
+@pytest.mark.parametrize('where', ['in a network', 'in a detector'])
+def test_ctrl_c_loses_nothing(where, network, reference, tmp_path, monkeypatch):
+    """What is scored so far is saved, minutes before that would be due, and a batch that is being scored counts."""
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
+    options = dict(network=network, seeds='0-9', steps=1, batch=2, ref=reference, log=tmp_path / 'a.jsonl')
+    with monkeypatch.context() as patch:
+        if where == 'in a network':
+            patch.setattr(scoring, 'generate_batch', stop_after(scoring.generate_batch, 2))
+        else:
+            calls, score = [], PixelDetector.run
+            patch.setattr(PixelDetector, 'run', lambda *args: (
+                calls.append(1), len(calls) == 2 and signal.raise_signal(signal.SIGINT), score(*args))[-1])
+        result = run('calc', **options)
+    assert result.exit_code == 130 and 'Aborted' not in result.output
+    assert 'Error: interrupted; what was scored so far is kept: the same command continues from there\n' in result.output
+    assert 'Continuing an interrupted run after 4 of 10' in invoke('calc', **options)
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'other'))
+    assert 'Continuing' not in invoke('calc', **options)
+    continued, undisturbed = json_lines(tmp_path / 'a.jsonl')
+    assert continued['value'] == undisturbed['value']
+
+
+def test_ctrl_c_before_the_first_batch_saves_nothing(network, reference, tmp_path, monkeypatch):
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(scoring, 'generate_batch', stop_after(scoring.generate_batch, 0))
+    assert run('calc', network=network, seeds='0-9', ref=reference).exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_a_reference_is_made(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(PixelDetector, 'run', stop_after(PixelDetector.run, 0))
+    result = run('ref', data=folders[0], dest=tmp_path / 'ref.npz')
+    assert result.exit_code == 130 and 'Error: interrupted' in result.output and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('what, ranks', [('images', 1), ('network', 1), ('network', 2)])
@@ -313,7 +379,7 @@ def test_interrupted_rounds_keep_the_finished_ones(network, reference, tmp_path,
     common = dict(network=network, seeds='0-9', steps=1, rounds=2, ref=reference)
     with monkeypatch.context() as patch:
         patch.setattr(scoring, 'generate_batch', stop_after(scoring.generate_batch, 1))
-        assert isinstance(run('calc', log=tmp_path / 'a.jsonl', **common).exception, KeyboardInterrupt | SystemExit)
+        assert run('calc', log=tmp_path / 'a.jsonl', **common).exit_code == 130
     drawn = []
     with monkeypatch.context() as patch:
         patch.setattr(scoring, 'generate_batch', lambda net, seeds, *args, original=scoring.generate_batch, **kwargs:

@@ -1,17 +1,19 @@
 """Unfinished scores on disk: an interrupted pass over 50,000 images continues from where it was last saved.
 
-Each rank has a file in the cache folder, named by a digest of everything that determines the statistics.
-The sums and features are restored exactly as they were after that batch, so the scores are those of an
+Ctrl-C saves it too. Each rank has a file in the cache folder, named by a digest of everything that determines the
+statistics. The sums and features are restored exactly as they were after that batch, so the scores are those of an
 uninterrupted run, bit for bit.
 """
 
 import contextlib
 import hashlib
 import json
+import signal
 import time
 import zipfile
 import zlib
 
+import click
 import numpy as np
 import torch
 
@@ -19,6 +21,7 @@ from dnnlib import UserError
 from dnnlib.download import cache_dir
 from dnnlib.files import atomic_write, make_dirs
 from torch_utils import distributed as dist
+from training.workers import signal_waits
 
 FORMAT = 1  # increase it whenever the same images would give other statistics, or other arrays are saved
 SAVE_SECONDS = 60  # between two saves
@@ -56,6 +59,17 @@ class Unfinished:
         except (OSError, ValueError, AttributeError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
             return None
 
+    @contextlib.contextmanager
+    def saved_on_ctrl_c(self, accumulator):
+        """Context that saves the state if Ctrl-C ends it; the accumulator itself is not to be interrupted."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.works and accumulator.index > accumulator.share.start:
+                with signal_waits(signal.SIGINT):  # it comes twice: from the terminal, and from torchrun
+                    self.save(accumulator)
+            raise
+
     def save_if_due(self, accumulator):
         """Save the state if the last save was long enough ago."""
         if self.works and time.monotonic() >= self.saved + self.pause:
@@ -70,7 +84,7 @@ class Unfinished:
                 np.savez(f, seconds=self.seconds(), **accumulator.state())
         except UserError as e:
             self.works = False
-            print(f'Warning: progress cannot be saved, so an interruption would lose it: {e.message}')
+            click.echo(f'Warning: progress cannot be saved, so an interruption would lose it: {e.message}', err=True)
         self.saved = time.monotonic()
         self.pause = max(SAVE_SECONDS, (self.saved - started) / SAVE_SHARE)
 

@@ -4,10 +4,12 @@
     stats = statistics(NetworkImages(net, sampler, seeds), …)               the same, without files
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
 import re
+import signal
 import time
 
 import click
@@ -25,6 +27,7 @@ from training.generation import BATCH, generate_batch
 from training.metric_images import image_batches
 from training.metric_resume import Unfinished
 from training.pixels import to_uint8
+from training.workers import signal_waits
 
 
 class ImageFiles:
@@ -106,6 +109,12 @@ def scoring_batch(device):
     return 4 * BATCH if torch.device(device).type == 'cuda' else BATCH
 
 
+def say(text):
+    """Print a line on rank 0. A full disk or a closed pipe behind stdout ends no work: the scores are recorded too."""
+    with contextlib.suppress(OSError):
+        dist.print0(text)
+
+
 def statistics(source, detector, metrics, batch, num_features=None, unfinished=None, progress=True):
     """Statistics (see `training.metrics`) of all images of a source. Call on all ranks; complete on rank 0.
 
@@ -120,14 +129,15 @@ def statistics(source, detector, metrics, batch, num_features=None, unfinished=N
     stored = unfinished.load() if unfinished else None
     if stored is not None:
         accumulator.restore(stored)
-        if dist.get_rank() == 0 and len(accumulator.share):
-            done = accumulator.index - accumulator.share.start
-            print(f'Continuing an interrupted run after {done} of {len(accumulator.share)} images per process.')
+        done = accumulator.index - accumulator.share.start
+        say(f'Continuing an interrupted run after {done} of {len(accumulator.share)} images per process.')
     shown = progress and dist.get_rank() == 0
-    with tqdm.tqdm(total=len(accumulator.share), initial=accumulator.index - accumulator.share.start, unit='image',
-                   disable=None if shown else True) as bar:
+    with (tqdm.tqdm(total=len(accumulator.share), initial=accumulator.index - accumulator.share.start, unit='image',
+                    disable=None if shown else True) as bar,
+          unfinished.saved_on_ctrl_c(accumulator) if unfinished else contextlib.nullcontext()):
         for images in source.batches(range(accumulator.index, accumulator.share.stop), batch):
-            accumulator.add(images)
+            with signal_waits(signal.SIGINT) if unfinished else contextlib.nullcontext():
+                accumulator.add(images)
             bar.update(len(images))
             if unfinished:
                 unfinished.save_if_due(accumulator)

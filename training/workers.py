@@ -91,7 +91,7 @@ def _broken_pool_named():
 @contextlib.contextmanager
 def signals_wait():
     """Context that holds Ctrl-C and SIGTERM back until the block ends: a pool that is interrupted may wait for ever."""
-    with _interrupts_wait(), _sigterm_waits():
+    with _interrupts_wait(), signal_waits(signal.SIGTERM):
         yield
 
 
@@ -106,19 +106,22 @@ def _interrupts_wait():
 
 
 @contextlib.contextmanager
-def _sigterm_waits():
-    """SIGTERM by its handler, which they do not inherit: it ends them. Only the main thread can set handlers."""
+def signal_waits(number):
+    """Context that holds a signal back by its handler, which processes started in it do not inherit.
+
+    Only the main thread can set handlers; in others it does nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     arrived = []
-    handler = signal.signal(signal.SIGTERM, lambda *_: arrived.append(True))
+    handler = signal.signal(number, lambda *_: arrived.append(True))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        signal.signal(number, handler or signal.SIG_DFL)
         if arrived:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
 
 
 def _end_with_parent():
