@@ -317,7 +317,7 @@ def test_ctrl_c_loses_nothing(where, network, reference, tmp_path, monkeypatch):
                 calls.append(1), len(calls) == 2 and signal.raise_signal(signal.SIGINT), score(*args))[-1])
         result = run('calc', **options)
     assert result.exit_code == 130 and 'Aborted' not in result.output
-    assert 'Error: interrupted; what was scored so far is kept: the same command continues from there\n' in result.output
+    assert f'Error: interrupted; {fid.KEPT}\n' in result.output and 'the same command continues' in fid.KEPT
     assert 'Continuing an interrupted run after 4 of 10' in invoke('calc', **options)
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'other'))
     assert 'Continuing' not in invoke('calc', **options)
@@ -613,6 +613,33 @@ def test_reference_address_that_fails(folders, tmp_path, monkeypatch):
     monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
     fails('calc', 'could not download https://example.org/cifar10-32x32.npz', images=folders[1], num=50,
           ref='https://example.org/cifar10-32x32.npz')
+
+
+def test_a_file_that_is_no_detector_is_to_be_deleted_only_in_the_cache(folders, reference, tmp_path, monkeypatch):
+    """Reference and detector may be swapped: nobody is told to delete the reference."""
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
+    (tmp_path / 'cache').mkdir()
+    for folder in (tmp_path, tmp_path / 'cache'):
+        shutil.copy(reference, folder / 'a.npz')
+        with zipfile.ZipFile(folder / 'a.pt', 'w') as z:  # like TorchScript, but damaged
+            z.writestr('a/constants.pkl', b'')
+            z.writestr('a/code/a.py', b'')
+        for name in ('a.npz', 'a.pt'):
+            result = run('calc', images=folders[1], num=50, ref=reference, detector=folder / name)
+            remedy = 'check that it is the file of a detector, or get it again' if folder == tmp_path else \
+                'delete it there, and it is downloaded again'
+            refused(result, f'{folder / name}', f'damaged{"; " if name == "a.npz" else " or not for this PyTorch; "}'
+                    f'{remedy}\n')
+
+
+def test_without_inception_other_detectors_are_named(folders, reference, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise requests.ConnectionError()
+    monkeypatch.setattr(requests.Session, 'request', refuse)
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path))
+    for name in ('inception', 'inception-pth'):
+        fails('calc', 'could not download .*, or pixels, with --detector of fid.py', detector=name, images=folders[1],
+              num=50, ref=reference)
 
 
 def test_files_are_missed_before_a_detector_is_fetched(folders, reference, tmp_path, monkeypatch):

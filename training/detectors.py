@@ -14,7 +14,7 @@ import zipfile
 import torch
 
 from dnnlib import UserError
-from dnnlib.download import cached_path, fetch, is_url, local_path
+from dnnlib.download import cache_dir, cached_path, fetch, is_url, local_path
 from dnnlib.files import file_sha256
 from torch_utils.precision import float32_products
 from training.inception import NUM_FEATURES, InceptionV3
@@ -155,14 +155,23 @@ class ScriptDetector(Detector):
 
 # -- loading
 
+def _fetch(url):
+    """`fetch`, whose error also names the detectors that need no download."""
+    try:
+        return fetch(url)
+    except UserError as e:
+        raise UserError(f'{e.message}; or choose another detector: a local copy by its PATH, or pixels, with '
+                        '--detector of fid.py, --eval-detector of train.py') from e
+
+
 def _inception_script(device):
     """The default: NVIDIA's TorchScript file, downloaded once."""
-    return detector_from_file(fetch(SCRIPT_URL), device, INCEPTION)
+    return detector_from_file(_fetch(SCRIPT_URL), device, INCEPTION)
 
 
 def _inception_weights(device):
     """The public state dict, loaded into our own graph."""
-    path = fetch(WEIGHTS_URL)
+    path = _fetch(WEIGHTS_URL)
     digest = file_sha256(path)
     if not digest.startswith(WEIGHTS_SHA256_PREFIX):
         path.unlink(missing_ok=True)
@@ -212,9 +221,16 @@ def detector_from_file(path, device, name):
                 module = torch.jit.load(str(path), map_location=device)
         except (RuntimeError, ValueError) as e:
             raise UserError(f'the TorchScript file {path} is damaged or not for this PyTorch; '
-                            'delete it and get it again') from e
+                            f'{_remedy(path)}') from e
         return ScriptDetector(name, digest, device, path, module)
     return InceptionDetector(name, digest, device, load_inception_state(path))
+
+
+def _remedy(path):
+    """What to do about a file that is no detector. It may be any file of the user's, unless it lies in our cache."""
+    if pathlib.Path(path).absolute().is_relative_to(cache_dir().absolute()):
+        return 'delete it there, and it is downloaded again'
+    return 'check that it is the file of a detector, or get it again'
 
 
 def is_default_script(path):
@@ -242,7 +258,7 @@ def load_inception_state(path):
         state = torch.load(path, map_location='cpu', weights_only=True)
     except (RuntimeError, ValueError, EOFError, KeyError, OSError, AttributeError, pickle.UnpicklingError) as e:
         raise UserError(f'{path} is neither a TorchScript archive nor a state dict of plain tensors, or it is '
-                        'damaged; delete it and get the detector again') from e
+                        f'damaged; {_remedy(path)}') from e
     with torch.device('meta'):
         expected = InceptionV3().state_dict()
     shapes = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)} \
