@@ -381,3 +381,17 @@ def test_a_run_named_twice_is_one_run(tmp_path):
     folder = make_run(tmp_path / 'run', rounds([2.0]))
     result = CLI.invoke(report.main, [str(folder), f'{folder}/', f'--outdir={tmp_path / "out"}'])
     assert '1 measurements of 1 runs' in result.output
+
+
+def test_a_folder_of_runs_stands_for_all_of_them(tmp_path):
+    """Sorted by name, without those that have nothing to report; a run that is named as well counts once."""
+    for name in ('00001-b', '00000-a'):
+        make_run(tmp_path / 'runs' / name, rounds([2.0]))
+    make_run(tmp_path / 'runs' / '00002-no-tick-yet', [])
+    (tmp_path / 'runs' / 'notes.txt').write_text('')
+    named = [f'{tmp_path}/runs', f'{tmp_path}/runs/../runs/00001-b/']
+    result = CLI.invoke(report.main, [*named, f'--outdir={tmp_path / "out"}'])
+    assert '2 measurements of 2 runs' in result.output
+    assert 'Runs: `00000-a` (1 scores), `00001-b` (1 scores)' in (tmp_path / 'out' / 'report.md').read_text()
+    make_run(tmp_path / 'runs', rounds([2.0]))  # a run itself now
+    assert '1 measurements of 1 runs' in CLI.invoke(report.main, [named[0], f'--outdir={tmp_path / "out"}']).output

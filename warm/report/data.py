@@ -89,6 +89,18 @@ class Measurement:
         return None
 
 
+def run_paths(path):
+    """[`path`], or the runs inside it, sorted by name, if it is a folder of some and none itself."""
+    path = pathlib.Path(path)
+    inside = sorted(path.iterdir()) if path.is_dir() and not _is_run(path) else []
+    return [folder for folder in inside if _is_run(folder)] or [path]
+
+
+def _is_run(path):
+    """Whether there is something to report in a folder."""
+    return bool(read_lines(path / STATS_NAME) or read_lines(path / SCORES_NAME))
+
+
 def read_run(path):
     """Read a run folder, or a metrics.jsonl alone, as a `Run`.
 
@@ -102,8 +114,8 @@ def read_run(path):
         raise UserError(f'there is no run folder {path}; give folders that train.py made, or metrics.jsonl files')
     stats, scores = read_lines(path / STATS_NAME), read_lines(path / SCORES_NAME)
     if not stats and not scores:
-        raise UserError(f'{path} has neither a {STATS_NAME} nor a {SCORES_NAME}; give a run folder of train.py, or '
-                        'score one of its networks with fid.py calc --network first')
+        raise UserError(f'{path} has neither a {STATS_NAME} nor a {SCORES_NAME}, nor has a folder in it; give a run '
+                        'folder of train.py, or score one of its networks with fid.py calc --network first')
     return Run(path.resolve().name, read_object(path / OPTIONS_NAME) or {}, stats, scores)
 
 

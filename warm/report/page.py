@@ -1,6 +1,6 @@
 """A report of runs: reads metrics.jsonl and stats.jsonl, writes tables in the paper's layout, and plots, as Markdown.
 
-    python -m warm.report training-runs/00000-… training-runs/00001-… --outdir=report
+    python -m warm.report training-runs --outdir=report     # all runs there, or name some: training-runs/00000-…
 
 The scores come from `fid.py calc --network=…` and `train.py --eval=…`, which append them to the run's metrics.jsonl.
 """
@@ -10,7 +10,7 @@ import os
 import click
 
 from dnnlib.files import atomic_write, make_dirs
-from warm.report.data import measurements_of, read_run
+from warm.report.data import measurements_of, read_run, run_paths
 from warm.report.plots import draw_all
 from warm.report.tables import all_scores, tables
 
@@ -19,8 +19,11 @@ from warm.report.tables import all_scores, tables
 @click.argument('runs', metavar='RUN…', nargs=-1, required=True)
 @click.option('--outdir', metavar='DIR', default='report', help='Where to save report.md and the plots')
 def main(runs, outdir):
-    """Write a report of run folders (or metrics.jsonl files): the paper's Tables 1 to 5, and plots."""
-    runs = [read_run(path) for path in dict.fromkeys(os.path.normpath(run) for run in runs)]
+    """Write a report of run folders (or metrics.jsonl files): the paper's Tables 1 to 5, and plots.
+
+    A folder of runs, such as training-runs, stands for all runs in it.
+    """
+    runs = [read_run(path) for path in dict.fromkeys(path for run in runs for path in run_paths(os.path.normpath(run)))]
     measurements = measurements_of(runs)
     make_dirs(outdir)
     plots = draw_all(outdir, runs, measurements)
