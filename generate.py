@@ -13,9 +13,10 @@ from dnnlib.files import check_writable, interruptible
 from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
-from training.generated import check_kept, image_path, remaining_seeds, write_images
+from training.generated import check_kept, image_path, other_code, remaining_seeds, write_images
 from training.generation import BATCH, GPU_BATCH, default_batch, generate_images
 from training.pictures import save_grid
+from training.provenance import code_version
 from training.samplers import StackedRandomGenerator, ablation_sampler, edm_sampler  # noqa: F401  (as in EDM)
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network
@@ -74,10 +75,15 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     for path in (grid, trajectory):
         if path is not None:
             dist.on_rank0(lambda: check_writable(path))
-    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, drawn.facts, drawn.difference, overwrite))
+    version = dist.on_rank0(code_version)
+    record = {**drawn.facts, 'commit': version}
+    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, record, drawn.difference, overwrite))
     dist.on_rank0(lambda: check_kept(outdir, set(seeds).difference(missing), subdirs, net))
     if len(missing) < len(seeds):
         dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images already exist and are kept.')
+        warning = dist.on_rank0(lambda: other_code(outdir, version))
+        if warning:
+            dist.print0(f'Warning: {warning}.')
     dist.print0(f'Generating {len(missing)} images to {outdir}...')
     with tqdm.tqdm(total=len(missing), unit='img', disable=None if dist.get_rank() == 0 else True) as bar:
         batches = generate_images(net, seeds, sampler, max_batch or default_batch(net), class_idx, set(missing))

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import os
 import sys
 
@@ -20,7 +21,7 @@ from training.detectors import DETECTORS
 from training.evaluation import make_evaluator
 from training.metrics import METRICS
 from training.run_files import LOG_NAME
-from training.run_folder import check_run_dir, create_run_dir, run_name, start_point
+from training.run_folder import changed_options, check_run_dir, create_run_dir, run_name, start_point
 from training.training_loop import TIMEOUT, open_dataset, training_loop
 from warm import config as cfg
 from warm.flags import compile_flag, given_flags, system_flags, typed_flags
@@ -204,6 +205,7 @@ def run(options, log):
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return True
+    changes = dist.on_rank0(lambda: changed_options(start['path'], config))  # before they are replaced
     # Before the run folder is made: an unreadable image must not leave an empty folder behind.
     dataset = open_dataset(**config['dataset_kwargs'])
     run_dir = dist.on_rank0(lambda: create_run_dir(run_dir, config, start if options['auto_resume'] else None,
@@ -213,6 +215,12 @@ def run(options, log):
     dist.print0(cfg.summary(config, run_dir))
     for complaint in start['complaints']:
         dist.print0(f'Warning: skipping a damaged state: {complaint}')
+    if changes:
+        dist.print0(f"Warning: this run continues with other options: {', '.join(changes)}.")
+    interval = min(filter(None, (options['snap'], options['dump'])), default=math.inf) * options['tick']
+    if interval < 1:
+        dist.print0('Warning: files are numbered by whole thousands of images, so those saved within the same thousand '
+                    'replace each other; raise --tick, --snap or --dump to keep all.')
     return training_loop(run_dir=run_dir, systems=SYSTEMS, dataset=dataset, **config)
 
 

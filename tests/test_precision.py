@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnnlib import UserError
 from tests.commands import SMALL, invoke, json_lines, refused, succeed
 from tests.small_networks import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
-from torch_utils.precision import PRECISIONS
+from torch_utils.precision import PRECISIONS, computed
 from training import layers
 from training.augment import TRAIN_AUGMENT, AugmentPipe
 from training.loss import EDMLoss
 from training.networks import EDMPrecond
+from training.provenance import sampling_facts
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from warm.loss import WarmLoss
 from warm.precond import WarmPrecond
@@ -42,6 +43,18 @@ def test_near_float32(precision, model_type, device):
     assert distance(grads, reference[1]) <= 3 * TOLERANCE[precision]
     computes_alike = device == 'cpu' and precision != 'bf16'
     assert (distance(outputs, reference[0]) == 0) == computes_alike
+
+
+@pytest.mark.parametrize('name, kind, expected', [
+    ('fp16', 'cpu', 'fp32'), ('tf32', 'cpu', 'fp32'), ('bf16', 'cpu', 'bf16'), ('fp32', 'cpu', 'fp32'),
+    ('fp16', 'cuda', 'fp16'), ('tf32', 'cuda', 'tf32')])
+def test_records_name_the_precision_that_was_computed_in(name, kind, expected):
+    assert computed(name, torch.device(kind)) == expected
+    if kind == 'cpu':
+        net = make_net()
+        net.precision = name
+        system = SYSTEMS['edm']
+        assert sampling_facts(net, system, {}, system.make_sampler(net, {}))['precision'] == expected
 
 
 def test_bf16_body_and_what_surrounds_it():

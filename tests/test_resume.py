@@ -7,6 +7,7 @@ import shutil
 import stat
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -487,7 +488,33 @@ def test_a_state_of_another_system_is_refused_and_other_data_is_said(whole, tmp_
     data = tmp_path / 'other.zip'
     shutil.copy(EMBEDDED, data)
     result = trained(tmp_path / 'b', f'--resume={whole}', f'--data={data}', kimg=1.2)
-    assert 'was trained on digits-8x8 and continues with other' in result.output
+    assert 'was trained on digits-8x8 (1797 images) and continues with other (1797 images)' in result.output
+    assert 'with other options' not in result.output
+
+
+def test_a_run_that_goes_on_with_other_options_says_so(whole, tmp_path):
+    """What it learns changes; how often it saves, or where the data lie, is nobody's concern."""
+    result = trained(tmp_path / 'a', f'--resume={whole}', '--lr=0.5', '--xflip=1', '--snap=2', kimg=1.2, seed=4)
+    line, = (line for line in result.output.splitlines() if 'with other options' in line)
+    assert line == ('Warning: this run continues with other options: dataset_kwargs.xflip True (was False), '
+                    'optimizer_kwargs.lr 0.5 (was 0.001), seed 4 (was 3).')
+    assert line in (tmp_path / 'a' / 'log.txt').read_text()
+
+
+def test_more_images_under_the_same_name_are_said(capsys):
+    data = types.SimpleNamespace(name='cats', num_files=20)
+    tell_other_data({'settings': dict(dataset='cats', num_images=10)}, data)
+    assert capsys.readouterr().out == ('Warning: this run was trained on cats (10 images) and continues with cats '
+                                       '(20 images).\n')
+    for settings in ({}, dict(dataset='cats'), dict(dataset='cats', num_images=20)):
+        tell_other_data({'settings': settings}, data)
+        assert capsys.readouterr().out == '', 'older runs do not say how many'
+
+
+def test_files_that_replace_each_other_are_announced(tmp_path):
+    said = [trained(tmp_path / name, '--tick=0.5', f'--snap={snap}', f'--dump={dump}', kimg=0.064).output
+            for name, snap, dump in (('a', 1, 4), ('b', 2, 4), ('c', 0, 0))]
+    assert ['replace each other' in output for output in said] == [True, False, False]
 
 
 def test_nothing_is_written_after_an_error(tmp_path, monkeypatch):
@@ -552,11 +579,6 @@ def test_runs_that_do_not_name_their_optimizer_are_adams():
     check_origin({'settings': {}}, 'x.pt', optimizer='Adam')
     with pytest.raises(UserError, match='with the optimizer Adam, not SGD'):
         check_origin({'settings': {}}, 'x.pt', optimizer='SGD')
-
-
-def test_runs_that_do_not_name_their_data_are_not_warned(capsys):
-    tell_other_data({'settings': {}}, 'digits-8x8')
-    assert capsys.readouterr().out == ''
 
 
 @pytest.fixture

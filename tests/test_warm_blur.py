@@ -224,6 +224,14 @@ def test_scale_of_the_rest_per_image():
     assert scale.shape == (2, 1, 1, 1) and scale[0] == 0 and scale[1].item() == rest_magnitude(0.5, N).item()
 
 
+def test_pixel_values_are_refused():
+    """Blurred as they are, they would be cut off to whole numbers, and wrap around."""
+    for pixels in (torch.full([1, 3, 8, 8], 255, dtype=torch.uint8), torch.zeros([1, 3, 8, 8], dtype=torch.int64)):
+        for work in (blur, rest):
+            with pytest.raises(UserError, match=r'are pixel values; scale them to \[−1, 1\]'):
+                work(pixels, 0.5)
+
+
 def test_images_that_are_not_square_are_refused():
     with pytest.raises(UserError, match='16×8 pixels.*crop'):
         blur(torch.zeros([1, 3, 8, 16]), 0.5)

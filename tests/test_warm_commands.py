@@ -10,10 +10,12 @@ import torch
 
 import warm
 from dnnlib import UserError
+from dnnlib.files import file_sha256
 from tests.commands import SMALL, invoke, refused, run_command
 from tests.warm_examples import warm_net
 from training.dataset import EMBEDDED
 from training.pixels import to_uint8
+from training.provenance import code_version
 from training.samplers import StackedRandomGenerator
 from training.snapshot import read_snapshot, save_snapshot
 from warm.systems import SYSTEMS
@@ -142,10 +144,19 @@ def test_a_solver_with_options_outside_the_repository(tmp_path, root):
     (tmp_path / 'lazy.py').write_text(LAZY)
     save_snapshot(tmp_path / 'network.safetensors', warm_net(), 'warm', kimg=1)
 
-    run_command(tmp_path / 'lazy.py', f'--network={tmp_path}/network.safetensors', f'--outdir={tmp_path}', '--seeds=3',
-                '--steps=2', '--solver=lazy', '--pull=0', env={'PYTHONPATH': str(root)})
+    def generate(seeds):
+        return run_command(tmp_path / 'lazy.py', f'--network={tmp_path}/network.safetensors', f'--outdir={tmp_path}',
+                           f'--seeds={seeds}', '--steps=2', '--solver=lazy', '--pull=0',
+                           env={'PYTHONPATH': str(root)}).stdout
+    generate('3')
     noise = 80 * StackedRandomGenerator('cpu', [3]).randn([1, 3, 8, 8])
     np.testing.assert_array_equal(PIL.Image.open(tmp_path / '000003.png'), to_uint8(noise)[0].permute(1, 2, 0))
+
+    # The record names the script by its content, and images by another version of it do not join without a word.
+    version = json.loads((tmp_path / 'generation.json').read_text())['commit']
+    assert version == f'{code_version()}+lazy.py@{file_sha256(tmp_path / "lazy.py")[:12]}'
+    (tmp_path / 'lazy.py').write_text(LAZY.replace('x + pull', 'x + 2 * pull'))
+    assert f'were begun by version {version} of the code, and this is' in generate('3,4')
 
 
 def test_library_with_edm(root):

@@ -29,6 +29,12 @@ PRECISIONS = {
 }
 
 
+def computed(name, device):
+    """The name of the precision that a network set to `name` really has on a torch.device."""
+    only_cuda = PRECISIONS[name].cuda_only or PRECISIONS[name].tf32
+    return 'fp32' if only_cuda and device.type != 'cuda' else name
+
+
 @contextlib.contextmanager
 def float32_products(tf32):
     """Context or decorator: CUDA rounds float32 products and convolutions to TF32 (10-bit mantissa), or not at all.

@@ -75,6 +75,20 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
     return [s for name, s in wanted.items() if overwrite or name not in present]
 
 
+def other_code(outdir, version):
+    """A sentence if the code may have changed since the images of `outdir` were recorded, as far as that is known.
+
+    Args:
+        outdir: Folder with images.
+        version: Today's `training.provenance.code_version`.
+    """
+    before = (read_object(pathlib.Path(outdir) / RECORD) or {}).get('commit')
+    if not before or not version or before == version and '-dirty' not in version:
+        return None
+    return (f'the images in {outdir} were begun by version {excerpt(before)} of the code, and this is {version}: if '
+            'what draws them has changed, replace them with --overwrite')
+
+
 def check_kept(outdir, seeds, subdirs, net):
     """Raise UserError if an existing image of one of the seeds does not have the network's size."""
     shape = [net.img_channels, net.img_resolution, net.img_resolution]

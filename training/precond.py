@@ -29,6 +29,13 @@ def edm_scalings(sigma, sigma_data=SIGMA_DATA):
 
 # -- base
 
+def check_floats(x):
+    """Raise UserError for images of whole numbers: pixel values 0…255, where −1…1 is meant."""
+    if not x.is_floating_point():
+        raise UserError(f'images of type {str(x.dtype).removeprefix("torch.")} are pixel values; scale them to [−1, 1] '
+                        'first: x.float() / 127.5 - 1')
+
+
 class Precond(torch.nn.Module):
     """A network F and what surrounds it: noise levels, labels, precision.
 
@@ -134,7 +141,8 @@ class Precond(torch.nn.Module):
         return torch.as_tensor(sigma)
 
     def check_images(self, x):
-        """x in float32; UserError unless its image shape is the network's."""
+        """x in float32; UserError unless its image shape is the network's and its values are floats."""
+        check_floats(x)
         expected = (self.img_channels, self.img_resolution, self.img_resolution)
         if tuple(x.shape[1:]) != expected:
             raise UserError(f'images of [channels, height, width] = {list(x.shape[1:])} do not fit a network for '

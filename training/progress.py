@@ -163,10 +163,13 @@ def check_origin(state, path, **origin):
 
 
 def tell_other_data(state, dataset):
-    """Print a warning if a run goes on with another data set (`dataset`, its name) than it began with."""
-    before = state['settings'].get('dataset', dataset)
-    if before != dataset:
-        dist.print0(f'Warning: this run was trained on {excerpt(before)} and continues with {dataset}.')
+    """Print a warning if a run goes on with another data set than it began with: another name, or number of files."""
+    now = dict(dataset=dataset.name, num_images=dataset.num_files)
+    before = {**now, **{name: state['settings'][name] for name in now if name in state['settings']}}
+    if before != now:
+        def shown(data):
+            return f"{excerpt(data['dataset'])} ({excerpt(data['num_images'])} images)"
+        dist.print0(f'Warning: this run was trained on {shown(before)} and continues with {shown(now)}.')
 
 
 def check_network(state, path, net, options=()):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import subprocess
+import sys
 import time
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from dnnlib.files import file_sha256
 from dnnlib.json_files import append_line
 from torch_utils import distributed as dist
+from torch_utils.precision import computed
 from training import metrics as m
 from training.schedules import SOLVER
 from training.stand_ins import count_evaluations, trace
@@ -48,7 +50,8 @@ def training_facts(net, system, dataset_name, loss):
 def sampling_facts(net, system, options, sampler):
     """How the network is sampled: NFE, solver, precision, the system's own facts (Warm's BNR), all options given."""
     solver = options.get('solver', SOLVER) if 'solver' in system.sample_options else None
-    return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=net.precision,
+    precision = computed(net.precision, next(net.parameters()).device)
+    return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=precision,
                 **system.describe(net, options), sampler=options)
 
 
@@ -95,11 +98,24 @@ def _as_typed(options):
 
 
 def code_version():
-    """`git describe` of this repository, '-dirty' with uncommitted changes; without git $WARM_COMMIT, else None.
+    """The version of the code: that of this repository, then '+NAME@SHA256' for a script outside that started it.
 
-    Changes in results/ do not count, since a study appends to its files there while it runs; nor do untracked files.
+    The repository's is `git describe`, '-dirty' with uncommitted changes; without git $WARM_COMMIT, else None. Changes
+    in results/ do not count, since a study appends to its files there while it runs; nor do untracked files.
     """
     root = pathlib.Path(__file__).resolve().parents[1]
+    version, script = _repository_version(root), getattr(sys.modules['__main__'], '__file__', None)
+    if script is None or not os.path.isfile(script) or _is_below(script, (root, sys.prefix, sys.base_prefix)):
+        return version
+    return f'{version}+{pathlib.Path(script).name}@{file_sha256(script)[:12]}'
+
+
+def _is_below(path, folders):
+    path = pathlib.Path(path).resolve()
+    return any(path.is_relative_to(pathlib.Path(folder).resolve()) for folder in folders)
+
+
+def _repository_version(root):
     told = os.environ.get(COMMIT_VARIABLE) or None
     if not (root / '.git').exists():
         return told

@@ -7,12 +7,19 @@ import tempfile
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs, remove_temporary_files
+from dnnlib.json_files import read_object
+from dnnlib.text import excerpt
 from torch_utils import distributed as dist
 from training.dataset import name_of
 from training.progress import load_run_state
 from training.run_files import OPTIONS_NAME, STATE, saved_files
 from training.saving import find_states, newest_good
 from training.status import trim_records
+
+
+# Options of a run that change what it learns, and that are not refused or told otherwise (training.progress).
+LEARNING = ('seed', 'batch_size', 'optimizer_kwargs', 'ema_halflife_kimg', 'lr_rampup_kimg', 'augment_kwargs',
+            'dataset_kwargs.use_labels', 'dataset_kwargs.xflip', 'accelerate_kwargs.precision')
 
 
 def run_name(config, arch, desc=None):
@@ -74,6 +81,28 @@ def start_point(flags, name):
         state = dict(settings={}, network_kwargs={}, progress={'tick': 0}, last_tick='{}')
     return run_dir, dict(path=path and str(path), settings=state['settings'], network_kwargs=state['network_kwargs'],
                          tick=state['progress']['tick'], last_tick=state['last_tick'], complaints=complaints)
+
+
+def changed_options(path, config):
+    """What a resumed run learns differently than before: ['optimizer_kwargs.lr 0.01 (was 0.001)', …].
+
+    Args:
+        path: The state; the options of its run lie beside it, as far as they are still there.
+        config: The options of the resumed run.
+    """
+    before = _leaves(read_object(os.path.join(os.path.dirname(path), OPTIONS_NAME)) or {} if path else {})
+    now = _leaves(config)
+    return [f'{name} {excerpt(now.get(name))} (was {excerpt(value)})' for name, value in before.items()
+            if name.startswith(LEARNING) and value is not None and value != now.get(name)]
+
+
+def _leaves(options):
+    """{'optimizer_kwargs.lr': 0.001, …} of nested options."""
+    found = {}
+    for name, value in options.items():
+        nested = value if isinstance(value, dict) else None
+        found.update({name: value} if nested is None else {f'{name}.{k}': v for k, v in _leaves(nested).items()})
+    return found
 
 
 def same_run_dir(outdir, name):

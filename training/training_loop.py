@@ -90,7 +90,7 @@ def training_loop(
     state = resume_from(resume) if resume is not None else None
     if state is not None:  # before the early return: a finished run of another system must not count as this one's
         check_origin(state, resume, system=system.name, augmentations=augmentations, loss=changed_loss)
-        tell_other_data(state, dataset.name)
+        tell_other_data(state, dataset)
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_nimg:
         dist.print0(f'All {total_kimg:g} kimg are already done.')
@@ -111,7 +111,7 @@ def training_loop(
         dist.print0(f'Transferred {transfer_weights(transfer, net)} of {len(net.state_dict())} tensors.')
         ema_rampup_ratio = None
     settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name,
-                    optimizer=type(optimizer).__name__, augmentations=augmentations, loss=changed_loss)
+                    num_images=dataset.num_files, optimizer=type(optimizer).__name__, augmentations=augmentations, loss=changed_loss)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
         check_origin(state, resume, optimizer=type(optimizer).__name__)

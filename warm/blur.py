@@ -19,7 +19,7 @@ import math
 import torch
 
 from dnnlib import UserError
-from training.precond import SIGMA_DATA
+from training.precond import SIGMA_DATA, check_floats
 
 
 def constant(function):
@@ -70,8 +70,9 @@ def dct2(x):
     """Vᵀx: orthonormal DCT-II over the last two dimensions of x [..., N, N]; returns float64 bands.
 
     Raises:
-        UserError: images that are not square.
+        UserError: images that are not square, or not floats.
     """
+    check_floats(x)
     if x.shape[-1] != x.shape[-2]:
         raise UserError(f'blur is defined for square images here, not for {x.shape[-1]}×{x.shape[-2]} pixels; '
                         'crop them first')

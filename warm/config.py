@@ -49,6 +49,7 @@ def training_config(flags, system_options):
     dataset_kwargs = dict(path=EMBEDDED if flags['data'] is None else flags['data'], use_labels=flags['cond'],
                           xflip=flags['xflip'], cache=flags['cache'])
     own.update(measured(system, own, dataset_kwargs))
+    own = system.network_class.meaning(own)  # says, for one, what BNR the default is
     network_kwargs = dict(ARCHITECTURES[flags['arch']], dropout=flags['dropout'], use_fp16=precision == 'fp16', **own)
     for flag in SIZE_FLAGS:
         if flags[flag] is not None:

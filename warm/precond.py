@@ -51,8 +51,8 @@ class WarmPrecond(Precond):
             parametrisation = Hot()
         choices = checked_choices(dict(blur=blur, rest_weight=rest_weight, rest_scale=rest_scale,
                                        blur_embedding=blur_embedding), family, targets, parametrisation.names)
-        super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, bnr=bnr,
-                              bnr_schedule=bnr_schedule, targets=targets, **choices),
+        super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, **family.flags,
+                              targets=targets, **choices),
                          sigma_min, sigma_max, len(parametrisation.names), *args, **network)
         self.family, self.parametrisation, self.choices = family, parametrisation, choices
         self.rest_weight, self.rest_scale, self.blur_embedding = rest_weight, rest_scale, blur_embedding
