@@ -232,6 +232,13 @@ def test_pixel_values_are_refused():
                 work(pixels, 0.5)
 
 
+@pytest.mark.parametrize('alpha', [-1, math.nan, math.inf, [0.5, -0.5]])
+def test_no_blur_is_negative(alpha):
+    for work in (blur, rest, blur_and_rest):
+        with pytest.raises(UserError, match='is not a valid blur in pixels; give numbers ≥ 0'):
+            work(images(), alpha)
+
+
 def test_images_that_are_not_square_are_refused():
     with pytest.raises(UserError, match='16×8 pixels.*crop'):
         blur(torch.zeros([1, 3, 8, 16]), 0.5)

@@ -19,6 +19,7 @@ import math
 import torch
 
 from dnnlib import UserError
+from dnnlib.text import excerpt
 from training.precond import SIGMA_DATA, check_floats
 
 
@@ -152,8 +153,18 @@ def blur_and_rest(x, alpha, rates=frequencies):
 
 
 def _on(alpha, x):
+    check_alpha(alpha)
     return alpha.to(x.device) if isinstance(alpha, torch.Tensor) else torch.tensor(
         alpha, dtype=torch.float64, device=x.device)
+
+
+def check_alpha(alpha):
+    """Raise UserError for a negative or non-finite blur; not for a tensor's, whose values the host would wait for."""
+    if isinstance(alpha, torch.Tensor):
+        return
+    given = torch.as_tensor(alpha, dtype=torch.float64)
+    if not (given.isfinite() & (given >= 0)).all():
+        raise UserError(f'{excerpt(given.flatten().tolist(), 100)} is not a valid blur in pixels; give numbers ≥ 0')
 
 
 @constant

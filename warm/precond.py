@@ -3,10 +3,9 @@
 import torch
 
 from dnnlib import UserError, chosen
-from dnnlib.text import excerpt
 from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings
-from warm.blur import BLUR_RATES
+from warm.blur import BLUR_RATES, check_alpha
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
 from warm.path import parse_family
 from warm.targets import PAPER_TARGETS, TARGETS, Hot, Point
@@ -85,11 +84,7 @@ class WarmPrecond(Precond):
         """α as [B or 1, 1, 1, 1] on x's device; checked as `forward` describes."""
         if alpha is None:
             alpha = self.family.default.alpha(sigma)
-        if not isinstance(alpha, torch.Tensor):  # reading a tensor's values would make the host wait for the GPU
-            given = torch.as_tensor(alpha, dtype=torch.float64)
-            if not (given.isfinite() & (given >= 0)).all():
-                raise UserError(f'{excerpt(given.flatten().tolist(), 100)} is not a valid blur in pixels; '
-                                'give numbers ≥ 0')
+        check_alpha(alpha)
         alpha = torch.as_tensor(alpha, device=x.device).reshape(-1, 1, 1, 1)
         if len(alpha) not in (1, len(x)):
             raise UserError(f'there are {len(alpha)} blur levels for {len(x)} images; '
