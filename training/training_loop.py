@@ -111,7 +111,8 @@ def training_loop(
         dist.print0(f'Transferred {transfer_weights(transfer, net)} of {len(net.state_dict())} tensors.')
         ema_rampup_ratio = None
     settings = dict(seed=seed, ema_rampup_ratio=ema_rampup_ratio, system=system.name, dataset=dataset.name,
-                    num_images=dataset.num_files, optimizer=type(optimizer).__name__, augmentations=augmentations, loss=changed_loss)
+                    num_images=dataset.num_files, optimizer=type(optimizer).__name__, augmentations=augmentations,
+                    loss=changed_loss)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
         check_origin(state, resume, optimizer=type(optimizer).__name__)
