@@ -28,11 +28,17 @@ def up(x, low_pass):
                               padding=(low_pass.shape[-1] - 1) // 2, groups=x.shape[1])
 
 
-class Reference:
-    """The forward pass from a state dict alone; `encoder` and `decoder` as in SongUNet."""
+def dropout(x, p, training=True):
+    """As PyTorch's, but its mask does not depend on the order in which the features lie in memory."""
+    return x * (torch.rand(x.shape) >= p) / (1 - p) if training else x
 
-    def __init__(self, state, encoder, decoder):
+
+class Reference:
+    """The forward pass from a state dict alone; `encoder` and `decoder` as in SongUNet, no dropout in evaluation."""
+
+    def __init__(self, state, encoder, decoder, dropout=0, label_dropout=0):
         self.state, self.encoder, self.decoder = state, encoder, decoder
+        self.dropout, self.label_dropout = dropout, label_dropout
 
     def conv(self, x, name):
         weight = self.state[f'{name}.weight']
@@ -56,7 +62,7 @@ class Reference:
         low_pass = self.state.get(f'{name}.conv0.resample_filter')
         h = resample(F.silu(self.norm(x, f'{name}.norm0')), low_pass)
         h = self.conv(h, f'{name}.conv0') + self.linear(emb, f'{name}.affine')[:, :, None, None]
-        h = self.conv(F.silu(self.norm(h, f'{name}.norm1')), f'{name}.conv1')
+        h = self.conv(dropout(F.silu(self.norm(h, f'{name}.norm1')), self.dropout), f'{name}.conv1')
         skip = resample(x, low_pass)
         if f'{name}.skip.weight' in self.state:
             skip = self.conv(skip, f'{name}.skip')
@@ -69,6 +75,8 @@ class Reference:
         else:
             half = self.state['map_layer0.weight'].shape[1] // 2
             phase = noise.outer((1 / 10000) ** (torch.arange(half) / (half - 1)))
+        if self.label_dropout:
+            labels = labels * (torch.rand([len(labels), 1]) >= self.label_dropout)
         emb = torch.cat([phase.sin(), phase.cos()], 1) + self.linear(labels * math.sqrt(LABELS), 'map_label')
         return F.silu(self.linear(F.silu(self.linear(emb, 'map_layer0')), 'map_layer1'))
 
@@ -121,16 +129,21 @@ class Reference:
 @pytest.mark.parametrize('taps', [(1, 1), (1, 3, 3, 1)], ids=str)
 @pytest.mark.parametrize('decoder', DECODERS)
 @pytest.mark.parametrize('encoder', ENCODERS)
-def test_equals_the_reference_over_three_levels(encoder, decoder, taps):
+def test_equals_the_reference_over_three_levels(encoder, decoder, taps, monkeypatch):
+    """In evaluation, and in training with the same random numbers: dropout before each block's second convolution."""
+    monkeypatch.setattr(F, 'dropout', dropout)
     torch.manual_seed(0)
     embedding = dict(embedding_type='fourier' if taps == (1, 3, 3, 1) else 'positional', channel_mult_noise=2)
     net = SongUNet(RESOLUTION, 3, 3, label_dim=LABELS, model_channels=8, channel_mult=[1, 2, 3], num_blocks=BLOCKS,
                    attn_resolutions=ATTENTION, encoder_type=encoder, decoder_type=decoder, resample_filter=taps,
-                   **embedding).eval()
+                   dropout=0.3, label_dropout=0.5, **embedding)
     for p in net.parameters():  # unit gain throughout, so that no layer is lost in the others
         p.copy_(torch.randn_like(p) * 0.5 / math.sqrt(max(p[0].numel(), 1)) + (p.ndim == 1))
     x, noise, labels = torch.randn([2, 3, RESOLUTION, RESOLUTION]), torch.randn([2]), torch.eye(LABELS)[:2]
-    expected = Reference(net.state_dict(), encoder, decoder)(x, noise, labels)
-    actual = net(x, noise, labels)
-    assert actual.shape == expected.shape == x.shape
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for training, dropouts in ((False, ()), (True, (0.3, 0.5))):
+        torch.manual_seed(1)
+        expected = Reference(net.state_dict(), encoder, decoder, *dropouts)(x, noise, labels)
+        torch.manual_seed(1)
+        actual = net.train(training)(x, noise, labels)
+        assert actual.shape == expected.shape == x.shape
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
