@@ -38,14 +38,18 @@ def all_on(names=NAMES):
 
 # -- recorded values
 
+# Moving pixels is exact, and so are its labels; elsewhere, normal variates have another last digit on other CPUs.
+PIXEL_ERRORS = {'augment-blit': 0, 'augment-color': 2e-5}
+
+
 @pytest.mark.parametrize('name', RECORDS)
 def test_images_and_labels_equal_the_recorded_ones(golden, name):
     record = golden(name)
     images = torch.from_numpy(record.images_u8).to(torch.float32) / 127.5 - 1
     out, labels = augmented(images, record.meta['seed'], **record.meta['kwargs'])
     assert out.dtype == labels.dtype == torch.float32
-    np.testing.assert_allclose(out, record.out, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(labels, record.labels, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(out, record.out, rtol=0, atol=PIXEL_ERRORS.get(name, 1e-4))
+    np.testing.assert_allclose(labels, record.labels, rtol=0, atol=0 if name == 'augment-blit' else 1e-6)
 
 
 def test_training_settings_are_the_recorded_ones(golden):

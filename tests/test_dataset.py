@@ -117,11 +117,13 @@ def test_labels_need_not_be_valid_when_unused(place):
     assert len(ImageFolderDataset(place)) == 2
 
 
-def test_max_size_is_the_sorted_random_subset(place):
+@pytest.mark.parametrize('seed', [5, 5 + (1 << 30)])
+def test_max_size_is_the_sorted_random_subset(place, seed):
+    """The seed counts modulo 2³¹."""
     write(place, small_set(20, labels=list(range(20))))
-    ds = ImageFolderDataset(place, use_labels=True, max_size=7, random_seed=5 + (1 << 31))
+    ds = ImageFolderDataset(place, use_labels=True, max_size=7, random_seed=seed + (1 << 31))
     expected = np.arange(20)
-    np.random.RandomState(5).shuffle(expected)
+    np.random.RandomState(seed).shuffle(expected)
     assert [ds.get_details(i).raw_idx for i in range(len(ds))] == sorted(expected[:7])
     assert ds.label_dim == 20  # of the whole set, whatever the subset
     for i, raw in enumerate(sorted(expected[:7])):

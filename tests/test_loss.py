@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from training.augment import AugmentPipe
 from training.loss import EDMLoss, VELoss, VPLoss, edm_loss_weight, sample_edm_sigma
 from training.precond import edm_scalings
 from training.schedules import vp_sigma
@@ -28,27 +29,30 @@ class Spy:
         return torch.zeros_like(x)
 
 
-def assert_equals_record(golden, name, loss, augment_pipe=None, over=(1, 2, 3)):
-    """Assert agreement within 1e-5 of the record's largest value over the dimensions `over`, by default per image."""
+def assert_equals_record(golden, name, loss, rel, augment_pipe=None):
+    """Assert agreement within `rel` of each image's largest recorded value."""
     record = golden('losses')
     images = torch.from_numpy(record.arrays['images_u8']).float() / 127.5 - 1
     torch.manual_seed(record.meta['seed'])
     actual = loss(toy_net, images, augment_pipe=augment_pipe)
     expected = torch.from_numpy(record.arrays[name])
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    assert ((actual - expected).abs().amax(over) <= 1e-5 * expected.abs().amax(over)).all()
+    assert ((actual - expected).abs().amax((1, 2, 3)) <= rel * expected.abs().amax((1, 2, 3))).all()
 
 
 @pytest.mark.parametrize('name', LOSSES)
 def test_equals_record(golden, name):
-    assert_equals_record(golden, f'loss_{name}', LOSSES[name]())
+    """Exact on CPUs with AVX2; on others, PyTorch's normal variates have another last digit."""
+    assert_equals_record(golden, f'loss_{name}', LOSSES[name](), rel=3e-6)
 
 
 def test_equals_record_with_augmentation(golden):
-    from training.augment import AugmentPipe
+    """Warped pixels differ from the record's by 1e-5 (tests/test_augment.py), which the loss multiplies by up to 11.
+
+    Its values reach 9 to 15 in each image, so that is 1e-5 of the largest.
+    """
     pipe = AugmentPipe(**golden('losses').meta['augment'])
-    # Bilinear lookups in float32, here and in the record, differ by more than the small values of one image allow.
-    assert_equals_record(golden, 'loss_edm_aug', EDMLoss(), pipe, over=(0, 1, 2, 3))
+    assert_equals_record(golden, 'loss_edm_aug', EDMLoss(), 5e-5, pipe)
 
 
 @pytest.mark.parametrize('name', LOSSES)
