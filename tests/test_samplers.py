@@ -49,6 +49,10 @@ def latents(count=2):
 
 # -- recorded values
 
+# On CPUs without AVX2, PyTorch computes float32 functions such as tanh, and normal variates, by other formulas.
+RECORDERS_CPU = torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+
+
 def test_every_recorded_case_is_tested(golden):
     assert list(golden('samplers').meta['cases']) == CASES
 
@@ -59,12 +63,12 @@ def test_samples_equal_the_recorded_ones(golden, name):
     rnd = StackedRandomGenerator('cpu', record.meta['seeds'])
     x = rnd.randn([4, 3, 8, 8])
     label_index = rnd.randint(10, size=[4])
-    np.testing.assert_array_equal(x, record.latents)
+    np.testing.assert_allclose(x, record.latents, rtol=0, atol=0 if RECORDERS_CPU else 1e-5)
     np.testing.assert_array_equal(label_index, record.label_index)
     sampler = edm_sampler if name.startswith('edm') else ablation_sampler
     samples = sampler(toy(), x, randn_like=rnd.randn_like, **record.meta['cases'][name])
     assert samples.dtype == torch.float64
-    np.testing.assert_allclose(samples, record.arrays[name], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(samples, record.arrays[name], rtol=0, atol=1e-12 if RECORDERS_CPU else 1e-5)
 
 
 # -- orders of accuracy

@@ -223,9 +223,8 @@ def test_bnr_0_equals_the_edm_sampler(golden, case, net):
         rnd.randint(10, size=[4])
         return sampler(net, latents, randn_like=rnd.randn_like, **record.meta['cases'][case], **options)
 
-    samples = draw(warm_sampler, path=ConstantBNR(0), solver='heun')
-    assert torch.equal(samples, draw(edm_sampler))
-    assert_close(samples, torch.tensor(record.arrays[case]), 1e-9)
+    # test_samplers.py compares EDM's with the record.
+    assert torch.equal(draw(warm_sampler, path=ConstantBNR(0), solver='heun'), draw(edm_sampler))
 
 
 @pytest.mark.parametrize('solver', ode_solvers())

@@ -72,7 +72,8 @@ class Status:
         stats = {**self.collector.as_dict(), **self.added}
         self.added = {}
         if dist.get_rank() == 0:
-            append_line(self.path, {**stats, 'timestamp': time.time()}, remedy='free some space and resume from the last training state')
+            append_line(self.path, {**stats, 'timestamp': time.time()},
+                        remedy='free some space and resume from the last training state')
         if self.writer is not None:
             for name, value in stats.items():
                 self.writer.add_scalar(name, value['mean'], global_step=nimg)
