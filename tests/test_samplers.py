@@ -68,7 +68,7 @@ def test_samples_equal_the_recorded_ones(golden, name):
     sampler = edm_sampler if name.startswith('edm') else ablation_sampler
     samples = sampler(toy(), x, randn_like=rnd.randn_like, **record.meta['cases'][name])
     assert samples.dtype == torch.float64
-    np.testing.assert_allclose(samples, record.arrays[name], rtol=0, atol=1e-12 if RECORDERS_CPU else 1e-5)
+    np.testing.assert_allclose(samples, record.arrays[name], rtol=0, atol=1e-12 if RECORDERS_CPU else 1e-4)
 
 
 # -- orders of accuracy
