@@ -257,6 +257,20 @@ def test_streams_of_few_characters_or_none(tmp_path, monkeypatch):
     assert (tmp_path / 'log.txt').read_text(encoding='utf-8') == '1 → 2\nand to stderr\n'
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device that is full')
+@pytest.mark.parametrize('buffering', [1, -1])
+def test_a_full_disk_behind_stdout_ends_nothing(buffering, tmp_path, monkeypatch):
+    """What does not fit there is in the log; nor does anything fail later, when the file is flushed or closed."""
+    with open('/dev/full', 'w', buffering=buffering) as full:
+        monkeypatch.setattr(sys, 'stdout', full)
+        with Tee() as log:
+            log.open(tmp_path / 'log.txt')
+            for i in range(3):
+                print('line', i, flush=True)
+        monkeypatch.undo()
+    assert (tmp_path / 'log.txt').read_text() == 'line 0\nline 1\nline 2\n'
+
+
 def test_a_user_without_a_home(monkeypatch):
     def no_home():
         raise RuntimeError('Could not determine home directory.')

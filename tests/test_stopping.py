@@ -1,6 +1,8 @@
 """Stopping and dying: signals, ranks that are killed or hang, jobs that are killed while writing."""
 
+import contextlib
 import io
+import itertools
 import os
 import pathlib
 import random
@@ -24,7 +26,7 @@ from torch_utils.distributed import LostRank, lost_ranks_named
 from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED, StopRequest, Watchdog
 from training.health import Health
 from training.run_files import saved_files
-from training.training_loop import watched_sec
+from training.training_loop import accumulate_gradients, watched_sec
 
 RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0.12', '--dropout=0.1', '--tick=0.256', '--snap=0', '--dump=0',
        '--seed=3', '--nosubdir', '--auto-resume', '--duration=0.000768']
@@ -83,29 +85,22 @@ def test_who_is_watched(kind, ranks, timeout, seconds, monkeypatch):
     assert watched_sec(timeout, torch.device(kind)) == seconds
 
 
-def test_slow_steps_of_many_rounds_are_no_hang(tmp_path):
-    """Each round of a step counts as progress, though a step of four takes longer than --timeout allows a round."""
-    slow = ('import time, train\nfrom training.loss import EDMLoss\nformer = EDMLoss.__call__\n'
-            'def call(*args, **kwargs):\n    time.sleep(1)\n    return former(*args, **kwargs)\n'
-            'EDMLoss.__call__ = call\ntrain.main()')
-    done = subprocess.run(
-        [sys.executable, '-c', slow, *SMALL, '--grid=0', '--batch=16', '--batch-gpu=4', '--duration=0.000016',
-         '--timeout=3', f'--outdir={tmp_path}'], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_each_round_of_a_step_is_progress():
+    """A step of many rounds may take longer than --timeout allows a round."""
+    net, beats = torch.nn.Linear(1, 1), []
+    net.products = contextlib.nullcontext
+    batches = itertools.repeat((torch.ones(2, 1), None))
+    accumulate_gradients(net, lambda net, images, *_: net(images), batches, 3, None, 1, lambda: beats.append(1))
+    assert len(beats) == 3
 
 
-@pytest.mark.parametrize('target', ['/dev/full', 'a pipe without a reader'])
-def test_training_goes_on_without_a_terminal(target, tmp_path):
-    """Its output is lost there, but not in log.txt."""
-    if target == '/dev/full':
-        stdout = open(target, 'w')
-    else:
-        reader, writer = os.pipe()
-        os.close(reader)
-        stdout = os.fdopen(writer, 'w')
-    with stdout:
+def test_training_goes_on_without_a_terminal(tmp_path):
+    """Its output is lost in a pipe that nobody reads any more, but not in log.txt."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, 'w') as pipe:
         done = subprocess.run([sys.executable, 'train.py', *SMALL, '--grid=0', '--duration=0.000032', '--nosubdir',
-                               f'--outdir={tmp_path}'], cwd=ROOT, stdout=stdout, stderr=stdout, timeout=120)
+                               f'--outdir={tmp_path}'], cwd=ROOT, stdout=pipe, stderr=pipe, timeout=120)
     assert done.returncode == 0
     assert (tmp_path / 'log.txt').read_text().endswith('Done.\n') and saved_files(tmp_path, 'training-state')
 
