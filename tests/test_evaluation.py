@@ -4,6 +4,7 @@ import sys
 
 import PIL.Image
 import pytest
+import requests
 import torch
 
 from tests.commands import SMALL, invoke, json_lines, refused
@@ -106,6 +107,15 @@ def test_event_files(tmp_path, monkeypatch):
     events.Reload()
     stats = json_lines(tmp_path / 'stats.jsonl')
     assert [e.value for e in events.Scalars('Loss/loss')] == pytest.approx([s['Loss/loss']['mean'] for s in stats])
+
+
+def test_a_detector_that_cannot_be_had_leaves_no_folder(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise requests.ConnectionError()
+    monkeypatch.setattr(requests.Session, 'request', refuse)
+    monkeypatch.setenv('DNNLIB_CACHE_DIR', str(tmp_path / 'cache'))
+    refused(invoke('train.py', *TRAIN, f'--outdir={tmp_path / "run"}', '--eval=1'), 'could not download')
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize('system, options, nfe', [

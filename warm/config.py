@@ -135,7 +135,7 @@ def check_config(config, start, fetch=True):
     Args:
         config: From `training_config`.
         start: From training.run_folder.start_point.
-        fetch: Whether a snapshot to transfer from may be downloaded.
+        fetch: Whether a snapshot to transfer from, or a detector, may be downloaded.
 
     Raises:
         UserError: whatever would stop the run before its first step.
@@ -157,21 +157,22 @@ def check_config(config, start, fetch=True):
     elif config['transfer'] is not None and (fetch or not is_url(config['transfer'])):
         transfer_weights(config['transfer'], net)  # only a check here: on the meta device there is nothing to set
     if config['eval_kwargs'] is not None:
-        check_evaluation(dataset.num_files, **config['eval_kwargs'])
+        check_evaluation(dataset.num_files, **config['eval_kwargs'], fetch=fetch)
 
 
-def check_evaluation(num_files, num, ref, detector, metrics, ticks=None):
-    """Check the --eval flags without downloading anything; a detector that needs a download is only checked by name.
+def check_evaluation(num_files, num, ref, detector, metrics, ticks=None, fetch=False):
+    """Check the --eval flags; a reference that needs a download is not looked at.
 
     Args:
         num_files: Number of training images, from which the reference is computed if there is no `ref`.
         num, ref, detector, metrics, ticks: As for training.evaluation.make_evaluator.
+        fetch: Whether a detector may be downloaded; if not, one that needs it is only checked by name.
 
     Raises:
-        UserError: what `make_evaluator` would refuse, as far as can be told without downloading.
+        UserError: what `make_evaluator` would refuse, as far as can be told so.
     """
     names = parse_metrics(metrics)
-    elsewhere = is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector
+    elsewhere = not fetch and (is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector)
     found = Detector(detector, '', 'cpu', has_probs=True) if elsewhere else load_detector(detector)
     check_images(names, num, found, '--eval-')
     if ref is None:
