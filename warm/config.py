@@ -166,13 +166,13 @@ def check_evaluation(num_files, num, ref, detector, metrics, ticks=None, fetch=F
     Args:
         num_files: Number of training images, from which the reference is computed if there is no `ref`.
         num, ref, detector, metrics, ticks: As for training.evaluation.make_evaluator.
-        fetch: Whether a detector may be downloaded; if not, one that needs it is only checked by name.
+        fetch: Whether a detector may be downloaded in the end; if not, one that needs it is only checked by name.
 
     Raises:
         UserError: what `make_evaluator` would refuse, as far as can be told so.
     """
     names = parse_metrics(metrics)
-    elsewhere = not fetch and (is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector)
+    elsewhere = is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector
     found = Detector(detector, '', 'cpu', has_probs=True) if elsewhere else load_detector(detector)
     check_images(names, num, found, '--eval-')
     if ref is None:
@@ -181,6 +181,8 @@ def check_evaluation(num_files, num, ref, detector, metrics, ticks=None, fetch=F
         local_path(ref)
         if not elsewhere:
             load_reference(ref, names, found)
+    if fetch and elsewhere:
+        load_detector(detector)
 
 
 def summary(config, run_dir):
