@@ -144,9 +144,9 @@ def test_a_solver_with_options_outside_the_repository(tmp_path, root):
     (tmp_path / 'lazy.py').write_text(LAZY)
     save_snapshot(tmp_path / 'network.safetensors', warm_net(), 'warm', kimg=1)
 
-    def generate(seeds):
+    def generate(seeds, *flags):
         return run_command(tmp_path / 'lazy.py', f'--network={tmp_path}/network.safetensors', f'--outdir={tmp_path}',
-                           f'--seeds={seeds}', '--steps=2', '--solver=lazy', '--pull=0',
+                           f'--seeds={seeds}', '--steps=2', '--solver=lazy', '--pull=0', *flags,
                            env={'PYTHONPATH': str(root)}).stdout
     generate('3')
     noise = 80 * StackedRandomGenerator('cpu', [3]).randn([1, 3, 8, 8])
@@ -157,6 +157,8 @@ def test_a_solver_with_options_outside_the_repository(tmp_path, root):
     assert version == f'{code_version()}+lazy.py@{file_sha256(tmp_path / "lazy.py")[:12]}'
     (tmp_path / 'lazy.py').write_text(LAZY.replace('x + pull', 'x + 2 * pull'))
     assert f'were begun by version {version} of the code, and this is' in generate('3,4')
+    generate('3,4', '--overwrite')
+    assert json.loads((tmp_path / 'generation.json').read_text())['commit'] != version
 
 
 def test_library_with_edm(root):

@@ -65,6 +65,8 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
     wanted = {_name(s, subdirs): s for s in seeds}
     _check_layout(outdir, present, seeds, subdirs)
     reason = difference(recorded) if recorded is not None else f'unknown options (no readable {RECORD})'
+    if overwrite and not reason and present <= wanted.keys() and recorded.get('commit') != settings.get('commit'):
+        reason = 'another version of the code'  # what replaces them all is of this one, and recorded so
     if present and reason:
         _check_all_replaced(outdir, present, wanted, reason, overwrite)
         _delete(outdir, present)

@@ -96,12 +96,11 @@ def changed_options(path, config):
             if name.startswith(LEARNING) and value is not None and value != now.get(name)]
 
 
-def _leaves(options):
+def _leaves(options, prefix=''):
     """{'optimizer_kwargs.lr': 0.001, …} of nested options."""
     found = {}
     for name, value in options.items():
-        nested = value if isinstance(value, dict) else None
-        found.update({name: value} if nested is None else {f'{name}.{k}': v for k, v in _leaves(nested).items()})
+        found.update(_leaves(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value})
     return found
 
 

@@ -27,7 +27,7 @@ from dnnlib.text import parse_int_list  # noqa: E402
 from tests.benchmarks.bench_train import (backend_option, chosen_ways, forward_flops, matrix_peak,  # noqa: E402
                                           reference_layers, reference_option)
 from tests.benchmarks.report import Table, alternate  # noqa: E402
-from torch_utils.precision import PRECISIONS  # noqa: E402
+from torch_utils.precision import PRECISIONS, computed  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
 from training.generated import save_png, write_images  # noqa: E402
 from training.generation import BATCH, generate_images  # noqa: E402
@@ -63,8 +63,8 @@ def ways(device, compile, backend='inductor'):
     """{name: Way}, EDM's first; with `compile` also the compiled ones, using that backend of torch.compile."""
     plain = dict(precision='bf16')
     found = {'reference': Way('edm', None, write_waiting)}
-    found.update({name: Way('edm', dict(precision=name)) for name, p in PRECISIONS.items()
-                  if device == 'cuda' or not (p.cuda_only or p.tf32)})
+    found.update({name: Way('edm', dict(precision=name)) for name in PRECISIONS
+                  if computed(name, torch.device(device)) == name})
     found['bf16, written by the sampler'] = Way('edm', plain, write_waiting)
     found['bf16, written behind it'] = Way('edm', plain, write_images)
     if compile:
