@@ -2,11 +2,15 @@
 
 import json
 
+import matplotlib
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from training.provenance import training_facts
+from warm.figures import STYLE
 from warm.report import page as report
 from warm.report.data import best_match, flags_beyond_defaults, measurements_of, read_run
 from warm.report.plots import draw_curves, fid_against_bnr, fid_against_nfe, training_curves
@@ -375,6 +379,22 @@ def test_labels_of_the_nfe_axis_do_not_overlap():
     figure = Figure()
     draw_curves(figure, dict(curves=[dict(x=[18, 19, 35], y=[3, 2, 1], label='a')], xlabel='', ylabel='', log=True), '')
     assert figure.axes[0].get_xticks().tolist() == [18, 35]
+
+
+def test_line_styles_differ_in_the_legend():
+    """Dashes and dots show on both sides of the marker."""
+    seen = {}
+    for linestyle in ('-', '--', ':'):
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(dpi=120)
+            canvas = FigureCanvasAgg(figure)
+            draw_curves(figure, dict(curves=[dict(x=[0, 1], y=[0, 1], label='a', linestyle=linestyle)], xlabel='',
+                                     ylabel=''), '')
+            canvas.draw()
+            handle = figure.axes[0].get_legend().legend_handles[0].get_window_extent()
+            pixels = np.asarray(canvas.buffer_rgba())[round(figure.bbox.height - (handle.y0 + handle.y1) / 2)]
+        seen[linestyle] = (pixels[round(handle.x0):round(handle.x1), 0] > 200).sum()
+    assert min(seen['--'], seen[':']) >= seen['-'] + 5, seen
 
 
 def test_a_run_named_twice_is_one_run(tmp_path):

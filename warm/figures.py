@@ -8,6 +8,7 @@ FORMATS = ('png', 'svg')
 # A fixed salt instead of random element names; the sizes are for a page about 10 inches wide.
 STYLE = {'svg.hashsalt': 'warm-diffusion', 'axes.grid': True, 'grid.alpha': 0.25, 'axes.spines.top': False,
          'axes.spines.right': False, 'font.size': 9, 'axes.titlesize': 10, 'legend.frameon': False,
+         'legend.handlelength': 4,  # a marker hides the gap of a shorter dashed line
          'lines.linewidth': 1.6}
 
 
