@@ -319,6 +319,7 @@ def test_differences_are_decided_by_seeds():
     assert compare({0: 1.0, 1: 1.1}, {0: 2.0, 1: 2.5}).verdict == 'undecided'
     assert compare({0: 1.0}, {0: 2.0}).verdict == 'undecided (one seed)'
     assert compare({1: 1.0}, {0: 2.0}) is None
+    assert better.margin == pytest.approx(4.302653 * 0.0763763 / 3 ** 0.5, rel=1e-5)
     assert shown({0: 1.0, 1: 3.0}) == '2 ± 1.4 (2)' and shown({}) == '–'
 
 
@@ -339,6 +340,22 @@ def test_page_from_numbers(tmp_path):
     assert next(row for row in rows if row[0] == 'unconditional, 40 kimg')[4] == 'worse'
     assert 'By hand.' in text and '2M with 18 evaluations 0.25, Heun with 35 0.5.' in text
     assert 'Nothing is measured yet' in text and (tmp_path / 'results-digits-main.png').exists()
+
+
+def test_all_pairs_together(tmp_path):
+    """Ratios at the end of training over seeds, with labels or not; the values are scipy.stats' and statsmodels'."""
+    def sentence(warm):
+        lines = [line(run_name('edm', cond, seed), kimg, 2.0, seed)
+                 for cond, seed, kimg in ((False, 0, 40), (False, 0, 80), (False, 1, 40), (True, 0, 20))]
+        lines += [line(run_name('warm', cond, seed), kimg, value, seed) for cond, seed, kimg, value in warm]
+        (tmp_path / 'digits.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
+        return study_page.together(Scores.read(SCALES['digits'], tmp_path / 'digits.jsonl'))
+    assert sentence([(False, 0, 80, 1.9)]) == [] and sentence([(False, 2, 80, 1.9)]) == []
+    text, = sentence([(False, 0, 40, 9.0), (False, 0, 80, 1.9), (False, 1, 40, 2.0), (True, 0, 20, 2.1)])
+    assert text.startswith("All 3 pairs of runs together, each at the last score that both have: Warm's is 1.00 times "
+                           "EDM's, between 0.88 and 1.13 with 95 % confidence; by the paper's FIDs it is 0.94.")
+    assert 'it takes 8 to find' in text
+    assert 'it takes 2 to find' in sentence([(False, 0, 80, 2.0), (False, 1, 40, 2.0)])[0]  # equal to the bit
 
 
 def test_page_with_inception_scores_and_times(tmp_path):

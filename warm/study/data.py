@@ -1,6 +1,7 @@
 """The data behind the results page: the lines of results/SCALE.jsonl, looked up and compared across seeds."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 
@@ -12,6 +13,7 @@ from warm.report.data import DISTANCES
 from warm.study.plan import REAL, drawn, run_name
 
 LEVEL = 0.05  # significance level of the test for a difference
+POWER = 0.8  # probability to decide a true difference, where a number of seeds is recommended
 
 
 @dataclasses.dataclass
@@ -101,14 +103,27 @@ class Difference:
         return statistics.stdev(self.pairs) if len(self.pairs) > 1 else None
 
     @property
+    def margin(self):
+        """Half the width of the confidence interval of the mean, at 1 − LEVEL by Student's t; None for one seed."""
+        n = len(self.pairs)
+        return scipy.special.stdtrit(n - 1, 1 - LEVEL / 2) * self.spread / math.sqrt(n) if n > 1 else None
+
+    @property
     def verdict(self):
         """'better', 'worse' or 'undecided' by a two-sided paired t-test at LEVEL; 'undecided (one seed)' for one."""
-        n = len(self.pairs)
-        if n == 1:
+        if self.margin is None:
             return 'undecided (one seed)'
-        if abs(self.mean) <= scipy.special.stdtrit(n - 1, 1 - LEVEL / 2) * self.spread / math.sqrt(n):
+        if abs(self.mean) <= self.margin:
             return 'undecided'
         return 'better' if self.mean < 0 else 'worse'
+
+    def pairs_to_find(self, size):
+        """How many pairs with this spread the test needs to decide a true difference of ±size with probability POWER.
+
+        By t(1 − LEVEL/2) + t(POWER) ≤ size · √n / spread, the usual approximation.
+        """
+        return next(n for n in itertools.count(2) if self.spread * sum(
+            scipy.special.stdtrit(n - 1, p) for p in (1 - LEVEL / 2, POWER)) <= size * math.sqrt(n))
 
     def __str__(self):
         spread = '' if self.spread is None else f' ± {self.spread:.2g}'

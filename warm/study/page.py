@@ -7,6 +7,7 @@ The interpretation is written by hand in results/notes.md and stands at the top 
 
 import functools
 import json
+import math
 import os
 import pathlib
 
@@ -18,8 +19,8 @@ from warm.path import PAPER_BNR
 from warm.presets import PRESETS
 from warm.report.data import PAPER_GPUS, PAPER_KIMG
 from warm.report.plots import draw_curves
-from warm.report.tables import TABLE_3, TABLE_4, TABLE_5, rows_of
-from warm.study.data import Scores, compare, mean_and_spread, shown
+from warm.report.tables import BNR_SCORES, TABLE_3, TABLE_4, TABLE_5, rows_of
+from warm.study.data import LEVEL, POWER, Difference, Scores, compare, mean_and_spread, shown
 from warm.study.plan import (CHOICES, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS, SCALES,
                              SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, plan, targets_name)
 
@@ -82,7 +83,25 @@ def question_1(scores, figures):
     heads += ["EDM's training", "Warm's training"] if scores.scale.timed else []
     missing = [name for name, cond in KINDS.items() if not any(row[0].startswith(f'{name},') for row in rows)]
     notes = [f"Not measured at this scale: {', '.join(missing)}."] if missing else []
-    return '\n\n'.join([table(heads, rows), *notes])
+    return '\n\n'.join([table(heads, rows), *notes, *together(scores)])
+
+
+def together(scores):
+    """[sentence]: Warm's score relative to EDM's over all seeds, and how many would show the paper's; [] below two."""
+    logs = {}  # the ratio is averaged, since the scores with and without labels are on other scales
+    for cond in KINDS.values():
+        for kimg in scores.scale.main:  # later ones replace earlier ones
+            edm, warm = (scores.values(name, kimg, cond) for name in (EDM, WARM))
+            logs |= {(cond, seed): math.log(warm[seed] / edm[seed]) for seed in shared(warm, edm)}
+    if len(logs) < 2:
+        return []
+    d = Difference(tuple(logs.values()), 1)
+    ratio, low, high = (f'{math.exp(x):.2f}' for x in (d.mean, d.mean - d.margin, d.mean + d.margin))
+    (edm, _), (warm, _) = BNR_SCORES[0], BNR_SCORES[PAPER_BNR]
+    return [f"All {len(logs)} pairs of runs together, each at the last score that both have: Warm's is {ratio} times "
+            f"EDM's, between {low} and {high} with {100 * (1 - LEVEL):g} % confidence; by the paper's FIDs it is "
+            f'{warm / edm:.2f}. With pairs that vary as these do, it takes {d.pairs_to_find(math.log(edm / warm))} to '
+            f"find a difference as large as the paper's with a probability of {100 * POWER:g} %."]
 
 
 def seconds(number):
@@ -230,7 +249,7 @@ def setup(scores):
         f'- Scores: {scores.label()} of {scale.num:,} images against all training images{no_fid}; NFE 35 with Heun’s '
         'solver unless stated otherwise, from the same latents for all. a ± s (n): mean and standard deviation over n '
         'seeds of training; without them, one seed. Differences are taken seed by seed and decided by Student’s paired '
-        't-test at 5 %; with some thirty on a page, one or two are decided by chance.',
+        f't-test at {100 * LEVEL:g} %: where there is no difference, one test in {1 / LEVEL:.0f} decides by chance.',
         *([f'- {scale.num:,} images drawn from the training set itself score {mean_and_spread(scores.real)} '
            f'({len(scores.real)} draws): a network can hardly do better, and this spread is what chance in drawing the '
            'images alone amounts to.'] if scores.real else []),
