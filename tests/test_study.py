@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -394,6 +395,9 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
     assert (ROOT / 'docs' / 'results.md').read_text(encoding='utf-8') == text
     for name in pathlib.Path(tmp_path).glob('*.png'):
         assert (ROOT / 'docs' / name.name).exists()
+    intervals = re.findall(r'between (\S+) and (\S+) with 95 % confidence', text)
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert intervals and all(f'{low} to {high} times' in readme for low, high in intervals)
 
 
 def test_every_question_has_a_section():

@@ -113,7 +113,7 @@ def blur_mask(alpha, n, rates=frequencies):
         rates: λ(n, device), one of BLUR_RATES.
 
     Returns:
-        float64 in (0, 1]: [n, n], or [B, 1, n, n] for one blur per image.
+        float64 in [0, 1], 0 where it underflows: [n, n], or [B, 1, n, n] for one blur per image.
     """
     return log_blur_mask(alpha, n, rates).exp()
 
