@@ -71,6 +71,18 @@ class Scores:
         """`values` for a solver and a number of steps."""
         return self.values(what, kimg, **drawn(solver, steps, **fixed))
 
+    def log_ratios(self, what, reference):
+        """[ln(score / reference's score)] of each pair of runs, labels or not, at the last `scale.main` that both have.
+
+        Logarithms, since scores with labels, without, and after other lengths are of other sizes.
+        """
+        last = {}
+        for cond in (False, True):
+            for kimg in self.scale.main:  # later ones replace earlier ones
+                ours, theirs = self.values(what, kimg, cond), self.values(reference, kimg, cond)
+                last |= {(cond, seed): math.log(ours[seed] / theirs[seed]) for seed in ours if seed in theirs}
+        return list(last.values())
+
     def seconds(self, what, kimg, cond=False):
         """Training time up to `kimg` in seconds, averaged over the seeds; None if unknown or not comparable."""
         if not self.scale.timed:

@@ -88,14 +88,10 @@ def question_1(scores, figures):
 
 def together(scores):
     """[sentence]: Warm's score relative to EDM's over all seeds, and how many would show the paper's; [] below two."""
-    logs = {}  # the ratio is averaged, since the scores with and without labels are on other scales
-    for cond in KINDS.values():
-        for kimg in scores.scale.main:  # later ones replace earlier ones
-            edm, warm = (scores.values(name, kimg, cond) for name in (EDM, WARM))
-            logs |= {(cond, seed): math.log(warm[seed] / edm[seed]) for seed in shared(warm, edm)}
+    logs = scores.log_ratios(WARM, EDM)
     if len(logs) < 2:
         return []
-    d = Difference(tuple(logs.values()), 1)
+    d = Difference(tuple(logs), 1)
     ratio, low, high = (f'{math.exp(x):.2f}' for x in (d.mean, d.mean - d.margin, d.mean + d.margin))
     (edm, _), (warm, _) = BNR_SCORES[0], BNR_SCORES[PAPER_BNR]
     return [f"All {len(logs)} pairs of runs together, each at the last score that both have: Warm's is {ratio} times "
