@@ -174,6 +174,15 @@ def plain_warp(images, M):
         images.shape)
 
 
+def test_filters_are_computed_once():
+    """A GPU would need 70 small kernels for them at every step."""
+    makers = affine.upsampling_matrix, affine.downsampling_matrix, affine.sample_positions
+    augmented(some_images(), **all_on())
+    made = [maker.cache_info().misses for maker in makers]
+    augmented(some_images(), **all_on())
+    assert [maker.cache_info().misses for maker in makers] == made
+
+
 def test_the_filter_is_orthonormal_under_shifts_by_two():
     h = torch.tensor(affine.SYM6, dtype=torch.float64)
     products = [(h[2 * m:] * h[:12 - 2 * m]).sum() for m in range(6)]
@@ -274,6 +283,7 @@ def test_augment_with_refuses():
 
 # -- execution
 
+@pytest.mark.filterwarnings('ignore')  # torch's own, from inside its compiler
 def test_no_value_is_read_back_by_the_host():
     """The whole call is captured as one graph, which reading a value, or a shape that depends on one, would break."""
     pipe = AugmentPipe(0.5, **all_on())

@@ -13,10 +13,11 @@ from dnnlib import UserError
 from dnnlib.flags import Key
 from tests.commands import SMALL, invoke, refused, succeed
 from tests.warm_examples import batch, by_hand, images_of, outputs_of, warm_net
+from torch_utils.constants import constant
 from training.loss import edm_loss_weight
 from training.precond import edm_scalings
 from training.snapshot import build_network, read_snapshot
-from warm.blur import BLUR_RATES, blur, blur_and_rest, blur_mask, constant, natural_rates, prior_spectrum, rest
+from warm.blur import BLUR_RATES, blur, blur_and_rest, blur_mask, natural_rates, prior_spectrum, rest
 from warm.bnr import recommended_bnr, spectral_gap
 from warm.loss import WarmLoss
 from warm.oracle import GaussianOracle, deterministic_factor, ode_solvers, sampler_factors

@@ -1,7 +1,7 @@
 """Affine maps of images: their matrices, the resampling that warps pixels, the product that mixes colours.
 
 Everything is computed on the images' device, with sizes that follow from shapes alone: the host never reads
-a value back, so a call can be compiled or recorded as a CUDA graph.
+a value back, so a call can be compiled or, once its constants are there, recorded as a CUDA graph.
 """
 
 import math
@@ -9,6 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from torch_utils.constants import constant
 from torch_utils.precision import float32_products
 
 # Low-pass filter of the sym6 wavelet (Daubechies' least asymmetric one with 12 taps), with sum √2. It is
@@ -91,37 +92,36 @@ def reflect(index, size):
 
 def filter_taps(k, dtype):
     """SYM6[k] for a tensor of integers k, zero where there is no such tap."""
-    # Filled in on the device: copying a table from the host would stall it, or break a CUDA graph.
-    table = torch.cat([torch.full([1], h, dtype=dtype, device=k.device) for h in [0, *SYM6, 0]])
-    return table[(k + 1).clamp(0, len(SYM6) + 1)]
+    return torch.tensor([0, *SYM6, 0], dtype=dtype)[(k + 1).clamp(0, len(SYM6) + 1)]
 
 
+@constant
 def upsampling_matrix(size, dtype, device):
     """[2(3·size − 2), size]: mirror-pad `size` pixels by size − 1 on each side, then upsample by 2 with the filter.
 
     Row n is u[n] = Σ_k h[k] z[n + 5 − k], where z[2j] is pixel j of the padded line and 0 elsewhere.
     """
-    j = torch.arange(size, device=device)
-    n = torch.arange(2 * (3 * size - 2), device=device)
+    j, n = torch.arange(size), torch.arange(2 * (3 * size - 2))
     # A pixel appears in the padded line up to three times: itself and its two mirror images.
     # An outermost pixel coincides with one of its mirror images, and counts once.
     places = torch.stack([j, -j, 2 * (size - 1) - j]) + size - 1
     counts = torch.stack([j >= 0, j > 0, j < size - 1])
     taps = filter_taps(n[None, :, None] + LAG - 2 * places[:, None, :], dtype)
-    return (taps * counts[:, None, :]).sum(dim=0)
+    return (taps * counts[:, None, :]).sum(dim=0).to(device)
 
 
+@constant
 def downsampling_matrix(size, dtype, device):
     """[size, 2·size + 10]: y[j] = Σ_k h[k] v[2j − 5 + k], where the first column is v[−5]."""
-    j = torch.arange(size, device=device)
-    r = torch.arange(2 * size + len(SYM6) - 2, device=device)
-    return filter_taps(r[None, :] - 2 * j[:, None], dtype)
+    j, r = torch.arange(size), torch.arange(2 * size + len(SYM6) - 2)
+    return filter_taps(r[None, :] - 2 * j[:, None], dtype).to(device)
 
 
+@constant
 def sample_positions(size, device):
     """[2·size + 10]: positions of v[−5]…, in pixels from the centre of the line."""
-    n = torch.arange(2 * size + len(SYM6) - 2, device=device) - LAG
-    return (n + 0.5) / 2 - size / 2
+    n = torch.arange(2 * size + len(SYM6) - 2) - LAG
+    return ((n + 0.5) / 2 - size / 2).to(device)
 
 
 @float32_products(tf32=False)

@@ -13,19 +13,14 @@ affect only float32 products, so no global switch is needed against them; at the
 far below that of a network (tests/benchmarks/bench_warm.py).
 """
 
-import functools
 import math
 
 import torch
 
 from dnnlib import UserError
 from dnnlib.text import excerpt
+from torch_utils.constants import constant
 from training.precond import SIGMA_DATA, check_floats
-
-
-def constant(function):
-    """Cache the tensors a function returns, computed outside inference mode since autograd may need them later."""
-    return functools.lru_cache(maxsize=32)(torch.inference_mode(False)(function))
 
 
 @constant

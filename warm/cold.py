@@ -28,13 +28,14 @@ import click
 import torch
 
 from dnnlib import UserError, chosen
+from torch_utils.constants import constant
 from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps, evaluate
 from training.system import Option, System
 from warm.bands import Bands, diffuse, spread_levels
-from warm.blur import constant, dct2, filter_bands, idct2, log_blur_mask
+from warm.blur import dct2, filter_bands, idct2, log_blur_mask
 from warm.starts import BLURRED_IMAGES, DATA, TrainingImages
 
 KERNEL_REACH = 5  # an 11×11 kernel

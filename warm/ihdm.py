@@ -24,13 +24,14 @@ import math
 import torch
 
 from dnnlib import UserError
+from torch_utils.constants import constant
 from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
 from training.samplers import evaluate
 from training.system import Option, System
 from warm.bands import Bands, diffuse
-from warm.blur import blur, constant, log_blur_mask
+from warm.blur import blur, log_blur_mask
 from warm.starts import BLURRED_IMAGES, DATA, TrainingImages
 
 DELTA = 0.0125

@@ -27,13 +27,14 @@ import click
 import torch
 
 from dnnlib import UserError, chosen
+from torch_utils.constants import constant
 from torch_utils.distributed import unwrapped
 from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps, evaluate
 from training.system import Option, System
 from warm.bands import Bands, ancestral_noise_step, diffuse, spread_levels, transition_moments
-from warm.blur import constant, dct2, frequencies, idct2
+from warm.blur import dct2, frequencies, idct2
 
 # f(i)/f(N) at level i of N (appendix B), i = 1 … N.
 F_TYPES = {
