@@ -416,6 +416,15 @@ def test_maintenance_is_the_time_between_ticks(tmp_path):
     assert 0 <= status.maintenance < 100
 
 
+def test_a_clock_that_is_set_back_makes_no_time_negative(tmp_path, monkeypatch):
+    """States with negative seconds would be refused, all of them."""
+    status = Status(tmp_path, 0, 100, 0.0, torch.device('cpu'))
+    monkeypatch.setattr(st.time, 'time', lambda: 0.0)
+    status.end_tick(0, 100)
+    fields = status.fields(0, 100)
+    assert status.elapsed() >= 0 and status.tick_seconds() >= 0 and fields['Timing/sec_per_kimg'] >= 0
+
+
 def test_times_as_status_lines_say_them():
     assert [format_time(s) for s in (59.4, 60, 3599, 3600, 86399, 86400)] == [
         '59s', '1m 00s', '59m 59s', '1h 00m 00s', '23h 59m 59s', '1d 00h 00m']
@@ -423,7 +432,7 @@ def test_times_as_status_lines_say_them():
 
 def test_the_progress_line_changes_once_a_second(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(st, 'time', types.SimpleNamespace(time=lambda: now[0]))
+    monkeypatch.setattr(st, 'time', types.SimpleNamespace(monotonic=lambda: now[0]))
     terminal, line = a_terminal(monkeypatch), ProgressLine(0, 3000)
     for now[0] in (1000.5, 1001.0, 1001.75):
         line.show(1000)

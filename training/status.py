@@ -22,6 +22,8 @@ from training.run_files import LOG_NAME, STATS_NAME
 class Status:
     """Timing and statistics of a run: what happens at the end of a tick, except saving.
 
+    Times are `time.monotonic`'s, as the clock may be set back: a state with negative seconds could not be resumed.
+
     Args:
         run_dir: Folder of stats.jsonl.
         nimg, total_nimg: Images seen so far, and at the end.
@@ -31,7 +33,7 @@ class Status:
     """
 
     def __init__(self, run_dir, nimg, total_nimg, earlier_sec, device, tensorboard=False):
-        self.started = time.time() - earlier_sec
+        self.started = time.monotonic() - earlier_sec
         self.device = device
         self.collector = training_stats.Collector()
         self.line = ProgressLine(nimg, total_nimg)
@@ -39,19 +41,19 @@ class Status:
         self.writer = open_writer(run_dir) if tensorboard else None
         self.added = {}
         self.maintenance = 0.0
-        self.tick_nimg, self.tick_time = nimg, time.time()
+        self.tick_nimg, self.tick_time = nimg, time.monotonic()
 
     def elapsed(self):
         """Seconds of training so far, including before the run was resumed."""
-        return time.time() - self.started
+        return time.monotonic() - self.started
 
     def tick_seconds(self):
         """Seconds since the tick began."""
-        return time.time() - self.tick_time
+        return time.monotonic() - self.tick_time
 
     def end_tick(self, tick, nimg):
         """Print EDM's status line and report its numbers; the time until `start_tick` counts as maintenance."""
-        self.ended = time.time()
+        self.ended = time.monotonic()
         self.line.clear()
         for name, value in self.fields(tick, nimg).items():
             training_stats.report(name, value)
@@ -78,7 +80,7 @@ class Status:
             for name, value in stats.items():
                 self.writer.add_scalar(name, value['mean'], global_step=nimg)
             self.writer.flush()
-        self.tick_nimg, self.tick_time = nimg, time.time()
+        self.tick_nimg, self.tick_time = nimg, time.monotonic()
         self.maintenance = self.tick_time - self.ended
 
     def fields(self, tick, nimg):
@@ -171,12 +173,12 @@ class ProgressLine:
     """Progress on a terminal: images/s and time left, rewritten at most once a second; otherwise silent."""
 
     def __init__(self, nimg, total_nimg):
-        self.start, self.total, self.began, self.shown = nimg, total_nimg, time.time(), 0.0
+        self.start, self.total, self.began, self.shown = nimg, total_nimg, time.monotonic(), 0.0
         self.active = dist.get_rank() == 0 and sys.stderr.isatty()
 
     def show(self, nimg):
         """Rewrite the line if it is at least a second old."""
-        now = time.time()
+        now = time.monotonic()
         if not self.active or now < self.shown + 1:
             return
         self.shown = now

@@ -128,9 +128,9 @@ def evaluate(outdir, member, num, detector, reference):
     snapshot = read_snapshot(last_snapshot(outdir, member.run))
     net, system = build_network(snapshot, SYSTEMS, dist.device()), SYSTEMS[member.system]
     options = {**dict(member.sample), **({'data': data_for(snapshot)} if system.starts_from_data else {})}
-    sampler, began = system.make_sampler(net, options), time.time()
+    sampler, began = system.make_sampler(net, options), time.monotonic()
     batches = [images for _, images in generate_images(net, list(range(num)), sampler, BATCH)]
-    score, seconds = distance(batches, num, detector, reference), time.time() - began
+    score, seconds = distance(batches, num, detector, reference), time.monotonic() - began
     return Result(member, batches[0][:COLUMNS].cpu().numpy(), count_evaluations(net, sampler), score, seconds)
 
 
