@@ -1,7 +1,9 @@
 """warm.study: the plan is complete, a study continues where it stopped, and the page says what the numbers say."""
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.commands import ROOT, invoke, json_lines
+from tests.commands import ROOT, invoke, json_lines, refusal
 from training.dataset import EMBEDDED
 from warm.study import page as study_page
 from warm.study import pieces as study_pieces
@@ -246,6 +248,15 @@ def test_a_training_keeps_the_lock_of_a_killed_worker(tmp_path):
         child.communicate(b'\n')
     with study_pieces.claimed(tmp_path / 'lock') as lock:
         assert lock is not None
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    """Such as Lustre, unless it is mounted with them."""
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    monkeypatch.setattr(study_pieces.fcntl, 'flock', flock)
+    said = refusal(study_pieces.claimed(tmp_path / 'lock').__enter__)
+    assert f'could not lock {tmp_path}/lock: Function not implemented; choose an --outdir on a disk with' in said
 
 
 def test_no_piece_starts_a_training_that_it_cannot_use(tiny, tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import contextlib
 import fcntl
 import time
 
+from dnnlib import UserError
+
 
 class OutOfTime(Exception):
     """Raised when the time of this piece of the study is used up."""
@@ -31,6 +33,9 @@ def claimed(path, wait=False):
 
     The lock lasts until every process with the open file has closed it or ended, so a child that inherits it
     (`pass_fds`) keeps the lock even if its parent is killed.
+
+    Raises:
+        UserError: the disk has no locks, as some shared ones.
     """
     with open(path, 'a') as file:
         try:
@@ -38,4 +43,7 @@ def claimed(path, wait=False):
         except BlockingIOError:
             yield None
             return
+        except OSError as e:
+            raise UserError(f'could not lock {path}: {e.strerror or e}; choose an --outdir on a disk with file locks, '
+                            'such as a local one') from e
         yield file
