@@ -1,5 +1,6 @@
 """Fast paths against the plain ones they stand for, and steps in which the host never waits for the GPU."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -29,6 +30,7 @@ from training import training_loop as tl
 from training.acceleration import accelerate
 from training.augment import TRAIN_AUGMENT, AugmentPipe
 from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
+from training.image_codec import encode_png
 from training.layers import (GroupNorm, double, filter_down, filter_up, make_resample_filter, norm_gradients,
                              norm_gradients_to_compile, pool)
 from training.progress import load_optimizer
@@ -505,6 +507,25 @@ def test_waiting_for_data_is_said_once(cache, capsys, workers, more):
     assert 'waited for data 25%' in sentence and f'--workers={more} (now {workers})' in sentence
     assert sentence.count('\n') == 1
     assert said(decoded_dataset(), 0.9) == ''
+
+
+def test_a_workers_error_keeps_its_sentence(tmp_path):
+    """PyTorch would put the worker's traceback before it."""
+    (tmp_path / 'a.png').write_bytes(encode_png(PIL.Image.new('L', (8, 8))))
+    (tmp_path / 'b.png').write_bytes(b'no picture')
+    for workers in (0, 1):
+        batches = b.Batches(ImageFolderDataset(tmp_path), 2, 0, 0, dict(num_workers=workers), torch.device('cpu'))
+        with contextlib.closing(batches), pytest.raises(UserError, match='^b.png in .* does not decode as an image'):
+            next(batches)
+
+
+@pytest.mark.parametrize('reason, lost', [
+    ('DataLoader worker (pid 7) is killed by signal: Bus error. Try to raise your shared memory limit.', True),
+    ('DataLoader worker (pid(s) 7, 8) exited unexpectedly', True), ('shapes do not match', False), ('', False),
+    ('Caught ...\nRuntimeError: unable to allocate shared memory(shm) for file </torch_7>: No space left\n', True)])
+def test_errors_that_mean_a_lost_worker(reason, lost):
+    with pytest.raises(UserError if lost else RuntimeError), b.lost_workers_named():
+        raise RuntimeError(reason)
 
 
 def test_data_device_needs_a_gpu(monkeypatch):

@@ -7,6 +7,7 @@ and, for sets too large for either, worker processes that decode the files.
 import contextlib
 import itertools
 import queue
+import re
 import threading
 import time
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from dnnlib.text import excerpt
 from torch_utils import distributed as dist
 from torch_utils.misc import InfiniteSampler
 from torch_utils.signals import shield_worker
@@ -89,15 +91,48 @@ class Batches:
 def loaded_batches(dataset, sampler, batch, device, loader_kwargs):
     """Generator of (uint8 images, labels) on `device` from a DataLoader, whose workers start at once."""
     # Its own generator: the loader must not draw from the one that supplies the training noise.
-    loader = torch.utils.data.DataLoader(dataset, sampler=sampler, batch_size=batch, generator=torch.Generator(),
-                                         pin_memory=device.type == 'cuda', worker_init_fn=shield_worker,
-                                         **loader_kwargs)
+    loader = torch.utils.data.DataLoader(_Items(dataset), sampler=sampler, batch_size=batch, collate_fn=_collate,
+                                         generator=torch.Generator(), pin_memory=device.type == 'cuda',
+                                         worker_init_fn=shield_worker, **loader_kwargs)
     return _on_device(iter(loader), device)
 
 
+class _Items(torch.utils.data.Dataset):
+    """The items of a data set, or the UserErrors in their place: a worker that raised one would bury its sentence."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def __getitem__(self, idx):
+        try:
+            return self._dataset[idx]
+        except UserError as e:
+            return e
+
+
+def _collate(items):
+    error = next((item for item in items if isinstance(item, UserError)), None)
+    return error or torch.utils.data.default_collate(items)
+
+
 def _on_device(batches, device):
-    for images, labels in batches:
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    for loaded in batches:
+        if isinstance(loaded, UserError):
+            raise loaded
+        yield [tensor.to(device, non_blocking=True) for tensor in loaded]
+
+
+@contextlib.contextmanager
+def lost_workers_named():
+    """Context that turns PyTorch's errors about a loader's processes into UserErrors. It raises them at any place."""
+    try:
+        yield
+    except RuntimeError as e:
+        reason = (str(e).strip().splitlines() or [''])[-1]
+        if not re.search('allocate shared memory|DataLoader worker .*(killed|exited)', reason):
+            raise
+        raise UserError(f'a data-loading process failed ({excerpt(reason, 200)}); give it more memory (a container: '
+                        'more shared memory, with docker run --shm-size=8g), or train with --workers=0') from e
 
 
 def gathered_batches(dataset, sampler, batch, device):

@@ -13,7 +13,7 @@ from torch_utils import training_stats
 from torch_utils.signals import StopRequest, Watchdog
 from training.acceleration import accelerate
 from training.augment import AugmentPipe, enabled_names
-from training.batches import Batches
+from training.batches import Batches, lost_workers_named
 from training.compact import compact
 from training.dataset import ImageFolderDataset
 from training.decoded import decoded_images
@@ -134,7 +134,8 @@ def training_loop(
     health = Health(max_nonfinite, progress.nonfinite)
     dump_owed = snapshot_owed = False  # what was due at a bad step, and is made up for at the end of the next tick
     with (StopRequest() as stop, Watchdog(watched_sec(timeout, device), f'rank {dist.get_rank()}') as watchdog,
-          Saver(run_dir, keep, compact if compact_state else None) as saver, contextlib.closing(batches)):
+          Saver(run_dir, keep, compact if compact_state else None) as saver, lost_workers_named(),
+          contextlib.closing(batches)):
         while True:
             optimizer.zero_grad(set_to_none=True)
             finite = accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, loss_scaling / batch_rank,
