@@ -29,8 +29,11 @@ class Workers:
     def __enter__(self):
         if self.others:
             # Spawned rather than forked: forking a process that has threads (PyTorch's, tqdm's) may deadlock.
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.others, multiprocessing.get_context('spawn'),
-                                                               initializer=_end_with_parent)
+            try:
+                self.pool = concurrent.futures.ProcessPoolExecutor(self.others, multiprocessing.get_context('spawn'),
+                                                                   initializer=_end_with_parent)
+            except (ImportError, OSError) as e:  # no shared memory, as in some containers
+                raise UserError(f'could not start worker processes ({e}); run again with --workers=1') from e
             with _broken_pool_named():
                 for _ in range(self.others):
                     self._submit(_nothing)
