@@ -5,7 +5,7 @@ import re
 
 import click
 
-from dnnlib.files import cpu_cores, interruptible, sigterm_exits
+from dnnlib.files import cpu_cores, escape_on_stdout, interruptible, sigterm_exits
 from dnnlib.flags import Text
 from training.dataset_convert import TRANSFORMS, convert
 from training.dataset_sources import open_source
@@ -43,6 +43,7 @@ def main(source, dest, max_images, transform, resolution, workers):
     """
     if int(os.environ.get('RANK', '0')) > 0:
         return  # under torchrun, rank 0 does everything, with its own --workers
+    escape_on_stdout()
     with (interruptible(f'nothing was changed at {dest}: run the same command again to create it'),
           Workers(workers) as workers):
         images = open_source(source)

@@ -82,6 +82,13 @@ def interruptible(kept):
         raise Interrupted(f'interrupted; {kept}') from e
 
 
+def escape_on_stdout():
+    """Let stdout show characters that it lacks as escapes: a file name that is no UTF-8 must not end the work."""
+    with contextlib.suppress(AttributeError, ValueError):  # there is none, or it is a notebook's, or closed
+        if sys.stdout.errors == 'strict':
+            sys.stdout.reconfigure(errors='backslashreplace')
+
+
 def cpu_cores():
     """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

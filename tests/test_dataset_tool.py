@@ -206,6 +206,22 @@ def test_worker_that_dies(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_without_shared_memory(tmp_path, monkeypatch):
+    """A pool of processes needs some for its locks, which not every container has."""
+    monkeypatch.setattr('multiprocessing.synchronize.SemLock.__init__', lambda *_, **__: os.stat(tmp_path / 'shm'))
+    save(tmp_path / 'src' / 'a.png', pixels(0))
+    output = tool(f'--source={tmp_path}/src', f'--dest={tmp_path}/out.zip', '--workers=2', ok=False)
+    assert 'could not start worker processes' in output and 'run again with --workers=1' in output
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names that are no text')
+def test_a_destination_that_is_no_utf8(tmp_path):
+    """Its name is shown with an escape: an error in the end would pass for a failed conversion."""
+    save(tmp_path / 'src' / 'a.png', pixels(0))
+    dest = tmp_path / os.fsdecode(b'\xe9.zip')
+    assert tool(f'--source={tmp_path}/src', f'--dest={dest}', '--workers=1').startswith(f'{tmp_path}/\\udce9.zip: 1 ')
+
+
 # Transforms
 
 

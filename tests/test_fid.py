@@ -403,7 +403,7 @@ def test_a_cache_that_cannot_be_written(folders, reference, tmp_path, monkeypatc
 @pytest.mark.skipif(sys.platform != 'linux', reason='names that are no text')
 def test_names_that_are_no_utf8(folders, tmp_path, monkeypatch):
     """File names that are not UTF-8, as in old archives, can be scored, trained on, resumed and sampled from."""
-    monkeypatch.setenv('PYTHONIOENCODING', 'utf-8:backslashreplace')
+    monkeypatch.setenv('PYTHONIOENCODING', 'utf-8:strict')  # as on a terminal
     data = tmp_path / os.fsdecode(b'ph\xe9otos')
     shutil.copytree(folders[1], data)
     image = next(data.rglob('*.png'))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed
 
 from dnnlib import UserError
+from dnnlib.files import escape_on_stdout
 
 TIMEOUT = datetime.timedelta(minutes=30)
 
@@ -83,6 +84,7 @@ def cleanup():
 @contextlib.contextmanager
 def process_group():
     """Context in which this process is one of the ranks (`init`); it leaves the group however the block ends."""
+    escape_on_stdout()
     try:
         init()
         yield
