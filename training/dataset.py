@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from training.image_archive import ZipArchive, image_names, labels_of, open_archive, read_labels
+from training.image_archive import ZipArchive, fingerprint, image_names, labels_of, open_archive, read_labels
 from training.image_codec import PNG_HEADER_BYTES, decode, png_shape
 
 EMBEDDED = str(pathlib.Path(__file__).resolve().parent / 'data' / 'digits-8x8.zip')
@@ -170,7 +170,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def fingerprint(self):
         """A digest that changes with the content at the path, computed without reading the images."""
-        return self._archive.fingerprint(self._names)
+        return fingerprint(self._archive, self._names)
 
     def get_details(self, idx):
         """`raw_idx` (index among all images of the path), `xflip` and `raw_label` of item `idx`."""

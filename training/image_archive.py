@@ -73,10 +73,6 @@ class FolderArchive:
             raise self._unreadable(name, e) from e
         return status.st_size, status.st_mtime_ns
 
-    def fingerprint(self, names):
-        """A hexadecimal digest that changes with the content of the files `names`, without reading them."""
-        return _digest((name, *self.stamp(name)) for name in names)
-
     def read(self, name):
         """The bytes of one file. Raises UserError when it cannot be read."""
         try:
@@ -128,11 +124,6 @@ class ZipArchive:
         info = self._open().getinfo(name)
         return info.file_size, info.CRC
 
-    def fingerprint(self, names):
-        """A digest that changes with the content of the files `names`: of the zip's size, time and directory."""
-        status = os.stat(self.path)
-        return _digest([(status.st_size, status.st_mtime_ns), *((name, *self.stamp(name)) for name in names)])
-
     def read(self, name):
         """The bytes of one file. Raises UserError when it is missing or damaged."""
         return self._read(name, -1)
@@ -156,10 +147,14 @@ class ZipArchive:
                             'copy the zip again, or recreate it with dataset_tool.py') from e
 
 
-def _digest(records):
+def fingerprint(archive, names):
+    """A hexadecimal digest that changes with the content of the files `names`, without reading them.
+
+    Copies of a zip have the same, so that machines with one each share what is made from it.
+    """
     digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(record).encode())
+    for name in names:
+        digest.update(repr((name, *archive.stamp(name))).encode())
     return digest.hexdigest()
 
 
