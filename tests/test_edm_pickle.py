@@ -301,17 +301,18 @@ def test_hostile_programs_need_little_memory(root, tmp_path):
     """All of them, in one process, take less than 1 GiB beyond what importing PyTorch takes."""
     (tmp_path / 'programs').write_bytes(pickle.dumps(HOSTILE))
     code = f'''
-        import pickle, resource, torch
+        import pickle, torch
         from dnnlib import UserError
+        from tests.fuzz.fuzz import peak_memory
         from training.edm_pickle import load_edm_pickle
         torch.frombuffer(bytearray(8), dtype=torch.float32)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_memory()
         for data in pickle.load(open({str(tmp_path / 'programs')!r}, 'rb')).values():
             try:
                 load_edm_pickle(data)
             except UserError:
                 pass
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+        print((peak_memory() - before) >> 20)
     '''
     done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

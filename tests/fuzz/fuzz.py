@@ -67,7 +67,7 @@ def peak_memory():
     status = pathlib.Path('/proc/self/status')
     if status.is_file():
         return int(re.search(r'VmHWM:\s+(\d+) kB', status.read_text())[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def run_cases(name, first, count, tripwire, tell=lambda i: None):
