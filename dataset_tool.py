@@ -41,7 +41,7 @@ def main(source, dest, max_images, transform, resolution, workers):
     Both transforms give RGB images: center-crop takes the largest centred square; center-crop-wide puts the full
     width, as WxH, on a black WxW square, and leaves out images that are too small. Resizing uses Lanczos.
     """
-    if int(os.environ.get('RANK', '0')) > 0:
+    if 'WORLD_SIZE' in os.environ and int(os.environ.get('RANK') or 0) > 0:
         return  # under torchrun, rank 0 does everything, with its own --workers
     escape_on_stdout()
     with (interruptible(f'nothing was changed at {dest}: run the same command again to create it'),

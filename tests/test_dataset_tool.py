@@ -699,6 +699,14 @@ def test_the_command_itself(folder, tmp_path, root):
     assert len(ImageFolderDataset(tmp_path / 'out.zip', use_labels=True)) == 6
 
 
+def test_part_of_torchruns_environment(folder, tmp_path, monkeypatch):
+    """As for the other commands, a rank without a number of ranks is none."""
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    for rank in ('1', ''):
+        monkeypatch.setenv('RANK', rank)
+        assert 'images of' in tool(f'--source={folder}', f'--dest={tmp_path}/out.zip', '--workers=1')
+
+
 def test_under_torchrun(folder, tmp_path):
     """The first of two ranks converts, into a folder too; if it fails, so does the job."""
     done = torchrun('dataset_tool.py', f'--source={folder}', f'--dest={tmp_path / "out"}', '--workers=1')
