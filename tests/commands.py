@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from dnnlib import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+READ_ONLY = '/proc' if os.path.isdir('/proc') else '/System'  # a folder in which nobody can write: Linux's, macOS's
 SMALL = ['--cbase=8', '--cres=1,1', '--batch=16', '--lr-rampup=0.001', '--workers=0', '--grid=4']
 
 

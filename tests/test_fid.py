@@ -25,7 +25,7 @@ import torch
 
 import fid
 from dnnlib import UserError
-from tests.commands import ROOT, SMALL, json_lines, refused, run_command, torchrun
+from tests.commands import READ_ONLY, ROOT, SMALL, json_lines, refused, run_command, torchrun
 from tests.commands import invoke as invoke_script
 from training import metric_collectors, metrics, scoring
 from training.detectors import PixelDetector
@@ -544,7 +544,8 @@ def test_options_that_make_no_sense(folders, reference, tmp_path):
     assert (tmp_path / 'set.zip').read_bytes() == before
     fails('ref', "new/' names no file", data=folders[0], dest=f'{tmp_path}/new/')
     fails('calc', 'new/ cannot be written', ref=reference, log=f'{tmp_path}/new/', **images)
-    fails('ref', 'cannot write files in /proc.*choose another folder for e.npz', data=tmp_path, dest='/proc/e.npz')
+    fails('ref', f'cannot write files in {READ_ONLY}.*choose another folder for e.npz', data=tmp_path,
+          dest=f'{READ_ONLY}/e.npz')
     fails('ref', 'no folder or zip', data=tmp_path / 'none', dest=tmp_path / 'x.npz')
 
 

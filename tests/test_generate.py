@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.commands import ROOT, invoke, refused, run_command, succeed, torchrun
+from tests.commands import READ_ONLY, ROOT, invoke, refused, run_command, succeed, torchrun
 from tests.small_networks import TRAINABLE, few_steps, short_network, tiny_network
 from training.dataset import EMBEDDED
 from training.generated import RECORD, save_png, write_images
@@ -437,14 +437,15 @@ BAD = {
     'seeds without end': ('edm', ['--seeds=0-99999999999'], 'more than 10,000,000 numbers'),
     'seeds without end, in parts': ('edm', ['--seeds=0-9999999,10000000'], 'more than 10,000,000 numbers'),
     'a seed without end': ('edm', ['--seeds=' + '9' * 5000], 'is not a list of integers'),
-    'grid in a folder that cannot be': ('warm', ['--grid=/proc/none/a.png'], 'could not create the folder /proc/none'),
-    'grid where nobody writes': ('warm', ['--grid=/proc/a.png'], 'choose another folder for a.png'),
+    'grid in a folder that cannot be': ('warm', [f'--grid={READ_ONLY}/none/a.png'],
+                                        f'could not create the folder {READ_ONLY}/none'),
+    'grid where nobody writes': ('warm', [f'--grid={READ_ONLY}/a.png'], 'choose another folder for a.png'),
     'grid is a folder to be': ('warm', ['--grid=new/'], 'does not end in .png'),
     'grid of another format': ('warm', ['--grid=x.jpg'], '--grid=x.jpg does not end in .png'),
     **{f'empty {flag}': ('warm', [f'{flag}='], f"'{flag}': it is empty")
        for flag in ('--network', '--outdir', '--grid', '--trajectory')},
     'grid is a folder': ('warm', ['--grid={tmp}/folder.png'], 'folder.png is a folder'),
-    'trajectory where nobody writes': ('warm', ['--trajectory=/proc/a.gif'], 'choose another folder for a.gif'),
+    'trajectory where nobody writes': ('warm', [f'--trajectory={READ_ONLY}/a.gif'], 'choose another folder for a.gif'),
     'ablation of Warm': ('warm', ['--disc=vp'], '--disc is not an option of the Warm sampler'),
     'BNR of EDM': ('edm', ['--bnr=0.5'], '--bnr is not an option of the EDM sampler'),
     'other BNR': ('warm', ['--bnr=0.7'], 'this network knows constant BNR 0.5'),

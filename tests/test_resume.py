@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dnnlib import UserError
-from tests.commands import SMALL, full_disk, invoke, refused, succeed
+from tests.commands import READ_ONLY, SMALL, full_disk, invoke, refused, succeed
 from tests.kills import check_same, equal, final_state, losses
 from torch_utils import distributed as dist
 from torch_utils import training_stats
@@ -563,8 +563,8 @@ def test_a_transferred_run_resumes(whole, tmp_path):
 
 
 def test_a_folder_that_cannot_be_claimed():
-    with pytest.raises(UserError, match='could not write in /proc/self: .*; choose another --outdir'):
-        create_run_dir('/proc/self', {}, None)
+    with pytest.raises(UserError, match=f'could not write in {READ_ONLY}: .*; choose another --outdir'):
+        create_run_dir(READ_ONLY, {}, None)
 
 
 def test_a_link_to_nowhere_is_no_place_for_a_run(tmp_path):

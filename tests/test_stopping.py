@@ -161,6 +161,7 @@ with Watchdog(0.8, 'rank 3') as dog:
     assert 'rank 3 made no progress for 0.8 seconds' in said and 'in stuck' in said
 
 
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='not on macOS')
 def test_loader_processes_leave_signals_to_their_rank():
     """Signals go to the whole process group, and a loader killed by one would take the current step with it."""
     code, said, _ = python('''

@@ -24,7 +24,7 @@ from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
 from training import status as st
 from training.status import ProgressLine, Status, trim_records
-from tests.commands import SMALL, invoke, json_lines, refused, run_command, succeed, torchrun
+from tests.commands import READ_ONLY, SMALL, invoke, json_lines, refused, run_command, succeed, torchrun
 from train import main
 from warm.systems import SYSTEMS
 
@@ -265,7 +265,7 @@ NUMBERS = [option.opts[0] for option in main.params if isinstance(option.type, c
 TEXTS = ['--outdir', '--data', '--desc', '--transfer', '--resume', '--eval-ref', '--eval-detector', '--eval-metrics']
 BAD = {
     'two ranks, odd batch': (['--batch=15'], 'does not split evenly over 2 ranks', True),
-    'two ranks, no folder': (['--outdir=/proc/none'], 'could not create the folder /proc/none', True),
+    'two ranks, no folder': ([f'--outdir={READ_ONLY}/none'], f'could not create the folder {READ_ONLY}/none', True),
     'no labels': (['--cond=1', '--data={unlabelled}'], 'has no labels', False),
     'missing data': (['--data=/nowhere/x.zip'], '/nowhere/x.zip', False),
     'missing state': (['--resume=/nowhere/training-state-000001.pt'], '/nowhere', False),
@@ -317,7 +317,7 @@ def test_bad_input(tmp_path, name):
 
 def test_a_dry_run_looks_at_the_folder(tmp_path):
     (tmp_path / 'file').touch()
-    for folder in (tmp_path / 'file', tmp_path / 'file' / 'runs', '/proc/runs'):
+    for folder in (tmp_path / 'file', tmp_path / 'file' / 'runs', f'{READ_ONLY}/runs'):
         refused(invoke('train.py', '-n', f'--outdir={folder}'), 'could not create the folder', 'another --outdir')
     assert invoke('train.py', '-n', f'--outdir={tmp_path / "a" / "b"}').exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ['file']
