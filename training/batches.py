@@ -5,6 +5,7 @@ and, for sets too large for either, worker processes that decode the files.
 """
 
 import contextlib
+import gc
 import itertools
 import queue
 import re
@@ -93,7 +94,7 @@ def loaded_batches(dataset, sampler, batch, device, loader_kwargs):
     # Its own generator: the loader must not draw from the one that supplies the training noise.
     loader = torch.utils.data.DataLoader(_Items(dataset), sampler=sampler, batch_size=batch, collate_fn=_collate,
                                          generator=torch.Generator(), pin_memory=device.type == 'cuda',
-                                         worker_init_fn=shield_worker, **loader_kwargs)
+                                         worker_init_fn=start_worker, **loader_kwargs)
     return _on_device(iter(loader), device)
 
 
@@ -113,6 +114,12 @@ class _Items(torch.utils.data.Dataset):
 def _collate(items):
     error = next((item for item in items if isinstance(item, UserError)), None)
     return error or torch.utils.data.default_collate(items)
+
+
+def start_worker(worker_id):
+    """Prepare a data-loading process, which shares the data set's million names with the training process."""
+    gc.freeze()  # a collection writes into every object, and so would copy them all
+    shield_worker()
 
 
 def _on_device(batches, device):
