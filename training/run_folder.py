@@ -11,7 +11,6 @@ from dnnlib.json_files import read_object
 from dnnlib.text import excerpt
 from torch_utils import distributed as dist
 from training.dataset import name_of
-from training.progress import load_run_state
 from training.run_files import OPTIONS_NAME, STATE, saved_files
 from training.saving import find_states, newest_good
 from training.status import trim_records
@@ -71,9 +70,9 @@ def start_point(flags, name):
                             'lost, delete them to start over there, or start elsewhere with another --outdir or --desc')
     if path is None and flags['resume']:
         states = find_states(flags['resume'], flags['outdir'])
-        if len(states) == 1:
-            load_run_state(states[0])  # raises if it cannot be read, saying why
         path, state, complaints = newest_good(states)
+        if path is None and len(states) == 1:
+            raise UserError(complaints[0])
         if path is None:
             raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read '
                             f'({complaints[0]}); resume from another run')
