@@ -22,7 +22,7 @@ from training.evaluation import make_evaluator
 from training.metrics import METRICS
 from training.run_files import LOG_NAME
 from training.run_folder import changed_options, check_run_dir, create_run_dir, run_name, start_point
-from training.training_loop import TIMEOUT, open_dataset, training_loop
+from training.training_loop import TIMEOUT, decode_in_advance, training_loop
 from warm import config as cfg
 from warm.flags import compile_flag, given_flags, system_flags, typed_flags
 from warm.presets import preset_option
@@ -194,10 +194,10 @@ def run(options, log):
         config['seed'] = start['settings'].get('seed', config['seed'])
     data_may_be_missing = options['dry_run'] and not typed_flags('data')  # a preset can be shown without its data
 
-    def check():
-        if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
-            cfg.check_config(config, start, fetch=not options['dry_run'])
-    dist.on_rank0(check)
+    if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
+        dist.print0('Loading dataset...')
+        dataset = cfg.open_data(**config['dataset_kwargs'])  # once, and by all ranks at a time: it may take a minute
+        dist.on_rank0(lambda: cfg.check_config(config, dataset, start, fetch=not options['dry_run']))
     if options['data'] is None:
         dist.print0(cfg.NO_DATA)
     if options['dry_run']:
@@ -207,7 +207,7 @@ def run(options, log):
         return True
     changes = dist.on_rank0(lambda: changed_options(start['path'], config))  # before they are replaced
     # Before the run folder is made: an unreadable image must not leave an empty folder behind.
-    dataset = open_dataset(**config['dataset_kwargs'])
+    decode_in_advance(dataset, config['dataset_kwargs']['cache'])
     run_dir = dist.on_rank0(lambda: create_run_dir(run_dir, config, start if options['auto_resume'] else None,
                                                    None if options['nosubdir'] else name))
     if log is not None:

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from dnnlib import UserError
 from tests.commands import SMALL, invoke, json_lines, refused
 from tests.small_networks import TINY, TRAINABLE, few_steps, short_network, tiny_network
-from training.dataset import EMBEDDED
+from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch
 from training.loss import EDMLoss
 from training.precond import Precond
@@ -205,7 +205,7 @@ def test_options_of_a_loss(tmp_path, monkeypatch):
     config = dict(system='other', batch_size=4, batch_gpu=None, dataset_kwargs=dict(path=EMBEDDED, use_labels=False),
                   network_kwargs=TINY, augment_kwargs=None, accelerate_kwargs=dict(recompute=False), loss_kwargs={})
     with pytest.raises(UserError, match='from a run with the loss options --p-mean=0.5, not none'):
-        check_config(config, {'path': state, 'settings': {'loss': {'p_mean': 0.5}}})
+        check_config(config, load_embedded(use_labels=False), {'path': state, 'settings': {'loss': {'p_mean': 0.5}}})
 
 
 def foreign(attribute):

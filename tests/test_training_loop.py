@@ -324,9 +324,9 @@ def test_a_dry_run_looks_at_the_folder(tmp_path):
 
 
 def test_ctrl_c_during_set_up(monkeypatch, tmp_path):
-    def interrupted(**kwargs):
+    def interrupted(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr('train.open_dataset', interrupted)
+    monkeypatch.setattr('train.decode_in_advance', interrupted)
     result = invoke('train.py', f'--outdir={tmp_path / "runs"}')
     assert result.exit_code == 130 and not (tmp_path / 'runs').exists()
     assert result.stderr.startswith('Error: interrupted; still setting up') and 'Aborted' not in result.output

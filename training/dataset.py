@@ -1,5 +1,6 @@
 """Images and labels for training: uint8 pixels in [C, H, W], one-hot float32 labels, as EDM reads them."""
 
+import copy
 import os
 import pathlib
 import shlex
@@ -39,7 +40,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         max_size: Keep a random subset of this many images, in their original order; None keeps all.
         xflip: Append the mirrored copy of every image.
         random_seed: Chooses the subset.
-        cache: EDM's argument, without effect here: training.training_loop.open_dataset decodes in advance.
+        cache: EDM's argument, without effect here: training.training_loop.decode_in_advance decodes.
 
     Raises:
         UserError: missing, damaged or inconsistent images or labels. PNG files in a zip all have their
@@ -163,10 +164,20 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Label of item `idx`: float32 vector [label_dim]."""
         return self.labels_of_files(self.locate([idx])[0])[0]
 
+    @property
+    def file_names(self):
+        """Names of the image files in order."""
+        return [self._names[i] for i in self._raw_idx]
+
     def file_stamps(self):
         """[(name, *stamp), …] of the image files in order; a stamp holds numbers that change with the content."""
-        names = (self._names[i] for i in self._raw_idx)
-        return [(name, *self._archive.stamp(name)) for name in names]
+        return [(name, *self._archive.stamp(name)) for name in self.file_names]
+
+    def unmirrored(self):
+        """The same data set without `xflip`'s mirrored copies, read from the files."""
+        dataset = copy.copy(self)
+        dataset._xflip = False
+        return dataset
 
     def fingerprint(self):
         """A digest that changes with the content at the path, computed without reading the images."""

@@ -9,7 +9,6 @@ import os
 
 from torch_utils import distributed as dist
 from training import metrics as m
-from training.dataset import ImageFolderDataset
 from training.generation import BATCH, default_batch
 from training.provenance import log_scores, sampling_facts, training_facts
 from training.run_files import REF_NAME, SCORES_NAME
@@ -63,12 +62,12 @@ def no_evaluation(net, tick, nimg, done):
     return {}
 
 
-def make_evaluator(run_dir, system, dataset_path, sample_options=None, loss=None, ticks=0, num=1000, ref=None,
+def make_evaluator(run_dir, system, dataset, sample_options=None, loss=None, ticks=0, num=1000, ref=None,
                    detector='inception', metrics='fid'):
     """An `Evaluator`, or `no_evaluation` for ticks 0. Call on all ranks.
 
     Args:
-        dataset_path: The training data; without `ref`, its statistics (of unmirrored images) are the reference,
+        dataset: The training data; without `ref`, its statistics (of unmirrored images) are the reference,
             and are kept as RUN_DIR/eval-ref.npz.
         sample_options: Options of the system's sampler.
         loss: Options of the loss (System.changed_loss), for the record.
@@ -79,14 +78,13 @@ def make_evaluator(run_dir, system, dataset_path, sample_options=None, loss=None
     """
     if not ticks:
         return no_evaluation
-    dataset = ImageFolderDataset(dataset_path)
     names = m.parse_metrics(metrics)
-    detector = open_detector(detector)
+    detector, images = open_detector(detector), ImageFiles(dataset.unmirrored(), dataset.path)
     m.check_images(names, num, detector, '--eval-')
     if ref is None:
         ref = os.path.join(run_dir, REF_NAME)
-        dist.print0(f'Reference statistics of {dataset_path} for --eval...')
-        write_reference(ref, ImageFiles(dataset, dataset_path), detector, names, BATCH, progress=False)
+        dist.print0(f'Reference statistics of {dataset.path} for --eval...')
+        write_reference(ref, images, detector, names, BATCH, progress=False)
     scorer = load_scorer(names, detector, ref)
-    scorer.warn_of_size(ImageFiles(dataset))
+    scorer.warn_of_size(images)
     return Evaluator(run_dir, system, dataset.name, ticks, num, scorer, sample_options or {}, loss or {})

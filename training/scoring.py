@@ -51,7 +51,7 @@ class ImageFiles:
 
     def _seeds(self):
         """The seeds in generate.py's file names, as text; None if the files are named otherwise."""
-        stems = [pathlib.PurePosixPath(name).stem for name, *_ in self.dataset.file_stamps()]
+        stems = [pathlib.PurePosixPath(name).stem for name in self.dataset.file_names]
         return seeds_text(map(int, stems)) if all(re.fullmatch(NUMBER, stem) for stem in stems) else None
 
     def batches(self, indices, batch):

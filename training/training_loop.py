@@ -119,8 +119,7 @@ def training_loop(
         restore(state, resume, net, ema, optimizer)
     ddp = dist.data_parallel(net)
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None
-    evaluate = make_evaluator(run_dir, system, dataset_kwargs['path'], sample_options, changed_loss,
-                              **(eval_kwargs or {}))
+    evaluate = make_evaluator(run_dir, system, dataset, sample_options, changed_loss, **(eval_kwargs or {}))
     batches = Batches(dataset, batch_gpu, seed, progress.nimg, data_loader_kwargs or {}, device, data_device)
     seed_rank(seed, state, resume)
     del state  # it is as large as network, EMA and optimiser together
@@ -326,13 +325,17 @@ def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale, beg
 
 
 def open_dataset(cache=True, **kwargs):
-    """Open the data set; with `cache`, decode its images in advance unless it is too large. Call on all ranks."""
-    dist.print0('Loading dataset...')
+    """Open the data set, and decode it in advance with `cache`. Call on all ranks."""
     dataset = ImageFolderDataset(**kwargs)
+    decode_in_advance(dataset, cache)
+    return dataset
+
+
+def decode_in_advance(dataset, cache=True):
+    """With `cache`, decode the images of a data set in advance unless it is too large. Call on all ranks."""
     images = decoded_images(dataset) if cache else None
     if images is not None:
         dataset.use_decoded(images)
-    return dataset
 
 
 def make_optimizer(net, **kwargs):

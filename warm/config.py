@@ -129,11 +129,12 @@ def open_data(path, **kwargs):
     return ImageFolderDataset(path, **kwargs)
 
 
-def check_config(config, start, fetch=True):
-    """Find mistakes before the run folder is made: open the data, outline the network (meta device), check the files.
+def check_config(config, dataset, start, fetch=True):
+    """Find mistakes before the run folder is made: outline the network (on the meta device), check data and files.
 
     Args:
         config: From `training_config`.
+        dataset: Its data set, from `open_data`.
         start: From training.run_folder.start_point.
         fetch: Whether a snapshot to transfer from, or a detector, may be downloaded.
 
@@ -141,7 +142,6 @@ def check_config(config, start, fetch=True):
         UserError: whatever would stop the run before its first step.
     """
     split_batch(config['batch_size'], config['batch_gpu'])
-    dataset = open_data(**config['dataset_kwargs'])
     if config['dataset_kwargs']['use_labels'] and not dataset.has_labels:
         raise UserError(f'{dataset.path} has no labels; train without them (--cond=0), or recreate it with '
                         'dataset_tool.py from a labelled source')
