@@ -278,7 +278,7 @@ def test_mixed_sizes_or_channels_name_both(place, odd, kind):
 
 @pytest.mark.parametrize('compression', [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_mixed_png_in_zip_is_found_at_construction(tmp_path, compression):
-    """Without zipfile's checks where files are stored as they are: they take most of the time of opening a large zip."""
+    """Uncompressed files without zipfile's checks: they take most of the time to open a large zip."""
     path = tmp_path / 'set.zip'
     path.write_bytes(b'in front of the zip')
     with zipfile.ZipFile(path, 'a', compression) as z:
