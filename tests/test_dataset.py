@@ -470,6 +470,15 @@ def test_sampler_refuses_bad_arguments(kwargs):
         InfiniteSampler([])
 
 
+@pytest.mark.parametrize('offset', [2 ** 32, 2 ** 63])
+def test_a_zip_whose_directory_points_nowhere(tmp_path, offset):
+    path = tmp_path / 'set.zip'
+    with zipfile.ZipFile(path, 'w') as z:
+        z.writestr('a.png', encoded(picture(0)))
+        z.filelist[0].header_offset = offset
+    refused(path, 'could not read a.png in', 'copy the zip again')
+
+
 def test_a_forked_process_opens_the_zip_for_itself(monkeypatch):
     """With one file position for both, one would read in the middle of what the other asked for.
 

@@ -166,12 +166,13 @@ def test_loader_processes_leave_signals_to_their_rank():
     """Signals go to the whole process group, and a loader killed by one would take the current step with it."""
     code, said, _ = python('''
 import os, subprocess, time, torch
-from torch_utils.signals import StopRequest, shield_worker
+from torch_utils.signals import StopRequest
+from training.batches import start_worker
 class Numbers(torch.utils.data.IterableDataset):
     def __iter__(self):
         for i in range(1000000):
             yield i
-loader = iter(torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=shield_worker))
+loader = iter(torch.utils.data.DataLoader(Numbers(), num_workers=1, worker_init_fn=start_worker))
 next(loader)
 with StopRequest() as stop:
     worker = loader._workers[0]

@@ -65,7 +65,7 @@ class StopRequest:
                 os._exit(128 + number)
 
 
-def shield_worker(worker_id=None):
+def shield_worker():
     """For data-loader workers: ignore signals to the whole process group; the rank handles them and ends its workers.
 
     They still end when the rank itself terminates them, and PyTorch ends them when the rank is gone.

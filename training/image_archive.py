@@ -141,7 +141,7 @@ class ZipArchive:
             file = self._open().fp.fileno()
             lengths = struct.unpack('<HH', os.pread(file, 4, info.header_offset + 26))  # of the name, of what follows
             return os.pread(file, min(size, info.file_size), info.header_offset + 30 + sum(lengths))
-        except (struct.error, OSError):
+        except (struct.error, OSError, OverflowError):
             return b''
 
     def _read(self, name, size):
@@ -154,7 +154,7 @@ class ZipArchive:
                 return f.read(file_size if size < 0 else min(size, file_size))
         except KeyError as e:
             raise UserError(f'there is no {name} in {self.path}; recreate the zip with dataset_tool.py') from e
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, NotImplementedError) as e:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError, OverflowError) as e:
             raise UserError(f'could not read {name} in {self.path} ({e}); '
                             'copy the zip again, or recreate it with dataset_tool.py') from e
 
