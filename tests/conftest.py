@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import types
 
 # The tests' networks are small: a second thread costs more than it gains, above all on a busy machine. This must be
@@ -14,6 +15,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Shells start commands in the background with Ctrl-C ignored, which the processes of the tests would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='session')

@@ -41,6 +41,15 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def hangups_heard():
+    """SIGHUP as a terminal's programs have it, even if the tests run under nohup."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
+@pytest.mark.usefixtures('hangups_heard')
 @pytest.mark.parametrize('number, during, nimg, tick_nimg', [
     (signal.SIGTERM, 7, 512, 320), (signal.SIGINT, 1, 128, 64), (signal.SIGUSR1, 8, 576, 576),
     (signal.SIGHUP, 7, 512, 320)])
