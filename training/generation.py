@@ -93,10 +93,9 @@ def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted
         yield [batch[i] for i in rows], images if len(rows) == len(batch) else images[rows]
 
 
-def gather_images(net, seeds, sampler, max_batch=BATCH, class_idx=None):
+def gather_images(net, seeds, sampler):
     """All images of `seeds` as one uint8 array [N, C, H, W] in the order of `seeds`, on every rank."""
     share = -(-len(seeds) // dist.get_world_size())  # spread over the ranks, however few the seeds
-    parts = [(s, x.cpu().numpy()) for s, x in
-             generate_images(net, seeds, sampler, max(min(max_batch, share), 1), class_idx)]
+    parts = [(s, x.cpu().numpy()) for s, x in generate_images(net, seeds, sampler, min(BATCH, share))]
     images = {seed: image for rank in dist.gather_objects(parts) for s, x in rank for seed, image in zip(s, x)}
     return np.stack([images[seed] for seed in seeds])

@@ -167,8 +167,8 @@ class SplitProbabilities:
 
     uses = 'probs'
 
-    def __init__(self, total, batch=1, num_splits=NUM_SPLITS):
-        self.bounds = np.array([total * i // num_splits for i in range(num_splits + 1)])
+    def __init__(self, total, batch=1):
+        self.bounds = np.array([total * i // NUM_SPLITS for i in range(NUM_SPLITS + 1)])
         self.shares = rank_shares(total, batch)
         self.next = rank_share(total, batch).start
         self.p, self.plogp = ExactSum(), ExactSum()
@@ -177,9 +177,8 @@ class SplitProbabilities:
         p = probs.to(torch.float64)
         index = np.arange(self.next, self.next + len(p))
         split = torch.from_numpy(np.searchsorted(self.bounds, index, side='right') - 1).to(p.device)
-        splits = len(self.bounds) - 1
-        self.p.add(p.new_zeros([splits, p.shape[1]]).index_add_(0, split, p))
-        self.plogp.add(p.new_zeros([splits]).index_add_(0, split, torch.special.xlogy(p, p).sum(dim=1)))
+        self.p.add(p.new_zeros([NUM_SPLITS, p.shape[1]]).index_add_(0, split, p))
+        self.plogp.add(p.new_zeros([NUM_SPLITS]).index_add_(0, split, torch.special.xlogy(p, p).sum(dim=1)))
         self.next += len(p)
 
     def state(self):

@@ -27,18 +27,18 @@ def open_images(path, num=None, seed=0):
     return dataset
 
 
-def image_batches(dataset, indices, batch_size, threads=THREADS):
+def image_batches(dataset, indices, batch_size):
     """Yield the images of `indices` in order, as uint8 tensors [≤ batch_size, C, H, W].
 
     Threads, not processes: decoders release the GIL, nothing is forked beside CUDA or a process group,
     and errors keep their messages.
     """
     starts = iter(range(0, len(indices), batch_size))
-    pool = concurrent.futures.ThreadPoolExecutor(threads)
+    pool = concurrent.futures.ThreadPoolExecutor(THREADS)
     pending = collections.deque()
     try:
         while True:
-            while len(pending) < 2 * threads and (start := next(starts, None)) is not None:
+            while len(pending) < 2 * THREADS and (start := next(starts, None)) is not None:
                 pending.append(pool.submit(_load, dataset, indices[start:start + batch_size]))
             if not pending:
                 return

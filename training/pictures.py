@@ -33,7 +33,7 @@ def tile(images, columns=None, min_cell=64, gap=2):
     return np.pad(sheet, [(0, 0), (gap, 0), (gap, 0)], constant_values=128)
 
 
-def save_grid(path, images, columns=None):
+def save_grid(path, images):
     """Write uint8 images [N, C, H, W] as one contact sheet (`tile`)."""
     with atomic_write(path) as f:
-        to_pil(tile(images, columns)).save(f, format='PNG')
+        to_pil(tile(images)).save(f, format='PNG')

@@ -57,12 +57,12 @@ def count_evaluations(net, sampler):
     return model.calls
 
 
-def trace(net, sampler, seeds=range(4)):
+def trace(net, sampler):
     """Digest of everything the sampler passes to the U-Net and of its final images. The U-Net itself does not run.
 
     Equal for samplers that do the same arithmetic, whatever options they were made from; comparable only within one
     process.
     """
     with stand_in(net, TracedModel) as model:
-        model.note(generate_batch(net, list(seeds), sampler))
+        model.note(generate_batch(net, [0, 1, 2, 3], sampler))
     return model.digest.hexdigest()

@@ -58,10 +58,9 @@ LOOKS = (dict(color='0.45', ls='--'), dict(color='0.45', ls=':'), dict(color='ta
          dict(color='black'), dict(color='tab:red'), dict(color='tab:blue'))
 
 
-def draw_spectra(figure, power, beta=None, rates=frequencies):
+def draw_spectra(figure, power, rates=frequencies):
     """Draw Fig. 3: spectra of the observation and of the two branches' targets, for several BNRs at one noise level."""
-    beta = middle_beta(power) if beta is None else beta
-    n = len(power)
+    beta, n = middle_beta(power), len(power)
     cycles = np.arange(1, n) / (2 * n)
     levels = 10 * ring_mean(power).clamp(min=1e-30).log10()
     top, bottom = levels.max().item() + 8, min(levels.min().item(), 20 * math.log10(beta)) - 12
@@ -155,7 +154,7 @@ def main(data, outdir, tolerance, blur, max_images, seed):
     click.echo(f'{dataset.name}: {subset} {len(dataset)} images of {dataset.resolution}x{dataset.resolution} pixels')
     click.echo('\n'.join(lines[:-1]))
     if outdir is not None:
-        files = draw(os.path.join(outdir, 'spectrum'), (13, 4), lambda figure: draw_spectra(figure, power, rates=rates))
+        files = draw(os.path.join(outdir, 'spectrum'), (13, 4), lambda figure: draw_spectra(figure, power, rates))
         files += draw(os.path.join(outdir, 'schedules'), (10, 5), lambda figure: draw_schedules(figure, recommended))
         click.echo('drawn: ' + ', '.join(files))
     click.echo(lines[-1])

@@ -135,9 +135,9 @@ def at(kimg, *options):
     return tuple(Score(kimg, tuple(sorted(o.items()))) for o in options)
 
 
-def over_evaluations(kimg, solvers=SOLVERS, **fixed):
+def over_evaluations(kimg, **fixed):
     """Scores for Fig. 5: each solver at each NFE, except the default (Heun, 18 steps), which is planned elsewhere."""
-    return at(kimg, *(drawn(solver, steps, **fixed) for solver in solvers for steps in SOLVERS[solver]
+    return at(kimg, *(drawn(solver, steps, **fixed) for solver, counts in SOLVERS.items() for steps in counts
                       if drawn(solver, steps)))
 
 
