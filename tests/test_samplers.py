@@ -209,10 +209,12 @@ def test_iddpm_levels_include_both_ends():
 # -- churn and random numbers
 
 def test_churn_raises_the_level_inside_its_window_only():
-    assert churned(1.0, 10, 2, 0.5, 2) == pytest.approx(1.2)
-    assert churned(1.0, 10, 1000, 0.5, 2) == pytest.approx(math.sqrt(2))
-    assert churned(1.0, 10, 2, 1, 1) == pytest.approx(1.2)
-    assert churned(1.0, 10, 2, 1.5, 2) == churned(1.0, 10, 2, 0.1, 0.5) == churned(1.0, 10, 0, 0, math.inf) == 1
+    def raised(*churn):
+        return churned(toy(), torch.tensor([1.0, 3.0], dtype=torch.float64), 10, *churn).tolist()
+
+    assert raised(2, 0.5, 2) == raised(2, 1, 1) == [pytest.approx(1.2), 3]
+    assert raised(1000, 0.5, 3) == pytest.approx([math.sqrt(2), 3 * math.sqrt(2)])
+    assert raised(2, 1.5, 2) == raised(2, 0.1, 0.5) == raised(0, 0, math.inf) == [1, 3]
 
 
 @pytest.mark.parametrize('sampler', [edm_sampler, ablation_sampler])

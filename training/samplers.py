@@ -95,15 +95,11 @@ def edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net):
     return torch.cat([sigmas, sigmas.new_zeros([1])])
 
 
-def churned(sigma, num_steps, S_churn, S_min, S_max):
-    """The noise level σ + γσ that a step starts from after churn (floats)."""
-    gamma = min(S_churn / num_steps, math.sqrt(2) - 1) if S_min <= sigma <= S_max else 0
-    return sigma + gamma * sigma
-
-
-def _churned_levels(net, sigmas, *churn):
-    """`churned` for each noise level, then rounded: tensor to tensor."""
-    return rounded(net, torch.tensor([churned(sigma, *churn) for sigma in sigmas.tolist()], dtype=torch.float64))
+def churned(net, sigmas, num_steps, S_churn, S_min, S_max):
+    """The noise levels σ + γσ that steps start from after churn, `rounded`: tensor to tensor."""
+    gamma = min(S_churn / num_steps, math.sqrt(2) - 1)
+    raised = [sigma + gamma * sigma if S_min <= sigma <= S_max else sigma for sigma in sigmas.tolist()]
+    return rounded(net, torch.tensor(raised, dtype=torch.float64))
 
 
 def noise_spread(sigma, sigma_hat):
@@ -161,7 +157,7 @@ def edm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, nu
     """
     t_steps = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net)
     check_churn(S_churn, S_noise)
-    t_hats = _churned_levels(net, t_steps[:-1], num_steps, S_churn, S_min, S_max)
+    t_hats = churned(net, t_steps[:-1], num_steps, S_churn, S_min, S_max)
     noise_stds = S_noise * noise_spread(t_steps[:-1], t_hats)
 
     def slope(x, t):
@@ -208,7 +204,7 @@ def ablation_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
     t_steps = sigma_inv(_rounded_grid(net, grid.levels(num_steps, sigma_min, sigma_max, rho=rho, epsilon_s=epsilon_s,
                                                         C_1=C_1, C_2=C_2, M=M)))
     sigmas = sigma(t_steps)
-    t_hats = sigma_inv(_churned_levels(net, sigmas, num_steps, S_churn, S_min, S_max))
+    t_hats = sigma_inv(churned(net, sigmas, num_steps, S_churn, S_min, S_max))
     sigma_hats = sigma(t_hats)
     s, s_hats = scaling.s(sigmas), scaling.s(sigma_hats)
     noise_stds = S_noise * s_hats * noise_spread(sigmas, sigma_hats)

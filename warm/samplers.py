@@ -18,7 +18,7 @@ import math
 import torch
 
 from dnnlib import UserError, chosen
-from training.samplers import check_churn, churned, edm_sigma_steps, evaluate, rounded
+from training.samplers import check_churn, churned, edm_sigma_steps, evaluate
 from training.schedules import NUM_STEPS, RHO, SIGMA_MAX, SIGMA_MIN, SOLVER
 from training.system import GRID_OPTIONS, Option, flag_of
 from warm.blur import blur_mask, dct2, frequencies, idct2, log_mask_ratio
@@ -167,19 +167,18 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     """
     own = check_options(num_steps, S_churn, S_noise, solver, solver_options)
     path = sampling_path(net, path)
-    betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net).tolist()
-    raised = [churned(beta, num_steps, S_churn, S_min, S_max) for beta in betas[:-1]]
-    raised = rounded(net, torch.tensor(raised, dtype=torch.float64)).tolist()
+    betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net)
+    beta_hats = churned(net, betas[:-1], num_steps, S_churn, S_min, S_max)
     denoise, step, memory, rates = make_denoiser(net, class_labels), SOLVERS[solver].step, {}, blur_rates(net)
 
     def level(beta):
         return Level(latents.new_full([], path.alpha(beta), dtype=torch.float64), beta, path.is_hot, rates)
 
-    x = latents.to(torch.float64) * betas[0]
-    for i, (beta, beta_next) in enumerate(zip(betas[:-1], betas[1:])):
+    x = latents.to(torch.float64) * betas[0].item()
+    for beta, beta_hat, beta_next in zip(betas[:-1].tolist(), beta_hats.tolist(), betas[1:].tolist()):
         here, there, z = level(beta), level(beta_next), randn_like(x)
-        if raised[i] > beta:
-            x, here = add_churn(x, here, level(raised[i]), z, S_noise), level(raised[i])
+        if beta_hat > beta:
+            x, here = add_churn(x, here, level(beta_hat), z, S_noise), level(beta_hat)
         if there.beta == here.beta:  # the network rounded two levels to one
             continue
         D, R = denoise(x, here)
