@@ -109,28 +109,14 @@ def options_of(solvers):
     return tuple(dict.fromkeys(option for name in solvers for option in SOLVERS[name].options))
 
 
-def sampling_path(net, path=None):
-    """The path to sample `net` along: `path` if given, else the network's default, else (an EDM network) BNR 0."""
-    if path is not None:
-        return path
-    family = getattr(net, 'family', None)
-    return family.default if family is not None else ConstantBNR(0)
-
-
-def blur_rates(net):
-    """The rates of the network's blur, one of warm.blur.BLUR_RATES; the Gaussian's where a network names none."""
-    return getattr(net, 'rates', frequencies)
-
-
 def make_denoiser(net, class_labels=None):
     """Make denoise(x, level) → (D, R) in float64, R with zero mean; for Warm networks and, on hot paths, any other.
 
     Raises:
         UserError: from denoise, if a network that cannot deblur is given a level with blur.
     """
-    family = getattr(net, 'family', None)
     has_parts = hasattr(net, 'denoise_deblur')
-    knows_blur = has_parts and not (family is not None and family.is_hot)
+    knows_blur = has_parts and not (hasattr(net, 'family') and net.family.is_hot)
 
     def denoise(x, level):
         if not (level.hot or knows_blur):
@@ -156,7 +142,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         num_steps, sigma_min, sigma_max, rho: EDM's grid of noise levels β.
         S_churn, S_min, S_max, S_noise: EDM's churn, along the path (`add_churn`).
         solver: A name in SOLVERS.
-        path: α for each β (warm.path); by default the network's own.
+        path: α for each β (warm.path); by default the network's own, an EDM network's being BNR 0.
         solver_options: The solver's own, such as euler's `eta`.
 
     Returns:
@@ -166,10 +152,12 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         UserError: unknown solver, options that do not go together, an invalid grid.
     """
     own = check_options(num_steps, S_churn, S_noise, solver, solver_options)
-    path = sampling_path(net, path)
+    if path is None:
+        path = net.family.default if hasattr(net, 'family') else ConstantBNR(0)
     betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net)
     beta_hats = churned(net, betas[:-1], num_steps, S_churn, S_min, S_max)
-    denoise, step, memory, rates = make_denoiser(net, class_labels), SOLVERS[solver].step, {}, blur_rates(net)
+    denoise, step, memory = make_denoiser(net, class_labels), SOLVERS[solver].step, {}
+    rates = getattr(net, 'rates', frequencies)  # the Gaussian's where a network names none
 
     def level(beta):
         return Level(latents.new_full([], path.alpha(beta), dtype=torch.float64), beta, path.is_hot, rates)
