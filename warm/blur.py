@@ -39,11 +39,12 @@ def frequencies(n, device=torch.device('cpu')):
     return (f[:, None] + f).to(device)
 
 
-def prior_spectrum(n, sigma_data=SIGMA_DATA):
+@constant
+def prior_spectrum(n, sigma_data=SIGMA_DATA, device=torch.device('cpu')):
     """Natural-image prior S ∝ (k² + l² + 1)^−1.2 with mean σ_data² over the bands: [n, n], float64 (ours)."""
     k = torch.arange(n, dtype=torch.float64).square()
     s = (k[:, None] + k + 1) ** -1.2
-    return s * (sigma_data ** 2 / s.mean())
+    return (s * (sigma_data ** 2 / s.mean())).to(device)
 
 
 @constant
@@ -162,11 +163,6 @@ def check_alpha(alpha):
         raise UserError(f'{excerpt(given.flatten().tolist(), 100)} is not a valid blur in pixels; give numbers ≥ 0')
 
 
-@constant
-def _prior_on(n, sigma_data, device):
-    return prior_spectrum(n, sigma_data).to(device)
-
-
 def rest_magnitude(alpha, n, sigma_data=SIGMA_DATA, rates=frequencies):
     """s_R(α) = √mean((1−M)² S): expected magnitude of the rest under the prior spectrum (ours).
 
@@ -180,5 +176,5 @@ def rest_magnitude(alpha, n, sigma_data=SIGMA_DATA, rates=frequencies):
         float64, [B, 1, 1, 1] or a 0-d tensor; 0 at α = 0.
     """
     gone = rest_mask(alpha, n, rates)
-    power = gone.square() * _prior_on(n, sigma_data, gone.device)
+    power = gone.square() * prior_spectrum(n, sigma_data, gone.device)
     return power.mean(dim=(-2, -1), keepdim=power.ndim > 2).sqrt()
