@@ -65,8 +65,8 @@ def test_recorded_lee(golden, f_type, i):
 
 
 def test_the_papers_forms_are_the_defaults():
-    assert LeeChain().sums[1][-1] - LeeChain().sums[1][-2] == pytest.approx(0.14)
-    assert LeeChain(f_type='log').sums[1].diff()[-1].item() == pytest.approx(0.6)
+    assert LeeChain().sums()[1][-1] - LeeChain().sums()[1][-2] == pytest.approx(0.14)
+    assert LeeChain(f_type='log').sums()[1].diff()[-1].item() == pytest.approx(0.6)
     least = 0.001 * math.sin(math.atan(math.exp(-5)))
     assert BlurringProcess().at(number(1.0), 8).signal[7, 7].item() == pytest.approx(least)
 

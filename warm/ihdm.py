@@ -59,27 +59,21 @@ class HeatLevels:
             raise UserError(f'--ihdm-blur-max={self.blur_max} must be more than the {self.blur_min:g} pixels of the '
                             'first level')
 
-    @functools.cached_property
-    def alphas(self):
-        """Blur in pixels of levels 0 … K, float64 on the CPU."""
+    @constant
+    def alphas(self, device=torch.device('cpu')):
+        """Blur in pixels of levels 0 … K, float64."""
         ends = math.log(self.blur_min), math.log(self.blur_max)
         blurs = torch.linspace(*ends, self.num_levels, dtype=torch.float64, device='cpu').exp()
-        return torch.cat([blurs.new_zeros([1]), blurs])
+        return torch.cat([blurs.new_zeros([1]), blurs]).to(device)
 
     def alpha(self, k):
         """Blur in pixels at levels k, an integer tensor; same shape and device."""
-        return _alphas_on(self, k.device).take(k)
+        return self.alphas(k.device).take(k)
 
     def at(self, k, n):
         """`Bands` of N×N images at levels k ([] or [B, 1, 1, 1])."""
         alpha = self.alpha(k)
         return Bands(log_blur_mask(alpha, n), torch.full_like(alpha, self.noise))
-
-
-@constant
-def _alphas_on(levels, device):
-    """The table of blurs on a device, copied only once, since the host waits for each copy."""
-    return levels.alphas.to(device)
 
 
 class IHDMPrecond(Precond):
@@ -128,7 +122,7 @@ def ihdm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, i
     """
     process = net.process
     u = (images.draw(latents, class_labels, randn_like) + 1) / 2
-    u = blur(u, process.alphas[-1].item())
+    u = blur(u, process.alphas()[-1].item())
     for k in range(process.num_levels, 0, -1):
         mean = evaluate(net, u, k, class_labels)
         u = mean + delta * randn_like(u)

@@ -74,18 +74,18 @@ class LeeChain:
         if self.f_final is not None and not (math.isfinite(self.f_final) and self.f_final >= 0):
             raise UserError(f'--f-final={self.f_final} is not a valid amount of blur; give a number ≥ 0, such as 0.14')
 
-    @functools.cached_property
-    def sums(self):
-        """(ln ᾱ_i, Σ_{j≤i} f(j)) for i = 0 … N: two float64 tensors on the CPU."""
+    @constant
+    def sums(self, device=torch.device('cpu')):
+        """(ln ᾱ_i, Σ_{j≤i} f(j)) for i = 0 … N: two float64 tensors."""
         i = torch.arange(1, self.num_levels + 1, dtype=torch.float64, device='cpu')
         beta = torch.linspace(self.beta_min, self.beta_max, self.num_levels, dtype=torch.float64, device='cpu')
         f_final = F_FINAL[self.f_type] if self.f_final is None else self.f_final
         f = f_final * F_TYPES[self.f_type](i, self.num_levels)
-        return tuple(torch.cat([v.new_zeros([1]), v.cumsum(0)]) for v in (torch.log1p(-beta), f))
+        return tuple(torch.cat([v.new_zeros([1]), v.cumsum(0)]).to(device) for v in (torch.log1p(-beta), f))
 
     def log_power(self, i, frequency):
         """ln Ā at level i (integer tensor) in bands with λ = frequency (float64 tensor); their shapes broadcast."""
-        log_alpha, f = (table.take(i) for table in _sums_on(self, i.device))
+        log_alpha, f = (table.take(i) for table in self.sums(i.device))
         return log_alpha - frequency * self.sigma ** 2 * f
 
     def at(self, i, n):
@@ -98,12 +98,6 @@ class LeeChain:
         """ln of the largest a_s/a_t over all bands of N×N images and all steps t → s between successive `levels`."""
         highest = self.log_power(torch.tensor(levels, device='cpu'), frequencies(n)[-1, -1])
         return highest.diff().max().item() / 2
-
-
-@constant
-def _sums_on(chain, device):
-    """The chain's tables on a device, copied only once, since the host waits for each copy."""
-    return tuple(table.to(device) for table in chain.sums)
 
 
 class LeePrecond(Precond):

@@ -108,7 +108,7 @@ def other_diffusions():
     t = torch.linspace(0, 1, 200, dtype=torch.float64).reshape(-1, 1, 1, 1)
     bands = process.at(t, 1)  # a single pixel has no detail, so its gain is the process's a
     beta = 2 * levels.noise  # its images are in [0, 1]
-    heat = levels.alphas[1:]
+    heat = levels.alphas()[1:]
     return {
         'Blurring Diffusion with its own noise': (
             (bands.noise / bands.signal).flatten(), process.sigma_blur_max * BLUR_SCHEDULES['sin2'](t).flatten(),
