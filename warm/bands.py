@@ -10,6 +10,7 @@ a is stored as its logarithm: at strong blur it underflows, and then only ratios
 """
 
 import dataclasses
+import math
 
 import torch
 
@@ -98,3 +99,9 @@ def ancestral_noise_step(x, eps, here, there, z=None, delta=0):
 def spread_levels(num_steps, last):
     """num_steps + 1 integers, evenly spaced (rounded up) from `last` down to 0."""
     return [-(-last * i // num_steps) for i in range(num_steps, -1, -1)]
+
+
+def spread_blurs(first, last, count):
+    """0, then `count` blurs from `first` to `last` pixels, evenly spaced in the logarithm: float64 on the CPU."""
+    blurs = torch.linspace(math.log(first), math.log(last), count, dtype=torch.float64, device='cpu').exp()
+    return torch.cat([blurs.new_zeros([1]), blurs])

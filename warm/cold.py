@@ -34,7 +34,7 @@ from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps, evaluate
 from training.system import Option, System
-from warm.bands import Bands, diffuse, spread_levels
+from warm.bands import Bands, diffuse, spread_blurs, spread_levels
 from warm.blur import dct2, filter_bands, idct2, log_blur_mask
 from warm.starts import BLURRED_IMAGES, DATA, TrainingImages
 
@@ -61,10 +61,7 @@ def kernel_log_gains(num_steps, n):
 
 def strong_log_gains(num_steps, n):
     """Log gain of each band under Gaussian blurs of 0.5 to 1.25·N pixels: float64 [num_steps + 1, N, N], 0 at s = 0."""
-    ends = math.log(0.5), math.log(1.25 * n)
-    alphas = torch.linspace(*ends, num_steps, dtype=torch.float64, device='cpu').exp()
-    alphas = torch.cat([alphas.new_zeros([1]), alphas])
-    return log_blur_mask(alphas, n).squeeze(1)
+    return log_blur_mask(spread_blurs(0.5, 1.25 * n, num_steps), n).squeeze(1)
 
 
 BLURS = {'paper': kernel_log_gains, 'strong': strong_log_gains}

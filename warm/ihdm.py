@@ -30,7 +30,7 @@ from training.loss import augment
 from training.precond import Precond
 from training.samplers import evaluate
 from training.system import Option, System
-from warm.bands import Bands, diffuse
+from warm.bands import Bands, diffuse, spread_blurs
 from warm.blur import blur, log_blur_mask
 from warm.starts import BLURRED_IMAGES, DATA, TrainingImages
 
@@ -62,9 +62,7 @@ class HeatLevels:
     @constant
     def alphas(self, device=torch.device('cpu')):
         """Blur in pixels of levels 0 … K, float64."""
-        ends = math.log(self.blur_min), math.log(self.blur_max)
-        blurs = torch.linspace(*ends, self.num_levels, dtype=torch.float64, device='cpu').exp()
-        return torch.cat([blurs.new_zeros([1]), blurs]).to(device)
+        return spread_blurs(self.blur_min, self.blur_max, self.num_levels).to(device)
 
     def alpha(self, k):
         """Blur in pixels at levels k, an integer tensor; same shape and device."""
