@@ -21,8 +21,8 @@ from training.generation import BATCH, GPU_BATCH, default_batch
 from training.metric_images import open_images
 from training.provenance import log_scores
 from training.run_files import SCORES_NAME
-from training.scoring import (ImageFiles, NetworkImages, check_reference, load_scorer, open_detector, say,
-                              scoring_batch, unfinished_pass, write_reference)
+from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, say, scoring_batch,
+                              unfinished_pass, write_reference)
 from training.system import flag_of
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network
@@ -42,7 +42,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     if log:
         check_json_lines(log)
     metrics = m.parse_metrics(metrics)
-    check_reference(metrics, ref)
+    m.check_reference(metrics, ref)
     if images:
         sources, usual_batch, usual_log = file_sources(images, num, seed)
     else:

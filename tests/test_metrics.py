@@ -369,9 +369,9 @@ def test_a_single_array_is_no_statistics(tmp_path):
 
 
 def test_missing_reference():
-    metrics.check_reference_given(['is'], None)
+    metrics.check_reference(['is'], None)
     with pytest.raises(UserError, match="'fid' compares with a reference; give --ref"):
-        metrics.check_reference_given(['is', 'fid'], None)
+        metrics.check_reference(['is', 'fid'], None)
 
 
 @pytest.mark.parametrize('collector', [Moments, Features, SplitProbabilities])

@@ -323,8 +323,10 @@ def _check_detector(ref, detector, what):
                         'or recreate the reference with fid.py ref')
 
 
-def check_reference_given(metrics, ref):
-    """Raise UserError if a metric needs a reference and none is given."""
+def check_reference(metrics, ref):
+    """Raise UserError if `metrics` need a reference and there is none, or if `ref` is a file that does not exist."""
     names = [m for m in metrics if METRICS[m].ref_arrays]
     if names and not ref:
         raise UserError(f"the metric '{names[0]}' compares with a reference; give --ref=NPZ (fid.py ref makes one)")
+    if ref and not is_url(ref):
+        local_path(ref)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tqdm
 
-from dnnlib.download import is_url, local_path
+from dnnlib.download import local_path
 from dnnlib.files import file_sha256
 from dnnlib.text import NUMBER, check_once, excerpt, format_int_list
 from torch_utils import distributed as dist
@@ -201,13 +201,6 @@ def open_detector(spec):
     return dist.first_on_rank0(lambda: load_detector(spec, dist.device()))
 
 
-def check_reference(metrics, ref):
-    """Raise UserError if `metrics` need a reference and there is none, or if `ref` is a file that does not exist."""
-    m.check_reference_given(metrics, ref)
-    if ref and not is_url(ref):
-        local_path(ref)
-
-
 def load_scorer(metrics, detector, ref=None, seed=0):
     """Load detector and reference statistics into a `Scorer`. Call on all ranks.
 
@@ -220,7 +213,7 @@ def load_scorer(metrics, detector, ref=None, seed=0):
     Raises:
         UserError: any of these is unsuitable.
     """
-    check_reference(metrics, ref)
+    m.check_reference(metrics, ref)
     if not isinstance(detector, Detector):
         detector = open_detector(detector)
     if not ref:
