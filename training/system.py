@@ -19,6 +19,17 @@ FLAG_NAMES = {'num_steps': 'steps', 'discretization': 'disc'}  # where EDM's fla
 ABLATION_OPTIONS = ('solver', 'discretization', 'schedule', 'scaling')
 
 
+def flag_of(name):
+    """The command-line flag for an option's name; EDM's own keep their underscores."""
+    edm = (*COMMON_SAMPLE_OPTIONS, *ABLATION_OPTIONS)
+    return '--' + (FLAG_NAMES.get(name, name) if name in edm else name.replace('_', '-'))
+
+
+def as_flags(options):
+    """{name: value} as typed: ['--steps=3', '--bnr=0.5']."""
+    return [f'{flag_of(str(name))}={value}' for name, value in options.items()]
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """An option that only some systems have; train.py and generate.py make their flags from these.
@@ -127,12 +138,8 @@ class System:
         """Whether its samples start from training images, which its sampler's option `data` names."""
         return any(option.name == 'data' for option in self.own_sample_options)
 
-    def check_options(self, names, shown=None):
-        """Raise UserError for a name that is not an option of the sampler.
-
-        `shown` turns a name into the user's name for it, by default the flag.
-        """
-        shown = shown or flag_of
+    def check_options(self, names, shown=flag_of):
+        """Raise UserError for a name that is no option of the sampler; `shown` turns it into the user's name for it."""
         known = (*self.sample_options, *(option.name for option in self.own_sample_options))
         for name in names:
             if name not in known:
@@ -183,17 +190,6 @@ EDM_SYSTEMS = (
                 trainable=False),
     _edm_system('edm', 'EDM', 'Karras et al. 2022', EDMPrecond, EDMLoss),
 )
-
-
-def flag_of(name):
-    """The command-line flag for an option's name; EDM's own keep their underscores."""
-    edm = (*COMMON_SAMPLE_OPTIONS, *ABLATION_OPTIONS)
-    return '--' + (FLAG_NAMES.get(name, name) if name in edm else name.replace('_', '-'))
-
-
-def as_flags(options):
-    """{name: value} as typed: ['--steps=3', '--bnr=0.5']."""
-    return [f'{flag_of(str(name))}={value}' for name, value in options.items()]
 
 
 def own_options(systems, attribute):
