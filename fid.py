@@ -37,7 +37,7 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     Returns:
         {name: value}, the best of several rounds; {} on ranks other than 0.
     """
-    network_only = dict(seeds=seeds, rounds=rounds, **{'class': class_idx}, **sampler_options)
+    network_only = {'seeds': seeds, 'rounds': rounds, 'class': class_idx, **sampler_options}
     check_exclusive(images, network, {flag_of(k): v for k, v in network_only.items()}, {'--num': num})
     if log:
         check_json_lines(log)
@@ -84,8 +84,8 @@ def shifts(seeds, rounds):
     return [i * length for i in range(rounds)]
 
 
-def score_rounds(scorer, sources, batch, log, default_log):
-    """Score each source, print all scores and the best, and append all to the file `log`, or else `default_log`."""
+def score_rounds(scorer, sources, batch, log, usual_log):
+    """Score each source, print all scores and the best, and append all to the file `log`, or else `usual_log`."""
     passes, results = [], []
     scorer.warn_of_size(sources[0])
     for i, source in enumerate(sources, 1):
@@ -101,7 +101,7 @@ def score_rounds(scorer, sources, batch, log, default_log):
         best = m.best_scores(scorer.metrics, [values for values, _ in results])
         try:
             for i, (source, (values, facts)) in enumerate(zip(sources, results), 1):
-                log_scores(log or default_log, values, scorer.detector,
+                log_scores(log or usual_log, values, scorer.detector,
                            {**source.record, **facts, 'round': i, 'rounds': len(sources)})
         except UserError as e:
             if log:
