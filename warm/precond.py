@@ -54,8 +54,7 @@ class WarmPrecond(Precond):
                               targets=targets, **choices),
                          sigma_min, sigma_max, len(parametrisation.names), *args, **network)
         self.family, self.parametrisation, self.choices = family, parametrisation, choices
-        self.rest_weight, self.rest_scale, self.blur_embedding = rest_weight, rest_scale, blur_embedding
-        self.rates = BLUR_RATES[blur]
+        self.rest_weight, self.rest_scale, self.rates = rest_weight, rest_scale, BLUR_RATES[blur]
         feature = BLUR_EMBEDDINGS[blur_embedding]
         self.map_blur = None if family.is_hot or feature is None else BlurEmbedding(self.model.noise_channels, feature)
 
