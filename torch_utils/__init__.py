@@ -1,1 +1,1 @@
-"""Plumbing around PyTorch: ranks, random state, statistics."""
+"""Plumbing around PyTorch: ranks, signals, precision, statistics, the data's order."""

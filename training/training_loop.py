@@ -63,7 +63,7 @@ def training_loop(
     timeout=None,               # Seconds without progress after which a rank counts as hung; 0 = never; `watched_sec`.
     eval_kwargs=None,           # Arguments of make_evaluator: ticks, num, ref, detector, metrics; None = no scores.
     tensorboard=False,          # Whether to write event files for TensorBoard too.
-    dataset=None,               # What open_dataset(**dataset_kwargs) returned, if already called.
+    dataset=None,               # The data set, if it is already open (and decoded); else `open_dataset` opens it.
     cudnn_benchmark=True,
 ):
     """Train a system and write snapshots, states, image grids and stats.jsonl to `run_dir`.
