@@ -19,8 +19,8 @@ import functools
 import torch
 
 from dnnlib import UserError
-from training.loss import P_MEAN, P_STD, SIGMA_DATA, augment, edm_loss_weight, sample_edm_sigma
-from training.precond import Precond, edm_scalings
+from training.loss import P_MEAN, P_STD, augment, edm_loss_weight, sample_edm_sigma
+from training.precond import SIGMA_DATA, Precond, edm_scalings
 from training.samplers import edm_sampler
 from training.system import GRID_OPTIONS, Option, System, loss_for
 from warm.samplers import grid_options

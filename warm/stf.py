@@ -18,8 +18,8 @@ import dataclasses
 
 import torch
 
-from training.loss import P_MEAN, P_STD, SIGMA_DATA, augment, edm_loss_weight, sample_edm_sigma
-from training.networks import EDMPrecond
+from training.loss import P_MEAN, P_STD, augment, edm_loss_weight, sample_edm_sigma
+from training.precond import SIGMA_DATA, EDMPrecond
 from training.system import ABLATION_OPTIONS, COMMON_SAMPLE_OPTIONS, System, edm_samplers, loss_for
 
 
