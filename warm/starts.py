@@ -77,7 +77,8 @@ class TrainingImages:
     def colours(self):
         """Mean [C] and covariance [C, C] of the images' mean colours, float64 in units of [−1, 1]."""
         means = torch.stack([_scaled(self.dataset[i][0]).mean(dim=(1, 2)) for i in range(len(self.dataset))])
-        return means.mean(dim=0), (means - means.mean(dim=0)).T @ (means - means.mean(dim=0)) / len(means)
+        centred = means - means.mean(dim=0)
+        return means.mean(dim=0), centred.T @ centred / len(means)
 
 
 def _scaled(pixels):
