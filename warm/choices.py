@@ -22,7 +22,7 @@ import math
 import torch
 
 from dnnlib import UserError, chosen
-from training.system import flag_of
+from training.system import as_flags
 from warm.blur import BLUR_RATES, PAPER_BLUR, rest_magnitude
 from warm.path import OnePath
 
@@ -100,5 +100,4 @@ def checked_choices(choices, family, targets, branches):
 
 def flags_of(choices):
     """['--rest-scale=edm', …] for {name: value}."""
-    return [f'{flag_of(name)}={value:g}' if isinstance(value, float) else f'{flag_of(name)}={value}'
-            for name, value in choices.items()]
+    return as_flags({name: f'{value:g}' if isinstance(value, float) else value for name, value in choices.items()})
