@@ -4,10 +4,14 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
+from torch_utils import distributed as dist
 from training.acceleration import is_compiled
 from training.pixels import to_uint8
 from training.samplers import StackedRandomGenerator
-from torch_utils import distributed as dist
+
+BATCH = 64  # images at a time by default
+GPU_BATCH = 512  # the same on a GPU with memory to spare; more is no faster there
+GPU_SHARE = 0.25  # share of its memory that the features of a batch may take
 
 
 def check_class(net, class_idx, name='--class'):
@@ -52,11 +56,6 @@ def generate_batch(net, seeds, sampler, class_idx=None, size=None, **extra):
             index = torch.full_like(index, class_idx)
         class_labels = torch.nn.functional.one_hot(index, net.label_dim).to(torch.float32)
     return sampler(latents, class_labels, rnd.randn_like, **extra)
-
-
-BATCH = 64  # images at a time by default
-GPU_BATCH = 512  # the same on a GPU with memory to spare; more is no faster there
-GPU_SHARE = 0.25  # share of its memory that the features of a batch may take
 
 
 def default_batch(net):
