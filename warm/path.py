@@ -266,10 +266,10 @@ def parse_family(bnr=None, schedule=None):
     Raises:
         UserError: as `parse_path`; also duplicates in a list and an empty range.
     """
-    text = str(bnr if bnr is not None else '').strip()
-    a_range = re.fullmatch(r'([^-,]+?)-([^-,]+)', text) if 'e-' not in text.lower() else None
-    if (schedule or 'constant') == 'constant' and ',' in text:
-        return BNRList(tuple(_number(part, '--bnr', ANY_BNR) for part in text.split(',')))
-    if (schedule or 'constant') == 'constant' and a_range:
-        return BNRRange(*(_number(part, '--bnr', ANY_BNR) for part in a_range.groups()))
+    if (schedule or 'constant') == 'constant' and bnr is not None:
+        text = str(bnr).strip()
+        if ',' in text:
+            return BNRList(tuple(_number(part, '--bnr', ANY_BNR) for part in text.split(',')))
+        if 'e-' not in text.lower() and (a_range := re.fullmatch(r'([^-,]+?)-([^-,]+)', text)):
+            return BNRRange(*(_number(part, '--bnr', ANY_BNR) for part in a_range.groups()))
     return OnePath(parse_path(bnr, schedule, ANY_BNR))
