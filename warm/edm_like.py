@@ -25,7 +25,7 @@ def with_multistep(system):
             if name not in (*COMMON_SAMPLE_OPTIONS, 'solver', *own_names):
                 raise UserError(f'--solver={solver} does not take {flag_of(name)}; leave it out or use '
                                 f"--solver={' or '.join(EDM_SOLVERS)}")
-        with_defaults(options)
+        with_defaults(options)  # for its checks
         return functools.partial(warm_sampler, **options)
     return dataclasses.replace(system, sampler=sampler, own_sample_options=(*system.own_sample_options, *own))
 
