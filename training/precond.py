@@ -36,6 +36,13 @@ def check_floats(x):
                         'first: x.float() / 127.5 - 1')
 
 
+def per_image(levels, x, what):
+    """The tensor `levels` as [B or 1, 1, 1, 1]; UserError unless one is for all B images x or each has its own."""
+    if levels.numel() not in (1, len(x)):
+        raise UserError(f'there are {levels.numel()} {what} for {len(x)} images; give one for all, or one per image')
+    return levels.reshape(-1, 1, 1, 1)
+
+
 class Precond(torch.nn.Module):
     """A network F and what surrounds it: noise levels, labels, precision.
 
@@ -151,11 +158,7 @@ class Precond(torch.nn.Module):
 
     def as_sigma(self, sigma, x):
         """σ as float32 [B or 1, 1, 1, 1] on x's device."""
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        if len(sigma) not in (1, len(x)):
-            raise UserError(f'there are {len(sigma)} noise levels for {len(x)} images; '
-                            'give one for all, or one per image')
-        return sigma
+        return per_image(torch.as_tensor(sigma, dtype=torch.float32, device=x.device), x, 'noise levels')
 
     def check_labels(self, class_labels, x):
         """Labels as float32 [B or 1, label_dim], zeros for None; None for a network without labels."""

@@ -2,9 +2,9 @@
 
 import torch
 
-from dnnlib import UserError, chosen
+from dnnlib import chosen
 from training.layers import Init, Linear, PositionalEmbedding
-from training.precond import SIGMA_DATA, Precond, edm_scalings
+from training.precond import SIGMA_DATA, Precond, edm_scalings, per_image
 from warm.blur import BLUR_RATES, check_alpha
 from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
 from warm.path import parse_family
@@ -17,7 +17,7 @@ class WarmPrecond(Precond):
     D = c_skip·x + c_out·F_D with EDM's coefficients at σ = β; R = s_R(α)·F_R (warm.targets). The noise level
     is embedded through ln(β)/4 as in EDM, the blur through ln(α)/4: a positional embedding and a linear map
     without bias, added to the noise embedding; exactly zero for images with α = 0. A network whose only BNR
-    is 0 is EDM's, tensor for tensor. Choices in this have alternatives (warm.choices).
+    is 0 is EDM's, tensor for tensor. Some of these choices have alternatives (warm.choices).
 
     Args:
         sigma_min, sigma_max: Supported noise levels β.
@@ -69,8 +69,11 @@ class WarmPrecond(Precond):
     def point(self, x, sigma, alpha=None):
         """The warm.targets.Point given by the arguments of `forward`, checked as described there."""
         x, sigma = self.check_images(x), self.as_sigma(sigma, x)
-        return Point(x, sigma, self.as_alpha(alpha, sigma, x), *self.scalings(sigma), self.sigma_data, self.rest_scale,
-                     self.rates)
+        if alpha is None:
+            alpha = self.family.default.alpha(sigma)
+        check_alpha(alpha)
+        alpha = per_image(torch.as_tensor(alpha, device=x.device), x, 'blur levels')
+        return Point(x, sigma, alpha, *self.scalings(sigma), self.sigma_data, self.rest_scale, self.rates)
 
     def estimates(self, point, class_labels=None, force_fp32=False, **model_kwargs):
         """What the branches estimate at a Point: float32 tensors like x, one per branch."""
@@ -78,17 +81,6 @@ class WarmPrecond(Precond):
             model_kwargs['extra_embedding'] = self.map_blur(point.alpha.flatten().to(torch.float32))
         F = self.run_model(point.c_in * point.x, point.c_noise, class_labels, force_fp32, **model_kwargs)
         return self.parametrisation.estimates(F.split(self.img_channels, dim=1), point)
-
-    def as_alpha(self, alpha, sigma, x):
-        """α as [B or 1, 1, 1, 1] on x's device; checked as `forward` describes."""
-        if alpha is None:
-            alpha = self.family.default.alpha(sigma)
-        check_alpha(alpha)
-        alpha = torch.as_tensor(alpha, device=x.device).reshape(-1, 1, 1, 1)
-        if len(alpha) not in (1, len(x)):
-            raise UserError(f'there are {len(alpha)} blur levels for {len(x)} images; '
-                            'give one for all, or one per image')
-        return alpha
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None, force_fp32=False, **model_kwargs):
         """(D, R): the blurred image without noise (Eq. 5) and what the blur removed (Eq. 6); arguments as `forward`."""
