@@ -14,12 +14,6 @@ from training.layers import (BlockStyle, Conv2d, FourierEmbedding, GroupNorm, In
                              UNetBlock)
 
 
-def drop_labels(labels, probability, batch):
-    """Zero each of `batch` images' labels with that probability, for classifier-free guidance."""
-    keep = torch.rand([batch, 1], device=labels.device) >= probability
-    return labels * keep.to(labels.dtype)
-
-
 class UNet(Network):
     """What the two networks share: levels of blocks going down, then up with skip connections.
 
@@ -54,6 +48,13 @@ class UNet(Network):
         """The skips, num_blocks + 1 feature maps per level, and one more per level."""
         return sum((self.num_blocks + 2) * channels * (self.img_resolution >> level) ** 2
                    for level, channels in enumerate(self.level_channels))
+
+    def drop_labels(self, labels, batch):
+        """In training, zero each image's labels with the probability `label_dropout`, for classifier-free guidance."""
+        if not (self.training and self.label_dropout):
+            return labels
+        keep = torch.rand([batch, 1], device=labels.device) >= self.label_dropout
+        return labels * keep.to(labels.dtype)
 
     def run_layer(self, layer, x, emb):
         """Run a layer: blocks take the embedding, plain convolutions do not."""
@@ -188,9 +189,7 @@ class SongUNet(UNet):
         if extra_embedding is not None:
             emb = emb + extra_embedding
         if self.map_label is not None:
-            if self.training and self.label_dropout:
-                class_labels = drop_labels(class_labels, self.label_dropout, batch)
-            emb = emb + self.map_label(class_labels * math.sqrt(self.label_dim))
+            emb = emb + self.map_label(self.drop_labels(class_labels, batch) * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
@@ -284,9 +283,7 @@ class DhariwalUNet(UNet):
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         if self.map_label is not None:
-            if self.training and self.label_dropout:
-                class_labels = drop_labels(class_labels, self.label_dropout, batch)
-            emb = emb + self.map_label(class_labels)
+            emb = emb + self.map_label(self.drop_labels(class_labels, batch))
         return F.silu(emb)
 
     def encode(self, x, emb):
