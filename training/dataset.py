@@ -112,7 +112,10 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def decode_file(self, raw_idx):
         """Pixels of file number `raw_idx` at the path, uint8 [C, H, W], checked; read from the file in any case."""
-        return self._decode(self._names[raw_idx])
+        name = self._names[raw_idx]
+        image = decode(self._archive.read(name), self._what(name))
+        self._check_shape(name, list(image.shape))
+        return image
 
     def use_decoded(self, images):
         """Take pixels from `images` from now on: uint8 [num_files, C, H, W], all at the path in order."""
@@ -195,11 +198,6 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Pixels of file number `raw_idx` at the path, from the decoded images if there are any."""
         return self.decode_file(raw_idx) if self._decoded is None else self._decoded[raw_idx]
 
-    def _decode(self, name):
-        image = decode(self._archive.read(name), self._what(name))
-        self._check_shape(name, list(image.shape))
-        return image
-
     def _what(self, name):
         return f'{name} in {self._archive.path}'
 
@@ -236,11 +234,12 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def _check_png_headers(self):
         """Compare the sizes of all PNG files with the first image's: half a second for 50,000 of them."""
-        for name in (self._names[i] for i in self._raw_idx):
+        for i in self._raw_idx:
+            name = self._names[i]
             if name.lower().endswith('.png'):
                 shape = png_shape(self._archive.head(name, PNG_HEADER_BYTES))
                 if shape is None:
-                    self._decode(name)
+                    self.decode_file(i)
                 else:
                     self._check_shape(name, shape)
 
