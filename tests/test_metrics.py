@@ -252,8 +252,9 @@ def test_nan_features_name_the_image():
 
 
 def test_another_number_of_features():
+    accumulator = metrics.Accumulator(TableDetector(torch.zeros([20, 3])), ['fid'], 20, num_features=5)
     with pytest.raises(UserError, match="'table' gives 3 features and the reference has 5"):
-        metrics.accumulate(numbered_images(20, 8), TableDetector(torch.zeros([20, 3])), ['fid'], 20, num_features=5)
+        accumulator.add(*numbered_images(20, 20))
 
 
 @pytest.fixture

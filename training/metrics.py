@@ -137,9 +137,9 @@ class Accumulator:
         return stats
 
 
-def accumulate(batches, detector, metrics, total, num_features=None):
+def accumulate(batches, detector, metrics, total):
     """Statistics of an iterable of batches, those of `rank_share(total)` in order; see `Accumulator`."""
-    accumulator = Accumulator(detector, metrics, total, num_features=num_features)
+    accumulator = Accumulator(detector, metrics, total)
     for images in batches:
         accumulator.add(images)
     return accumulator.statistics()
