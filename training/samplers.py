@@ -56,7 +56,7 @@ class StackedRandomGenerator:
 # -- solver steps for dx/dt = slope(x, t), times as floats
 
 def euler_step(slope, x, t, t_next, alpha=1):
-    """First-order step from t to t_next."""
+    """First-order step from t to t_next; `alpha`, the second-order step's, has no effect."""
     return x + (t_next - t) * slope(x, t)
 
 
