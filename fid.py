@@ -61,11 +61,11 @@ def network_sources(network, seeds, rounds, class_idx, sampler_options):
     """(a source for each round, batch size, log) for a network."""
     seeds = seeds or list(range(NUM))
     say(f'Loading network from {network} ...')
-    drawn = open_network(network, sampler_options, class_idx)
-    sources = [NetworkImages(drawn.net, drawn.sampler, [seed + shift for seed in seeds], class_idx, drawn.facts)
+    opened = open_network(network, sampler_options, class_idx)
+    sources = [NetworkImages(opened.net, opened.sampler, [seed + shift for seed in seeds], class_idx, opened.facts)
                for shift in shifts(seeds, rounds or 1)]
-    folder = pathlib.Path() if is_url(network) else drawn.snapshot.path.parent
-    return sources, default_batch(drawn.net), folder / SCORES_NAME
+    folder = pathlib.Path() if is_url(network) else opened.snapshot.path.parent
+    return sources, default_batch(opened.net), folder / SCORES_NAME
 
 
 def check_exclusive(images, network, network_only, images_only):

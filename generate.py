@@ -67,17 +67,17 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
         check_writer(trajectory)
     check_outside(outdir, {'--grid': grid, '--trajectory': trajectory})
     dist.print0(f'Loading network from {network_path}...')
-    drawn = open_network(network_path, sampler_options, class_idx)
-    net, sampler = drawn.net, drawn.sampler
-    if trajectory is not None and not drawn.system.predicts_images:
-        raise UserError(f'--trajectory shows estimates of the image, which a {drawn.system.title} network does not '
+    opened = open_network(network_path, sampler_options, class_idx)
+    net, sampler = opened.net, opened.sampler
+    if trajectory is not None and not opened.system.predicts_images:
+        raise UserError(f'--trajectory shows estimates of the image, which a {opened.system.title} network does not '
                         'make; leave it out')
     for path in (grid, trajectory):
         if path is not None:
             dist.on_rank0(lambda: check_writable(path))
     version = dist.on_rank0(code_version)
-    record = {**drawn.facts, 'commit': version}
-    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, record, drawn.difference, overwrite))
+    record = {**opened.facts, 'commit': version}
+    missing = dist.on_rank0(lambda: remaining_seeds(outdir, seeds, subdirs, record, opened.difference, overwrite))
     dist.on_rank0(lambda: check_kept(outdir, set(seeds).difference(missing), subdirs, net))
     if len(missing) < len(seeds):
         dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images already exist and are kept.')
@@ -93,7 +93,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     if grid is not None and dist.get_rank() == 0:
         save_grid(grid, read_images(outdir, seeds[:MAX_GRID], subdirs))
     if trajectory is not None and dist.get_rank() == 0:
-        save_trajectory(trajectory, watch(net, drawn.system, seeds[:MAX_WATCHED], drawn.options, class_idx))
+        save_trajectory(trajectory, watch(net, opened.system, seeds[:MAX_WATCHED], opened.options, class_idx))
     dist.print0('Done.')
 
 

@@ -214,14 +214,15 @@ def measure(study, run, score):
     if path is None:
         raise UserError(f'{study.folder(run.name)} has no network near {score.kimg:g} thousand images; delete that '
                         'folder to train it again')
-    drawn = open_network(path, {**dict(scale.draw), **dict(score.options)})
-    study.clock.need(1.2 * study.speed * scale.num * drawn.facts['nfe'])
-    source = NetworkImages(drawn.net, drawn.sampler, range(scale.num), facts=drawn.facts)
+    opened = open_network(path, {**dict(scale.draw), **dict(score.options)})
+    study.clock.need(1.2 * study.speed * scale.num * opened.facts['nfe'])
+    source = NetworkImages(opened.net, opened.sampler, range(scale.num), facts=opened.facts)
     values, facts = study.scorer(source, scale.batch, progress=False)
-    study.speed = facts['seconds'] / scale.num / drawn.facts['nfe']
+    study.speed = facts['seconds'] / scale.num / opened.facts['nfe']
     log(study, study.scorer, values, facts, run=run.name, seed=run.seed, point=score.kimg, options=score.options,
-        flags=run.flags, parent=run.parent, train_seconds=training_seconds(study.folder(run.name), drawn.snapshot.kimg),
-        **source.record, hardware=hardware())
+        flags=run.flags, parent=run.parent,
+        train_seconds=training_seconds(study.folder(run.name), opened.snapshot.kimg), **source.record,
+        hardware=hardware())
     shown = ', '.join(f'{label(name, study.scorer.detector)} {value:.4g}' for name, value in values.items())
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
 
