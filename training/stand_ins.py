@@ -11,9 +11,9 @@ from training.generation import generate_batch
 class CountedModel(torch.nn.Module):
     """Stands in for a U-Net: counts its calls and returns zeros."""
 
-    def __init__(self, model, out_channels):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.out_channels, self.calls = model, out_channels, 0
+        self.model, self.out_channels, self.calls = model, model.out_channels, 0
 
     def forward(self, x, *args, **kwargs):
         self.calls += 1
@@ -23,8 +23,8 @@ class CountedModel(torch.nn.Module):
 class TracedModel(CountedModel):
     """Stands in for a U-Net: keeps a digest of all its inputs, and returns a function of the image."""
 
-    def __init__(self, model, out_channels):
-        super().__init__(model, out_channels)
+    def __init__(self, model):
+        super().__init__(model)
         self.digest = hashlib.sha256()
 
     def note(self, tensor):
@@ -43,7 +43,7 @@ class TracedModel(CountedModel):
 def stand_in(net, kind):
     """Context in which a `kind` of stand-in (CountedModel, TracedModel), which it yields, replaces `net`'s U-Net."""
     model = net.model
-    net.model = kind(model, model.out_channels)
+    net.model = kind(model)
     try:
         yield net.model
     finally:
