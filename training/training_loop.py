@@ -270,11 +270,11 @@ def draw_images(run_dir, ema, system, sampler, count, progress):
     """Draw pictures beside a snapshot: a grid of `count` images and the system's reverse process. Call on all ranks."""
     images = gather_images(ema, list(range(count)), sampler)
     if dist.get_rank() == 0:
-        save_grid(name_in(run_dir, 'fakes', progress), images)
-        system.draw_process(name_in(run_dir, 'process', progress), ema)
+        save_grid(picture_path(run_dir, 'fakes', progress), images)
+        system.draw_process(picture_path(run_dir, 'process', progress), ema)
 
 
-def name_in(run_dir, kind, progress):
+def picture_path(run_dir, kind, progress):
     """RUN_DIR/KINDKIMG.png."""
     return os.path.join(run_dir, f'{kind}{progress.nimg // 1000:06d}.png')
 
