@@ -18,7 +18,7 @@ from tests.fuzz.fuzz import peak_memory
 from tests.fuzz.targets import mutate
 from training import networks
 from training.snapshot import (SYSTEM_OF_EDM_CLASS, HEADER_KEY, SNAPSHOT_FORMAT, Snapshot, build_network,
-                               copy_matching_tensors, read_snapshot, save_snapshot)
+                               read_snapshot, save_snapshot)
 
 SYSTEMS = {name: types.SimpleNamespace(network_class=getattr(networks, cls))
            for cls, name in SYSTEM_OF_EDM_CLASS.items()}
@@ -329,7 +329,7 @@ def test_transfer_copies_what_matches_and_leaves_the_rest():
     del source['low']
     source['steps'] = torch.zeros(9)
     source['surplus'] = torch.zeros(1)
-    copied = copy_matching_tensors(source, target)
+    copied = networks.Precond.transfer(target, source)
     assert sorted(copied) == ['empty', 'tied', 'view', 'weight']
     after = target.state_dict()
     assert torch.equal(after['weight'], source['weight']) and torch.equal(after['low'], own['low'])

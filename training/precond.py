@@ -11,7 +11,6 @@ from dnnlib import UserError, chosen
 from torch_utils.precision import PRECISIONS, float32_products
 from training.schedules import (IDDPM_C_1, IDDPM_C_2, IDDPM_M, VE_SIGMA_MAX, VE_SIGMA_MIN, VP_BETA_D, VP_BETA_MIN,
                                 VP_EPSILON_T, iddpm_noise_levels, vp_sigma, vp_sigma_inv)
-from training.snapshot import copy_matching_tensors
 from training.unet import MODELS
 
 SIGMA_DATA = 0.5  # standard deviation of images in [−1, 1]: EDM's assumption
@@ -139,9 +138,15 @@ class Precond(torch.nn.Module):
         """Constructor arguments in canonical form, for comparisons: equal if they make the same network."""
         return dict(kwargs)
 
+    @torch.no_grad()
     def transfer(self, source):
         """Copy every tensor of state dict `source` whose name and shape match; returns their names."""
-        return copy_matching_tensors(source, self)
+        copied = []
+        for name, own in self.state_dict().items():
+            if name in source and source[name].shape == own.shape:
+                own.copy_(source[name])
+                copied.append(name)
+        return copied
 
     def round_sigma(self, sigma):
         """The noise level nearest to σ that the network supports, as a tensor like σ."""

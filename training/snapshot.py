@@ -248,19 +248,3 @@ def _check_tensors(snapshot, net):
             others = f' and {len(names) - 1} more' if len(names) > 1 else ''
             raise UserError(f'{snapshot.path} {problem} {excerpt(names[0], 200)}{others}: its weights are not those of '
                             f'the {type(net).__name__} that it describes; use another snapshot')
-
-
-def copy_matching_tensors(src_state, dst_module):
-    """Copy every parameter and buffer whose name and shape match, for `--transfer`.
-
-    Returns:
-        The names in `dst_module` that were overwritten.
-    """
-    copied = []
-    with torch.no_grad():
-        for name, target in dst_module.state_dict().items():
-            source = src_state.get(name)
-            if source is not None and source.shape == target.shape:
-                target.copy_(source)
-                copied.append(name)
-    return copied

@@ -112,6 +112,7 @@ class WarmPrecond(Precond):
         D, R = self.denoise_deblur(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
         return D + R
 
+    @torch.no_grad()
     def transfer(self, source):
         """Start from the weights of an EDM (or Warm) network; returns the names of the tensors it set.
 
@@ -124,17 +125,15 @@ class WarmPrecond(Precond):
             source: State dict of the source network.
         """
         copied = super().transfer(source)
-        own = self.state_dict()
-        with torch.no_grad():
-            for name, tensor in own.items():
-                first = source.get(name)
-                if name in copied or first is None or first.shape[1:] != tensor.shape[1:]:
-                    continue
-                if len(first) == self.img_channels and len(tensor) == self.model.out_channels:  # the output layer's
-                    tensor.zero_()[:len(first)].copy_(first)
-                    copied.append(name)
-            if self.map_blur is not None and 'map_blur.linear.weight' not in source:
-                self.map_blur.linear.weight.zero_()
+        for name, own in self.state_dict().items():
+            first = source.get(name)
+            if name in copied or first is None or first.shape[1:] != own.shape[1:]:
+                continue
+            if len(first) == self.img_channels and len(own) == self.model.out_channels:  # the output layer's
+                own.zero_()[:len(first)].copy_(first)
+                copied.append(name)
+        if self.map_blur is not None and 'map_blur.linear.weight' not in source:
+            self.map_blur.linear.weight.zero_()
         return copied
 
 
