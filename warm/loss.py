@@ -17,12 +17,11 @@ from warm.targets import Example
 class WarmLoss:
     """λ(β)·Σ over the branches of (estimate − target)², by default ‖D − V M Vᵀ x₀‖² + ‖R − V (I−M) Vᵀ x₀‖².
 
-    Both terms have the same λ (ours): at small blur and constant BNR an error in R enters the sampler like one in
-    D, since Ṁ/(1−M) tends to −2/β there; `rest_weight` multiplies R's term. Random numbers are drawn in this
-    order: β's variate [B, 1, 1, 1], the BNR's [B, 1, 1, 1] if the network is trained on several, the
-    augmentation, the noise. The blur comes after the augmentation. Each branch's term is also reported
-    separately as `Loss/NAME`, by default `Loss/denoise` and `Loss/deblur`, without `rest_weight`, so that runs
-    with different weights can be compared.
+    Both terms have the same λ (ours, for the reason given in warm.choices); `rest_weight` multiplies R's term. Random
+    numbers are drawn in this order: β's variate [B, 1, 1, 1], the BNR's [B, 1, 1, 1] if the network is trained on
+    several, the augmentation, the noise. The blur comes after the augmentation. Each branch's term is also reported
+    separately as `Loss/NAME`, by default `Loss/denoise` and `Loss/deblur`, without `rest_weight`, so that runs with
+    different weights can be compared.
 
     Args:
         P_mean, P_std: EDM's distribution of ln β.
