@@ -60,7 +60,7 @@ def training_loop(
     compact_state=False,        # Whether states take 10 bytes per parameter, not 16, and do not resume exactly.
     keep=0,                     # Snapshots and states kept; 0 = all.
     max_nonfinite=100,          # Steps in a row with a non-finite loss or gradients that end the run; 0 = no limit.
-    timeout=None,               # Seconds without progress after which a rank counts as hung; 0 = never; `watched_sec`.
+    timeout=None,               # Seconds without progress that mean a rank hangs; 0 = never; None: see `watched_sec`.
     eval_kwargs=None,           # Arguments of make_evaluator: ticks, num, ref, detector, metrics; None = no scores.
     tensorboard=False,          # Whether to write event files for TensorBoard too.
     dataset=None,               # The data set, if it is already open (and decoded); else `open_dataset` opens it.
