@@ -5,7 +5,8 @@ al. 2020). Each transform is one function below and one line in TRANSFORMS.
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 

@@ -7,7 +7,7 @@ are still computed in float32. Parameter names are those of EDM's checkpoints.
 
 import dataclasses
 import math
-import typing
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ from dnnlib import UserError
 
 # -- initialisation
 
-class Init(typing.NamedTuple):
+class Init(NamedTuple):
     """How a layer's weights are initialised: a mode in INIT_MODES, and gains for weight and bias."""
     mode: str
     weight: float = 1.0

@@ -11,7 +11,7 @@ they can be read by EDM, and EDM's are read here.
 
 import dataclasses
 import os
-import typing
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -40,11 +40,11 @@ class Metric:
 
     title: str
     scores: tuple
-    best: typing.Callable
+    best: Callable
     collectors: tuple
     ref_arrays: tuple
     min_images: int
-    score: typing.Callable
+    score: Callable
 
 
 STD = '_std'

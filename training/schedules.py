@@ -5,7 +5,8 @@ and return float64 tensors on the CPU.
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
