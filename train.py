@@ -193,13 +193,12 @@ def run(options, log):
     if options['seed'] is None:
         config['seed'] = start['settings'].get('seed', config['seed'])
     data_may_be_missing = options['dry_run'] and not typed_flags('data')  # a preset can be shown without its data
-
+    if options['data'] is None:
+        dist.print0(cfg.NO_DATA)
     if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
         dist.print0('Loading dataset...')
         dataset = cfg.open_data(**config['dataset_kwargs'])  # once, and by all ranks at a time: it may take a minute
         dist.on_rank0(lambda: cfg.check_config(config, dataset, start, fetch=not options['dry_run']))
-    if options['data'] is None:
-        dist.print0(cfg.NO_DATA)
     if options['dry_run']:
         dist.on_rank0(lambda: check_run_dir(run_dir))
         dist.print0(cfg.summary(config, run_dir))
