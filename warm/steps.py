@@ -26,10 +26,11 @@ from warm.blur import filter_bands, frequencies, mask_difference, rest_mask
 class Level:
     """A point of a path.
 
-    alpha: Blur in pixels: a number, or a 0-d tensor on the images' device, which saves a copy.
-    beta: Noise level, a float, so that nothing is read back from the device.
-    hot: Whether the path has no blur at all.
-    rates: The blur's, one of warm.blur.BLUR_RATES.
+    Attributes:
+        alpha: Blur in pixels: a number, or a 0-d tensor on the images' device, which saves a copy.
+        beta: Noise level, a float, so that nothing is read back from the device.
+        hot: Whether the path has no blur at all.
+        rates: The blur's, one of warm.blur.BLUR_RATES.
     """
 
     alpha: float | torch.Tensor

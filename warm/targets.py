@@ -24,13 +24,14 @@ MIN_MASK = 1e-3  # (b) divides by M: below this a band counts as lost (ours: x�
 class Point:
     """Where a network is evaluated. All tensors but x are [B or 1, 1, 1, 1].
 
-    x: Blurred and noisy images [B, C, N, N], float32, x = V M_α Vᵀ x₀ + β ε.
-    beta: Noise level β > 0, float32.
-    alpha: Blur in pixels ≥ 0, float32 or float64.
-    c_skip, c_out, c_in, c_noise: EDM's coefficients at σ = β, float32.
-    sigma_data: Standard deviation of the data.
-    rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
-    rates: The blur's, one of warm.blur.BLUR_RATES.
+    Attributes:
+        x: Blurred and noisy images [B, C, N, N], float32, x = V M_α Vᵀ x₀ + β ε.
+        beta: Noise level β > 0, float32.
+        alpha: Blur in pixels ≥ 0, float32 or float64.
+        c_skip, c_out, c_in, c_noise: EDM's coefficients at σ = β, float32.
+        sigma_data: Standard deviation of the data.
+        rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
+        rates: The blur's, one of warm.blur.BLUR_RATES.
     """
 
     x: torch.Tensor
@@ -49,10 +50,11 @@ class Point:
 class Example:
     """What a network is trained on: x = blurred + β·noise. Images are [B, C, N, N], β and α [B, 1, 1, 1].
 
-    images: x₀, after augmentation.
-    blurred, rest: V M Vᵀ x₀ (Eq. 5) and V (I − M) Vᵀ x₀ (Eq. 6); at BNR 0, x₀ and None.
-    noise: ε, standard normal.
-    beta, alpha: Noise level, and blur in pixels.
+    Attributes:
+        images: x₀, after augmentation.
+        blurred, rest: V M Vᵀ x₀ (Eq. 5) and V (I − M) Vᵀ x₀ (Eq. 6); at BNR 0, x₀ and None.
+        noise: ε, standard normal.
+        beta, alpha: Noise level, and blur in pixels.
     """
 
     images: torch.Tensor
@@ -66,8 +68,9 @@ class Example:
 class Parametrisation:
     """A row of Table 5.
 
-    names: One name per branch, all different, as in `Loss/denoise`. REST is the branch that estimates the rest, to
-        which --rest-weight and --rest-scale apply.
+    Attributes:
+        names: One name per branch, all different, as in `Loss/denoise`. REST is the branch that estimates the rest, to
+            which --rest-weight and --rest-scale apply.
     """
 
     names = ()
