@@ -409,6 +409,12 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
     intervals = re.findall(r'between (\S+) and (\S+) with 95 % confidence', text)
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     assert intervals and all(f'{low} to {high} times' in readme for low, high in intervals)
+    said = ' '.join(notes.split())
+    for low, high in intervals:
+        ahead, behind = round(100 - 100 * float(low)), round(100 * float(high) - 100)
+        assert re.search(f'{ahead} % ahead (of EDM )?and {behind} % behind', said)
+    decided = re.findall(r'\| (better|worse) (?=\|)', text)
+    assert len(decided) == 2 and 'two decide, both on the digits' in said
 
 
 def test_every_question_has_a_section():
