@@ -9,6 +9,7 @@ import torch
 
 from tests.commands import SMALL, invoke, json_lines, refused
 from torch_utils import training_stats
+from training.dataset import ImageFolderDataset
 from training.generation import generate_batch
 from training.snapshot import read_snapshot
 from training.stand_ins import count_evaluations
@@ -76,18 +77,25 @@ def test_bad_input(tmp_path, monkeypatch, options, sentence):
     assert not list(tmp_path.rglob('network-snapshot-*'))
 
 
-def test_reference_of_another_size(runs, tmp_path):
-    """It gives one warning; the reference made of the training data gives none."""
+def test_reference_of_another_size(runs, tmp_path, monkeypatch):
+    """It gives one warning; the reference made of the training data gives none.
+
+    With either, a run opens its data once: of a million images, that takes a minute.
+    """
     reference = tmp_path / 'ref.npz'
     data = tmp_path / 'data'
     data.mkdir()
     for i in range(4):
         PIL.Image.new('RGB', (16, 16), (i, 0, 99)).save(data / f'{i}.png')
     assert invoke('fid.py', 'ref', f'--data={data}', f'--dest={reference}', '--detector=pixels').exit_code == 0
+    opened, former = [], ImageFolderDataset.__init__
+    monkeypatch.setattr(ImageFolderDataset, '__init__', lambda *args, **kwargs: opened.append(former(*args, **kwargs)))
     for options, count in (([f'--eval-ref={reference}'], 1), ([], 0)):
+        opened.clear()
         result = invoke('train.py', *TRAIN, f'--outdir={tmp_path / str(count)}', '--duration=0.000016', '--eval=1',
                         '--eval-num=20', '--eval-detector=pixels', *options)
         assert result.exit_code == 0 and result.output.count('Warning: the images have 8x8 pixels') == count
+        assert len(opened) == 1
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):

@@ -134,11 +134,11 @@ class ZipArchive:
 
     def head(self, name, size):
         """The first `size` bytes of one file, unchecked; for uncompressed files faster than zipfile, which checks."""
-        info = self._open().getinfo(name)
+        z = self._open()
+        info, file = z.getinfo(name), z.fp.fileno()
         if info.compress_type != zipfile.ZIP_STORED:
             return self._read(name, size)
         try:
-            file = self._open().fp.fileno()
             lengths = struct.unpack('<HH', os.pread(file, 4, info.header_offset + 26))  # of the name, of what follows
             return os.pread(file, min(size, info.file_size), info.header_offset + 30 + sum(lengths))
         except (struct.error, OSError, OverflowError):
