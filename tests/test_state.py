@@ -6,6 +6,7 @@ import pickle
 import random
 import sys
 import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -276,11 +277,21 @@ def test_mutations_load_or_are_refused(good, tmp_path):
 
 # -- writing
 
-def test_a_full_disk_leaves_the_former_state(good, tmp_path):
+def test_a_state_is_not_packed_in_memory_first(tmp_path):
+    tracemalloc.start()
+    try:
+        save_state(tmp_path / 'training-state-000001.pt', {'w': torch.zeros(1_000_000)})
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize('length, free', [(100_000, 8192), (10, 512)])  # written at once, and from the file's buffer
+def test_a_full_disk_leaves_the_former_state(length, free, good, tmp_path):
     path = tmp_path / 'training-state-000001.pt'
     path.write_bytes(good.read_bytes())
-    with full_disk(8192), pytest.raises(UserError, match='could not write'):
-        save_state(path, {'w': torch.zeros(100_000)})
+    with full_disk(free), pytest.raises(UserError, match='could not write.*large'):
+        save_state(path, {'w': torch.zeros(length)})
     assert path.read_bytes() == good.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 

@@ -1,7 +1,6 @@
 """Training states on disk: everything `--resume` needs, as tensors and plain values, never as code."""
 
 import hashlib
-import io
 import os
 import re
 import zipfile
@@ -37,16 +36,37 @@ def save_state(path, state):
         TypeError: anything else in the tree, or a tree too large to be read back (a bug in the caller).
         UserError: the disk is full or not writable.
     """
-    buffer = io.BytesIO()
     state = _checked_copy(state, 'state')
-    torch.save({'kind': KIND, 'format': STATE_FORMAT, 'sha256': content_digest(state), 'state': state}, buffer)
-    try:
-        with zipfile.ZipFile(buffer) as archive:
-            _check_archive(archive, buffer.getbuffer().nbytes)
-    except Refused as e:
-        raise TypeError(f'this training state could not be read back: {e}') from e
-    with atomic_write(path) as f:
-        f.write(buffer.getbuffer())
+    content = {'kind': KIND, 'format': STATE_FORMAT, 'sha256': content_digest(state), 'state': state}
+    with atomic_write(path, 'w+b') as f:  # not packed in memory first: gigabytes
+        disk = _Disk(f)
+        torch.save(content, disk)
+        if disk.error is not None:
+            raise disk.error
+        total_bytes = f.tell()
+        try:
+            with zipfile.ZipFile(f) as archive:
+                _check_archive(archive, total_bytes)
+        except Refused as e:
+            raise TypeError(f'this training state could not be read back: {e}') from e
+
+
+class _Disk:
+    """A file whose first error waits in `error`: torch.save would end with an error of its own that names no cause."""
+
+    def __init__(self, f):
+        self.f, self.error = f, None
+
+    def write(self, data):
+        if self.error is None:
+            try:
+                self.f.write(data)
+            except OSError as e:
+                self.error = e
+        return len(data)
+
+    def flush(self):
+        """For torch.save; `atomic_write` flushes."""
 
 
 def load_state(path):
