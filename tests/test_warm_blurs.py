@@ -26,6 +26,7 @@ from warm.samplers import SOLVERS, add_churn
 from warm.spectrum import ring_mean, spectra
 from warm.steps import Level
 from warm.systems import SYSTEMS
+from warm.targets import TARGETS, BlurredOnly
 
 N = 8
 EVERY_BLUR = pytest.mark.parametrize('rates', BLUR_RATES.values(), ids=BLUR_RATES)
@@ -98,18 +99,27 @@ def test_a_blur_of_rows():
 
 # -- the network and its loss
 
-@pytest.mark.parametrize('targets', ['residual', 'clean', 'blurred', 'clean-blurred'])
-def test_loss(horizontal, targets):
+class OwnBlur(BlurredOnly):
+    """The blurred image once more, from what an example says of the blur."""
+
+    def targets(self, example):
+        return (blur(example.images, example.alpha, example.rates),)
+
+
+@pytest.mark.parametrize('targets', ['residual', 'clean', 'blurred', 'clean-blurred', 'own'])
+def test_loss(horizontal, targets, monkeypatch):
     """The state is blurred along rows, and so is what each branch learns."""
+    monkeypatch.setitem(TARGETS, 'own', OwnBlur())
     net, images = warm_net(blur='horizontal', targets=targets), images_of()
     torch.manual_seed(7)
     loss = WarmLoss()(net, images)
     torch.manual_seed(7)
     sigma, alpha, y, _, noise = by_hand('0.5', images)
     blurred = along_rows(y, alpha).float()
-    learnt = {'residual': (blurred, y - blurred), 'clean': (y,), 'blurred': (blurred,), 'clean-blurred': (blurred, y)}
+    learnt = {'residual': (blurred, y - blurred), 'clean': (y,), 'clean-blurred': (blurred, y)}
     estimates = net(blurred + noise * sigma, sigma, alpha=alpha, return_estimates=True)
-    expected = sum(edm_loss_weight(sigma) * (a - b) ** 2 for a, b in zip(estimates, learnt[targets], strict=True))
+    pairs = zip(estimates, learnt.get(targets, (blurred,)), strict=True)
+    expected = sum(edm_loss_weight(sigma) * (a - b) ** 2 for a, b in pairs)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
 
 

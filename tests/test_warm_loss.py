@@ -51,7 +51,7 @@ def test_terms_of_every_parametrisation(family, targets):
 
 @pytest.mark.parametrize('targets', TABLE_5)
 def test_targets_of_table_5(targets):
-    example = Example('images', 'blurred', 'rest', 'noise', 'beta', 'alpha')
+    example = Example('images', 'blurred', 'rest', 'noise', 'beta', 'alpha', 0.5)
     assert TARGETS[targets].targets(example) == TABLE_5[targets]
     assert Hot().targets(example) == ('images',)
 

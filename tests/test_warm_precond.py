@@ -214,21 +214,21 @@ class Noise(Parametrisation):
 
 
 class Velocity(Parametrisation):
-    """v-prediction: v = (ε − β·blurred)/√(1+β²), as β v/√(1+β²); D = x/(1+β²) − β v̂/√(1+β²)."""
+    """v-prediction: v = (σ_d ε − (β/σ_d)·blurred)/√(β²+σ_d²), as c_out·v; D = c_skip·x − c_out·v̂."""
 
     names = ('velocity', REST)
 
     def estimates(self, F, point):
         F_v, F_R = F
-        return point.beta / (1 + point.beta ** 2).sqrt() * F_v, rest_estimate(F_R, point)
+        return point.c_out * F_v, rest_estimate(F_R, point)
 
     def targets(self, example):
-        beta = example.beta
-        return beta / (1 + beta ** 2) * (example.noise - beta * example.blurred), example.rest
+        beta, power = example.beta, example.sigma_data ** 2
+        return beta / (beta ** 2 + power) * (power * example.noise - beta * example.blurred), example.rest
 
     def parts(self, estimates, point):
         v, R = estimates
-        return point.x / (1 + point.beta ** 2) - v, R
+        return point.c_skip * point.x - v, R
 
 
 @pytest.mark.parametrize('parametrisation', [Noise, Velocity])

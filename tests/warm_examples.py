@@ -62,8 +62,8 @@ def point_of(x, beta, alpha):
 
 
 def example_of(images, noise, beta, alpha):
-    """What a parametrisation takes its targets from."""
-    return Example(images, blur(images, alpha), rest(images, alpha), noise, beta, alpha)
+    """What a parametrisation takes its targets from, with σ_data = 0.5."""
+    return Example(images, blur(images, alpha), rest(images, alpha), noise, beta, alpha, sigma_data=0.5)
 
 
 def by_hand(family, images, augment_pipe=None):

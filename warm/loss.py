@@ -45,8 +45,9 @@ class WarmLoss:
         estimates = net(blurred + noise * sigma, sigma, labels, alpha=alpha, return_estimates=True,
                         augment_labels=augment_labels)
         weight = edm_loss_weight(sigma, self.sigma_data)
-        targets = bare.parametrisation.targets(Example(y, blurred, rest, noise, sigma, alpha))
+        example = Example(y, blurred, rest, noise, sigma, alpha, self.sigma_data, bare.rates)
         terms = []
+        targets = bare.parametrisation.targets(example)
         for name, estimate, target in zip(bare.parametrisation.names, estimates, targets, strict=True):
             term = weight * (estimate - target) ** 2
             training_stats.report(f'Loss/{name}', term)

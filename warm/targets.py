@@ -55,6 +55,7 @@ class Example:
         blurred, rest: V M Vᵀ x₀ (Eq. 5) and V (I − M) Vᵀ x₀ (Eq. 6); at BNR 0, x₀ and None.
         noise: ε, standard normal.
         beta, alpha: Noise level, and blur in pixels.
+        sigma_data, rates: As in `Point`.
     """
 
     images: torch.Tensor
@@ -63,6 +64,8 @@ class Example:
     noise: torch.Tensor
     beta: torch.Tensor
     alpha: torch.Tensor
+    sigma_data: float
+    rates: Callable = frequencies
 
 
 class Parametrisation:
