@@ -159,9 +159,10 @@ def test_a_solvers_option_reaches_edm_networks(monkeypatch):
     def damped_step(denoise, x, D, R, here, there, z, memory, damping):
         return x + (1 - damping) * (there.beta - here.beta) * (x - D) / here.beta
     option = Option('damping', 0.0, 'Of every step', type=float)
+    net, edm = short_network('edm'), SYSTEMS['edm']
     monkeypatch.setitem(SOLVERS, 'damped', Solver(damped_step, order=1, options=(option,)))
-    net, system = short_network('edm'), with_multistep(EDM_SYSTEMS[-1])
-    assert option in system.own_sample_options
+    assert option in with_multistep(EDM_SYSTEMS[-1]).own_sample_options
+    system = dataclasses.replace(edm, own_sample_options=(*edm.own_sample_options, option))  # as a script does
 
     def draw(**options):
         return generate_batch(net, [0], system.make_sampler(net, dict(num_steps=3, **options)))

@@ -12,10 +12,11 @@ from warm.samplers import SAMPLER_DEFAULTS, SOLVERS, check_foreign, options_of, 
 
 def with_multistep(system):
     """A copy of `system` with those solvers of warm.samplers that EDM lacks (dpmpp2m), at BNR 0."""
-    own = options_of([name for name in SOLVERS if name not in EDM_SOLVERS])
-    own_names = [option.name for option in own]
+    def own():
+        return options_of([name for name in SOLVERS if name not in EDM_SOLVERS])
 
     def sampler(net, **options):
+        own_names = [option.name for option in own()]  # now, as a script may have added a solver
         solver = options.get('solver') or SAMPLER_DEFAULTS['solver']
         if solver in EDM_SOLVERS:
             for name in options.keys() & own_names:
@@ -27,7 +28,7 @@ def with_multistep(system):
                                 f"--solver={' or '.join(EDM_SOLVERS)}")
         with_defaults(options)  # for its checks
         return functools.partial(warm_sampler, **options)
-    return dataclasses.replace(system, sampler=sampler, own_sample_options=(*system.own_sample_options, *own))
+    return dataclasses.replace(system, sampler=sampler, own_sample_options=(*system.own_sample_options, *own()))
 
 
 def edm_like(system):
