@@ -238,8 +238,7 @@ def test_what_is_compiled(monkeypatch):
         reference = net(x, sigma)
         accelerate(net, compile=True, backend='aot_eager')
         assert acceleration.is_compiled(net) and distance([net(x, sigma)], [reference]) < 1e-5
-        with acceleration.uncompiled(net), monkeypatch.context() as patched:
-            patched.setattr(torch._dynamo.config, 'error_on_recompile', True)
+        with acceleration.uncompiled(net), torch._dynamo.config.patch(error_on_recompile=True):
             net(torch.randn([3, 3, 8, 8]), sigma)
     assert not acceleration.is_compiled(copy.deepcopy(net))
     with stand_in(net, CountedModel):
