@@ -549,9 +549,9 @@ def test_hand_made_batch_is_what_python_reads():
 
 @pytest.mark.parametrize('dump', [
     python2_pickle,
-    *[lambda d, v, p=p: pickle.dumps({b'data': d, b'labels': v}, protocol=p) for p in (3, 4)],
+    *[lambda d, v, p=p: pickle.dumps({b'data': d, b'labels': v}, protocol=p) for p in (2, 3, 4, 5)],
     lambda d, v: pickle.dumps({'data': d, 'labels': v}, protocol=4),
-], ids=['python2', 'protocol3', 'protocol4', 'text keys'])
+], ids=['python2', 'protocol2', 'protocol3', 'protocol4', 'protocol5', 'text keys'])
 def test_cifar10(tmp_path, dump):
     images, labels, files = cifar_batches(dump)
     path = cifar_tar(tmp_path / 'cifar-10-python.tar.gz', dict(reversed(files.items())))
@@ -572,10 +572,11 @@ class Evil:
     (pickle.dumps({'data': 3, 'labels': []}), ['not a batch']),
     (pickle.dumps({'data': np.zeros([1, 3072], np.uint8), 'labels': [0, 1]}, protocol=4), ['do not match']),
     (pickle.dumps({'data': np.zeros([1, 3072], np.uint8), 'labels': [10]}, protocol=4), ['do not match']),
-    (pickle.dumps({'data': np.zeros([8, 3072], np.uint8, order='F'), 'labels': [0] * 8}, protocol=4), ['column']),
+    *[(pickle.dumps({'data': np.zeros([8, 3072], np.uint8, order='F'), 'labels': [0] * 8}, protocol=p), ['column'])
+      for p in (4, 5)],
     # A text of 1 MB that a short program turns into bytes again and again.
-    (b'\x80\x02c_codecs\nencode\nq\0' + b'0X' + struct.pack('<I', 1 << 20) + b'a' * (1 << 20) +
-     b'X\6\0\0\0latin1\x86q\1' + b'0](' + b'h\0h\1R' * 1500 + b'e.', ['_codecs.encode']),
+    (b'\x80\x02c_codecs\nencode\nq\0X' + struct.pack('<I', 1 << 20) + b'a' * (1 << 20) +
+     b'X\6\0\0\0latin1\x86q\1](' + b'h\0h\1R' * 1500 + b'e.', ['repeats its own content']),
     (b'', ['not a batch']),
     (None, ['lacks', 'data_batch_2']),
 ])

@@ -139,7 +139,7 @@ class _Bounded:
 def _read_batch(data, what):
     """(uint8 [N, 32, 32, 3], list of N labels) from the content of one batch file."""
     try:
-        batch = _BatchMachine(data, BATCH_GLOBALS).load()
+        batch = _BatchMachine(data).load()
         images = batch['data'].pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels = list(batch['labels'])
         require(len(labels) == len(images) and all(type(v) is int and 0 <= v < 10 for v in labels),
@@ -159,13 +159,30 @@ class _PickledArray(Buildable):
             self.pixels = np.frombuffer(state[4], np.uint8)
 
 
+def _array_of_buffer(pixels, dtype, shape, order):
+    """An array as protocol 5 has it."""
+    array = _PickledArray()
+    array.set_state((1, shape, dtype, order != 'C', pixels))
+    return array
+
+
 ARRAY = StandIn(lambda *_: _PickledArray())
 BATCH_GLOBALS = {**{(f'numpy.{core}.multiarray', '_reconstruct'): ARRAY for core in ('core', '_core')},
+                 **{(f'numpy.{core}.numeric', '_frombuffer'): StandIn(_array_of_buffer) for core in ('core', '_core')},
                  ('numpy', 'ndarray'): None, ('numpy', 'dtype'): ARRAY}
 
 
 class _BatchMachine(Machine):
-    """Accepts byte strings as keys too, as Python 2 wrote them."""
+    """Accepts byte strings as keys too, as Python 2 wrote them, and bytes as Python 3 writes them in protocol 2."""
+
+    def __init__(self, data):
+        super().__init__(data, {**BATCH_GLOBALS, ('_codecs', 'encode'): StandIn(self.encode)})
+
+    def encode(self, text, _latin1):
+        """The text as bytes; all texts together are no longer than the file, or a short one could fill the memory."""
+        self.bytes_left -= len(text)
+        require(self.bytes_left >= 0, 'it repeats its own content')
+        return memoryview(text.encode('latin1'))
 
     def set_items(self, values):
         keys = [str(key, 'latin1') if type(key) is memoryview else key for key in values[::2]]

@@ -169,7 +169,7 @@ OPCODES = {  # the names in pickletools.opcodes; text opcodes of protocol 0 are 
     0x8a: lambda m: m.push(int.from_bytes(m.take(m.number('<B')), 'little', signed=True)),  # LONG1
     ord('G'): lambda m: m.push(m.number('>d')),
     0x8c: _text('<B'), ord('X'): _text('<I'), 0x8d: _text('<Q'),
-    ord('C'): _bytes('<B'), ord('B'): _bytes('<I'), 0x8e: _bytes('<Q'),
+    ord('C'): _bytes('<B'), ord('B'): _bytes('<I'), 0x8e: _bytes('<Q'), 0x96: _bytes('<Q'),
     ord('U'): _bytes('<B'), ord('T'): _bytes('<I'),  # Python 2's strings
     ord('('): Machine.set_mark,
     ord(']'): lambda m: m.push([]),
