@@ -291,10 +291,11 @@ class CifarBatch:
 
     def __init__(self, folder):
         self.path = folder / 'cifar-10-python.tar.gz'
-        self.whole = pickle.dumps({b'data': np.zeros([2, 3072], np.uint8), b'labels': [3, 7]}, protocol=4)
+        batch = {b'data': np.zeros([2, 3072], np.uint8), b'labels': [3, 7]}
+        self.whole = [pickle.dumps(batch, protocol=p) for p in (2, 4, 5)]
 
     def damage(self, rng):
-        return mutate(self.whole, rng)
+        return mutate(rng.choice(self.whole), rng)
 
     def read(self, data):
         with tarfile.open(self.path, 'w:gz', compresslevel=1) as tar:
