@@ -25,7 +25,7 @@ import torch
 
 import fid
 from dnnlib import UserError
-from tests.commands import READ_ONLY, ROOT, SMALL, json_lines, refused, run_command, torchrun
+from tests.commands import READ_ONLY, ROOT, SMALL, json_lines, refused, run_command, succeed, torchrun
 from tests.commands import invoke as invoke_script
 from training import metric_collectors, metrics, scoring
 from training.detectors import PixelDetector
@@ -403,19 +403,20 @@ def test_a_cache_that_cannot_be_written(folders, reference, tmp_path, monkeypatc
 @pytest.mark.skipif(sys.platform != 'linux', reason='names that are no text')
 def test_names_that_are_no_utf8(folders, tmp_path, monkeypatch):
     """File names that are not UTF-8, as in old archives, can be scored, trained on, resumed and sampled from."""
-    monkeypatch.setenv('PYTHONIOENCODING', 'utf-8:strict')  # as on a terminal
     data = tmp_path / os.fsdecode(b'ph\xe9otos')
     shutil.copytree(folders[1], data)
     image = next(data.rglob('*.png'))
     image.rename(image.with_name(os.fsdecode(b'im\xe9.png')))
-    run_command('fid.py', 'ref', f'--data={data}', f'--dest={tmp_path / "ref.npz"}', '--detector=pixels')
-    run_command('fid.py', 'calc', f'--images={data}', '--num=10', f'--ref={tmp_path / "ref.npz"}', '--detector=pixels')
+    reference = tmp_path / 'ref.npz'
+    succeed('fid.py', 'ref', f'--data={data}', f'--dest={reference}', '--detector=pixels')
+    succeed('fid.py', 'calc', f'--images={data}', '--num=10', f'--ref={reference}', '--detector=pixels')
     for name, options in (('a', []), ('b', [f'--resume={tmp_path / "a"}'])):
-        run_command('train.py', *SMALL, f'--data={data}', f'--outdir={tmp_path / name}', '--nosubdir', *options,
-                    f'--duration={0.000016 if name == "a" else 0.000032}')
+        succeed('train.py', *SMALL, f'--data={data}', f'--outdir={tmp_path / name}', '--nosubdir', *options,
+                f'--duration={0.000016 if name == "a" else 0.000032}')
     assert len(list((tmp_path / 'b').glob('training-state-*.pt'))) == 1
     (tmp_path / 'a').rename(data / 'run')
     network = next((data / 'run').glob('network-snapshot-*.safetensors'))
+    monkeypatch.setenv('PYTHONIOENCODING', 'utf-8:strict')  # as on a terminal
     run_command('generate.py', f'--network={network}', f'--outdir={tmp_path / "out"}', '--seeds=0', '--steps=2')
 
 
