@@ -43,6 +43,7 @@ def training_config(flags, system_options):
         check_tensorboard()
     precision = chosen_precision(flags['precision'], flags['fp16'])
     check_data_device(flags['data_device'])
+    split_batch(flags['batch'], flags['batch_gpu'])  # only a check here
     strengths = training_strengths(flags['augment_with'])
     system = SYSTEMS[flags['precond']]
     own = system.network_kwargs(system_options)
@@ -141,7 +142,6 @@ def check_config(config, dataset, start, fetch=True):
     Raises:
         UserError: whatever would stop the run before its first step.
     """
-    split_batch(config['batch_size'], config['batch_gpu'])
     if config['dataset_kwargs']['use_labels'] and not dataset.has_labels:
         raise UserError(f'{dataset.path} has no labels; train without them (--cond=0), or recreate it with '
                         'dataset_tool.py from a labelled source')
