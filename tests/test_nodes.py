@@ -158,9 +158,9 @@ def test_a_rank_that_does_not_join_is_named(monkeypatch):
         dist.fresh_store(torch.distributed.HashStore(), 0, 3)
 
 
-@pytest.mark.parametrize('rank, reason', [(0, 'EADDRINUSE'), (1, 'timed out')])
+@pytest.mark.parametrize('rank, reason', [(0, 'EADDRINUSE'), (1, 'timed out'), ('one', 'invalid literal')])
 def test_ranks_that_find_no_rank_0_say_so(rank, reason, monkeypatch):
-    """Another program has rank 0's port, or none listens there: a sentence, not PyTorch's traceback."""
+    """Another program has rank 0's port, none listens there, or RANK is no number: a sentence, not a traceback."""
     with socket.socket() as other:
         other.bind(('', 0))
         if rank == 0:

@@ -46,7 +46,7 @@ def init():
             torch.distributed.init_process_group(
                 'nccl' if on_cuda else 'gloo', store=fresh_store(store, rank, ranks), rank=rank, world_size=ranks,
                 timeout=TIMEOUT, device_id=device() if on_cuda else None)
-        except RuntimeError as e:  # PyTorch's stores, gloo and NCCL raise all kinds of it
+        except (RuntimeError, ValueError) as e:  # PyTorch's stores, gloo and NCCL raise all kinds of the first
             raise UserError(f"rank {os.environ['RANK']} could not join the others at {os.environ['MASTER_ADDR']}:"
                             f"{os.environ['MASTER_PORT']} ({_first_line(e)[-160:]}); check that rank 0 runs there, "
                             'that no other program has the port, and what the other ranks say') from e
