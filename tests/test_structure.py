@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import operator
 import os
 import re
 import subprocess
@@ -130,6 +131,18 @@ def test_readme_names_files_that_exist():
         assert (ROOT / name).exists(), name
     for name in re.findall(r'\]\(((?!http)[^)#]+)\)', text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_page_of_the_method_names_what_exists():
+    """Its code, its options, and the pages it refers to."""
+    text = (ROOT / 'docs' / 'method.md').read_text()
+    names = re.findall(r'`warm\.(\w+)\.([\w.]+)`', text)
+    assert len(names) > 25
+    for module, name in names:
+        operator.attrgetter(name)(importlib.import_module(f'warm.{module}'))
+    flags = {flag for parameter in importlib.import_module('train').main.params for flag in parameter.opts}
+    assert flags >= set(re.findall(r'`(--[\w-]+)', text)) and '--rest-scale' in text
+    assert all((ROOT / 'docs' / name).exists() for name in re.findall(r'\]\(([^)]+)\)', text))
 
 
 def test_readme_names_every_system_and_preset():
