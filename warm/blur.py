@@ -51,8 +51,9 @@ def prior_spectrum(n, sigma_data=SIGMA_DATA, device=torch.device('cpu')):
 def natural_rates(n, device=torch.device('cpu')):
     """λ ∝ 1/S − 1/S[0,0] [n, n], S from `prior_spectrum`; the highest band has the Gaussian's rate (ours).
 
-    At constant BNR, λα² is then proportional to β²/S, so M depends on a band's signal-to-noise ratio alone: all bands
-    begin to fade when the noise drowns them to the same degree, whereas the Gaussian takes low ones at higher ratios.
+    But for the subtraction, which matters in the lowest bands, λα² is proportional to β²/S at constant BNR. M then
+    depends on a band's signal-to-noise ratio alone: the bands begin to fade when the noise drowns them to the same
+    degree, whereas the Gaussian takes low ones at higher ratios.
     """
     rates = 1 / prior_spectrum(n)
     rates = rates - rates[0, 0]

@@ -121,8 +121,8 @@ class Residual(Parametrisation):
 def rest_estimate(F_R, point):
     """R = s_R·F_R minus its mean per channel; s_R is REST_SCALES[rest_scale].
 
-    Blur preserves the mean, so the rest has zero mean; any other would enter x̂₀ = D + R, which the last step and
-    dpmpp2m use.
+    Blur preserves the mean, so the rest has zero mean; any other would enter x̂₀ = D + R, which dpmpp2m and the
+    network's `forward` use.
     """
     s_R = REST_SCALES[point.rest_scale](point)
     R = s_R.to(F_R.dtype) * F_R
