@@ -38,7 +38,7 @@ def save_state(path, state):
     """
     state = _checked_copy(state, 'state')
     content = {'kind': KIND, 'format': STATE_FORMAT, 'sha256': content_digest(state), 'state': state}
-    with atomic_write(path, 'w+b') as f:  # not packed in memory first: gigabytes
+    with atomic_write(path, 'w+b') as f:  # not into memory first: a copy may take gigabytes
         disk = _Disk(f)
         torch.save(content, disk)
         if disk.error is not None:
