@@ -414,7 +414,7 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
         ahead, behind = round(100 - 100 * float(low)), round(100 * float(high) - 100)
         assert re.search(f'{ahead} % ahead (of EDM )?and {behind} % behind', said)
     decided = re.findall(r'\| (better|worse) (?=\|)', text)
-    assert len(decided) == 2 and 'two decide, both on the digits' in said
+    assert len(decided) == 3 and 'three decide, against transfer' in said
 
 
 def test_every_question_has_a_section():
