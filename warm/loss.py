@@ -46,8 +46,8 @@ class WarmLoss:
                         augment_labels=augment_labels)
         weight = edm_loss_weight(sigma, self.sigma_data)
         example = Example(y, blurred, rest, noise, sigma, alpha, self.sigma_data, bare.rates)
-        terms = []
         targets = bare.parametrisation.targets(example)
+        terms = []
         for name, estimate, target in zip(bare.parametrisation.names, estimates, targets, strict=True):
             term = weight * (estimate - target) ** 2
             training_stats.report(f'Loss/{name}', term)

@@ -5,8 +5,8 @@ A solver is a function
     step(denoise, x, D, R, here, there, z, memory) → x′
 
 described by a `Solver` in SOLVERS (warm.samplers). Unprimed symbols belong to the current level (α, β), primed ones to
-the next, whose noise level is lower (equal levels, which arise where the network rounds them, are skipped). D and R,
-whose mean is zero, are the network's output at x, `here`; a step that needs more evaluations calls
+the next, whose noise level is lower (equal levels, which arise where the network rounds them, are skipped). D and R
+(with zero mean) are the network's output at x, `here`; a step that needs more evaluations calls
 `denoise(x, level) → (D, R)`. At β′ = 0 a step returns x̂₀ = D + R.
 - Noise: z is the step's own, standard normal like x; `adds_noise` says when the solver uses it.
 - Options: each Option in `options` is a keyword of the step and a flag of generate.py, refused by the other solvers.
