@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.fft
 import scipy.ndimage
 import torch
 
 from dnnlib import UserError
+from training.dataset import load_embedded
+from training.pixels import to_float
 from warm.blur import (blur, blur_and_rest, blur_mask, dct2, dct_matrix, filter_bands, frequencies, idct2,
                        log_mask_ratio, mask_difference, prior_spectrum, rest_magnitude, rest, rest_mask)
 
@@ -246,3 +249,13 @@ def test_images_that_are_not_square_are_refused():
 
 def test_scale_of_the_rest_of_one_blur_is_a_number():
     assert rest_magnitude(0.5, N).shape == ()
+
+
+def test_numbers_on_the_page_of_the_method():
+    """docs/method.md: what x₀ − blurred loses in float32, how far s_R reaches, how many bands strong blur takes."""
+    digits = load_embedded()
+    x = to_float(torch.from_numpy(np.stack([digits[i][0] for i in range(100)])))
+    exact = rest(x.double(), 0.001)
+    assert (x - blur(x, 0.001) - exact).norm() > 0.01 * exact.norm() > 1000 * (rest(x, 0.001) - exact).norm()
+    assert 5.5 < math.log10(rest_magnitude(40, 32) / rest_magnitude(0.001, 32)) < 6.5
+    assert 0.85 < (blur_mask(40, 32) == 0).double().mean() < 0.95

@@ -5,9 +5,9 @@ A solver is a function
     step(denoise, x, D, R, here, there, z, memory) → x′
 
 described by a `Solver` in SOLVERS (warm.samplers). Unprimed symbols belong to the current level (α, β), primed ones to
-the next, whose noise level is lower (equal levels, which arise where the network rounds them, are skipped). D and R
-(with zero mean) are the network's output at x, `here`; a step that needs more evaluations calls
-`denoise(x, level) → (D, R)`. At β′ = 0 a step returns x̂₀ = D + R.
+the next, whose noise level is lower (equal levels, which arise where the network rounds them, are skipped). D and R are
+the network's output at x, `here`; a step that needs more evaluations calls `denoise(x, level) → (D, R)`. R's mean is
+zero. At β′ = 0 a step returns x̂₀ = D + R.
 - Noise: z is the step's own, standard normal like x; `adds_noise` says when the solver uses it.
 - Options: each Option in `options` is a keyword of the step and a flag of generate.py, refused by the other solvers.
 - Multistep: `memory` is a dict, empty at first, that the step may write to; a solver that does is `multistep`.
