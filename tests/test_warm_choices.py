@@ -16,9 +16,10 @@ from training.networks import EDMPrecond
 from training.precond import edm_scalings
 from training.progress import restore
 from training.snapshot import build_network, read_snapshot, save_snapshot
-from warm.blur import BLUR_RATES, blur, rest, rest_magnitude
-from warm.choices import BLUR_EMBEDDINGS, BLUR_UNIT, DEFAULTS, REST, REST_SCALES, checked_choices
+from warm.blur import BLUR_RATES, blur, dct2, idct2, prior_spectrum, rest, rest_magnitude
+from warm.choices import BLUR_EMBEDDINGS, BLUR_UNIT, DEFAULTS, REST, REST_LOSSES, REST_SCALES, checked_choices
 from warm.loss import WarmLoss
+from warm.oracle import GaussianOracle
 from warm.precond import BlurEmbedding, WarmPrecond
 from warm.samplers import warm_sampler
 from warm.systems import SYSTEMS
@@ -28,6 +29,7 @@ from warm.targets import TARGETS
 OTHERS = [dict(rest_weight=4.0), dict(rest_weight=0.25),
           *(dict(blur=name) for name in BLUR_RATES if name != DEFAULTS['blur']),
           *(dict(rest_scale=name) for name in REST_SCALES if name != DEFAULTS['rest_scale']),
+          *(dict(rest_loss=name) for name in REST_LOSSES if name != DEFAULTS['rest_loss']),
           *(dict(blur_embedding=name) for name in BLUR_EMBEDDINGS if name != DEFAULTS['blur_embedding'])]
 EVERY_OTHER = pytest.mark.parametrize('own', OTHERS, ids=lambda own: '-'.join(map(str, *own.items())))
 
@@ -86,9 +88,40 @@ def test_rest_weight_multiplies_the_rest_alone(weight, family):
     assert reported['Loss/deblur']['mean'] == pytest.approx(R.mean().item(), rel=1e-4)
 
 
-def test_the_system_hands_the_weight_to_the_loss():
+@pytest.mark.parametrize('family', ['0.5', '0,0.5,2', 'blurring'])
+def test_rest_loss_of_unit_weight(family):
+    """R's squared error is weighted by 1/s_R(α)², by nothing where there is no blur; reported with D's weight."""
+    images = images_of()
+    training_stats.Collector().update()
+    collector, net = training_stats.Collector(), Spy(family)
+    net.point = lambda x, sigma, alpha: point_of(x, sigma, alpha)
+    torch.manual_seed(7)
+    loss = WarmLoss(rest_loss='unit', rest_weight=3.0)(net, images)
+    torch.manual_seed(7)
+    sigma, alpha, y, _, _ = by_hand(family, images)
+    D, R = blur(y, alpha) ** 2, rest(y, alpha) ** 2
+    weight = torch.where(alpha > 0, rest_magnitude(alpha, 8) ** -2, 0)
+    torch.testing.assert_close(loss, (edm_loss_weight(sigma) * D + 3 * weight * R).float(), rtol=1e-3, atol=1e-5)
+    collector.update()
+    reported = collector.as_dict()
+    assert reported['Loss/deblur']['mean'] == pytest.approx((edm_loss_weight(sigma) * R).mean().item(), rel=1e-4)
+
+
+def test_rest_loss_of_unit_weight_is_edms_for_edms_scale():
+    """λ(β) is 1/c_out² itself."""
+    images, losses = images_of(), []
+    for rest_loss in ('edm', 'unit'):
+        net = warm_net(rest_scale='edm', rest_loss=rest_loss)
+        torch.manual_seed(7)
+        losses.append(SYSTEMS['warm'].loss(net)(net, images))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+
+
+def test_the_system_hands_the_weights_to_the_loss():
     assert SYSTEMS['warm'].loss(warm_net(rest_weight=3.0)).rest_weight == 3.0
     assert SYSTEMS['warm'].loss(warm_net()).rest_weight == 1.0
+    assert SYSTEMS['warm'].loss(warm_net(rest_loss='unit')).rest_loss == 'unit'
+    assert SYSTEMS['warm'].loss(warm_net()).rest_loss == 'edm'
 
 
 def test_rest_scales_by_definition():
@@ -96,7 +129,7 @@ def test_rest_scales_by_definition():
     beta = torch.tensor([0.0012, 0.3, 4.0, 80.0]).reshape(-1, 1, 1, 1)
     alpha = 0.5 * beta * torch.tensor([1, 0, 1, 1]).reshape(-1, 1, 1, 1)
     point = point_of(torch.zeros([4, 3, 32, 32]), beta, alpha)
-    scale = {name: REST_SCALES[name](point).double().flatten() for name in ('edm', 'unit', 'prior')}
+    scale = {name: REST_SCALES[name].scale(point).double().flatten() for name in ('edm', 'unit', 'prior')}
     edm = torch.tensor([0.0012 / 2 / (0.0012 ** 2 + 0.25) ** 0.5, 0, 2 / 16.25 ** 0.5, 40 / 6400.25 ** 0.5]).double()
     torch.testing.assert_close(scale['edm'], edm, rtol=1e-6, atol=0)
     assert scale['unit'].tolist() == [0.5, 0, 0.5, 0.5]
@@ -118,6 +151,39 @@ def test_rest_scale_scales_the_rest(name):
     torch.testing.assert_close(R, expected - expected.mean((2, 3), keepdim=True))
     assert torch.equal(D, default.denoise_deblur(x, sigma, alpha=alpha)[0])
     assert torch.equal(R, default.denoise_deblur(x, sigma, alpha=alpha)[1]) == (name == 'prior')
+
+
+def test_wiener_rest_by_definition():
+    """R = V (1−M)·M S/(M²S + β²) Vᵀx + √mean((1−M)² S β²/(M²S + β²))·F_R, minus its mean; S is the prior."""
+    net = warm_net(rest_scale='wiener')
+    x, sigma, _ = batch()
+    alpha = 0.5 * sigma
+    _, F_R = outputs_of(net, x, sigma, alpha)
+    k = torch.arange(8, dtype=torch.float64)
+    S = (k[:, None] ** 2 + k ** 2 + 1) ** -1.2
+    S *= 0.25 / S.mean()
+    for i in range(len(x)):
+        M = torch.exp(-(torch.pi / 8) ** 2 * (k[:, None] ** 2 + k ** 2) * alpha[i].double() ** 2 / 2)
+        total = M ** 2 * S + sigma[i].double() ** 2
+        skip = idct2((1 - M) * M * S / total * dct2(x[i]))
+        scale = ((1 - M) ** 2 * S * sigma[i].double() ** 2 / total).mean().sqrt()
+        expected = skip + scale * F_R[i]
+        _, R = net.denoise_deblur(x[i:i + 1], sigma[i:i + 1], alpha=alpha[i:i + 1])
+        torch.testing.assert_close(R[0].double(), expected - expected.mean((1, 2), keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+def test_wiener_rest_is_the_best_linear_one():
+    """For Gaussian images with the prior's spectrum, its skip is E[R|x], and its scale this estimate's error."""
+    S, g = prior_spectrum(8), torch.Generator().manual_seed(0)
+    images, noise = (idct2(s * torch.randn([4000, 1, 8, 8], generator=g, dtype=torch.float64)) for s in (S.sqrt(), 1))
+    for beta in (0.05, 1.0):
+        x = blur(images, beta / 2) + beta * noise
+        point = point_of(x, *(torch.full([1, 1, 1, 1], v, dtype=torch.float64) for v in (beta, beta / 2)))
+        kind, target = REST_SCALES['wiener'], rest(images, beta / 2)
+        _, R = GaussianOracle(S).denoise_deblur(x, beta, alpha=beta / 2)
+        torch.testing.assert_close(kind.skip(point), R)
+        assert (target - R).square().mean().sqrt().item() == pytest.approx(kind.scale(point).item(), rel=0.02)
+        assert kind.scale(point) < REST_SCALES['prior'].scale(point)
 
 
 def test_linear_embedding_is_of_the_blur_itself():
@@ -171,7 +237,7 @@ def test_rest_is_mean_free_and_0_without_blur(own):
 @EVERY_OTHER
 @pytest.mark.parametrize('family', [dict(bnr='0.5'), None], ids=['single', 'several'])
 def test_transfer_at_bnr_0_is_edm(own, family):
-    """After a transfer, D equals EDM's bit for bit and R is 0, at any blur."""
+    """After a transfer, D equals EDM's bit for bit and R is 0, at any blur, but for what its scale adds to F_R."""
     edm = seeded(EDMPrecond, label_dim=3).eval()
     net = seeded(WarmPrecond, label_dim=3, **(family or family_for(own)), **own).eval()
     assert set(net.transfer(edm.state_dict())) >= set(edm.state_dict())
@@ -179,7 +245,9 @@ def test_transfer_at_bnr_0_is_edm(own, family):
     expected = edm(x, sigma, labels)
     for alpha in (0, 0.5 * sigma):
         D, R = net.denoise_deblur(x, sigma, labels, alpha=alpha)
-        assert torch.equal(D, expected) and not R.any()
+        skip = torch.as_tensor(REST_SCALES[net.rest_scale].skip(net.point(x, sigma, alpha)))
+        assert torch.equal(D, expected) and (torch.equal(R, skip - skip.mean((2, 3), keepdim=True)) if skip.any()
+                                             else not R.any())
 
 
 @EVERY_OTHER
@@ -220,10 +288,10 @@ def test_facts_of_the_defaults_are_as_before():
 @pytest.mark.parametrize('own', [
     *(dict(bnr='0', **own) for own in OTHERS),
     *(dict(targets=name, **own) for name in TARGETS if REST not in TARGETS[name].names
-      for own in (dict(rest_weight=2.0), dict(rest_scale='edm'))),
+      for own in (dict(rest_weight=2.0), dict(rest_scale='edm'), dict(rest_loss='unit'))),
     dict(bnr='0,0.5', blur_embedding='none'), dict(bnr='0.1-2', blur_embedding='none'),
     *(dict(rest_weight=w) for w in (0.0, -1.0, float('nan'), float('inf'))),
-    dict(rest_scale='huge'), dict(blur_embedding='cubic')], ids=str)
+    dict(rest_scale='huge'), dict(rest_loss='none'), dict(blur_embedding='cubic')], ids=str)
 def test_refused_in_a_sentence(own):
     with pytest.raises(UserError) as e:
         WarmPrecond(**SMALL, **own)

@@ -179,3 +179,22 @@ def rest_magnitude(alpha, n, sigma_data=SIGMA_DATA, rates=frequencies):
     gone = rest_mask(alpha, n, rates)
     power = gone.square() * prior_spectrum(n, sigma_data, gone.device)
     return power.mean(dim=(-2, -1), keepdim=power.ndim > 2).sqrt()
+
+
+def wiener_filter(alpha, beta, spectrum, rates=frequencies):
+    """The best linear filter for images of a given spectrum, and what it cannot know.
+
+    Args:
+        alpha: Blur in pixels, [B, 1, 1, 1] or a number.
+        beta: Noise level β > 0, a number or one per image.
+        spectrum: S, float64 [n, n]: mean power of the images in each band.
+        rates: As in `blur_mask`.
+
+    Returns:
+        (M S/(M²S + β²), S β²/(M²S + β²)), float64 [B or 1, 1, n, n]: V of the first times Vᵀx is the estimate of x₀
+        (its expectation, for Gaussian data), the second is the power of its error in each band.
+    """
+    M = blur_mask(alpha, len(spectrum), rates)
+    noise = torch.as_tensor(beta, dtype=torch.float64).reshape(-1, 1, 1, 1).square()
+    observed = M.square() * spectrum + noise
+    return M * spectrum / observed, spectrum * noise / observed

@@ -3,35 +3,49 @@
 The options, their defaults, and the reasons for these:
 
 - `blur`, how fast each DCT band fades (warm.blur.BLUR_RATES): 'gaussian', the paper's.
-- `rest_weight`, the weight of R's term in the loss: 1. At small blur and constant BNR an error in R enters the
+- `rest_weight`, a constant factor of R's term in the loss: 1. At small blur and constant BNR an error in R enters the
   sampler like one in D: the ODE's coefficient of R, Ṁ/(1−M), tends to −2/β there, and D's is −1/β. Squared, this
   could suggest a factor of 4; at strong blur R's coefficient vanishes, which suggests less than 1.
 - `rest_scale`, the scale of R's output: 'prior'. The target of R is very small at small blur (0.010 at α = 0.15,
   N = 32), where EDM's c_out is 0.26 along the path of BNR 0.5; with s_R(α) the network's F_R has a scale of 0.5 to 1 at
   every blur on CIFAR-10. Heun's corrector amplifies R′ by (α/α′)², so R must be accurate relative to its own scale.
+  With 'wiener', R starts from what a linear filter knows of the rest, and F_R has the scale of the filter's error.
+- `rest_loss`, how R's squared error is weighted at each noise level: 'edm', by λ(β) like D's, for the reason above. But
+  EDM's λ = 1/c_out² gives errors of F_D the same weight at all noise levels, and those of F_R then have the weight
+  λ·s_R², under 0.01 below β = 0.4 (BNR 0.5, N = 32). With 'unit', 1/s_R² does for F_R what λ does for F_D.
 - `blur_embedding`, how the blur is embedded: 'log', the logarithm / 4, as EDM embeds the noise level, since β and with
   it α span orders of magnitude.
 
-All only affect networks that are trained with blur, and `rest_weight` and `rest_scale` only those with a branch for
-the rest. Defaults are not written into `init_kwargs`, so snapshots and states from before these options existed stay
+All only affect networks that are trained with blur, and those named after the rest only such with a branch for it. Defaults are not written into `init_kwargs`, so snapshots and states from before these options existed stay
 valid.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
 from dnnlib import UserError, chosen
 from training.system import as_flags
-from warm.blur import BLUR_RATES, PAPER_BLUR, rest_magnitude
+from warm.blur import BLUR_RATES, PAPER_BLUR, filter_bands, prior_spectrum, rest_magnitude, rest_mask, wiener_filter
 from warm.path import OnePath
 
-DEFAULTS = dict(blur=PAPER_BLUR, rest_weight=1.0, rest_scale='prior', blur_embedding='log')
+DEFAULTS = dict(blur=PAPER_BLUR, rest_weight=1.0, rest_scale='prior', rest_loss='edm', blur_embedding='log')
 REST = 'deblur'  # the name of the branch that estimates the rest (warm.targets)
 BLUR_UNIT = 1.0  # pixels; at BNR 0.5 the spread of α/BLUR_UNIT in training (0.55) is then similar to ln(α)/4's (0.3)
 
 
-# Scales of R, [B or 1, 1, 1, 1], at the point of evaluation (warm.targets.Point). All are 0 at α = 0, like R.
+# How R is made of the network's output, at the point of evaluation (warm.targets.Point). Scales are [B or 1, 1, 1, 1],
+# and 0 at α = 0, like R.
+
+@dataclasses.dataclass(frozen=True)
+class RestScale:
+    """R = skip(point) + scale(point)·F_R, minus its mean; `skip` gives images like point.x, or 0."""
+
+    scale: Callable
+    skip: Callable = lambda point: 0
+
 
 def prior_scale(point):
     """s_R(α), the rest's magnitude under a natural-image prior (warm.blur.rest_magnitude)."""
@@ -48,7 +62,43 @@ def unit_scale(point):
     return (point.alpha > 0) * point.sigma_data
 
 
-REST_SCALES = {'prior': prior_scale, 'edm': edm_scale, 'unit': unit_scale}
+def wiener_rest(point):
+    """V (I−M) Vᵀ x̂₀, x̂₀ the best linear estimate from x under the prior: how EDM's c_skip would be for each band."""
+    gain, _ = _prior_filter(point)
+    return filter_bands(point.x, rest_mask(point.alpha, point.x.shape[-1], point.rates) * gain)
+
+
+def wiener_scale(point):
+    """The magnitude of this estimate's error under the prior, as s_R(α) is the rest's own."""
+    _, unknown = _prior_filter(point)
+    gone = rest_mask(point.alpha, point.x.shape[-1], point.rates)
+    return (gone.square() * unknown).mean(dim=(-2, -1), keepdim=True).sqrt()
+
+
+def _prior_filter(point):
+    spectrum = prior_spectrum(point.x.shape[-1], point.sigma_data, point.x.device)
+    return wiener_filter(point.alpha, point.beta, spectrum, point.rates)
+
+
+REST_SCALES = {'prior': RestScale(prior_scale), 'edm': RestScale(edm_scale), 'unit': RestScale(unit_scale),
+               'wiener': RestScale(wiener_scale, wiener_rest)}
+
+
+# Weights of R's squared error in the loss, [B, 1, 1, 1], from D's weight λ(β) and the arguments of a network's `point`.
+
+def shared_weight(weight, net, *at):
+    """λ(β), as for D."""
+    return weight
+
+
+def unit_weight(weight, net, *at):
+    """1/s², s being the scale of F_R; 0 without blur, where R is 0 whatever F_R is."""
+    point = net.point(*at)
+    square = REST_SCALES[point.rest_scale].scale(point).to(weight.dtype).square()
+    return torch.where(square > 0, 1 / square, 0)
+
+
+REST_LOSSES = {'edm': shared_weight, 'unit': unit_weight}
 
 
 # Inputs of the blur's positional embedding, from α [B] in pixels, ≥ 0: float tensors like it.
@@ -80,6 +130,7 @@ def checked_choices(choices, family, targets, branches):
     """
     chosen('blur', choices['blur'], BLUR_RATES)
     chosen('rest_scale', choices['rest_scale'], REST_SCALES)
+    chosen('rest_loss', choices['rest_loss'], REST_LOSSES)
     feature = chosen('blur_embedding', choices['blur_embedding'], BLUR_EMBEDDINGS)
     if not 0 < choices['rest_weight'] < math.inf:
         raise UserError(f"--rest-weight={choices['rest_weight']} is not a valid loss weight; give a number > 0, such "

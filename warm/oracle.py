@@ -21,7 +21,7 @@ import torch
 from dnnlib.files import atomic_write
 from training.dataset import ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
-from warm.blur import blur_mask, dct2, frequencies, idct2, prior_spectrum, rest_mask
+from warm.blur import blur_mask, dct2, frequencies, idct2, prior_spectrum, rest_mask, wiener_filter
 from warm.bnr import band_power
 from warm.figures import draw
 from warm.path import BlurringSchedule, ConstantBNR
@@ -55,11 +55,9 @@ class GaussianOracle:
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=0):
         """(V M Vᵀ x̂₀, V (I−M) Vᵀ x̂₀), float64, for x [B, C, N, N]; sigma and alpha a number or one per image."""
         self.calls += 1
-        n, S = x.shape[-1], self.spectrum
-        M = blur_mask(alpha, n, self.rates)
-        beta = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1, 1, 1, 1)
-        clean = M * S / (M ** 2 * S + beta ** 2) * dct2(x)
-        return idct2(M * clean), idct2(rest_mask(alpha, n, self.rates) * clean)
+        gain, _ = wiener_filter(alpha, sigma, self.spectrum, self.rates)
+        clean = gain * dct2(x)
+        return tuple(idct2(mask(alpha, x.shape[-1], self.rates) * clean) for mask in (blur_mask, rest_mask))
 
     def __call__(self, x, sigma, class_labels=None, alpha=0):
         """x̂₀ = D + R."""
@@ -79,7 +77,7 @@ def ode_factor(spectrum, path, beta, beta_next):
 
 def last_step_factor(spectrum, path, beta):
     """Factor by which the last step (β′ = 0), x′ = x̂₀, scales each band: M S/(M² S + β²), float64 [N, N]."""
-    return blur_mask(path.alpha(beta), len(spectrum)) * spectrum / marginal_variance(spectrum, path, beta)
+    return wiener_filter(path.alpha(beta), beta, spectrum)[0][0, 0]
 
 
 def sampler_factors(net, num_steps, **options):

@@ -28,6 +28,7 @@ class WarmPrecond(Precond):
         blur: What kind of blur, a name in warm.blur.BLUR_RATES.
         rest_weight: Weight of R's term in the loss, > 0; recorded here, applied by warm.loss.
         rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
+        rest_loss: Weight of R's term at each noise level, a name in warm.choices.REST_LOSSES; recorded as rest_weight.
         blur_embedding: How the blur is embedded, a name in warm.choices.BLUR_EMBEDDINGS; 'none' only for a single
             path, on which α follows from β.
 
@@ -35,7 +36,7 @@ class WarmPrecond(Precond):
         family: The paths that the network is trained on (warm.path).
         parametrisation: The one of warm.targets in use.
         rates: The blur's (warm.blur).
-        choices: Those of the last four arguments that are not the defaults; only these are in `init_kwargs`.
+        choices: Those of the last five arguments that are not the defaults; only these are in `init_kwargs`.
 
     Raises:
         UserError: an argument that is unknown, or that has no effect together with the others.
@@ -43,18 +44,20 @@ class WarmPrecond(Precond):
 
     def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, bnr=None, bnr_schedule=None,
                  targets=PAPER_TARGETS, blur=DEFAULTS['blur'], rest_weight=DEFAULTS['rest_weight'],
-                 rest_scale=DEFAULTS['rest_scale'], blur_embedding=DEFAULTS['blur_embedding'], **network):
+                 rest_scale=DEFAULTS['rest_scale'], rest_loss=DEFAULTS['rest_loss'],
+                 blur_embedding=DEFAULTS['blur_embedding'], **network):
         parametrisation = chosen('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
         if family.is_hot:
             parametrisation = Hot()
-        choices = checked_choices(dict(blur=blur, rest_weight=rest_weight, rest_scale=rest_scale,
+        choices = checked_choices(dict(blur=blur, rest_weight=rest_weight, rest_scale=rest_scale, rest_loss=rest_loss,
                                        blur_embedding=blur_embedding), family, targets, parametrisation.names)
         super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, **family.flags,
                               targets=targets, **choices),
                          sigma_min, sigma_max, len(parametrisation.names), *args, **network)
         self.family, self.parametrisation, self.choices = family, parametrisation, choices
-        self.rest_weight, self.rest_scale, self.rates = rest_weight, rest_scale, BLUR_RATES[blur]
+        self.rest_weight, self.rest_scale, self.rest_loss = rest_weight, rest_scale, rest_loss
+        self.rates = BLUR_RATES[blur]
         feature = BLUR_EMBEDDINGS[blur_embedding]
         self.map_blur = None if family.is_hot or feature is None else BlurEmbedding(self.model.noise_channels, feature)
 

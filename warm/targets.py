@@ -105,7 +105,7 @@ class Residual(Parametrisation):
     names = ('denoise', REST)
 
     def estimates(self, F, point):
-        """D = c_skip·x + c_out·F_D, R = s_R·F_R minus its mean."""
+        """D = c_skip·x + c_out·F_D, and `rest_estimate`."""
         F_D, F_R = F
         return point.c_skip * point.x + point.c_out * F_D, rest_estimate(F_R, point)
 
@@ -119,13 +119,13 @@ class Residual(Parametrisation):
 
 
 def rest_estimate(F_R, point):
-    """R = s_R·F_R minus its mean per channel; s_R is REST_SCALES[rest_scale].
+    """R = skip + s_R·F_R minus its mean per channel; both by REST_SCALES[rest_scale].
 
     Blur preserves the mean, so the rest has zero mean; any other would enter x̂₀ = D + R, which dpmpp2m and the
     network's `forward` use.
     """
-    s_R = REST_SCALES[point.rest_scale](point)
-    R = s_R.to(F_R.dtype) * F_R
+    kind = REST_SCALES[point.rest_scale]
+    R = kind.skip(point) + kind.scale(point).to(F_R.dtype) * F_R
     return R - R.mean(dim=(2, 3), keepdim=True)
 
 

@@ -11,7 +11,7 @@ from dnnlib.flags import Key
 from training.system import COMMON_SAMPLE_OPTIONS, GRID_OPTIONS, Option, System
 from warm.blur import BLUR_RATES
 from warm.bnr import band_power, recommended_bnr
-from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES, flags_of
+from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_LOSSES, REST_SCALES, flags_of
 from warm.loss import WarmLoss
 from warm.path import PAPER_BNR, parse_path, schedule_texts
 from warm.precond import WarmPrecond
@@ -67,7 +67,7 @@ WARM = System(
     title='Warm',
     paper='Warm Diffusion, ICLR 2025',
     network_class=WarmPrecond,
-    loss=lambda net: WarmLoss(sigma_data=net.sigma_data, rest_weight=net.rest_weight),
+    loss=lambda net: WarmLoss(sigma_data=net.sigma_data, rest_weight=net.rest_weight, rest_loss=net.rest_loss),
     sampler=warm_samplers,
     sample_options=(*COMMON_SAMPLE_OPTIONS, 'solver'),
     describe=warm_facts,
@@ -87,6 +87,8 @@ WARM = System(
         Option('blur', DEFAULTS['blur'], 'Kind of blur: how fast each band of the DCT fades', type=Key(BLUR_RATES)),
         Option('rest_weight', DEFAULTS['rest_weight'], "Weight of R's term in the loss", type=float),
         Option('rest_scale', DEFAULTS['rest_scale'], "Scale of R's output", type=Key(REST_SCALES)),
+        Option('rest_loss', DEFAULTS['rest_loss'], "Weight of R's squared error over the noise levels",
+               type=Key(REST_LOSSES)),
         Option('blur_embedding', DEFAULTS['blur_embedding'], 'How the blur is embedded', type=Key(BLUR_EMBEDDINGS)),
     ),
 )

@@ -10,7 +10,7 @@ import math
 from training.schedules import SOLVER
 from training.system import flag_of
 from warm.blur import BLUR_RATES
-from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_SCALES
+from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_LOSSES, REST_SCALES
 from warm.path import PAPER_BNR
 from warm.report.tables import BNR_SCORES
 from warm.samplers import SAMPLER_DEFAULTS
@@ -194,8 +194,8 @@ def question_4(scale):
 # Choices with alternatives: {flag: (our choice, its alternatives)}.
 CHOICES = {'--rest-weight': (f"{DEFAULTS['rest_weight']:g}", ('0.25', '4')),
            **{flag_of(name): (DEFAULTS[name], tuple(value for value in values if value != DEFAULTS[name]))
-              for name, values in (('rest_scale', REST_SCALES), ('blur_embedding', BLUR_EMBEDDINGS),
-                                   ('blur', BLUR_RATES))}}
+              for name, values in (('rest_scale', REST_SCALES), ('rest_loss', REST_LOSSES),
+                                   ('blur_embedding', BLUR_EMBEDDINGS), ('blur', BLUR_RATES))}}
 
 
 def choice_name(flag, value):
