@@ -134,6 +134,28 @@ def test_a_study_in_pieces(short, tmp_path, monkeypatch):
     assert study.recorded_speed(here) == pytest.approx(record['seconds'] / 16 / 35) and record['seconds'] > 0
 
 
+def test_errors_of_networks_are_recorded(short, tmp_path, monkeypatch):
+    """With unseen images, a scored network's errors are recorded too, once, and the page shows them."""
+    scale = dataclasses.replace(short, unseen=str(EMBEDDED))
+    monkeypatch.setitem(SCALES, 'digits', scale)
+    monkeypatch.setattr(study, 'ERROR_IMAGES', 20)
+    results = tmp_path / 'results'
+    for _ in range(2):
+        out = carry_out(tmp_path, '--questions=1', '--only=warm-cond')
+        assert out.exit_code == 0, out.output
+        (results / 'digits.jsonl').unlink()  # as if it had been killed before the score was written
+    recorded, = json_lines(results / 'errors-digits.jsonl')
+    assert recorded['run'] == 'warm-cond-s0' and recorded['point'] == 2 and recorded['num_images'] == 20
+    assert recorded['bnr'] == 0.5 and recorded['data'] == 'digits-8x8' and recorded['label_dim'] == 10
+    recorded['run'] = 'warm-uncond-s0'
+    (results / 'errors-digits.jsonl').write_text(json.dumps(recorded) + '\n')
+    (results / 'digits.jsonl').write_text(json.dumps(dict(line('warm-uncond-s0', 2, 1.0), num_images=scale.num)) + '\n')
+    text = study_page.page(results, '', study_page.Figures(tmp_path))
+    own, linear = next(level['R'] for level in recorded['levels'] if level['beta'] == 2)
+    row = next(row for row in text.splitlines() if row.startswith('| Warm, BNR 0.5, 2 kimg |') and row.count('|') == 10)
+    assert row.split('|')[4].strip() == f'{own / linear:.3g}' and (tmp_path / 'results-digits-errors.png').exists()
+
+
 def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
     """With --tidy, a run that is out of time leaves a single state; what another worker is at stays untouched."""
     options = ('--questions=1', '--only=edm-cond', '--tidy')
@@ -419,7 +441,7 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
 
 
 def test_every_question_has_a_section():
-    assert {title[0] for title in study_page.QUESTIONS} == {*QUESTIONS, '3'}
+    assert {title[0] for title in study_page.QUESTIONS if title[0].isdigit()} == {*QUESTIONS, '3'}
 
 
 def test_tidying_keeps_the_unscored_networks_of_a_parent_too(tiny, tmp_path):

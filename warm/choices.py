@@ -11,13 +11,13 @@ The options, their defaults, and the reasons for these:
   every blur on CIFAR-10. Heun's corrector amplifies R′ by (α/α′)², so R must be accurate relative to its own scale.
   With 'wiener', R starts from what a linear filter knows of the rest, and F_R has the scale of the filter's error.
 - `rest_loss`, how R's squared error is weighted at each noise level: 'edm', by λ(β) like D's, for the reason above. But
-  EDM's λ = 1/c_out² gives errors of F_D the same weight at all noise levels, and those of F_R then have the weight
-  λ·s_R², under 0.01 below β = 0.4 (BNR 0.5, N = 32). With 'unit', 1/s_R² does for F_R what λ does for F_D.
+  λ = 1/c_out² gives errors of F_D the same weight at all noise levels, and those of F_R then have the weight λ·s_R²:
+  0.03 at β = 1, 10⁻⁴ at 0.1 (BNR 0.5, N = 32). With 'unit', 1/s_R² does for F_R what λ does for F_D.
 - `blur_embedding`, how the blur is embedded: 'log', the logarithm / 4, as EDM embeds the noise level, since β and with
   it α span orders of magnitude.
 
-All only affect networks that are trained with blur, and those named after the rest only such with a branch for it. Defaults are not written into `init_kwargs`, so snapshots and states from before these options existed stay
-valid.
+All only affect networks that are trained with blur, and those named after the rest only such with a branch for it.
+Defaults are not written into `init_kwargs`, so snapshots and states from before these options existed stay valid.
 """
 
 import dataclasses

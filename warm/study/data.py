@@ -9,11 +9,17 @@ import scipy.special
 
 from dnnlib.json_files import read_lines
 from training.metrics import STD, kind_of
+from warm.errors import relative
 from warm.report.data import DISTANCES
 from warm.study.plan import REAL, drawn, run_name
 
 LEVEL = 0.05  # significance level of the test for a difference
 POWER = 0.8  # probability to decide a true difference, where a number of seeds is recommended
+
+
+def errors_file(results, scale):
+    """Where the errors of a scale's networks are recorded, beside `results`, the path of its scores."""
+    return results.with_name(f'errors-{scale.name}.jsonl')
 
 
 @dataclasses.dataclass
@@ -24,11 +30,13 @@ class Scores:
         scale: The Scale.
         lines: The results, all from one detector and number of images.
         real: Distances of as many images drawn from the training set itself, one per draw.
+        errors: {(run, thousands of images seen): levels}, the networks' errors (warm.errors).
     """
 
     scale: object
     lines: list
     real: tuple = ()
+    errors: dict = dataclasses.field(default_factory=dict)
 
     @classmethod
     def read(cls, scale, path):
@@ -44,7 +52,8 @@ class Scores:
                 lines[line['run'], line['seed'], line['point'], str(line['options']), kind] = line
         real = tuple(line['value'] for line in lines.values()
                      if line['run'] == REAL and kind_of(line['metric']) in DISTANCES)
-        return cls(scale, [line for line in lines.values() if line['run'] != REAL], real)
+        errors = {(line['run'], line['point']): line['levels'] for line in read_lines(errors_file(path, scale))}
+        return cls(scale, [line for line in lines.values() if line['run'] != REAL], real, errors)
 
     def label(self, kinds=DISTANCES):
         """Label of the scores of these kinds, such as 'FD-cifar'; None if there are none."""
@@ -60,6 +69,12 @@ class Scores:
         """{training seed: score}, for the seeds that have one."""
         found = {seed: self.lookup(what, kimg, seed, cond, kinds, **options) for seed in self.scale.main_seeds}
         return {seed: line['value'] for seed, line in found.items() if line}
+
+    def errors_of(self, what, kimg, quantity, beta):
+        """{training seed: error of a quantity at a noise level, relative to the filter's} (warm.errors.relative)."""
+        found = {seed: relative(level, quantity) for seed in self.scale.main_seeds
+                 for level in self.errors.get((run_name(what, seed=seed), kimg), ()) if level['beta'] == beta}
+        return {seed: error for seed, error in found.items() if error is not None}
 
     def longest(self, options):
         """The last point of `scale.main` at which seed 0 has a score with these options; else the end of `main`."""

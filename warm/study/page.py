@@ -14,6 +14,7 @@ import pathlib
 import click
 
 from dnnlib.files import atomic_write
+from warm.errors import BETAS
 from warm.figures import draw
 from warm.path import PAPER_BNR
 from warm.presets import PRESETS
@@ -28,6 +29,7 @@ WARM, EDM = 'warm', 'edm'
 NONE = '–'
 NOTHING = 'Not measured at this scale.'
 EXPECTED_TFLOPS = 355  # our target per GPU, for the table's last column
+ERRORS, ERROR_BETAS = ('R', 'step'), (0.1, 0.5, 2, 10)  # what the last table shows
 LINES = dict(zip(SOLVERS, ('-', ':', '--')))  # line styles in the figures
 KINDS = {'unconditional': False, 'class-conditional': True}
 TITLES = {WARM: f'Warm, BNR {PAPER_BNR:g}', EDM: 'EDM'}
@@ -204,6 +206,34 @@ def question_6(scores, figures):
         rows)
 
 
+def where_networks_err(scores, figures):
+    """Errors by noise level of R and of a sampler's step, in which D and R count as much as they do there."""
+    side, last = scores.scale.side, scores.scale.main[-1]
+    alike = [*((TITLES[WARM], WARM, kimg) for kimg in (side, last)),  # networks of the same BNR
+             *((row.title, targets_name(targets), side) for row, targets in zip(TABLE_5, OTHER_TARGETS)),
+             *((f'{flag}={value}', choice_name(flag, value), side)
+               for flag, (_, alternatives) in CHOICES.items() for value in alternatives)]
+    others = [*((TITLES[EDM], EDM, kimg) for kimg in (side, last)),
+              *((f'BNR {bnr:g}', bnr_name(bnr), side) for bnr in PAPER_BNRS if bnr_name(bnr) not in METHODS)]
+    rows = [[f'{title}, {mimg(kimg)}', *(shown(scores.errors_of(what, kimg, quantity, beta))
+                                         for quantity in ERRORS for beta in ERROR_BETAS)]
+            for title, what, kimg in (*others, *alike)]
+    rows = [row for row in rows if set(row[1:]) != {NONE}]
+    curves = []
+    for title, what, kimg in alike:
+        known = {beta: mean(values) for beta in BETAS if (values := scores.errors_of(what, kimg, 'R', beta))}
+        curves.append(dict(x=list(known), y=list(known.values()), label=f'{title}, {mimg(kimg)}'))
+    if not rows:
+        return NOTHING
+    figures('errors', curves, 'noise level β', "error of R relative to the linear filter's", log=True)
+    return '\n\n'.join([
+        f'Mean squared errors on images unseen in training (`python -m warm.errors`, `{scores.scale.unseen}`), divided '
+        'by those of the best linear filter: of R, and of the direction of a sampler’s step, where D and R count as '
+        'much as they do there. Networks of one BNR see the same noisy images; those of other BNRs see what hides less '
+        'or more, and compare only roughly.',
+        table(['', *(f'{quantity}, β = {beta:g}' for quantity in ERRORS for beta in ERROR_BETAS)], rows)])
+
+
 QUESTIONS = {
     f'1. Warm at BNR {PAPER_BNR:g} against EDM': question_1,
     '2. Which BNR (Table 3)': question_2,
@@ -211,6 +241,7 @@ QUESTIONS = {
     '4. Parametrisations and schedules (Tables 5 and 4)': question_4,
     '5. Our own choices, and the kind of blur': question_5,
     '6. From EDM to Warm by transfer': question_6,
+    'Where the networks err, by noise level': where_networks_err,
 }
 
 

@@ -41,6 +41,7 @@ class Scale:
         draw: Sampler options for all scores, besides a score's own.
         start_sec: Seconds until a run's first training step, compilation included; with less left, none is started.
         timed: Whether each run had its processor to itself, so that training times are comparable.
+        unseen: Images that no run is trained on, for warm.errors; None measures no errors.
         main: Thousands of images seen at which the main comparison is scored.
         side: The same for all other questions; one of `main`.
         transfer: Thousands of images after which a transferred network is scored.
@@ -67,6 +68,7 @@ class Scale:
     draw: tuple = ()
     start_sec: float = 0
     timed: bool = True
+    unseen: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +245,7 @@ SCALES = {scale.name: scale for scale in (
                '--compact-state'),
         draw=(('precision', 'bf16'),),
         main=(1024, 2048, 4096, 8192), side=2048, transfer=(128, 256, 512, 1024, 2048), main_seeds=(0, 1),
-        side_seeds=(0,), num=10_000, batch=2000, start_sec=120),
+        side_seeds=(0,), num=10_000, batch=2000, start_sec=120, unseen='datasets/cifar10-test-32x32.zip'),
     Scale(
         name='cifar10-16', title='CIFAR-10 at 16×16, on a CPU',
         note='A network of 1.5 M parameters that has seen every photograph five times at most: far from its '
@@ -259,7 +261,7 @@ SCALES = {scale.name: scale for scale in (
         train=('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01',
                '--dropout=0', '--augment=0', '--xflip=1', '--grid=0'),
         main=(32, 64, 128, 256), side=64, transfer=(8, 16, 32), main_seeds=(0, 1, 2), side_seeds=(0, 1, 2), num=1000,
-        batch=250),
+        batch=250, unseen='datasets/cifar10-test-16x16.zip'),
     Scale(
         name='digits', title='The embedded digits, 8×8, on a CPU',
         note='Images so small and simple that they say whether the scripts work and which effects are large; what '

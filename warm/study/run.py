@@ -119,7 +119,7 @@ def prepare(scale):
 
 def check_prepared(scale):
     """Raise UserError unless the scale's data and detector exist."""
-    for path in (scale.data, scale.detector if '/' in scale.detector else None):
+    for path in (scale.data, scale.unseen, scale.detector if '/' in scale.detector else None):
         if path and not os.path.exists(path):
             commands = ', '.join(f'`{command}`' for command in scale.prepare)
             raise UserError(f'{path} is missing; make it with --prepare, or by hand: {commands}')

@@ -18,15 +18,18 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import make_dirs
-from dnnlib.json_files import read_lines
+from dnnlib.json_files import append_line, read_lines
 from torch_utils import distributed as dist
 from training import provenance
-from training.dataset import EMBEDDED
+from training.dataset import EMBEDDED, name_of
 from training.metric_images import open_images
 from training.metrics import label
 from training.run_files import LOG_NAME, SNAPSHOT, STATE, STATS_NAME, parse_kimg, saved_files
 from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
+from warm.api import load
+from warm.errors import network_errors, record_of, sample_images
 from warm.sources import open_network
+from warm.study.data import errors_file
 from warm.study.pieces import Clock, OutOfTime, claimed
 from warm.study.plan import REAL, REAL_DRAWS, plan
 
@@ -35,6 +38,7 @@ TICKS = 8  # per `Run.kimg_between`, the interval at which networks can be score
 SAVE_SEC = 20  # of a piece's time, reserved for a stopped training to save its state
 STOP_SEC = 120  # a training that has not stopped after this is killed
 POLL_SEC = 0.2
+ERROR_IMAGES = 1000
 KEPT = 'networks'  # subfolder of a run with the networks to score
 NEAR = 0.03  # a snapshot may be this much later than the planned number of images, relative to it
 
@@ -214,6 +218,8 @@ def measure(study, run, score):
     if path is None:
         raise UserError(f'{study.folder(run.name)} has no network near {score.kimg:g} thousand images; delete that '
                         'folder to train it again')
+    if scale.unseen and not score.options:
+        measure_errors(study, run, score.kimg, path)
     opened = open_network(path, {**dict(scale.draw), **dict(score.options)})
     study.clock.need(1.2 * study.speed * scale.num * opened.facts['nfe'])
     source = NetworkImages(opened.net, opened.sampler, range(scale.num), facts=opened.facts)
@@ -225,6 +231,18 @@ def measure(study, run, score):
         hardware=hardware())
     shown = ', '.join(f'{label(name, study.scorer.detector)} {value:.4g}' for name, value in values.items())
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
+
+
+def measure_errors(study, run, kimg, path):
+    """Record the errors of the run's network `path` after `kimg` (warm.errors), unless they are."""
+    scale, file = study.scale, errors_file(study.results, study.scale)
+    if any((line.get('run'), line.get('point')) == (run.name, kimg) for line in read_lines(file)):
+        return
+    net = load(path)
+    images, labels = sample_images(scale.unseen, ERROR_IMAGES, 0, net)
+    append_line(file, dict(study=scale.name, run=run.name, seed=run.seed, point=kimg, flags=run.flags,
+                           **record_of(net, network_errors(net, images, labels), data=name_of(scale.unseen),
+                                       num_images=len(images))), remedy='make room and repeat the command')
 
 
 def hardware():

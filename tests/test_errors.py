@@ -1,0 +1,133 @@
+"""Errors of D, R, x̂₀ and the sampler's direction by noise level (warm.errors)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dnnlib import UserError
+from tests.small_networks import tiny_network
+from training.dataset import EMBEDDED, ImageFolderDataset
+from training.pixels import to_float
+from training.snapshot import save_snapshot
+from warm import errors
+from warm.blur import blur_mask, dct2, frequencies, natural_rates, rest_mask
+from warm.errors import BETAS, QUANTITIES, network_errors, relative, sample_images
+from warm.oracle import GaussianOracle
+from warm.path import BlurringSchedule, ConstantBNR
+
+
+@pytest.fixture(scope='module')
+def digits():
+    """(uint8 [N, 1, 8, 8], their mean power in each band)."""
+    dataset = ImageFolderDataset(EMBEDDED, max_size=300)
+    images, _ = dataset.batch(range(len(dataset)))
+    return images, dct2(to_float(torch.as_tensor(images))).square().mean((0, 1))
+
+
+class Known(torch.nn.Module):
+    """A network that is a function (x, β, α) → (D, R)."""
+
+    def __init__(self, function, rates=frequencies):
+        super().__init__()
+        self.function, self.rates, self.nothing = function, rates, torch.nn.Parameter(torch.zeros([]))
+        self.model, self.label_dim = torch.nn.Identity(), 0
+
+    def denoise_deblur(self, x, sigma, class_labels=None, alpha=0):
+        return self.function(x, sigma, alpha=alpha)
+
+
+def zero(x, sigma, alpha):
+    return torch.zeros_like(x), torch.zeros_like(x)
+
+
+@pytest.mark.parametrize('path', [ConstantBNR(0), ConstantBNR(0.5), BlurringSchedule()], ids=str)
+@pytest.mark.parametrize('rates', [frequencies, natural_rates])
+def test_the_linear_filter_is_1(digits, path, rates):
+    images, power = digits
+    net = Known(GaussianOracle(power, rates).denoise_deblur, rates)
+    for level in network_errors(net, images, path=path, betas=(0.02, 0.5, 20)):
+        for name in QUANTITIES:
+            expected = None if path.is_hot and name == 'R' else pytest.approx(1, abs=1e-9)
+            assert relative(level, name) == expected
+
+
+@pytest.mark.parametrize('bnr', [0, 0.5, 2])
+def test_errors_of_nothing_are_the_targets_power(digits, bnr):
+    """A network that returns 0 errs by the targets themselves, whose power per band is known."""
+    images, S = digits
+    lam = frequencies(8)
+    for level in network_errors(Known(zero), images, path=ConstantBNR(bnr), betas=(0.05, 1, 5)):
+        alpha = bnr * level['beta']
+        assert level['alpha'] == pytest.approx(alpha)
+        M, gone = blur_mask(alpha, 8), rest_mask(alpha, 8)
+        # β dx/dβ = (x − D) + V [β Ṁ/(1−M)] Vᵀ R with Ṁ = −λ α BNR M at constant BNR.
+        slope = M + lam * alpha ** 2 * M
+        expected = {'D': M.square() * S, 'R': gone.square() * S, 'clean': S, 'step': slope.square() * S}
+        for name, bands in expected.items():
+            assert level[name][0] == pytest.approx(bands.mean().item(), rel=3e-3 if name == 'step' else 1e-9)
+
+
+def test_the_filter_errs_as_theory_says(digits):
+    """E‖x̂₀ − x₀‖² per band is S β²/(M²S + β²), up to chance in the noise."""
+    images, S = digits
+    for level in network_errors(Known(zero), images, path=ConstantBNR(0.5), betas=(0.1, 1)):
+        M = blur_mask(level['alpha'], 8)
+        variance = S * level['beta'] ** 2 / (M.square() * S + level['beta'] ** 2)
+        assert level['clean'][1] == pytest.approx(variance.mean().item(), rel=0.05)
+        assert level['D'][1] == pytest.approx((M.square() * variance).mean().item(), rel=0.05)
+
+
+@pytest.mark.parametrize('name', ['edm', 'vp', 've', 'iddpm', 'stf', 'warm'])
+def test_networks(digits, name):
+    images, _ = digits
+    net = tiny_network(name)
+    one, other = (network_errors(net, images[:20], betas=(0.1, 1), batch=batch) for batch in (20, 7))
+    for level, again in zip(one, other, strict=True):
+        assert (level['alpha'] > 0) == (name == 'warm')
+        for quantity in QUANTITIES:
+            assert level[quantity] == pytest.approx(again[quantity], rel=1e-4)
+            assert np.isfinite(level[quantity]).all()
+    assert network_errors(net, images[:20], betas=(1,), seed=1)[0]['D'] != one[1]['D']
+
+
+@pytest.mark.parametrize('name', ['cold', 'ihdm', 'blurring', 'pfgmpp'])
+def test_other_systems_are_refused(digits, name):
+    with pytest.raises(UserError, match='estimates no image'):
+        network_errors(tiny_network(name), digits[0])
+
+
+def snapshot(folder, name, **kwargs):
+    net = tiny_network(name)
+    save_snapshot(folder / f'{name}.safetensors', net, name, kimg=1, dataset=dict(name='digits-8x8'))
+    return str(folder / f'{name}.safetensors')
+
+
+def test_command(tmp_path):
+    paths = [snapshot(tmp_path, name) for name in ('edm', 'warm')]
+    out = tmp_path / 'errors.jsonl'
+    result = CliRunner().invoke(errors.main, [f'--network={path}' for path in paths]
+                                + ['--num=10', f'--out={out}', f'--outdir={tmp_path}/drawn'], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line['system'] for line in lines] == ['edm', 'warm']
+    assert all(line['num_images'] == 10 for line in lines)
+    assert all([level['beta'] for level in line['levels']] == list(BETAS) for line in lines)
+    assert (tmp_path / 'drawn/errors.png').stat().st_size > 10_000 and (tmp_path / 'drawn/errors.svg').is_file()
+    rows = [row.split() for row in result.output.splitlines()]
+    at_1 = [row for row in rows if row[:1] == ['1']]
+    assert [row[1] for row in at_1] == ['0', '0.5'] and at_1[0][3] == '–'
+    assert float(at_1[1][3]) == pytest.approx(relative(lines[1]['levels'][BETAS.index(1)], 'R'), abs=1e-3)
+
+
+def test_bad_input(tmp_path, digits):
+    net = tiny_network('warm')
+    images, _ = digits
+    net.label_dim = 7
+    with pytest.raises(UserError, match='10 classes, the network 7'):
+        sample_images(EMBEDDED, 10, 0, net)
+    net.label_dim, net.img_resolution = 0, 16
+    with pytest.raises(UserError, match='1 × 8 × 8 .* the network.s 1 × 16 × 16'):
+        sample_images(EMBEDDED, 10, 0, net)
