@@ -94,7 +94,8 @@ def test_every_row_of_the_paper_is_asked():
         assert any(score.kimg == scale.side and not score.options for score in names[own].scores)
         assert any(('bnr', f'{bnr:g}') in score.options for score in names[run_name('warm-all')].scores)
     assert all(run_name(f'warm-{targets}') in names for targets in ('clean', 'blurred', 'clean-blurred'))
-    assert all(run_name(choice_name(flag, value)) in names for flag, (_, values) in CHOICES.items() for value in values)
+    assert all(run_name(choice_name(f'{flag}={value}')) in names for flag, (_, values) in CHOICES.items()
+               for value in values)
 
 
 def test_the_choices_are_the_systems_defaults():

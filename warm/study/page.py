@@ -22,7 +22,7 @@ from warm.report.data import PAPER_GPUS, PAPER_KIMG
 from warm.report.plots import draw_curves
 from warm.report.tables import BNR_SCORES, TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study.data import LEVEL, POWER, Difference, Scores, compare, mean_and_spread, shown
-from warm.study.plan import (CHOICES, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS, SCALES,
+from warm.study.plan import (ALTERNATIVES, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS, SCALES,
                              SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, plan, targets_name)
 
 WARM, EDM = 'warm', 'edm'
@@ -182,11 +182,10 @@ def question_5(scores, figures):
     """Our own choices, and the kind of blur, against their alternatives."""
     kimg, rows = scores.scale.side, []
     ours = scores.values(WARM, kimg)
-    for flag, (chosen, alternatives) in CHOICES.items():
-        for value in alternatives:
-            values = scores.values(choice_name(flag, value), kimg)
-            rows.append([f'`{flag}={value}` for {chosen}', shown(shared(ours, values)), shown(values),
-                         *against(values, ours)])
+    for flags, chosen in ALTERNATIVES:
+        values = scores.values(choice_name(*flags), kimg)
+        rows.append([f"`{' '.join(flags)}` for {chosen}", shown(shared(ours, values)), shown(values),
+                     *against(values, ours)])
     if all(row[2] == NONE for row in rows):
         return NOTHING
     return table([f'Alternative, {mimg(kimg)}', 'as chosen', 'alternative', 'difference', 'verdict'], rows)
@@ -211,8 +210,7 @@ def where_networks_err(scores, figures):
     side, last = scores.scale.side, scores.scale.main[-1]
     alike = [*((TITLES[WARM], WARM, kimg) for kimg in (side, last)),  # networks of the same BNR
              *((row.title, targets_name(targets), side) for row, targets in zip(TABLE_5, OTHER_TARGETS)),
-             *((f'{flag}={value}', choice_name(flag, value), side)
-               for flag, (_, alternatives) in CHOICES.items() for value in alternatives)]
+             *((' '.join(flags), choice_name(*flags), side) for flags, _ in ALTERNATIVES)]
     others = [*((TITLES[EDM], EDM, kimg) for kimg in (side, last)),
               *((f'BNR {bnr:g}', bnr_name(bnr), side) for bnr in PAPER_BNRS if bnr_name(bnr) not in METHODS)]
     rows = [[f'{title}, {mimg(kimg)}', *(shown(scores.errors_of(what, kimg, quantity, beta))

@@ -200,17 +200,21 @@ CHOICES = {'--rest-weight': (f"{DEFAULTS['rest_weight']:g}", ('0.25', '4')),
                                    ('blur_embedding', BLUR_EMBEDDINGS), ('blur', BLUR_RATES))}}
 
 
-def choice_name(flag, value):
-    """Name of the run with an alternative choice, such as 'warm-rest-weight-4'."""
-    return f"warm-{flag.strip('-')}-{value}"
+def choice_name(*flags):
+    """Name of the run with alternative choices, such as 'warm-rest-weight-4'."""
+    return '-'.join(['warm', *(flag.strip('-').replace('=', '-') for flag in flags)])
+
+
+# Alternatives: (flags, what they are instead of). Each by itself, but for two that mend the same weakness (warm.choices).
+ALTERNATIVES = (*(((f'{flag}={value}',), chosen) for flag, (chosen, values) in CHOICES.items() for value in values),
+                (('--rest-scale=wiener', '--rest-loss=unit'), f"{DEFAULTS['rest_scale']}, {DEFAULTS['rest_loss']}"))
 
 
 def question_5(scale):
-    """Our own choices, and the kind of blur: each alternative by itself."""
+    """Our own choices, and the kind of blur, against their alternatives."""
     for seed in scale.side_seeds:
-        for flag, (_, alternatives) in CHOICES.items():
-            for value in alternatives:
-                yield side(scale, choice_name(flag, value), seed, *METHODS['warm'], f'{flag}={value}')
+        for flags, _ in ALTERNATIVES:
+            yield side(scale, choice_name(*flags), seed, *METHODS['warm'], *flags)
 
 
 def question_6(scale):
