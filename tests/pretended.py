@@ -122,7 +122,7 @@ def cases():
     """{name: function} of everything that is tried."""
     from training.dataset import EMBEDDED
     from warm.blur import BLUR_RATES
-    from warm.choices import BLUR_EMBEDDINGS, REST_SCALES
+    from warm.choices import BLUR_EMBEDDINGS, REST_LOSSES, REST_SCALES
     from warm.samplers import SOLVERS
     from warm.systems import SYSTEMS
     from warm.targets import TARGETS
@@ -143,10 +143,10 @@ def cases():
     for bnr in FAMILIES:
         found[f'step of warm {bnr}'] = partial(step, warm, bnr=bnr)
     for option, values in (('targets', TARGETS), ('blur', BLUR_RATES), ('rest_scale', REST_SCALES),
-                           ('blur_embedding', BLUR_EMBEDDINGS)):
+                           ('rest_loss', REST_LOSSES), ('blur_embedding', BLUR_EMBEDDINGS)):
         for value in values:
-            found[f'step of warm {value}'] = partial(step, warm, **{option: value})
-            found[f'sampler of warm {value}'] = partial(sample, warm, {option: value})
+            found[f'step of warm, {option} {value}'] = partial(step, warm, **{option: value})
+            found[f'sampler of warm, {option} {value}'] = partial(sample, warm, {option: value})
     found['warm on another schedule'] = partial(sample, warm, dict(bnr_schedule='blurring'))
     found['warm with churn'] = partial(sample, warm, S_churn=5)
     found['edm with churn'] = partial(sample, edm, S_churn=5)

@@ -8,15 +8,19 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError
-from tests.small_networks import tiny_network
+from tests.small_networks import TRAINABLE, tiny_network
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.pixels import to_float
 from training.snapshot import save_snapshot
 from warm import errors
 from warm.blur import blur_mask, dct2, frequencies, natural_rates, rest_mask
-from warm.errors import BETAS, QUANTITIES, network_errors, relative, sample_images
+from warm.errors import BETAS, QUANTITIES, draw_errors, network_errors, relative, sample_images, table
+from warm.figures import draw
 from warm.oracle import GaussianOracle
 from warm.path import BlurringSchedule, ConstantBNR
+
+
+KNOWN = ['edm', 'vp', 've', 'iddpm', 'stf', 'warm']
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +32,7 @@ def digits():
 
 
 class Known(torch.nn.Module):
-    """A network that is a function (x, β, α) → (D, R)."""
+    """A network that is a function (x, β, α) → (D, R), or also of labels."""
 
     def __init__(self, function, rates=frequencies):
         super().__init__()
@@ -36,7 +40,7 @@ class Known(torch.nn.Module):
         self.model, self.label_dim = torch.nn.Identity(), 0
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=0):
-        return self.function(x, sigma, alpha=alpha)
+        return self.function(x, sigma, alpha=alpha, **({} if class_labels is None else dict(labels=class_labels)))
 
 
 def zero(x, sigma, alpha):
@@ -80,7 +84,7 @@ def test_the_filter_errs_as_theory_says(digits):
         assert level['D'][1] == pytest.approx((M.square() * variance).mean().item(), rel=0.05)
 
 
-@pytest.mark.parametrize('name', ['edm', 'vp', 've', 'iddpm', 'stf', 'warm'])
+@pytest.mark.parametrize('name', KNOWN)
 def test_networks(digits, name):
     images, _ = digits
     net = tiny_network(name)
@@ -93,16 +97,27 @@ def test_networks(digits, name):
     assert network_errors(net, images[:20], betas=(1,), seed=1)[0]['D'] != one[1]['D']
 
 
-@pytest.mark.parametrize('name', ['cold', 'ihdm', 'blurring', 'pfgmpp'])
+@pytest.mark.parametrize('name', sorted({*TRAINABLE} - {*KNOWN}))
 def test_other_systems_are_refused(digits, name):
     with pytest.raises(UserError, match='estimates no image'):
         network_errors(tiny_network(name), digits[0])
 
 
-def snapshot(folder, name, **kwargs):
+def test_labels_reach_the_network(digits):
+    """Classes by turns; a network told of them errs otherwise than one told of another class."""
+    def class_of(x, sigma, alpha, labels):
+        return (x * 0 + labels.argmax(1).reshape(-1, 1, 1, 1),) * 2
+    images, net = digits[0][:16], Known(class_of)
+    labels = np.eye(3, dtype=np.float32)[np.arange(16) % 3]
+    classes = to_float(torch.as_tensor(images)).double() - torch.as_tensor(labels).argmax(1).reshape(-1, 1, 1, 1)
+    level, = network_errors(net, images, labels, path=ConstantBNR(0), betas=(1,), batch=5)
+    assert level['D'][0] == pytest.approx(classes.square().mean().item(), rel=1e-9)
+
+
+def snapshot(folder, name):
     net = tiny_network(name)
     save_snapshot(folder / f'{name}.safetensors', net, name, kimg=1, dataset=dict(name='digits-8x8'))
-    return str(folder / f'{name}.safetensors')
+    return folder / f'{name}.safetensors'
 
 
 def test_command(tmp_path):
@@ -122,12 +137,36 @@ def test_command(tmp_path):
     assert float(at_1[1][3]) == pytest.approx(relative(lines[1]['levels'][BETAS.index(1)], 'R'), abs=1e-3)
 
 
-def test_bad_input(tmp_path, digits):
+def test_images_unlike_the_networks_are_refused():
     net = tiny_network('warm')
-    images, _ = digits
     net.label_dim = 7
     with pytest.raises(UserError, match='10 classes, the network 7'):
         sample_images(EMBEDDED, 10, 0, net)
     net.label_dim, net.img_resolution = 0, 16
     with pytest.raises(UserError, match='1 × 8 × 8 .* the network.s 1 × 16 × 16'):
         sample_images(EMBEDDED, 10, 0, net)
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--network=missing.safetensors'], 'missing.safetensors'), (['--data=missing.zip'], 'missing.zip'),
+    (['--out=warm.safetensors'], 'not a file of JSON lines'), (['--out=no/errors.jsonl'], 'cannot be written'),
+    (['--outdir=warm.safetensors'], 'could not create the folder'), (['--seed=99999999999999'], 'not in the range'),
+    (['--network=cold.safetensors'], 'estimates no image')], ids=str)
+def test_bad_input_is_found_before_any_work(tmp_path, monkeypatch, options, words):
+    """One sentence, and nothing is written; files that exist keep their content."""
+    paths = [snapshot(tmp_path, name) for name in ('warm', 'cold')]
+    before = [path.read_bytes() for path in paths]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errors, 'network_errors', None)
+    result = CliRunner().invoke(errors.main, ['--network=warm.safetensors', '--out=errors.jsonl', *options])
+    assert result.exit_code and words in result.output and isinstance(result.exception, SystemExit), result.output
+    assert [path.read_bytes() for path in paths] == before and not (tmp_path / 'errors.jsonl').exists()
+
+
+def test_a_network_that_diverged(tmp_path):
+    """Its errors are no numbers: there is a dash in the table, null in the file, and the figure leaves it out."""
+    level = dict(beta=1, alpha=0.5, **{name: [float('nan'), 1.0] for name in QUANTITIES})
+    assert table([level])[1].split() == ['1', '0.5', '–', '–', '–', '–']
+    assert all(relative(dict(level, R=pair), 'R') is None for pair in ([None, 1.0], [float('inf'), 1.0]))
+    draw(str(tmp_path / 'errors'), (6, 3), lambda figure: draw_errors(figure, {'nan': [level]}))
+    assert (tmp_path / 'errors.png').is_file()

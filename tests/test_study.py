@@ -136,24 +136,28 @@ def test_a_study_in_pieces(short, tmp_path, monkeypatch):
 
 
 def test_errors_of_networks_are_recorded(short, tmp_path, monkeypatch):
-    """With unseen images, a scored network's errors are recorded too, once, and the page shows them."""
-    scale = dataclasses.replace(short, unseen=str(EMBEDDED))
-    monkeypatch.setitem(SCALES, 'digits', scale)
+    """Once for each network, also of runs that were scored before; a new network counts anew; the page shows them."""
+    options, file = ('--questions=1', '--only=warm-cond'), tmp_path / 'results' / 'errors-digits.jsonl'
+    assert carry_out(tmp_path, *options).exit_code == 0 and not file.exists()
+    monkeypatch.setitem(SCALES, 'digits', scale := dataclasses.replace(short, unseen=str(EMBEDDED)))
     monkeypatch.setattr(study, 'ERROR_IMAGES', 20)
-    results = tmp_path / 'results'
     for _ in range(2):
-        out = carry_out(tmp_path, '--questions=1', '--only=warm-cond')
+        out = carry_out(tmp_path, *options)
         assert out.exit_code == 0, out.output
-        (results / 'digits.jsonl').unlink()  # as if it had been killed before the score was written
-    recorded, = json_lines(results / 'errors-digits.jsonl')
+    recorded, = json_lines(file)
     assert recorded['run'] == 'warm-cond-s0' and recorded['point'] == 2 and recorded['num_images'] == 20
     assert recorded['bnr'] == 0.5 and recorded['data'] == 'digits-8x8' and recorded['label_dim'] == 10
     recorded['run'] = 'warm-uncond-s0'
-    (results / 'errors-digits.jsonl').write_text(json.dumps(recorded) + '\n')
-    (results / 'digits.jsonl').write_text(json.dumps(dict(line('warm-uncond-s0', 2, 1.0), num_images=scale.num)) + '\n')
-    text = study_page.page(results, '', study_page.Figures(tmp_path))
+    for again in ({'network_sha256': 'of another network'}, {}):
+        file.write_text(''.join(json.dumps({**line, **again}) + '\n' for line in json_lines(file)))
+        assert carry_out(tmp_path, *options).exit_code == 0
+        assert len(json_lines(file)) == 2
+    file.write_text(json.dumps({'a line': 'of something else'}) + '\n' + json.dumps(recorded) + '\n')
+    scored = dict(line('warm-uncond-s0', 2, 1.0), num_images=scale.num)
+    (tmp_path / 'results' / 'digits.jsonl').write_text(json.dumps(scored) + '\n')
+    text = study_page.page(tmp_path / 'results', '', study_page.Figures(tmp_path))
     own, linear = next(level['R'] for level in recorded['levels'] if level['beta'] == 2)
-    row = next(row for row in text.splitlines() if row.startswith('| Warm, BNR 0.5, 2 kimg |') and row.count('|') == 10)
+    row, = [row for row in text.splitlines() if row.startswith('| Warm, BNR 0.5, 2 kimg |')]
     assert row.split('|')[4].strip() == f'{own / linear:.3g}' and (tmp_path / 'results-digits-errors.png').exists()
 
 

@@ -1,6 +1,7 @@
 """Our own choices: defaults change nothing; each alternative changes what it names, or is refused."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -107,14 +108,22 @@ def test_rest_loss_of_unit_weight(family):
     assert reported['Loss/deblur']['mean'] == pytest.approx((edm_loss_weight(sigma) * R).mean().item(), rel=1e-4)
 
 
-def test_rest_loss_of_unit_weight_is_edms_for_edms_scale():
-    """λ(β) is 1/c_out² itself."""
-    images, losses = images_of(), []
-    for rest_loss in ('edm', 'unit'):
-        net = warm_net(rest_scale='edm', rest_loss=rest_loss)
-        torch.manual_seed(7)
-        losses.append(SYSTEMS['warm'].loss(net)(net, images))
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize('scale', REST_SCALES)
+def test_unit_weights(scale):
+    """1/s² for every scale; EDM's is λ(β) itself, so this choice is refused. 0 where 1/s² would be infinite."""
+    beta = torch.tensor([1e-3, 0.3, 80.0, 0.3, 1e-3]).reshape(-1, 1, 1, 1)
+    alpha = beta * torch.tensor([0.5, 0.5, 0.5, 0, 1e-9]).reshape(-1, 1, 1, 1)
+    net = Spy('0.5')
+    net.point = lambda *at: dataclasses.replace(point_of(*at), rest_scale=scale)
+    at = torch.zeros([5, 3, 8, 8]), beta, alpha
+    weight = REST_LOSSES['unit'](edm_loss_weight(beta), net, *at)
+    assert torch.isfinite(weight).all() and weight[3] == 0 and weight.dtype == torch.float32
+    s = REST_SCALES[scale].scale(net.point(*at)).float()
+    torch.testing.assert_close(weight[:3] * s[:3] ** 2, torch.ones([3, 1, 1, 1]))
+    if scale == 'edm':
+        torch.testing.assert_close(weight[:3], edm_loss_weight(beta)[:3])
+        with pytest.raises(UserError, match='--rest-loss=unit has no effect with --rest-scale=edm'):
+            warm_net(rest_scale='edm', rest_loss='unit')
 
 
 def test_the_system_hands_the_weights_to_the_loss():

@@ -30,14 +30,15 @@ def network_facts(snapshot, net, system, options, sampler, class_idx=None):
         options, sampler: The sampler options that the user gave, and the sampler made from them.
         class_idx: Class of all images, or None.
     """
-    return dict(
-        network=pathlib.Path(snapshot.path).name,
-        network_sha256=file_sha256(snapshot.path),
-        kimg=snapshot.kimg,
-        **training_facts(net, system, snapshot.dataset.get('name'), snapshot.extra.get('loss')),
-        **sampling_facts(net, system, options, sampler),
-        class_idx=class_idx,
-    )
+    return dict(**snapshot_facts(snapshot, net, system), **sampling_facts(net, system, options, sampler),
+                class_idx=class_idx)
+
+
+def snapshot_facts(snapshot, net, system):
+    """What the network is and was trained for, and the file it is from; arguments as for `network_facts`."""
+    return dict(network=pathlib.Path(snapshot.path).name, network_sha256=file_sha256(snapshot.path),
+                kimg=snapshot.kimg,
+                **training_facts(net, system, snapshot.dataset.get('name'), snapshot.extra.get('loss')))
 
 
 def training_facts(net, system, dataset_name, loss):

@@ -63,7 +63,7 @@ def unit_scale(point):
 
 
 def wiener_rest(point):
-    """V (I−M) Vᵀ x̂₀, x̂₀ the best linear estimate from x under the prior: how EDM's c_skip would be for each band."""
+    """V (I−M) Vᵀ x̂₀, x̂₀ the best linear estimate from x under the prior: a c_skip for each band."""
     gain, _ = _prior_filter(point)
     return filter_bands(point.x, rest_mask(point.alpha, point.x.shape[-1], point.rates) * gain)
 
@@ -84,7 +84,7 @@ REST_SCALES = {'prior': RestScale(prior_scale), 'edm': RestScale(edm_scale), 'un
                'wiener': RestScale(wiener_scale, wiener_rest)}
 
 
-# Weights of R's squared error in the loss, [B, 1, 1, 1], from D's weight λ(β) and the arguments of a network's `point`.
+# Weights of R's squared error in the loss, [B, 1, 1, 1], from D's weight λ(β), the network and what its `point` takes.
 
 def shared_weight(weight, net, *at):
     """λ(β), as for D."""
@@ -95,7 +95,7 @@ def unit_weight(weight, net, *at):
     """1/s², s being the scale of F_R; 0 without blur, where R is 0 whatever F_R is."""
     point = net.point(*at)
     square = REST_SCALES[point.rest_scale].scale(point).to(weight.dtype).square()
-    return torch.where(square > 0, 1 / square, 0)
+    return torch.where(square >= torch.finfo(square.dtype).tiny, 1 / square, 0)  # of less, 1/s² would be infinite
 
 
 REST_LOSSES = {'edm': shared_weight, 'unit': unit_weight}
@@ -143,6 +143,8 @@ def checked_choices(choices, family, targets, branches):
         if name.startswith('rest_') and REST not in branches:
             raise UserError(f"{flag} applies to the branch for the rest, which --targets={targets} doesn't have; "
                             'leave it out or choose --targets=residual')
+    if (choices['rest_loss'], choices['rest_scale']) == ('unit', 'edm'):
+        raise UserError('--rest-loss=unit has no effect with --rest-scale=edm, whose weight it is; leave one out')
     if feature is None and not isinstance(family, OnePath):
         raise UserError(f"--blur-embedding={choices['blur_embedding']} would leave a network for {family} unaware "
                         'of the blur; choose log or linear, or a single BNR')

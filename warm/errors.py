@@ -1,31 +1,35 @@
 """Where a network errs: mean squared errors of D, R and x̂₀ = D + R at each noise level, on images it has not seen.
 
 A distance such as FID says which of two networks draws better, if there are enough seeds to tell. These errors say at
-which noise level and in which branch one is better, and vary far less from seed to seed. Each is divided by that of the
-best linear filter, which knows the mean power of every DCT band and nothing else about images: below 1 a network has
-learned more than that. None reaches 0, since no estimate can restore all that noise and blur have hidden.
+which noise level and in which branch one is better, and differ less between seeds (docs/results.md). Each is divided by
+that of the linear filter that is best for every DCT band of every channel by itself: it knows the mean power of the
+bands, and nothing of how bands or colours go together. Below 1, a network has learned more than that. None reaches 0,
+since no estimate can restore all that noise and blur have hidden.
 
-Networks of one BNR see the same noisy images, and their errors can be compared as they are. At another BNR the images
-hide something else, and only the errors' relation to the filter's can.
+Networks of the same path and kind of blur see the same noisy images, and their errors can be compared as they are. Of
+others, the images hide something else, and only the errors' relation to the filter's can, roughly.
 
     python -m warm.errors --network=warm.safetensors --network=edm.safetensors --data=datasets/cifar10-test-32x32.zip
 """
 
+import math
 import os
 
 import click
 import torch
 
 from dnnlib import UserError
-from dnnlib.files import check_appendable, file_sha256
+from dnnlib.files import make_dirs
 from dnnlib.flags import Text
-from dnnlib.json_files import append_line
+from dnnlib.json_files import append_line, check_json_lines
 from torch_utils import distributed as dist
+from torch_utils.precision import computed
 from training import provenance
 from training.dataset import EMBEDDED, ImageFolderDataset, name_of
 from training.generation import default_batch
 from training.pixels import to_float
 from training.precond import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from training.progress import MAX_SEED
 from warm.api import load
 from warm.blur import blur_and_rest, dct2, frequencies
 from warm.figures import draw
@@ -37,8 +41,7 @@ from warm.systems import SYSTEMS
 
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 SMALL_STEP = 1e-3  # how much lower the next noise level is, relatively, in the error of a step
-# What is measured: how each is shown, in units of the filter's error.
-QUANTITIES = {'D': 'D', 'R': 'R', 'clean': 'x̂₀', 'step': 'step'}
+QUANTITIES = {'D': 'D', 'R': 'R', 'clean': 'D + R', 'step': 'step'}  # {what is measured: how it is shown}
 DENOISERS = EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond  # of x₀ + σε; Warm's networks have `denoise_deblur`
 
 
@@ -47,10 +50,10 @@ def network_errors(net, images, labels=None, path=None, betas=BETAS, seed=0, bat
     """Mean squared errors of a network and of the best linear filter on noisy, blurred versions of images.
 
     Every noise level has the same noise, so that the levels differ in nothing else. The filter is the
-    `GaussianOracle` with these images' own mean power in each band.
+    `GaussianOracle` of these images' own mean power in each band.
 
     Args:
-        net: A Warm network, or any that denoises x₀ + βε, on its device.
+        net: A Warm network, or any that denoises x₀ + βε, in evaluation mode.
         images: uint8 [N, C, n, n].
         labels: float32 [N, label_dim]; needed if the network is class-conditional.
         path: α for each β (warm.path); by default the network's own, an EDM network's being BNR 0.
@@ -109,9 +112,12 @@ def check_denoiser(net):
 
 
 def relative(level, name):
-    """A level's error of one of QUANTITIES relative to the filter's; None where that is 0, as R's is without blur."""
+    """A level's error of one of QUANTITIES relative to the filter's.
+
+    None where the filter's is 0, as R's is without blur, and where the network's is not finite (in a file: null).
+    """
     own, linear = level[name]
-    return own / linear if linear > 0 else None
+    return own / linear if linear and own is not None and math.isfinite(own) else None
 
 
 def table(levels):
@@ -131,8 +137,9 @@ def draw_errors(figure, curves):
         figure: An empty figure.
         curves: {label: levels}.
     """
-    panels = {name: shown for name, shown in QUANTITIES.items()
-              if any(relative(level, name) is not None for levels in curves.values() for level in levels)}
+    deblurs = any(relative(level, 'R') is not None for levels in curves.values() for level in levels)
+    panels = {name: shown for name, shown in QUANTITIES.items() if name != 'R' or deblurs}
+    betas = [level['beta'] for levels in curves.values() for level in levels]
     axes = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
     for ax, (name, shown) in zip(axes, panels.items()):
         for label, levels in curves.items():
@@ -140,8 +147,8 @@ def draw_errors(figure, curves):
             ax.plot(*zip(*points) if points else ([], []), marker='.', label=label)
         ax.axhline(1, color='0.6', lw=0.9)
         # Of R, at little blur, a network may leave a hundred times the filter's error.
-        ax.set(xscale='log', yscale='log' if name == 'R' else 'linear', title=f'error of {shown}',
-               xlabel='noise level β')
+        ax.set(xscale='log', yscale='log' if name == 'R' else 'linear', xlim=(min(betas) / 1.5, max(betas) * 1.5),
+               title=f'error of {shown}', xlabel='noise level β')
     axes[0].set_ylabel("relative to the linear filter's")
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=3)
 
@@ -150,8 +157,9 @@ def sample_images(path, num, seed, net):
     """`num` random images of a data set, all if it has fewer, and the labels that the network needs or None.
 
     Raises:
-        UserError: no such data set; images or labels unlike the network's.
+        UserError: no such data set; images or labels unlike the network's; a network without such errors.
     """
+    check_denoiser(net)
     dataset = ImageFolderDataset(path, use_labels=net.label_dim > 0, max_size=num, random_seed=seed)
     needed = [net.img_channels, net.img_resolution, net.img_resolution]
     if list(dataset.image_shape) != needed:
@@ -166,10 +174,10 @@ def sample_images(path, num, seed, net):
 
 def record_of(net, levels, **facts):
     """One line of JSON about a network's errors: what it is, how they were measured, and the errors."""
-    snapshot, system = net.snapshot, SYSTEMS[net.system]
-    return dict(network=snapshot.path.name, network_sha256=file_sha256(snapshot.path), kimg=snapshot.kimg,
-                **provenance.training_facts(net, system, snapshot.dataset.get('name'), snapshot.extra.get('loss')),
-                **system.describe(net, {}), **facts, commit=provenance.code_version(), torch=torch.__version__,
+    system = SYSTEMS[net.system]
+    return dict(**provenance.snapshot_facts(net.snapshot, net, system), **system.describe(net, {}),
+                precision=computed(net.precision, next(net.parameters()).device), **facts,
+                commit=provenance.code_version(), torch=torch.__version__,
                 hardware=provenance.hardware(dist.device()), levels=levels)
 
 
@@ -180,7 +188,8 @@ def record_of(net, levels, **facts):
               show_default='the embedded digits, which networks may have been trained on',
               help='Images unseen in training')
 @click.option('--num', metavar='INT', type=click.IntRange(min=1), default=1000, help='Images, chosen at random')
-@click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Seed of choice and noise')
+@click.option('--seed', metavar='INT', type=click.IntRange(0, MAX_SEED), default=0, show_default='0',
+              help='Seed of choice and noise')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=None, show_default='by device',
               help='Images at a time')
 @click.option('--out', metavar='FILE', default=None, type=Text(),
@@ -190,20 +199,22 @@ def record_of(net, levels, **facts):
 def main(networks, data, num, seed, batch, out, outdir):
     """Measure where networks err: mean squared errors of D, R and D + R at each noise level.
 
-    They are relative to those of the best linear filter: below 1, a network knows more about images than their
-    spectrum. `step` is the direction in which a sampler goes, to which D and R both contribute.
+    They are relative to those of the best linear filter of each DCT band: below 1, a network knows more about images
+    than their spectrum. `step` is the direction in which a sampler goes, to which D and R both contribute.
     """
     if out is not None:
-        check_appendable(out)
+        check_json_lines(out)
+    if outdir is not None:
+        make_dirs(outdir)
+    nets = {path: load(path) for path in networks}  # a path given twice counts once
+    images = {path: sample_images(data, num, seed, net) for path, net in nets.items()}
     curves = {}
-    for path in networks:
-        net = load(path)
-        images, labels = sample_images(data, num, seed, net)
-        curves[path] = levels = network_errors(net, images, labels, seed=seed, batch=batch)
-        click.echo('\n'.join([f'{path}: {len(images)} images of {name_of(data)}', *table(levels), '']))
+    for path, net in nets.items():
+        curves[path] = levels = network_errors(net, *images[path], seed=seed, batch=batch)
+        click.echo('\n'.join([f'{path}: {len(images[path][0])} images of {name_of(data)}', *table(levels), '']))
         if out is not None:
-            append_line(out, record_of(net, levels, data=name_of(data), num_images=len(images), seed=seed),
-                        remedy='choose another --out')
+            append_line(out, record_of(net, levels, data=name_of(data), num_images=len(images[path][0]),
+                                       noise_seed=seed), remedy='choose another --out')
     if outdir is not None:
         shared = len(os.path.commonprefix([path.split('/')[:-1] for path in curves]))  # folders that all lie in
         curves = {'/'.join(path.split('/')[shared:]): levels for path, levels in curves.items()}

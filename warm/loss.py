@@ -17,12 +17,11 @@ from warm.targets import Example
 class WarmLoss:
     """λ(β)·Σ over the branches of (estimate − target)², by default ‖D − V M Vᵀ x₀‖² + ‖R − V (I−M) Vᵀ x₀‖².
 
-    Both terms have the same λ (ours, for the reason given in warm.choices) unless `rest_loss` gives R's another;
-    `rest_weight` multiplies R's term. Random
-    numbers are drawn in this order: β's variate [B, 1, 1, 1], the BNR's [B, 1, 1, 1] if the network is trained on
-    several, the augmentation, the noise. The blur comes after the augmentation. Each branch's term is also reported
-    separately as `Loss/NAME`, by default `Loss/denoise` and `Loss/deblur`, weighted by λ alone, so that runs with
-    different weights can be compared.
+    Both terms have the same λ (ours, for the reason given in warm.choices), unless `rest_loss` gives R's another;
+    `rest_weight` multiplies R's term. Random numbers are drawn in this order: β's variate [B, 1, 1, 1], the BNR's
+    [B, 1, 1, 1] if the network is trained on several, the augmentation, the noise. The blur comes after the
+    augmentation. Each branch's term is also reported separately as `Loss/NAME`, by default `Loss/denoise` and
+    `Loss/deblur`, weighted by λ alone, so that runs with different weights can be compared.
 
     Args:
         P_mean, P_std: EDM's distribution of ln β.
@@ -52,9 +51,9 @@ class WarmLoss:
         terms = []
         for name, estimate, target in zip(bare.parametrisation.names, estimates, targets, strict=True):
             square = (estimate - target) ** 2
-            training_stats.report(f'Loss/{name}', weight * square)
+            term = weight * square
+            training_stats.report(f'Loss/{name}', term)
             if name == REST:
-                terms.append(self.rest_weight * (REST_LOSSES[self.rest_loss](weight, bare, x, sigma, alpha) * square))
-            else:
-                terms.append(weight * square)
+                term = self.rest_weight * (REST_LOSSES[self.rest_loss](weight, bare, x, sigma, alpha) * square)
+            terms.append(term)
         return sum(terms[1:], start=terms[0])

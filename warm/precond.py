@@ -17,7 +17,7 @@ class WarmPrecond(Precond):
     D = c_skip·x + c_out·F_D with EDM's coefficients at σ = β; R = s_R(α)·F_R (warm.targets). The noise level
     is embedded through ln(β)/4 as in EDM, the blur through ln(α)/4: a positional embedding and a linear map
     without bias, added to the noise embedding; exactly zero for images with α = 0. A network whose only BNR
-    is 0 is EDM's, tensor for tensor. Some of these choices have alternatives (warm.choices).
+    is 0 is EDM's, tensor for tensor. Some of these choices, such as R's scale, have alternatives (warm.choices).
 
     Args:
         sigma_min, sigma_max: Supported noise levels β.

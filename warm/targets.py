@@ -4,9 +4,9 @@ Each turns the network's outputs F into estimates, defines their training target
 its D and R. To add one: a subclass of `Parametrisation` here and a line in TARGETS. It has to define `names`,
 `targets` and `parts`, and `estimates` unless all its branches use EDM's c_skip and c_out.
 
-The loss weights the squared error of every branch by EDM's λ(β), which is meant for errors in image units: a
-branch that estimates the noise as βε, so that D = x − β ε̂, has the same error as D, and λ(β) means the same for
-it. One that estimates ε itself would weight D's squared error by λ(β)/β².
+The loss weights the squared error of every branch by EDM's λ(β) (but see --rest-loss), which is meant for errors in
+image units: a branch that estimates the noise as βε, so that D = x − β ε̂, has the same error as D, and λ(β) means the
+same for it. One that estimates ε itself would weight D's squared error by λ(β)/β².
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ class Parametrisation:
 
     Attributes:
         names: One name per branch, all different, as in `Loss/denoise`. REST is the branch that estimates the rest, to
-            which --rest-weight and --rest-scale apply.
+            which --rest-weight, --rest-scale and --rest-loss apply.
     """
 
     names = ()

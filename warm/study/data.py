@@ -52,7 +52,8 @@ class Scores:
                 lines[line['run'], line['seed'], line['point'], str(line['options']), kind] = line
         real = tuple(line['value'] for line in lines.values()
                      if line['run'] == REAL and kind_of(line['metric']) in DISTANCES)
-        errors = {(line['run'], line['point']): line['levels'] for line in read_lines(errors_file(path, scale))}
+        errors = {(line['run'], line['point']): line['levels'] for line in read_lines(errors_file(path, scale))
+                  if {'run', 'point', 'levels'} <= line.keys()}
         return cls(scale, [line for line in lines.values() if line['run'] != REAL], real, errors)
 
     def label(self, kinds=DISTANCES):

@@ -207,12 +207,16 @@ def question_6(scores, figures):
 
 def where_networks_err(scores, figures):
     """Errors by noise level of R and of a sampler's step, in which D and R count as much as they do there."""
-    side, last = scores.scale.side, scores.scale.main[-1]
-    alike = [*((TITLES[WARM], WARM, kimg) for kimg in (side, last)),  # networks of the same BNR
+    side = scores.scale.side
+    ends = dict.fromkeys((side, scores.scale.main[-1]))
+    kinds = [(' '.join(flags), choice_name(*flags), side) for flags, _ in ALTERNATIVES]
+    others = [*((TITLES[EDM], EDM, kimg) for kimg in ends),
+              *((f'BNR {bnr:g}', bnr_name(bnr), side) for bnr in PAPER_BNRS if bnr_name(bnr) not in METHODS),
+              *(kind for kind in kinds if kind[0].startswith('--blur='))]
+    alike = [*((TITLES[WARM], WARM, kimg) for kimg in ends),  # networks of the same path and kind of blur
+             ('one network for all BNRs', 'warm-all', side),
              *((row.title, targets_name(targets), side) for row, targets in zip(TABLE_5, OTHER_TARGETS)),
-             *((' '.join(flags), choice_name(*flags), side) for flags, _ in ALTERNATIVES)]
-    others = [*((TITLES[EDM], EDM, kimg) for kimg in (side, last)),
-              *((f'BNR {bnr:g}', bnr_name(bnr), side) for bnr in PAPER_BNRS if bnr_name(bnr) not in METHODS)]
+             *(kind for kind in kinds if kind not in others)]
     rows = [[f'{title}, {mimg(kimg)}', *(shown(scores.errors_of(what, kimg, quantity, beta))
                                          for quantity in ERRORS for beta in ERROR_BETAS)]
             for title, what, kimg in (*others, *alike)]
@@ -226,9 +230,9 @@ def where_networks_err(scores, figures):
     figures('errors', curves, 'noise level β', "error of R relative to the linear filter's", log=True)
     return '\n\n'.join([
         f'Mean squared errors on images unseen in training (`python -m warm.errors`, `{scores.scale.unseen}`), divided '
-        'by those of the best linear filter: of R, and of the direction of a sampler’s step, where D and R count as '
-        'much as they do there. Networks of one BNR see the same noisy images; those of other BNRs see what hides less '
-        'or more, and compare only roughly.',
+        'by those of the best linear filter of each DCT band: of R, and of the direction of a sampler’s step, where D '
+        'and R count as much as they do there. The networks below Warm’s first row see the same noisy images as it; '
+        'those above see images that hide other things, and compare only roughly.',
         table(['', *(f'{quantity}, β = {beta:g}' for quantity in ERRORS for beta in ERROR_BETAS)], rows)])
 
 

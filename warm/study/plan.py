@@ -205,7 +205,7 @@ def choice_name(*flags):
     return '-'.join(['warm', *(flag.strip('-').replace('=', '-') for flag in flags)])
 
 
-# Alternatives: (flags, what they are instead of). Each by itself, but for two that mend the same weakness (warm.choices).
+# Alternatives: (flags, what they are instead of). Each by itself, and two that mend the same weakness (warm.choices).
 ALTERNATIVES = (*(((f'{flag}={value}',), chosen) for flag, (chosen, values) in CHOICES.items() for value in values),
                 (('--rest-scale=wiener', '--rest-loss=unit'), f"{DEFAULTS['rest_scale']}, {DEFAULTS['rest_loss']}"))
 

@@ -5,9 +5,10 @@
     python -m warm.study --scale=cifar10 --prepare         make the data and the detector first, if they are missing
     python -m warm.study --scale=digits -n                 show what is done and what is left
 
-Each run has a folder in --outdir, each score a line in SCALE.jsonl in --results, and `python -m warm.study.page` builds
-the page from these. A run is trained up to each network to be scored in turn, and scored there. A run belongs to one
-worker at a time, so the command can be started several times at once, also on several machines that share the folder.
+Each run has a folder in --outdir. In --results, each score is a line in SCALE.jsonl, and each network's errors
+(warm.errors) are one in errors-SCALE.jsonl; `python -m warm.study.page` builds the page from these. A run is trained up to each
+network to be scored in turn, and scored there. A run belongs to one worker at a time, so the command can be started
+several times at once, also on several machines that share the folder.
 
 With --tidy, only files that are still needed are kept, so that an unfinished study is small enough to move: a state of
 the current run (52 MB with --scale=cifar10), a network of 20 MB if time ran out before it was scored, and another as
@@ -46,7 +47,8 @@ def overview(study, runs):
 @click.command(context_settings=dict(show_default=True, max_content_width=120))
 @click.option('--scale', 'scale_name', type=click.Choice(list(SCALES)), required=True, help='Size of the study')
 @click.option('--outdir', metavar='DIR', default='study', help='Where to save the runs, in a subfolder named SCALE')
-@click.option('--results', metavar='DIR', default='results', help='Where to record the scores, in SCALE.jsonl')
+@click.option('--results', metavar='DIR', default='results',
+              help='Where to record scores, in SCALE.jsonl, and errors, in errors-SCALE.jsonl')
 @click.option('--detector', metavar='NAME|PATH', default=None,
               help="As for fid.py, such as inception; its scores go to SCALE--DETECTOR.jsonl  [default: the scale's]")
 @click.option('--questions', metavar='LIST', default=','.join(QUESTIONS), help='Questions to answer; 1 includes 3')
@@ -118,7 +120,7 @@ def prepare(scale):
 
 
 def check_prepared(scale):
-    """Raise UserError unless the scale's data and detector exist."""
+    """Raise UserError unless the scale's data sets and detector exist."""
     for path in (scale.data, scale.unseen, scale.detector if '/' in scale.detector else None):
         if path and not os.path.exists(path):
             commands = ', '.join(f'`{command}`' for command in scale.prepare)

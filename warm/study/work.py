@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dnnlib import UserError
-from dnnlib.files import make_dirs
+from dnnlib.files import file_sha256, make_dirs
 from dnnlib.json_files import append_line, read_lines
 from torch_utils import distributed as dist
 from training import provenance
@@ -27,7 +27,7 @@ from training.metrics import label
 from training.run_files import LOG_NAME, SNAPSHOT, STATE, STATS_NAME, parse_kimg, saved_files
 from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
 from warm.api import load
-from warm.errors import network_errors, record_of, sample_images
+from warm.errors import BETAS, network_errors, record_of, sample_images
 from warm.sources import open_network
 from warm.study.data import errors_file
 from warm.study.pieces import Clock, OutOfTime, claimed
@@ -38,7 +38,7 @@ TICKS = 8  # per `Run.kimg_between`, the interval at which networks can be score
 SAVE_SEC = 20  # of a piece's time, reserved for a stopped training to save its state
 STOP_SEC = 120  # a training that has not stopped after this is killed
 POLL_SEC = 0.2
-ERROR_IMAGES = 1000
+ERROR_IMAGES, NOISE_SEED = 1000, 0  # for warm.errors
 KEPT = 'networks'  # subfolder of a run with the networks to score
 NEAR = 0.03  # a snapshot may be this much later than the planned number of images, relative to it
 
@@ -75,6 +75,15 @@ class Study:
         """The scores of a run that are not in the results yet."""
         done = self.recorded()
         return [score for score in run.scores if (run.name, score.kimg, score.options) not in done]
+
+    def unmeasured(self, run):
+        """Thousands of images after which the run has a network whose errors are not recorded (warm.errors)."""
+        if not self.scale.unseen:
+            return []
+        done = {(line.get('run'), line.get('point'), line.get('network_sha256'))
+                for line in read_lines(errors_file(self.results, self.scale))}
+        found = {score.kimg: self.snapshot(run.name, score.kimg) for score in run.scores}
+        return [kimg for kimg, path in found.items() if path and (run.name, kimg, file_sha256(path)) not in done]
 
     def snapshot(self, run_name, kimg):
         """Path of the run's network set aside for `kimg`, or None."""
@@ -137,20 +146,24 @@ def key_of(line):
 def work_on(study, run):
     """Train a run as far as its missing scores need, scoring on the way; returns False if there was nothing to do.
 
+    Of networks that are there, the errors are measured too; no run is trained again for them.
+
     Raises:
         OutOfTime: time is up; the same call continues from here.
     """
-    if not study.missing(run) or not parent_ready(study, run):
+    if not (study.missing(run) and parent_ready(study, run) or study.unmeasured(run)):
         return False
     make_dirs(study.folder(run.name))
     with claimed(study.folder(run.name) / 'lock') as lock:
-        if lock is None or not study.missing(run):
+        if lock is None or not (study.missing(run) or study.unmeasured(run)):
             return False
-        for kimg in sorted({score.kimg for score in study.missing(run)}):
+        for kimg in sorted({score.kimg for score in study.missing(run)}) if parent_ready(study, run) else ():
             train(study, run, kimg, lock)
             for score in study.missing(run):
                 if score.kimg == kimg:
                     measure(study, run, score)
+        for kimg in study.unmeasured(run):
+            measure_errors(study, run, kimg)
     return True
 
 
@@ -218,8 +231,6 @@ def measure(study, run, score):
     if path is None:
         raise UserError(f'{study.folder(run.name)} has no network near {score.kimg:g} thousand images; delete that '
                         'folder to train it again')
-    if scale.unseen and not score.options:
-        measure_errors(study, run, score.kimg, path)
     opened = open_network(path, {**dict(scale.draw), **dict(score.options)})
     study.clock.need(1.2 * study.speed * scale.num * opened.facts['nfe'])
     source = NetworkImages(opened.net, opened.sampler, range(scale.num), facts=opened.facts)
@@ -233,16 +244,17 @@ def measure(study, run, score):
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
 
 
-def measure_errors(study, run, kimg, path):
-    """Record the errors of the run's network `path` after `kimg` (warm.errors), unless they are."""
-    scale, file = study.scale, errors_file(study.results, study.scale)
-    if any((line.get('run'), line.get('point')) == (run.name, kimg) for line in read_lines(file)):
-        return
-    net = load(path)
-    images, labels = sample_images(scale.unseen, ERROR_IMAGES, 0, net)
-    append_line(file, dict(study=scale.name, run=run.name, seed=run.seed, point=kimg, flags=run.flags,
-                           **record_of(net, network_errors(net, images, labels), data=name_of(scale.unseen),
-                                       num_images=len(images))), remedy='make room and repeat the command')
+def measure_errors(study, run, kimg):
+    """Record the errors of the run's network after `kimg` (warm.errors)."""
+    scale = study.scale
+    study.clock.need(1.2 * study.speed * ERROR_IMAGES * len(BETAS))
+    net = load(study.snapshot(run.name, kimg))
+    images, labels = sample_images(scale.unseen, ERROR_IMAGES, NOISE_SEED, net)
+    levels = network_errors(net, images, labels, seed=NOISE_SEED)
+    append_line(errors_file(study.results, scale), dict(
+        study=scale.name, run=run.name, seed=run.seed, point=kimg, flags=run.flags,
+        **record_of(net, levels, data=name_of(scale.unseen), num_images=len(images), noise_seed=NOISE_SEED)),
+        remedy='make room and repeat the command')
 
 
 def hardware():
