@@ -6,9 +6,9 @@
     python -m warm.study --scale=digits -n                 show what is done and what is left
 
 Each run has a folder in --outdir. In --results, each score is a line in SCALE.jsonl, and each network's errors
-(warm.errors) are one in errors-SCALE.jsonl; `python -m warm.study.page` builds the page from these. A run is trained up to each
-network to be scored in turn, and scored there. A run belongs to one worker at a time, so the command can be started
-several times at once, also on several machines that share the folder.
+(warm.errors) are one in errors-SCALE.jsonl; `python -m warm.study.page` builds the page from these. A run is trained up
+to each network to be scored in turn, and scored there. A run belongs to one worker at a time, so the command can be
+started several times at once, also on several machines that share the folder.
 
 With --tidy, only files that are still needed are kept, so that an unfinished study is small enough to move: a state of
 the current run (52 MB with --scale=cifar10), a network of 20 MB if time ran out before it was scored, and another as
