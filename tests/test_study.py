@@ -158,7 +158,7 @@ def test_errors_of_networks_are_recorded(short, tmp_path, monkeypatch):
     text = study_page.page(tmp_path / 'results', '', study_page.Figures(tmp_path))
     own, linear = next(level['R'] for level in recorded['levels'] if level['beta'] == 2)
     row, = [row for row in text.splitlines() if row.startswith('| Warm, BNR 0.5, 2 kimg |')]
-    assert row.split('|')[4].strip() == f'{own / linear:.3g}' and (tmp_path / 'results-digits-errors.png').exists()
+    assert row.split('|')[8].strip() == f'{own / linear:.3g}' and (tmp_path / 'results-digits-errors.png').exists()
 
 
 def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
@@ -441,8 +441,8 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
         ahead, behind = round(100 - 100 * float(low)), round(100 * float(high) - 100)
         assert re.search(f'{ahead} % ahead (of EDM )?and {behind} % behind', said)
     verdicts = re.findall(r'\| (better|worse|undecided) (?=\|)', text)
-    assert f'Of {len(verdicts)} verdicts below, three decide' in said
-    assert len(verdicts) - verdicts.count('undecided') == 3
+    assert f'Of {len(verdicts)} verdicts below, four decide' in said
+    assert len(verdicts) - verdicts.count('undecided') == 4
 
 
 def test_every_question_has_a_section():

@@ -29,7 +29,7 @@ WARM, EDM = 'warm', 'edm'
 NONE = '–'
 NOTHING = 'Not measured at this scale.'
 EXPECTED_TFLOPS = 355  # our target per GPU, for the table's last column
-ERRORS, ERROR_BETAS = ('R', 'step'), (0.1, 0.5, 2, 10)  # what the last table shows
+ERRORS, ERROR_BETAS = ('D', 'R'), (0.1, 0.5, 2, 10)  # what the last table shows
 LINES = dict(zip(SOLVERS, ('-', ':', '--')))  # line styles in the figures
 KINDS = {'unconditional': False, 'class-conditional': True}
 TITLES = {WARM: f'Warm, BNR {PAPER_BNR:g}', EDM: 'EDM'}
@@ -179,16 +179,17 @@ def question_4(scores, figures):
 
 
 def question_5(scores, figures):
-    """Our own choices, and the kind of blur, against their alternatives."""
+    """Our own choices, and the kind of blur, against their alternatives, and these against EDM."""
     kimg, rows = scores.scale.side, []
-    ours = scores.values(WARM, kimg)
+    ours, edm = scores.values(WARM, kimg), scores.values(EDM, kimg)
     for flags, chosen in ALTERNATIVES:
         values = scores.values(choice_name(*flags), kimg)
         rows.append([f"`{' '.join(flags)}` for {chosen}", shown(shared(ours, values)), shown(values),
-                     *against(values, ours)])
+                     *against(values, ours), *against(values, edm)])
     if all(row[2] == NONE for row in rows):
         return NOTHING
-    return table([f'Alternative, {mimg(kimg)}', 'as chosen', 'alternative', 'difference', 'verdict'], rows)
+    heads = ['as chosen', 'alternative', 'difference', 'verdict', 'alternative minus EDM', 'verdict']
+    return table([f'Alternative, {mimg(kimg)}', *heads], rows)
 
 
 def question_6(scores, figures):
@@ -206,7 +207,7 @@ def question_6(scores, figures):
 
 
 def where_networks_err(scores, figures):
-    """Errors by noise level of R and of a sampler's step, in which D and R count as much as they do there."""
+    """Errors of D and R by noise level."""
     side = scores.scale.side
     ends = dict.fromkeys((side, scores.scale.main[-1]))
     kinds = [(' '.join(flags), choice_name(*flags), side) for flags, _ in ALTERNATIVES]
@@ -230,9 +231,8 @@ def where_networks_err(scores, figures):
     figures('errors', curves, 'noise level β', "error of R relative to the linear filter's", log=True)
     return '\n\n'.join([
         f'Mean squared errors on images unseen in training (`python -m warm.errors`, `{scores.scale.unseen}`), divided '
-        'by those of the best linear filter of each DCT band: of R, and of the direction of a sampler’s step, where D '
-        'and R count as much as they do there. The networks below Warm’s first row see the same noisy images as it; '
-        'those above see images that hide other things, and compare only roughly.',
+        'by those of the best linear filter of each DCT band. The networks below Warm’s first row see the same noisy '
+        'images as it; those above see images that hide other things, and compare only roughly.',
         table(['', *(f'{quantity}, β = {beta:g}' for quantity in ERRORS for beta in ERROR_BETAS)], rows)])
 
 
