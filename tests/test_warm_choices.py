@@ -195,6 +195,16 @@ def test_wiener_rest_is_the_best_linear_one():
         assert kind.scale(point) < REST_SCALES['prior'].scale(point)
 
 
+@pytest.mark.parametrize('beta, explained, weight', [(0.01, 0.99, 1e-6), (0.1, 0.64, 1e-4), (0.5, 0.07, 0.006),
+                                                     (1, 0.02, 0.03)])
+def test_numbers_of_the_docstring(beta, explained, weight):
+    """The share of R's power that the filter knows, and the weight λ·s_R² of F_R's errors: BNR 0.5, N = 32."""
+    at = torch.zeros([1, 3, 32, 32]), *(torch.full([1, 1, 1, 1], v, dtype=torch.float64) for v in (beta, beta / 2))
+    prior, wiener = (REST_SCALES[name].scale(point_of(*at)).item() for name in ('prior', 'wiener'))
+    assert 1 - (wiener / prior) ** 2 == pytest.approx(explained, abs=0.005)
+    assert edm_loss_weight(torch.tensor(beta)).item() * prior ** 2 == pytest.approx(weight, rel=0.5)
+
+
 def test_linear_embedding_is_of_the_blur_itself():
     """It is made of cos and sin of α/BLUR_UNIT times the frequencies 1 … 1/10000, and is zero without blur."""
     torch.manual_seed(0)
