@@ -195,6 +195,6 @@ def wiener_filter(alpha, beta, spectrum, rates=frequencies):
         (its expectation, for Gaussian data), the second is the power of its error in each band.
     """
     M = blur_mask(alpha, len(spectrum), rates)
-    noise = torch.as_tensor(beta, dtype=torch.float64).reshape(-1, 1, 1, 1).square()
+    noise = torch.as_tensor(beta, dtype=torch.float64, device=spectrum.device).reshape(-1, 1, 1, 1).square()
     observed = M.square() * spectrum + noise
     return M * spectrum / observed, spectrum * noise / observed

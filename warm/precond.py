@@ -28,7 +28,7 @@ class WarmPrecond(Precond):
         blur: What kind of blur, a name in warm.blur.BLUR_RATES.
         rest_weight: Weight of R's term in the loss, > 0; recorded here, applied by warm.loss.
         rest_scale: Scale of R, a name in warm.choices.REST_SCALES.
-        rest_loss: Weight of R's term at each noise level, a name in warm.choices.REST_LOSSES; recorded as rest_weight.
+        rest_loss: Weight of R's term at each noise level, a name in warm.choices.REST_LOSSES; like rest_weight.
         blur_embedding: How the blur is embedded, a name in warm.choices.BLUR_EMBEDDINGS; 'none' only for a single
             path, on which α follows from β.
 
