@@ -9,8 +9,8 @@ The options, their defaults, and the reasons for these:
 - `rest_scale`, the scale of R's output: 'prior'. The target of R is very small at small blur (0.010 at α = 0.15,
   N = 32), where EDM's c_out is 0.26 along the path of BNR 0.5; with s_R(α) the network's F_R has a scale of 0.5 to 1 at
   every blur on CIFAR-10. Heun's corrector amplifies R′ by (α/α′)², so R must be accurate relative to its own scale.
-  With 'wiener', R starts from what a linear filter knows of the rest (99 % of its power at β = 0.01, 64 % at 0.1, 7 % at
-  0.5, under the prior at BNR 0.5, N = 32), and F_R has the scale of the filter's error.
+  With 'wiener', R starts from what a linear filter knows of the rest (99 % of its power at β = 0.01, 64 % at 0.1, 7 %
+  at 0.5, under the prior at BNR 0.5, N = 32), and F_R has the scale of the filter's error.
 - `rest_loss`, how R's squared error is weighted at each noise level: 'edm', by λ(β) like D's, for the reason above. But
   λ = 1/c_out² gives errors of F_D the same weight at all noise levels, and those of F_R then have the weight λ·s_R²:
   0.03 at β = 1, 10⁻⁴ at 0.1 (BNR 0.5, N = 32). With 'unit', 1/s_R² does for F_R what λ does for F_D.
