@@ -161,6 +161,20 @@ def test_errors_of_networks_are_recorded(short, tmp_path, monkeypatch):
     assert row.split('|')[8].strip() == f'{own / linear:.3g}' and (tmp_path / 'results-digits-errors.png').exists()
 
 
+def test_errors_come_before_the_scores(short, tmp_path, monkeypatch):
+    """Tidying deletes a network once it is scored: its errors are recorded by then, wherever the time runs out."""
+    monkeypatch.setitem(SCALES, 'digits', dataclasses.replace(short, unseen=str(EMBEDDED)))
+    monkeypatch.setattr(study, 'ERROR_IMAGES', 20)
+
+    def time_is_up(*_):
+        raise study_pieces.OutOfTime
+    monkeypatch.setattr(study, 'measure', time_is_up)
+    out = carry_out(tmp_path, '--questions=1', '--only=edm-cond', '--tidy')
+    assert out.exit_code == 0 and 'Time is up' in out.output and not records(tmp_path)
+    recorded, = json_lines(tmp_path / 'results' / 'errors-digits.jsonl')
+    assert recorded['run'] == 'edm-cond-s0' and recorded['point'] == 2
+
+
 def test_an_unfinished_study_is_small(tiny, tmp_path, monkeypatch):
     """With --tidy, a run that is out of time leaves a single state; what another worker is at stays untouched."""
     options = ('--questions=1', '--only=edm-cond', '--tidy')

@@ -157,13 +157,13 @@ def work_on(study, run):
     with claimed(study.folder(run.name) / 'lock') as lock:
         if lock is None or not (study.missing(run) or study.unmeasured(run)):
             return False
+        measure_errors(study, run)
         for kimg in sorted({score.kimg for score in study.missing(run)}) if parent_ready(study, run) else ():
             train(study, run, kimg, lock)
+            measure_errors(study, run)  # before the scores, after which `tidy` may delete the network
             for score in study.missing(run):
                 if score.kimg == kimg:
                     measure(study, run, score)
-        for kimg in study.unmeasured(run):
-            measure_errors(study, run, kimg)
     return True
 
 
@@ -244,17 +244,18 @@ def measure(study, run, score):
     print(f'{run.name} at {score.kimg:g} kimg {dict(score.options) or ""}: {shown}', flush=True)
 
 
-def measure_errors(study, run, kimg):
-    """Record the errors of the run's network after `kimg` (warm.errors)."""
+def measure_errors(study, run):
+    """Record the errors of those networks of the run whose errors are not recorded yet (warm.errors)."""
     scale = study.scale
-    study.clock.need(1.2 * study.speed * ERROR_IMAGES * len(BETAS))
-    net = load(study.snapshot(run.name, kimg))
-    images, labels = sample_images(scale.unseen, ERROR_IMAGES, NOISE_SEED, net)
-    levels = network_errors(net, images, labels, seed=NOISE_SEED)
-    append_line(errors_file(study.results, scale), dict(
-        study=scale.name, run=run.name, seed=run.seed, point=kimg, flags=run.flags,
-        **record_of(net, levels, data=name_of(scale.unseen), num_images=len(images), noise_seed=NOISE_SEED)),
-        remedy='make room and repeat the command')
+    for kimg in study.unmeasured(run):
+        study.clock.need(1.2 * study.speed * ERROR_IMAGES * len(BETAS))
+        net = load(study.snapshot(run.name, kimg))
+        images, labels = sample_images(scale.unseen, ERROR_IMAGES, NOISE_SEED, net)
+        levels = network_errors(net, images, labels, seed=NOISE_SEED)
+        append_line(errors_file(study.results, scale), dict(
+            study=scale.name, run=run.name, seed=run.seed, point=kimg, flags=run.flags,
+            **record_of(net, levels, data=name_of(scale.unseen), num_images=len(images), noise_seed=NOISE_SEED)),
+            remedy='make room and repeat the command')
 
 
 def hardware():
