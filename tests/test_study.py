@@ -379,7 +379,8 @@ def test_differences_are_decided_by_seeds():
 def test_page_from_numbers(tmp_path):
     """Numbers land in their cells; of two lines for a score the last counts; other numbers of images are left out."""
     lines = [line(run_name(name, seed=s), k, v + s / 100, s) for s in (0, 1, 2)
-             for name, k, v in (('edm', 80, 1.0), ('warm', 80, 0.5), ('edm', 40, 2.0), ('warm', 40, 3.0))]
+             for name, k, v in (('edm', 80, 1.0), ('warm', 80, 0.5), ('edm', 40, 2.0), ('warm', 40, 3.0),
+                               ('warm-rest-loss-unit', 80, 1.5))]
     lines += [line('edm-uncond-s0', 80, 9.0), line('edm-uncond-s0', 80, 1.0)]
     lines += [dict(line('edm-uncond-s0', 80, 77.0), num_images=5)]
     lines += [line('warm-uncond-s0', 80, 0.25, options=[('num_steps', 18), ('solver', 'dpmpp2m')])]
@@ -389,7 +390,8 @@ def test_page_from_numbers(tmp_path):
     text = study_page.page(tmp_path, 'By hand.', study_page.Figures(tmp_path))
     rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in text.splitlines() if row.startswith('|')]
     assert next(row for row in rows if row[0] == 'unconditional, 80 kimg')[1:] == [
-        '1.01 ± 0.01 (3)', '0.51 ± 0.01 (3)', '-0.5 ± 0 (-50%)', 'better']
+        '1.01 ± 0.01 (3)', '0.51 ± 0.01 (3)', '-0.5 ± 0 (-50%)', 'better',
+        '1.51 ± 0.01 (3)', '+0.5 ± 0 (+50%)', 'worse']
     assert next(row for row in rows if row[0] == 'unconditional, 40 kimg')[4] == 'worse'
     assert 'By hand.' in text and '2M with 18 evaluations 0.25, Heun with 35 0.5.' in text
     assert 'Nothing is measured yet' in text and (tmp_path / 'results-digits-main.png').exists()
@@ -405,8 +407,9 @@ def test_all_pairs_together(tmp_path):
         return study_page.together(Scores.read(SCALES['digits'], tmp_path / 'digits.jsonl'))
     assert sentence([(False, 0, 80, 1.9)]) == [] and sentence([(False, 2, 80, 1.9)]) == []
     text, = sentence([(False, 0, 40, 9.0), (False, 0, 80, 1.9), (False, 1, 40, 2.0), (True, 0, 20, 2.1)])
-    assert text.startswith("All 3 pairs of runs together, each at the last score that both have: Warm's is 1.00 times "
-                           "EDM's, between 0.88 and 1.13 with 95 % confidence; by the paper's FIDs it is 0.94.")
+    assert text.startswith('Warm, BNR 0.5: all 3 pairs of runs together, each at the last score that both have, score '
+                           "1.00 times EDM's, between 0.88 and 1.13 with 95 % confidence; by the paper's FIDs it is "
+                           '0.94.')
     assert 'it takes 8 to find' in text
     assert 'it takes 2 to find' in sentence([(False, 0, 80, 2.0), (False, 1, 40, 2.0)])[0]  # equal to the bit
 
@@ -420,9 +423,12 @@ def test_page_with_inception_scores_and_times(tmp_path):
     rows += [dict(row, metric='IS-cifar16_std', value=0.1) for row in rows if row['metric'] == 'IS-cifar16']
     (tmp_path / 'cifar10-16.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in rows))
     text = study_page.page(tmp_path, '', study_page.Figures(tmp_path))
-    assert '|  | EDM | Warm | difference | verdict | EDM, IS-cifar16 | Warm, IS-cifar16 | EDM\'s training |' in text
-    assert (f'| unconditional, {scale.main[0]:g} kimg | 3 | 2 | -1 (-33%) | undecided (one seed) | 5 | 6 '
-            f'| {scale.main[0]:g} s | {scale.main[0]:g} s |') in text
+    assert '|  | EDM | Warm, BNR 0.5 | minus EDM | verdict | Warm, rest-loss=unit | minus EDM | verdict |' in text
+    assert f'| unconditional, {scale.main[0]:g} kimg | 3 | 2 | -1 (-33%) | undecided (one seed) | – | – | – |' in text
+    assert ('|  | EDM: IS-cifar16 | Warm, BNR 0.5: IS-cifar16 | Warm, rest-loss=unit: IS-cifar16 '
+            '| EDM: training |') in text
+    assert (f'| unconditional, {scale.main[0]:g} kimg | 5 | 6 | – '
+            f'| {scale.main[0]:g} s | {scale.main[0]:g} s | – |') in text
     assert (tmp_path / 'results-cifar10-16-time.png').exists()
 
 

@@ -22,8 +22,8 @@ from warm.report.data import PAPER_GPUS, PAPER_KIMG
 from warm.report.plots import draw_curves
 from warm.report.tables import BNR_SCORES, TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study.data import LEVEL, POWER, Difference, Scores, compare, mean_and_spread, shown
-from warm.study.plan import (ALTERNATIVES, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS, SCALES,
-                             SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, plan, targets_name)
+from warm.study.plan import (ALTERNATIVES, BEST_CHOICE, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS,
+                             SCALES, SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, plan, targets_name)
 
 WARM, EDM = 'warm', 'edm'
 NONE = '–'
@@ -32,7 +32,8 @@ EXPECTED_TFLOPS = 355  # our target per GPU, for the table's last column
 ERRORS, ERROR_BETAS = ('D', 'R'), (0.1, 0.5, 2, 10)  # what the last table shows
 LINES = dict(zip(SOLVERS, ('-', ':', '--')))  # line styles in the figures
 KINDS = {'unconditional': False, 'class-conditional': True}
-TITLES = {WARM: f'Warm, BNR {PAPER_BNR:g}', EDM: 'EDM'}
+TITLES = {EDM: 'EDM', WARM: f'Warm, BNR {PAPER_BNR:g}',
+          choice_name(BEST_CHOICE): f'Warm, {BEST_CHOICE.lstrip("-")}'}
 
 
 def table(heads, rows):
@@ -59,19 +60,21 @@ def mimg(kimg):
 # -- the questions; each returns Markdown
 
 def question_1(scores, figures):
-    """Warm against EDM over images seen and time."""
-    inception = scores.label(('IS',))
-    rows, curves = [], {'main': [], 'time': []}
+    """Warm, with either weight of R, against EDM over images seen and time."""
+    inception, times = scores.label(('IS',)), scores.scale.timed
+    rows, more, curves = [], [], {'main': [], 'time': []}
     for kind, cond in KINDS.items():
         for kimg in scores.scale.main:
-            edm, warm = (scores.values(name, kimg, cond) for name in (EDM, WARM))
-            if edm or warm:
-                rows.append([
-                    f'{kind}, {mimg(kimg)}', shown(edm), shown(warm),
-                    *against(warm, edm),
-                    *(shown(scores.values(name, kimg, cond, ('IS',))) for name in (EDM, WARM) if inception),
-                    *(seconds(scores.seconds(name, kimg, cond)) for name in (EDM, WARM) if scores.scale.timed)])
-        for name in (EDM, WARM):
+            edm, *others = (scores.values(name, kimg, cond) for name in METHODS)
+            if not (edm or any(others)):
+                continue
+            title = f'{kind}, {mimg(kimg)}'
+            rows.append([title, shown(edm),
+                         *(cell for values in others for cell in (shown(values), *against(values, edm)))])
+            more.append([title,
+                         *(shown(scores.values(name, kimg, cond, ('IS',))) for name in METHODS if inception),
+                         *(seconds(scores.seconds(name, kimg, cond)) for name in METHODS if times)])
+        for name in METHODS:
             known = {kimg: values for kimg in scores.scale.main if (values := scores.values(name, kimg, cond))}
             points = [(kimg, scores.seconds(name, kimg, cond), mean(values)) for kimg, values in known.items()]
             label = f'{TITLES[name]}, {kind}'
@@ -80,26 +83,31 @@ def question_1(scores, figures):
             curves['time'].append(dict(label=label, x=[p[1] for p in timed], y=[p[2] for p in timed]))
     figures('main', curves['main'], 'thousands of images seen', f'{scores.label()} ↓')
     figures('time', curves['time'], 'seconds of training', f'{scores.label()} ↓')
-    heads = ['', 'EDM', 'Warm', 'difference', 'verdict']
-    heads += [f'EDM, {inception}', f'Warm, {inception}'] if inception else []
-    heads += ["EDM's training", "Warm's training"] if scores.scale.timed else []
+    titles = [TITLES[name] for name in METHODS]
+    heads = ['', titles[0], *(head for title in titles[1:] for head in (title, 'minus EDM', 'verdict'))]
+    more_heads = ['', *(f'{title}: {what}' for what in (inception, times and 'training') if what for title in titles)]
     missing = [name for name, cond in KINDS.items() if not any(row[0].startswith(f'{name},') for row in rows)]
     notes = [f"Not measured at this scale: {', '.join(missing)}."] if missing else []
-    return '\n\n'.join([table(heads, rows), *notes, *together(scores)])
+    return '\n\n'.join([table(heads, rows), *notes, *together(scores),
+                        *([table(more_heads, more)] if inception or times else [])])
 
 
 def together(scores):
-    """[sentence]: Warm's score relative to EDM's over all seeds, and how many would show the paper's; [] below two."""
-    logs = scores.log_ratios(WARM, EDM)
-    if len(logs) < 2:
-        return []
-    d = Difference(tuple(logs), 1)
-    ratio, low, high = (f'{math.exp(x):.2f}' for x in (d.mean, d.mean - d.margin, d.mean + d.margin))
-    (edm, _), (warm, _) = BNR_SCORES[0], BNR_SCORES[PAPER_BNR]
-    return [f"All {len(logs)} pairs of runs together, each at the last score that both have: Warm's is {ratio} times "
-            f"EDM's, between {low} and {high} with {100 * (1 - LEVEL):g} % confidence; by the paper's FIDs it is "
-            f'{warm / edm:.2f}. With pairs that vary as these do, it takes {d.pairs_to_find(math.log(edm / warm))} to '
-            f"find a difference as large as the paper's with a probability of {100 * POWER:g} %."]
+    """[sentences]: each Warm's score relative to EDM's over all seeds, and how many would show the paper's."""
+    texts, (edm, _), (warm, _) = [], BNR_SCORES[0], BNR_SCORES[PAPER_BNR]
+    for name in METHODS:
+        logs = scores.log_ratios(name, EDM) if name != EDM else []
+        if len(logs) < 2:
+            continue
+        d = Difference(tuple(logs), 1)
+        ratio, low, high = (f'{math.exp(x):.2f}' for x in (d.mean, d.mean - d.margin, d.mean + d.margin))
+        texts.append(
+            f'{TITLES[name]}: all {len(logs)} pairs of runs together, each at the last score that both have, score '
+            f"{ratio} times EDM's, between {low} and {high} with {100 * (1 - LEVEL):g} % confidence; by the paper's "
+            f'FIDs it is {warm / edm:.2f}. With pairs that vary as these do, it takes '
+            f"{d.pairs_to_find(math.log(edm / warm))} to find a difference as large as the paper's with a probability "
+            f'of {100 * POWER:g} %.')
+    return texts
 
 
 def seconds(number):
@@ -132,7 +140,7 @@ def question_3(scores, figures):
     For the separate networks, trained longest, and for one network for all BNRs, where only the BNR differs.
     """
     main, kimg = scores.longest(drawn('heun', STEPS[0])), scores.scale.side
-    kinds = [*((TITLES[name], name, main, {}) for name in (EDM, WARM)),
+    kinds = [*((TITLES[name], name, main, {}) for name in METHODS),
              *((f'one network, BNR {bnr}', 'warm-all', kimg, {'bnr': bnr}) for bnr in FIGURE_5_BNRS)]
     heads = [f'{2 * n - 1} / {e}' if 2 * n - 1 != e else str(e) for n, e in zip(STEPS, EVALUATIONS)]
     rows, curves = [], {'nfe': [], 'nfe-one-network': []}
@@ -151,7 +159,7 @@ def question_3(scores, figures):
     for name, drawn_curves in curves.items():
         figures(name, drawn_curves, 'NFE', f'{scores.label()} ↓', log=True)
     answers = []
-    for title, what, at, fixed in kinds[:2]:
+    for title, what, at, fixed in kinds[:len(METHODS)]:
         few, many = (of_seed_0(scores.solved(what, at, solver, 18, **fixed)) for solver in ('dpmpp2m', 'heun'))
         if few and many:
             answers.append(f'{title}: 2M with 18 evaluations {shown(few)}, Heun with 35 {shown(many)}.')
