@@ -1,0 +1,104 @@
+"""Networks with D or R of another (warm.crossed)."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from dnnlib import UserError
+from tests.commands import invoke
+from tests.small_networks import tiny_network
+from training.dataset import EMBEDDED
+from training.snapshot import save_snapshot
+from warm import crossed
+from warm.crossed import TAKEN, Crossed
+from warm.samplers import warm_sampler
+
+
+def moved(net):
+    """The same network with other weights."""
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(7)))
+    return net
+
+
+@pytest.fixture
+def pair():
+    return tiny_network('warm'), moved(tiny_network('warm', rest_loss='unit'))
+
+
+@pytest.mark.parametrize('take', TAKEN)
+def test_parts_are_whose_they_should_be(pair, take):
+    """At low ≤ β < high; elsewhere both are the network's own."""
+    net, other = pair
+    own = Crossed(net, other, take, low=0.5, high=2)
+    x = torch.randn([2, 1, 8, 8])
+    for beta in (0.4, 0.5, 1.9, 2.0):
+        at = x, torch.tensor(beta), None
+        both = [one.denoise_deblur(*at, alpha=beta / 2) for one in (net, other)]
+        assert not torch.equal(both[0][0], both[1][0]) and not torch.equal(both[0][1], both[1][1])
+        for i, part in enumerate(own.denoise_deblur(*at, alpha=beta / 2)):
+            theirs = 0.5 <= beta < 2 and (take == 'both' or take == 'DR'[i])
+            assert torch.equal(part, both[theirs][i])
+
+
+def test_images(pair):
+    """Nothing taken draws the network's images, both parts taken draw the other's, one draws neither's."""
+    latents = torch.randn([2, 1, 8, 8])
+    own, theirs = (warm_sampler(net, latents, num_steps=4) for net in pair)
+    drawn = {take: warm_sampler(Crossed(*pair, take), latents, num_steps=4) for take in TAKEN}
+    assert torch.equal(drawn['none'], own) and torch.equal(drawn['both'], theirs)
+    assert not any(torch.equal(drawn[take], images) for take in 'DR' for images in (own, theirs))
+
+
+@pytest.mark.parametrize('name, options, words', [
+    ('edm', {}, 'has no D and R'), ('warm', dict(bnr='1'), 'differ in the BNR'),
+    ('warm', dict(blur='natural'), 'differ in the kind of blur')])
+def test_networks_that_do_not_go_together(name, options, words):
+    net = tiny_network('warm')
+    for two in ((net, tiny_network(name, **options)), (tiny_network(name, **options), net)):
+        with pytest.raises(UserError, match=words):
+            Crossed(*two)
+
+
+@pytest.fixture
+def files(tmp_path, pair):
+    for name, net in zip(('net', 'other'), pair):
+        save_snapshot(tmp_path / f'{name}.safetensors', net, 'warm', kimg=1, dataset=dict(name='digits-8x8'))
+    ref = tmp_path / 'ref.npz'
+    assert invoke('fid.py', 'ref', f'--data={EMBEDDED}', f'--dest={ref}', '--detector=pixels').exit_code == 0
+    return [f'--network={tmp_path}/net.safetensors', f'--other={tmp_path}/other.safetensors', f'--ref={ref}',
+            '--detector=pixels', '--num=6', '--batch=4']
+
+
+def test_command(tmp_path, files):
+    """Taking both scores as fid.py scores the other network, and the record says what was taken."""
+    log = tmp_path / 'crossed.jsonl'
+    for options in (['--take=both'], ['--take=R', '--low=0.3'], ['--take=D', '--low=0.3', '--high=2']):
+        result = CliRunner().invoke(crossed.main, [*files, *options, f'--log={log}'], catch_exceptions=False)
+        assert result.exit_code == 0 and 'FD-pixels: ' in result.output
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line['take'], line['low'], line['high']) for line in lines] == [
+        ('both', 0, None), ('R', 0.3, None), ('D', 0.3, 2)]
+    assert len({line['value'] for line in lines}) == 3 and {line['nfe'] for line in lines} == {35}
+    assert lines[0]['other']['network_options']['rest_loss'] == 'unit' != lines[0]['network_options'].get('rest_loss')
+    scored = invoke('fid.py', 'calc', *files[2:4], '--seeds=0-5', '--batch=4', f'--log={tmp_path}/own.jsonl',
+                    f'--network={tmp_path}/other.safetensors')
+    own = json.loads((tmp_path / 'own.jsonl').read_text())
+    assert scored.exit_code == 0 and own['value'] == lines[0]['value'] and own['network_sha256'] == \
+        lines[0]['other']['network_sha256']
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--low=2', '--high=1'], 'no noise level lies from --low=2 to --high=1'), (['--take=X'], "'X' is not one of"),
+    (['--other=missing.safetensors'], 'missing.safetensors'), (['--log=net.safetensors'], 'not a file of JSON lines'),
+    (['--ref=missing.npz'], 'missing.npz'), (['--metrics=none'], 'none'), (['--num=1'], '1 is not in the range')])
+def test_bad_input_is_found_before_any_work(tmp_path, files, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(crossed, 'NetworkImages', None)
+    result = CliRunner().invoke(crossed.main, [*files, '--log=crossed.jsonl', *options])
+    assert result.exit_code and words in result.output and isinstance(result.exception, SystemExit), result.output
+    assert sorted(tmp_path.iterdir()) == before
