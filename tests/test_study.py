@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from tests.commands import ROOT, invoke, json_lines, refusal
 from training.dataset import EMBEDDED
+from warm.study import answers as study_answers
 from warm.study import page as study_page
 from warm.study import pieces as study_pieces
 from warm.study import plan as study_plan
@@ -404,7 +405,7 @@ def test_all_pairs_together(tmp_path):
                  for cond, seed, kimg in ((False, 0, 40), (False, 0, 80), (False, 1, 40), (True, 0, 20))]
         lines += [line(run_name('warm', cond, seed), kimg, value, seed) for cond, seed, kimg, value in warm]
         (tmp_path / 'digits.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
-        return study_page.together(Scores.read(SCALES['digits'], tmp_path / 'digits.jsonl'))
+        return study_answers.together(Scores.read(SCALES['digits'], tmp_path / 'digits.jsonl'))
     assert sentence([(False, 0, 80, 1.9)]) == [] and sentence([(False, 2, 80, 1.9)]) == []
     text, = sentence([(False, 0, 40, 9.0), (False, 0, 80, 1.9), (False, 1, 40, 2.0), (True, 0, 20, 2.1)])
     assert text.startswith('Warm, BNR 0.5: all 3 pairs of runs together, each at the last score that both have, score '
@@ -466,7 +467,7 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
 
 
 def test_every_question_has_a_section():
-    assert {title[0] for title in study_page.QUESTIONS if title[0].isdigit()} == {*QUESTIONS, '3'}
+    assert {title[0] for title in study_answers.QUESTIONS if title[0].isdigit()} == {*QUESTIONS, '3'}
 
 
 def test_tidying_keeps_the_unscored_networks_of_a_parent_too(tiny, tmp_path):
