@@ -433,6 +433,25 @@ def test_page_with_inception_scores_and_times(tmp_path):
     assert (tmp_path / 'results-cifar10-16-time.png').exists()
 
 
+def test_scores_of_crossed_networks(tmp_path):
+    """A row says what was taken from which network; lines of other detectors or numbers of images are left out."""
+    own = dict(metric='FD-pixels', value=2.0, kimg=40.06, network_options={'bnr': '0.5'}, num_images=1000,
+               other={'network_options': {'bnr': '0.5', 'rest_loss': 'unit'}})
+    ways = [('none', 0, None), ('R', 0, None), ('both', 0.3, None), ('D', 0, 0.3), ('R', 0.1, 1)]
+    lines = [dict(own, take=take, low=low, high=high) for take, low, high in ways]
+    lines += [dict(lines[0], metric='FD-others'), dict(lines[0], num_images=5), dict(lines[0], metric='IS-pixels')]
+    (tmp_path / 'crossed-digits.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
+    (tmp_path / 'digits.jsonl').write_text(json.dumps(line('warm-uncond-s0', 40, 1.0)) + '\n')
+    said, table = study_answers.crossed_networks(Scores.read(SCALES['digits'], tmp_path / 'digits.jsonl'))
+    rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in table.splitlines()]
+    assert 'warm.crossed' in said and rows[0][-1] == 'FD-pixels' and {row[0] for row in rows[2:]} == {
+        '`--bnr=0.5`, 40 kimg'}
+    other = '`--bnr=0.5 --rest-loss=unit`'
+    assert [row[1:4] for row in rows[2:]] == [
+        ['nothing', '–', '–'], ['R', other, 'all'], ['D and R', other, '0.3 ≤ β'], ['D', other, 'β < 0.3'],
+        ['R', other, '0.1 ≤ β < 1']]
+
+
 @pytest.mark.parametrize('measured', [False, True])
 def test_hours_at_full_size(tmp_path, measured):
     """The hours follow from measured images/s; without those, the page says that they were not measured."""

@@ -6,6 +6,7 @@ returns Markdown.
 
 import math
 
+from training.system import as_flags
 from warm.errors import BETAS
 from warm.path import PAPER_BNR
 from warm.report.tables import BNR_SCORES, TABLE_3, TABLE_4, TABLE_5, rows_of
@@ -209,8 +210,23 @@ def question_6(scores, figures):
         rows)
 
 
+def crossed_networks(scores):
+    """[Markdown]: scores of images drawn with parts of two networks; [] where none were."""
+    rows = []
+    for line in scores.crossed:
+        low, high = line['low'], line['high']
+        levels = ' ≤ '.join([*([f'{low:g}'] if low else []), 'β']) + (f' < {high:g}' if high else '')
+        own, other = (f"`{' '.join(as_flags(of['network_options']))}`" for of in (line, line['other']))
+        taken = {'none': 'nothing', 'both': 'D and R'}.get(line['take'], line['take'])
+        rows.append([f"{own}, {mimg(round(line['kimg']))}", taken,
+                     *((other, 'all' if levels == 'β' else levels) if line['take'] != 'none' else (NONE, NONE)),
+                     f"{line['value']:.3g}"])
+    return ['Images drawn with D or R of another network (`python -m warm.crossed`):',
+            table(['the network', 'taken', 'from', 'at noise levels', scores.label()], rows)] if rows else []
+
+
 def where_networks_err(scores, figures):
-    """Errors of D and R by noise level."""
+    """Errors of D and R by noise level, and scores with those of another network."""
     side = scores.scale.side
     ends = dict.fromkeys((side, scores.scale.main[-1]))
     kinds = [(' '.join(flags), choice_name(*flags), side) for flags, _ in ALTERNATIVES]
@@ -236,7 +252,8 @@ def where_networks_err(scores, figures):
         f'Mean squared errors on images unseen in training (`python -m warm.errors`, `{scores.scale.unseen}`), divided '
         'by those of the best linear filter of each DCT band. The networks below Warm’s first row see the same noisy '
         'images as it; those above see images that hide other things, and compare only roughly.',
-        table(['', *(f'{quantity}, β = {beta:g}' for quantity in ERRORS for beta in ERROR_BETAS)], rows)])
+        table(['', *(f'{quantity}, β = {beta:g}' for quantity in ERRORS for beta in ERROR_BETAS)], rows),
+        *crossed_networks(scores)])
 
 
 QUESTIONS = {

@@ -22,6 +22,11 @@ def errors_file(results, scale):
     return results.with_name(f'errors-{scale.name}.jsonl')
 
 
+def crossed_file(results, scale):
+    """Where scores of images drawn with parts of two networks are recorded (warm.crossed), as `errors_file`."""
+    return results.with_name(f'crossed-{scale.name}.jsonl')
+
+
 @dataclasses.dataclass
 class Scores:
     """All scores of a scale.
@@ -31,12 +36,14 @@ class Scores:
         lines: The results, all from one detector and number of images.
         real: Distances of as many images drawn from the training set itself, one per draw.
         errors: {(run, thousands of images seen): levels}, the networks' errors (warm.errors).
+        crossed: Distances of images drawn with parts of two networks (warm.crossed), as recorded, with this detector.
     """
 
     scale: object
     lines: list
     real: tuple = ()
     errors: dict = dataclasses.field(default_factory=dict)
+    crossed: tuple = ()
 
     @classmethod
     def read(cls, scale, path):
@@ -54,7 +61,10 @@ class Scores:
                      if line['run'] == REAL and kind_of(line['metric']) in DISTANCES)
         errors = {(line['run'], line['point']): line['levels'] for line in read_lines(errors_file(path, scale))
                   if {'run', 'point', 'levels'} <= line.keys()}
-        return cls(scale, [line for line in lines.values() if line['run'] != REAL], real, errors)
+        known = {line['metric'] for line in lines.values() if kind_of(line['metric']) in DISTANCES}
+        crossed = tuple(line for line in read_lines(crossed_file(path, scale))
+                        if line.get('metric') in known and line.get('num_images') == scale.num)
+        return cls(scale, [line for line in lines.values() if line['run'] != REAL], real, errors, crossed)
 
     def label(self, kinds=DISTANCES):
         """Label of the scores of these kinds, such as 'FD-cifar'; None if there are none."""
