@@ -1,5 +1,6 @@
 """Networks with D or R of another (warm.crossed)."""
 
+import dataclasses
 import json
 
 import pytest
@@ -13,7 +14,11 @@ from training.dataset import EMBEDDED
 from training.snapshot import save_snapshot
 from warm import crossed
 from warm.crossed import TAKEN, Crossed
+from warm.report.data import measurements_of, read_run
 from warm.samplers import warm_sampler
+from warm.study.answers import where_networks_err
+from warm.study.data import Scores
+from warm.study.plan import SCALES
 
 
 def moved(net):
@@ -54,8 +59,8 @@ def test_images(pair):
 
 
 @pytest.mark.parametrize('name, options, words', [
-    ('edm', {}, 'has no D and R'), ('warm', dict(bnr='1'), 'differ in the BNR'),
-    ('warm', dict(blur='natural'), 'differ in the kind of blur')])
+    ('edm', {}, 'is of EDMPrecond, which has no D and R'), ('warm', dict(bnr='1'), 'not the same path'),
+    ('warm', dict(blur='natural'), 'not the same kind of blur')])
 def test_networks_that_do_not_go_together(name, options, words):
     net = tiny_network('warm')
     for two in ((net, tiny_network(name, **options)), (tiny_network(name, **options), net)):
@@ -79,9 +84,10 @@ def test_command(tmp_path, files):
     for options in (['--take=both'], ['--take=R', '--low=0.3'], ['--take=D', '--low=0.3', '--high=2']):
         result = CliRunner().invoke(crossed.main, [*files, *options, f'--log={log}'], catch_exceptions=False)
         assert result.exit_code == 0 and 'FD-pixels: ' in result.output
+    assert result.output.startswith(f'D of {tmp_path}/other.safetensors at 3 of 18 noise levels')
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [(line['take'], line['low'], line['high']) for line in lines] == [
-        ('both', 0, None), ('R', 0.3, None), ('D', 0.3, 2)]
+    assert [(line['take'], line['low'], line['high'], line['levels']) for line in lines] == [
+        ('both', 0, None, 18), ('R', 0.3, None, 12), ('D', 0.3, 2, 3)]
     assert len({line['value'] for line in lines}) == 3 and {line['nfe'] for line in lines} == {35}
     assert lines[0]['other']['network_options']['rest_loss'] == 'unit' != lines[0]['network_options'].get('rest_loss')
     scored = invoke('fid.py', 'calc', *files[2:4], '--seeds=0-5', '--batch=4', f'--log={tmp_path}/own.jsonl',
@@ -91,8 +97,33 @@ def test_command(tmp_path, files):
         lines[0]['other']['network_sha256']
 
 
+def test_no_table_takes_them_for_a_networks_own(tmp_path, files):
+    """The page of results shows what was taken, each once; warm.report leaves them out."""
+    log = tmp_path / 'crossed-digits.jsonl'
+    for options in ([], ['--take=both', '--low=0.3'], ['--take=D', '--high=0.3'], ['--low=0.1', '--high=1'],
+                    ['--take=none'], []):
+        assert CliRunner().invoke(crossed.main, [*files, *options, f'--log={log}']).exit_code == 0
+    scale = dataclasses.replace(SCALES['digits'], num=6)
+    line = dict(run='warm-uncond-s0', seed=0, point=40, options=[], metric='FD-pixels', value=1.0, num_images=6)
+    (tmp_path / 'digits.jsonl').write_text(json.dumps(line) + '\n')
+    assert measurements_of([read_run(log)]) == [] != measurements_of([read_run(tmp_path / 'digits.jsonl')])
+    with open(log, 'a') as f:  # of another detector, of another number of images, incomplete
+        f.write('{"metric": "FD-corners", "num_images": 6}\n{"metric": "FD-pixels", "num_images": 5}\n'
+                '{"metric": "FD-pixels", "num_images": 6, "value": 2.0}\n')
+    text = where_networks_err(Scores.read(scale, tmp_path / 'digits.jsonl'), None)
+    rows = [[cell.strip() for cell in row.strip('|').split('|')] for row in text.splitlines() if row.startswith('|')]
+    own, other = '`--bnr=0.5`, 1 kimg', '`--bnr=0.5 --rest-loss=unit`, 1 kimg'
+    assert rows[0] == ['the network', 'taken', 'from', 'at noise levels', 'FD-pixels']
+    assert [row[:4] for row in rows[2:]] == [
+        [own, 'R', other, 'all'], [own, 'D and R', other, '0.3 ≤ β'], [own, 'D', other, 'β < 0.3'],
+        [own, 'R', other, '0.1 ≤ β < 1'], [own, 'nothing', '–', '–']]
+    assert rows[2][4] == f"{json.loads(log.read_text().splitlines()[0])['value']:.3g}"
+
+
 @pytest.mark.parametrize('options, words', [
-    (['--low=2', '--high=1'], 'no noise level lies from --low=2 to --high=1'), (['--take=X'], "'X' is not one of"),
+    (['--low=2', '--high=1'], 'visits no noise level from --low=2 to below --high=1; it visits 80, 57.6'),
+    (['--low=0.3', '--high=0.5'], 'visits no noise level from --low=0.3'),
+    (['--other=net.safetensors'], '--other=net.safetensors are the same network'), (['--take=X'], "'X' is not one of"),
     (['--other=missing.safetensors'], 'missing.safetensors'), (['--log=net.safetensors'], 'not a file of JSON lines'),
     (['--ref=missing.npz'], 'missing.npz'), (['--metrics=none'], 'none'), (['--num=1'], '1 is not in the range')])
 def test_bad_input_is_found_before_any_work(tmp_path, files, monkeypatch, options, words):

@@ -120,11 +120,15 @@ def read_run(path):
 
 
 def measurements_of(runs):
-    """Group the scores of all runs into `Measurement`s, in the order of the files."""
+    """Group the scores of all runs into `Measurement`s, in the order of the files.
+
+    Scores of images drawn with parts of another network (warm.crossed) are left out: they are no network's own.
+    """
     groups = {}
     for run in runs:
         for line in run.scores:
-            if isinstance(line.get('metric'), str) and isinstance(line.get('value'), (int, float)):
+            own = 'other' not in line
+            if own and isinstance(line.get('metric'), str) and isinstance(line.get('value'), (int, float)):
                 same = {name: line.get(name) for name in SAME}
                 groups.setdefault((run.name, json.dumps(same, sort_keys=True)), (run, []))[1].append(line)
     return [_measurement(run, lines) for run, lines in groups.values()]

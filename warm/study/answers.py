@@ -11,7 +11,7 @@ from warm.errors import BETAS
 from warm.path import PAPER_BNR
 from warm.report.tables import BNR_SCORES, TABLE_3, TABLE_4, TABLE_5, rows_of
 from warm.study.data import LEVEL, POWER, Difference, compare, mean_and_spread, shown
-from warm.study.plan import (ALTERNATIVES, BEST_CHOICE, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS,
+from warm.study.plan import (ALTERNATIVES, UNIT_LOSS, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS,
                              SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, targets_name)
 
 WARM, EDM = 'warm', 'edm'
@@ -21,7 +21,7 @@ ERRORS, ERROR_BETAS = ('D', 'R'), (0.1, 0.5, 2, 10)  # what the last table shows
 LINES = dict(zip(SOLVERS, ('-', ':', '--')))  # line styles in the figures
 KINDS = {'unconditional': False, 'class-conditional': True}
 TITLES = {EDM: 'EDM', WARM: f'Warm, BNR {PAPER_BNR:g}',
-          choice_name(BEST_CHOICE): f'Warm, {BEST_CHOICE.lstrip("-")}'}
+          choice_name(UNIT_LOSS): f'Warm, {UNIT_LOSS.lstrip("-")}'}
 
 
 def table(heads, rows):
@@ -92,15 +92,17 @@ def together(scores):
     """[sentences]: each Warm's score relative to EDM's over all seeds, and how many would show the paper's."""
     texts, (edm, _), (warm, _) = [], BNR_SCORES[0], BNR_SCORES[PAPER_BNR]
     for name in METHODS:
-        logs = scores.log_ratios(name, EDM) if name != EDM else []
-        if len(logs) < 2:
+        pairs = scores.log_ratios(name, EDM) if name != EDM else []
+        if len(pairs) < 2:
             continue
-        d = Difference(tuple(logs), 1)
+        kimgs, logs = zip(*pairs)
+        d = Difference(logs, 1)
+        lengths = ' to '.join(map(mimg, sorted({min(kimgs), max(kimgs)})))
         ratio, low, high = (f'{math.exp(x):.2f}' for x in (d.mean, d.mean - d.margin, d.mean + d.margin))
         texts.append(
-            f'{TITLES[name]}: all {len(logs)} pairs of runs together, each at the last score that both have, score '
-            f"{ratio} times EDM's, between {low} and {high} with {100 * (1 - LEVEL):g} % confidence; by the paper's "
-            f'FIDs it is {warm / edm:.2f}. With pairs that vary as these do, it takes '
+            f'{TITLES[name]}: all {len(logs)} pairs of runs together, each at the last score that both have, after '
+            f"{lengths}, score {ratio} times EDM's, between {low} and {high} with {100 * (1 - LEVEL):g} % confidence; "
+            f"by the paper's FIDs it is {warm / edm:.2f}. With pairs that vary as these do, it takes "
             f"{d.pairs_to_find(math.log(edm / warm))} to find a difference as large as the paper's with a probability "
             f'of {100 * POWER:g} %.')
     return texts
@@ -216,9 +218,10 @@ def crossed_networks(scores):
     for line in scores.crossed:
         low, high = line['low'], line['high']
         levels = ' ≤ '.join([*([f'{low:g}'] if low else []), 'β']) + (f' < {high:g}' if high else '')
-        own, other = (f"`{' '.join(as_flags(of['network_options']))}`" for of in (line, line['other']))
+        own, other = (f"`{' '.join(as_flags(of['network_options']))}`, {mimg(round(of['kimg']))}"
+                      for of in (line, line['other']))
         taken = {'none': 'nothing', 'both': 'D and R'}.get(line['take'], line['take'])
-        rows.append([f"{own}, {mimg(round(line['kimg']))}", taken,
+        rows.append([own, taken,
                      *((other, 'all' if levels == 'β' else levels) if line['take'] != 'none' else (NONE, NONE)),
                      f"{line['value']:.3g}"])
     return ['Images drawn with D or R of another network (`python -m warm.crossed`):',
@@ -233,10 +236,10 @@ def where_networks_err(scores, figures):
     others = [*((TITLES[EDM], EDM, kimg) for kimg in ends),
               *((f'BNR {bnr:g}', bnr_name(bnr), side) for bnr in PAPER_BNRS if bnr_name(bnr) not in METHODS),
               *(kind for kind in kinds if kind[0].startswith('--blur='))]
-    alike = [*((TITLES[WARM], WARM, kimg) for kimg in ends),  # networks of the same path and kind of blur
+    alike = [*((TITLES[name], name, kimg) for name in METHODS if name != EDM for kimg in ends),  # of one path and blur
              ('one network for all BNRs', 'warm-all', side),
              *((row.title, targets_name(targets), side) for row, targets in zip(TABLE_5, OTHER_TARGETS)),
-             *(kind for kind in kinds if kind not in others)]
+             *(kind for kind in kinds if kind not in others and kind[1] not in METHODS)]
     rows = [[f'{title}, {mimg(kimg)}', *(shown(scores.errors_of(what, kimg, quantity, beta))
                                          for quantity in ERRORS for beta in ERROR_BETAS)]
             for title, what, kimg in (*others, *alike)]
@@ -245,15 +248,16 @@ def where_networks_err(scores, figures):
     for title, what, kimg in alike:
         known = {beta: mean(values) for beta in BETAS if (values := scores.errors_of(what, kimg, 'R', beta))}
         curves.append(dict(x=list(known), y=list(known.values()), label=f'{title}, {mimg(kimg)}'))
+    crossed = crossed_networks(scores)
     if not rows:
-        return NOTHING
+        return '\n\n'.join(crossed) or NOTHING
     figures('errors', curves, 'noise level β', "error of R relative to the linear filter's", log=True)
     return '\n\n'.join([
         f'Mean squared errors on images unseen in training (`python -m warm.errors`, `{scores.scale.unseen}`), divided '
         'by those of the best linear filter of each DCT band. The networks below Warm’s first row see the same noisy '
         'images as it; those above see images that hide other things, and compare only roughly.',
         table(['', *(f'{quantity}, β = {beta:g}' for quantity in ERRORS for beta in ERROR_BETAS)], rows),
-        *crossed_networks(scores)])
+        *crossed])
 
 
 QUESTIONS = {

@@ -62,9 +62,14 @@ class Scores:
         errors = {(line['run'], line['point']): line['levels'] for line in read_lines(errors_file(path, scale))
                   if {'run', 'point', 'levels'} <= line.keys()}
         known = {line['metric'] for line in lines.values() if kind_of(line['metric']) in DISTANCES}
-        crossed = tuple(line for line in read_lines(crossed_file(path, scale))
-                        if line.get('metric') in known and line.get('num_images') == scale.num)
-        return cls(scale, [line for line in lines.values() if line['run'] != REAL], real, errors, crossed)
+        crossed = {}
+        for line in read_lines(crossed_file(path, scale)):
+            if (line.get('metric') in known and line.get('num_images') == scale.num and {'other', 'take'} <= line.keys()
+                    and isinstance(line.get('value'), (int, float))):
+                crossed[line['network_sha256'], line['other']['network_sha256'], line['take'], line['low'],
+                        line['high']] = line
+        return cls(scale, [line for line in lines.values() if line['run'] != REAL], real, errors,
+                   tuple(crossed.values()))
 
     def label(self, kinds=DISTANCES):
         """Label of the scores of these kinds, such as 'FD-cifar'; None if there are none."""
@@ -98,7 +103,7 @@ class Scores:
         return self.values(what, kimg, **drawn(solver, steps, **fixed))
 
     def log_ratios(self, what, reference):
-        """[ln(score / reference's score)] of each pair of runs, labels or not, at the last `scale.main` that both have.
+        """[(kimg, ln(score / reference's score))] of each pair of runs, labels or not, at the last kimg that both have.
 
         Logarithms, since scores with labels, without, and after other lengths are of other sizes.
         """
@@ -106,7 +111,7 @@ class Scores:
         for cond in (False, True):
             for kimg in self.scale.main:  # later ones replace earlier ones
                 ours, theirs = self.values(what, kimg, cond), self.values(reference, kimg, cond)
-                last |= {(cond, seed): math.log(ours[seed] / theirs[seed]) for seed in ours if seed in theirs}
+                last |= {(cond, seed): (kimg, math.log(ours[seed] / theirs[seed])) for seed in ours if seed in theirs}
         return list(last.values())
 
     def seconds(self, what, kimg, cond=False):
