@@ -89,6 +89,7 @@ def test_command(tmp_path, files):
     assert [(line['take'], line['low'], line['high'], line['levels']) for line in lines] == [
         ('both', 0, None, 18), ('R', 0.3, None, 12), ('D', 0.3, 2, 3)]
     assert len({line['value'] for line in lines}) == 3 and {line['nfe'] for line in lines} == {35}
+    assert {line['ref'] for line in lines} == {'ref.npz'}
     assert lines[0]['other']['network_options']['rest_loss'] == 'unit' != lines[0]['network_options'].get('rest_loss')
     scored = invoke('fid.py', 'calc', *files[2:4], '--seeds=0-5', '--batch=4', f'--log={tmp_path}/own.jsonl',
                     f'--network={tmp_path}/other.safetensors')

@@ -11,6 +11,7 @@ and number of images.
 """
 
 import math
+import pathlib
 
 import click
 import torch
@@ -128,6 +129,7 @@ def main(network, other, take, low, high, num, batch, ref, detector, metrics, lo
     for name, value in values.items():
         click.echo(f'{label(name, scorer.detector)}: {value:.8g}')
     if log is not None:
+        facts = {**facts, 'ref': pathlib.Path(facts['ref']).name}  # the records travel; the SHA-256 identifies it
         provenance.log_scores(log, values, scorer.detector, {**source.record, **facts})
 
 
