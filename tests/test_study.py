@@ -462,8 +462,8 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
         ahead, behind = round(100 - 100 * float(low)), round(100 * float(high) - 100)
         assert re.search(f'{ahead} % ahead (of EDM )?and {behind} % behind', said)
     verdicts = re.findall(r'\| (better|worse|undecided) (?=\|)', text)
-    assert f'Of {len(verdicts)} verdicts below, five decide' in said
-    assert len(verdicts) - verdicts.count('undecided') == 5
+    assert f'Of {len(verdicts)} verdicts below, six decide' in said
+    assert len(verdicts) - verdicts.count('undecided') == 6
 
 
 def test_every_question_has_a_section():
