@@ -159,16 +159,17 @@ def drawn(solver, steps, **fixed):
 
 def question_1(scale):
     """Warm at BNR 0.5, with either --rest-loss, against EDM: score over images seen. Seed 0 also answers question 3."""
+    order = [(name, cond) for names in (('edm', 'warm'), (choice_name(UNIT_LOSS),)) for cond in (False, True)
+             for name in names]  # the most worthwhile first
     for seed in scale.main_seeds:
-        for cond in (False, True):
-            for name, flags in METHODS.items():
-                scores = tuple(Score(kimg) for kimg in scale.main)
-                if seed == 0 and not cond:
-                    scores += over_evaluations(scale.main[-1])
-                    if name == 'warm':  # the other half of Table 4: constant BNR over NFE
-                        scores += at(scale.side, *(drawn('heun', n) for n in SCHEDULE_STEPS))
-                scores = tuple(dict.fromkeys(scores))  # some occur twice, as `side` is one of `main`
-                yield Run(run_name(name, cond, seed), seed, (*flags, f'--cond={cond:d}'), scores)
+        for name, cond in order:
+            scores = tuple(Score(kimg) for kimg in scale.main)
+            if seed == 0 and not cond:
+                scores += over_evaluations(scale.main[-1])
+                if name == 'warm':  # the other half of Table 4: constant BNR over NFE
+                    scores += at(scale.side, *(drawn('heun', n) for n in SCHEDULE_STEPS))
+            scores = tuple(dict.fromkeys(scores))  # some occur twice, as `side` is one of `main`
+            yield Run(run_name(name, cond, seed), seed, (*METHODS[name], f'--cond={cond:d}'), scores)
 
 
 def question_2(scale):
