@@ -68,6 +68,22 @@ def test_networks_that_do_not_go_together(name, options, words):
             Crossed(*two)
 
 
+@pytest.mark.parametrize('name', ['img_channels', 'img_resolution', 'label_dim'])
+def test_networks_for_other_images(pair, name):
+    setattr(pair[1], name, 3)
+    with pytest.raises(UserError, match='not the same'):
+        Crossed(*pair)
+
+
+def test_labels_reach_both_networks(pair):
+    told = []
+    for net in pair:
+        net.denoise_deblur = lambda x, sigma, labels, alpha: (told.append(labels), (x, x))[1]
+    labels = torch.eye(2)
+    Crossed(*pair).denoise_deblur(torch.zeros([2, 1, 8, 8]), torch.tensor(1.0), labels, alpha=0.5)
+    assert len(told) == 2 and told[0] is told[1] is labels
+
+
 @pytest.fixture
 def files(tmp_path, pair):
     for name, net in zip(('net', 'other'), pair):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import scipy.special
 import torch
 from click.testing import CliRunner
 
@@ -88,6 +89,7 @@ def test_every_row_of_the_paper_is_asked():
     """The plan has Table 3's BNRs, by separate networks and by one, Table 5, and every alternative to our choices."""
     scale = SCALES['cifar10']
     names = {run.name: run for run in plan(scale)}
+    assert list(names)[:4] == ['edm-uncond-s0', 'warm-uncond-s0', 'edm-cond-s0', 'warm-cond-s0']
     assert [bnr_name(bnr) for bnr in PAPER_BNRS] == ['edm', 'warm-bnr0.1', 'warm-bnr0.3', 'warm', 'warm-bnr0.65',
                                                      'warm-bnr1', 'warm-bnr2', 'warm-bnr10']  # as recorded in results/
     for bnr in PAPER_BNRS:
@@ -464,6 +466,34 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
     verdicts = re.findall(r'\| (better|worse|undecided) (?=\|)', text)
     assert f'Of {len(verdicts)} verdicts below, six decide' in said
     assert len(verdicts) - verdicts.count('undecided') == 6
+
+
+def test_the_notes_say_what_the_numbers_say():
+    """Of the weight of R and of crossed networks, on which the notes draw conclusions."""
+    notes = ' '.join((ROOT / 'results' / 'notes.md').read_text(encoding='utf-8').split())
+    photos, digits = (Scores.read(SCALES[name], ROOT / 'results' / f'{name}.jsonl')
+                      for name in ('cifar10-16', 'digits'))
+
+    def percent(scores, kimg, reference):
+        ours, theirs = (scores.values(name, kimg) for name in ('warm-rest-loss-unit', reference))
+        return [round(100 * (ours[seed] / theirs[seed] - 1)) for seed in ours]
+    ahead = [[-p for p in percent(photos, kimg, 'edm')] for kimg in (32, 64)]
+    assert 'score {}, {} and {} % better than EDM after 32'.format(*ahead[0]) in notes
+    assert '{}, {} and {} % better after 64 (undecided)'.format(*ahead[1]) in notes
+    assert 'they are {} and {} % behind EDM after 128 and {} and {} % after 256'.format(
+        *percent(photos, 128, 'edm'), *percent(photos, 256, 'edm')) in notes
+    assert percent(photos, 256, 'warm') == [0, 4] and 'scores the same as they do in one seed and 4 % better' in notes
+    assert 'by {}, {} and {} % (decided)'.format(*percent(digits, 40, 'warm')) in notes
+    d = compare(photos.values('warm-rest-loss-unit', 32), photos.values('edm', 32))
+    p = 2 * scipy.special.stdtr(len(d.pairs) - 1, d.mean / d.spread * len(d.pairs) ** 0.5)
+    assert f'(p = {p:.3f})' in notes and d.verdict == 'better'
+    crossed = {(line['take'], line['low'], line['high']): f"{line['value']:.2f}" for line in photos.crossed}
+    own, R, D, above, below = (crossed[way] for way in (
+        ('none', 0, None), ('R', 0, None), ('D', 0, None), ('R', 0.3, None), ('R', 0, 0.3)))
+    other = f"{photos.values('warm-rest-loss-unit', 32)[0]:.2f}"
+    assert (f"scores {own}, with the other network's R {R}, with its D {D}, and the other network itself {other}"
+            in notes)
+    assert f'only at noise levels above 0.3, the default scores {above}, only below, {below}' in notes
 
 
 def test_every_question_has_a_section():

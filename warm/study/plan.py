@@ -211,7 +211,7 @@ CHOICES = {'--rest-weight': (f"{DEFAULTS['rest_weight']:g}", ('0.25', '4')),
 
 # Alternatives: (flags, what they are instead of). Each by itself, and two that mend the same weakness (warm.choices).
 ALTERNATIVES = (*(((f'{flag}={value}',), chosen) for flag, (chosen, values) in CHOICES.items() for value in values),
-                (('--rest-scale=wiener', '--rest-loss=unit'), f"{DEFAULTS['rest_scale']}, {DEFAULTS['rest_loss']}"))
+                (('--rest-scale=wiener', UNIT_LOSS), f"{DEFAULTS['rest_scale']}, {DEFAULTS['rest_loss']}"))
 
 
 def question_5(scale):
