@@ -137,6 +137,28 @@ def test_command(tmp_path):
     assert float(at_1[1][3]) == pytest.approx(relative(lines[1]['levels'][BETAS.index(1)], 'R'), abs=1e-3)
 
 
+def test_command_at_one_of_several_bnrs(tmp_path):
+    """--bnr selects the path, the file says which, and it is not the default's."""
+    net = tiny_network('warm', bnr='0.5,1')
+    save_snapshot(tmp_path / 'both.safetensors', net, 'warm', kimg=1, dataset=dict(name='digits-8x8'))
+    out = tmp_path / 'errors.jsonl'
+    for options in ([], ['--bnr=1'], ['--bnr=0.5']):
+        result = CliRunner().invoke(errors.main, [f'--network={tmp_path}/both.safetensors', '--num=5', f'--out={out}',
+                                                  *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    default, one, half = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line['path'] for line in (default, one, half)] == [f'constant BNR {bnr}' for bnr in (0.5, 1, 0.5)]
+    assert one['levels'][-1]['alpha'] == BETAS[-1] and one['levels'] != default['levels'] == half['levels']
+
+
+def test_a_bnr_that_the_network_does_not_know():
+    assert errors.path_of(tiny_network('edm'), '0').is_hot
+    with pytest.raises(UserError, match='knows no blur, so --bnr=0.5 does not suit it'):
+        errors.path_of(tiny_network('edm'), '0.5')
+    with pytest.raises(UserError, match='this network knows constant BNR 0.5, not constant BNR 2'):
+        errors.path_of(tiny_network('warm'), '2')
+
+
 def test_images_unlike_the_networks_are_refused():
     net = tiny_network('warm')
     net.label_dim = 7

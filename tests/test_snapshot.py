@@ -16,7 +16,7 @@ from dnnlib import UserError
 from tests.commands import full_disk, refusal
 from tests.fuzz.fuzz import peak_memory
 from tests.fuzz.targets import mutate
-from training import networks
+from training import networks, snapshot
 from training.snapshot import (SYSTEM_OF_EDM_CLASS, HEADER_KEY, SNAPSHOT_FORMAT, Snapshot, build_network,
                                read_snapshot, save_snapshot)
 
@@ -68,6 +68,17 @@ def test_round_trip_is_exact(good):
     for name, tensor in net.state_dict().items():
         found = again.state_dict()[name]
         assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+
+
+def test_only_what_must_be_copied_is_copied():
+    """A run saves a copy of its weights already, so a second would take memory for nothing."""
+    plain, turned = torch.zeros(3, 4), torch.zeros(4, 3).T
+    given = {'plain': plain, 'tied': plain, 'turned': turned, 'part': torch.zeros(9)[2:]}
+    separate = snapshot._separate(given)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in separate.items()) and list(separate) == list(given)
+    assert separate['plain'].data_ptr() == plain.data_ptr()
+    assert len({tensor.data_ptr() for tensor in separate.values()}) == 4
+    assert separate['turned'].is_contiguous() and separate['part'].untyped_storage().nbytes() == 28
 
 
 def test_the_header_comes_back(good):

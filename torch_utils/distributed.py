@@ -40,6 +40,10 @@ def init():
         if lacking:
             raise UserError(f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}; start the ranks with "
                             'torchrun, or unset all of these for a single process')
+        own, number = os.environ['RANK'], os.environ['WORLD_SIZE']
+        if not (own.isdecimal() and number.isdecimal() and int(own) < int(number)):
+            raise UserError(f'RANK={own} is none of WORLD_SIZE={number} ranks, which are counted from 0; start the '
+                            'ranks with torchrun, or correct these two')
         on_cuda = torch.cuda.is_available()
         try:
             store, rank, ranks = next(torch.distributed.rendezvous('env://', timeout=TIMEOUT))

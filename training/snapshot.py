@@ -76,13 +76,24 @@ def write_snapshot(path, tensors, network_kwargs, system, *, dataset=None, kimg=
     header = {'format': SNAPSHOT_FORMAT, 'system': system, 'network_kwargs': network_kwargs,
               'dataset': dataset or {}, 'kimg': kimg, 'extra': extra or {}}
     header = json.loads(json.dumps(header))  # as a reader will see it: the checksum is of this form
-    # Each tensor is copied: safetensors accepts neither shared storage nor non-contiguous tensors.
-    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, tensor in tensors.items()}
+    tensors = _separate(tensors)
     header['checksum'] = _checksum(header, tensors)
     content = safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(header)})
     with atomic_write(path) as f:
         f.write(content)
+
+
+def _separate(tensors):
+    """The tensors as safetensors needs them, copied only where they are not: on the host, contiguous, not shared."""
+    separate, used = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in used or storage.nbytes() > tensor.nbytes:
+            tensor = tensor.clone()
+        used.add(tensor.untyped_storage().data_ptr())
+        separate[name] = tensor
+    return separate
 
 
 def _checksum(header, tensors):

@@ -34,10 +34,11 @@ from warm.api import load
 from warm.blur import blur_and_rest, dct2, frequencies
 from warm.figures import draw
 from warm.oracle import GaussianOracle
-from warm.path import ConstantBNR
+from warm.path import ConstantBNR, parse_path
 from warm.samplers import make_denoiser
 from warm.steps import Level, transition
 from warm.systems import SYSTEMS
+from warm.warm import chosen_path
 
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 SMALL_STEP = 1e-3  # how much lower the next noise level is, relatively, in the error of a step
@@ -56,7 +57,7 @@ def network_errors(net, images, labels=None, path=None, betas=BETAS, seed=0, bat
         net: A Warm network, or any that denoises x₀ + βε, in evaluation mode.
         images: uint8 [N, C, n, n].
         labels: float32 [N, label_dim]; needed if the network is class-conditional.
-        path: α for each β (warm.path); by default the network's own, an EDM network's being BNR 0.
+        path: α for each β (warm.path); by default the network's (`path_of`).
         betas: Noise levels β > 0.
         seed: Seed of the noise.
         batch: Images at a time; by default what suits the network's device.
@@ -72,8 +73,7 @@ def network_errors(net, images, labels=None, path=None, betas=BETAS, seed=0, bat
     """
     check_denoiser(net)
     device, batch = next(net.parameters()).device, batch or default_batch(net)
-    if path is None:
-        path = net.family.default if hasattr(net, 'family') else ConstantBNR(0)
+    path = path_of(net) if path is None else path
     x_0 = to_float(torch.as_tensor(images))
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     rates = getattr(net, 'rates', frequencies)
@@ -109,6 +109,21 @@ def check_denoiser(net):
     if not (hasattr(net, 'denoise_deblur') or isinstance(net, DENOISERS)):
         raise UserError(f'a {type(net).__name__} estimates no image from x₀ + βε, nor from blur and noise as Warm '
                         'does; give a network of --precond=warm or edm')
+
+
+def path_of(net, bnr=None):
+    """The path on which a network is measured: the one that --bnr selects, else its default, EDM's being BNR 0.
+
+    Raises:
+        UserError: no BNR, or one that the network was not trained for.
+    """
+    if hasattr(net, 'family'):
+        return chosen_path(net, BETAS[0], BETAS[-1], bnr)
+    path = ConstantBNR(0) if bnr is None else parse_path(bnr)
+    if not path.is_hot:
+        raise UserError(f'a {type(net).__name__} knows no blur, so --bnr={bnr} does not suit it; leave --bnr out, or '
+                        'measure such networks in a run of their own')
+    return path
 
 
 def relative(level, name):
@@ -172,10 +187,11 @@ def sample_images(path, num, seed, net):
     return images, labels if net.label_dim else None
 
 
-def record_of(net, levels, **facts):
+def record_of(net, levels, bnr=None, **facts):
     """One line of JSON about a network's errors: what it is, how they were measured, and the errors."""
     system = SYSTEMS[net.system]
-    return dict(**provenance.snapshot_facts(net.snapshot, net, system), **system.describe(net, {}),
+    options = {'bnr': bnr} if hasattr(net, 'family') else {}
+    return dict(**provenance.snapshot_facts(net.snapshot, net, system), **system.describe(net, options),
                 precision=computed(net.precision, next(net.parameters()).device), **facts,
                 commit=provenance.code_version(), torch=torch.__version__,
                 hardware=provenance.hardware(dist.device()), levels=levels)
@@ -187,6 +203,8 @@ def record_of(net, levels, **facts):
 @click.option('--data', metavar='ZIP|DIR', default=EMBEDDED, type=Text(),
               show_default='the embedded digits, which networks may have been trained on',
               help='Images unseen in training')
+@click.option('--bnr', metavar='FLOAT', default=None, type=Text(), show_default='as for generate.py',
+              help='Blur-to-Noise Ratio of the path, for networks that are trained on several')
 @click.option('--num', metavar='INT', type=click.IntRange(min=1), default=1000, help='Images, chosen at random')
 @click.option('--seed', metavar='INT', type=click.IntRange(0, MAX_SEED), default=0, show_default='0',
               help='Seed of choice and noise')
@@ -196,7 +214,7 @@ def record_of(net, levels, **facts):
               help='Append the numbers here, a line of JSON for each network')
 @click.option('--outdir', metavar='DIR', default=None, type=Text(),
               help='Also draw them here, as errors.png and errors.svg')
-def main(networks, data, num, seed, batch, out, outdir):
+def main(networks, data, bnr, num, seed, batch, out, outdir):
     """Measure where networks err: mean squared errors of D, R and D + R at each noise level.
 
     They are relative to those of the best linear filter of each DCT band: below 1, a network knows more about images
@@ -208,12 +226,13 @@ def main(networks, data, num, seed, batch, out, outdir):
         make_dirs(outdir)
     nets = {path: load(path) for path in networks}  # a path given twice counts once
     images = {path: sample_images(data, num, seed, net) for path, net in nets.items()}
+    paths = {path: path_of(net, bnr) for path, net in nets.items()}
     curves = {}
     for path, net in nets.items():
-        curves[path] = levels = network_errors(net, *images[path], seed=seed, batch=batch)
+        curves[path] = levels = network_errors(net, *images[path], path=paths[path], seed=seed, batch=batch)
         click.echo('\n'.join([f'{path}: {len(images[path][0])} images of {name_of(data)}', *table(levels), '']))
         if out is not None:
-            append_line(out, record_of(net, levels, data=name_of(data), num_images=len(images[path][0]),
+            append_line(out, record_of(net, levels, bnr, data=name_of(data), num_images=len(images[path][0]),
                                        noise_seed=seed), remedy='choose another --out')
     if outdir is not None:
         shared = len(os.path.commonprefix([path.split('/')[:-1] for path in curves]))  # folders that all lie in

@@ -21,7 +21,7 @@ import torch
 from dnnlib.files import atomic_write
 from training.dataset import ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
-from warm.blur import blur_mask, dct2, frequencies, idct2, prior_spectrum, rest_mask, wiener_filter
+from warm.blur import blur_mask, dct2, frequencies, idct2, marginal_variance, prior_spectrum, rest_mask, wiener_filter
 from warm.bnr import band_power
 from warm.figures import draw
 from warm.path import BlurringSchedule, ConstantBNR
@@ -65,14 +65,10 @@ class GaussianOracle:
         return D + R
 
 
-def marginal_variance(spectrum, path, beta):
-    """M²S + β² in each band [N, N], M along the path."""
-    return blur_mask(path.alpha(beta), len(spectrum)) ** 2 * spectrum + beta ** 2
-
-
 def ode_factor(spectrum, path, beta, beta_next):
     """Factor by which the exact ODE solution scales each band from noise level β to β′: float64 [N, N]."""
-    return (marginal_variance(spectrum, path, beta_next) / marginal_variance(spectrum, path, beta)).sqrt()
+    before, after = (marginal_variance(path.alpha(b), b, spectrum) for b in (beta, beta_next))
+    return (after / before).sqrt()
 
 
 def last_step_factor(spectrum, path, beta):

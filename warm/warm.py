@@ -31,15 +31,25 @@ def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
     """
     full = with_defaults(options)
     grid_options(net, {name: full[name] for name in GRID_OPTIONS})
-    path = None
-    if bnr is not None or bnr_schedule is not None:
-        path = parse_path(bnr, bnr_schedule)
-        if not net.family.contains(path, full['sigma_min'], full['sigma_max']):
-            low, high = path.bnr_bounds(full['sigma_min'], full['sigma_max'])
-            varies = '' if low == high else f', whose BNR goes from {low:.2g} to {high:.2g}'
-            raise UserError(f'this network knows {net.family}, not {path}{varies}; choose a --bnr or --bnr-schedule '
-                            'within it, or train a network for it')
+    path = chosen_path(net, full['sigma_min'], full['sigma_max'], bnr, bnr_schedule)
     return functools.partial(warm_sampler, path=path, **options)
+
+
+def chosen_path(net, beta_min, beta_max, bnr=None, bnr_schedule=None):
+    """The path that --bnr and --bnr-schedule select for a network, its default one where both are None.
+
+    Raises:
+        UserError: a path that the network was not trained for at noise levels from `beta_min` to `beta_max`.
+    """
+    if bnr is None and bnr_schedule is None:
+        return net.family.default
+    path = parse_path(bnr, bnr_schedule)
+    if not net.family.contains(path, beta_min, beta_max):
+        low, high = path.bnr_bounds(beta_min, beta_max)
+        varies = '' if low == high else f', whose BNR goes from {low:.2g} to {high:.2g}'
+        raise UserError(f'this network knows {net.family}, not {path}{varies}; choose a --bnr or --bnr-schedule '
+                        'within it, or train a network for it')
+    return path
 
 
 def measured_bnr(bnr, dataset, options):
