@@ -80,6 +80,29 @@ def test_time_counts_from_the_start_of_the_process(tmp_path, monkeypatch):
     assert json.loads(out.read_text())['runs'] == {'train-compiled': dict(rc=None, left_out='no time left')}
 
 
+def test_time_that_is_left_unused_goes_to_what_follows(tmp_path, monkeypatch):
+    """Each run has at least its own seconds, and as much more as those after it do not need."""
+    granted = []
+    monkeypatch.setattr(gpu_all, 'seconds_old', lambda: 0)
+    monkeypatch.setattr(gpu_all, 'run_one', lambda command, limit, log: granted.append(limit) or dict(rc=0))
+    monkeypatch.setattr(gpu_all, 'run_benchmark', lambda *a: granted.append(a[1]) or dict(rc=0))
+    for seconds in (1000, 300):
+        assert CLI.invoke(gpu_all.main, [f'--out={tmp_path}/gpu.json', f'--seconds={seconds}']).exit_code == 0
+    sure = [gpu_all.sure_seconds(name) for name in gpu_all.CALLS['1']]
+    spared = [[seconds - sum(sure[i + 1:]) for i in range(len(sure))] for seconds in (1000, 300)]  # by all after it
+    assert spared[1][0] < 0 < sure[0]  # too little for all
+    assert granted == pytest.approx([*map(max, sure, spared[0]), *map(max, sure, spared[1])], abs=5)
+
+
+def test_failures_of_tests_are_printed_at_once(tmp_path):
+    """What pytest prints at its end is lost if time runs out."""
+    (tmp_path / 'test_two.py').write_text('import time\n\ndef test_wrong():\n    assert 1 == 2\n\n'
+                                          'def test_long():\n    time.sleep(99)\n')
+    result = gpu_all.run_one(['-m', 'pytest', '-q', '-p', 'tests.benchmarks.at_once', '-p', 'no:cacheprovider',
+                              str(tmp_path)], 8, tmp_path / 'run.log')
+    assert result['rc'] is None and 'assert 1 == 2' in result['output']
+
+
 def test_what_takes_too_long_is_ended_with_what_it_started(tmp_path, capfd):
     """What it has printed until then is kept and shown. The process it started holds the same file, and is ended."""
     code = ('import subprocess, sys; p = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE); '

@@ -81,7 +81,8 @@ class WarmPrecond(Precond):
     def estimates(self, point, class_labels=None, force_fp32=False, **model_kwargs):
         """What the branches estimate at a Point: float32 tensors like x, one per branch."""
         if self.map_blur is not None:
-            model_kwargs['extra_embedding'] = self.map_blur(point.alpha.flatten().to(torch.float32))
+            with self.products():
+                model_kwargs['extra_embedding'] = self.map_blur(point.alpha.flatten().to(torch.float32))
         F = self.run_model(point.c_in * point.x, point.c_noise, class_labels, force_fp32, **model_kwargs)
         return self.parametrisation.estimates(F.split(self.img_channels, dim=1), point)
 

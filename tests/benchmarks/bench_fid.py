@@ -112,7 +112,7 @@ def row(part, count, batch, seconds, share=None, target=None):
 
 
 def measure_scoring(count, size, device):
-    """Rows for a whole scoring, as fid.py calc does it with a zip and reference statistics, and for its parts."""
+    """Yield rows for a whole scoring, as fid.py calc does it with a zip and reference statistics, after its parts."""
     detector, batch = random_inception(device), scoring_batch(device)
     mu, sigma = make_statistics(detector.num_features, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,12 +121,13 @@ def measure_scoring(count, size, device):
         warm_up.cpu()  # waits, so that loading kernels is not timed, as in the rows above
         start = time.perf_counter()
         stats = statistics(ImageFiles(open_images(f'{folder}/images.zip')), detector, ['fid'], batch, progress=False)
-        made = time.perf_counter()
-        score(['fid'], stats, dict(mu=mu, sigma=sigma))
-        end = time.perf_counter()
-    return [row('scoring: reading, features, statistics', count, batch, made - start, (made - start) / (end - start)),
-            row('scoring: distance', count, batch, end - made, (end - made) / (end - start)),
-            row('scoring, elapsed', count, batch, end - start, 1.0, TARGET_SECONDS * count / TARGET_IMAGES)]
+        seconds = time.perf_counter() - start
+    yield row('scoring: reading, features, statistics', count, batch, seconds)
+    start = time.perf_counter()
+    score(['fid'], stats, dict(mu=mu, sigma=sigma))
+    distance = time.perf_counter() - start
+    yield row('scoring: distance', count, batch, distance, distance / (seconds + distance))
+    yield row('scoring, elapsed', count, batch, seconds + distance, 1.0, TARGET_SECONDS * count / TARGET_IMAGES)
 
 
 @click.command()
@@ -147,7 +148,8 @@ def main(dims, repeats, images, total, size, out):
     table = Table(f'A pass over PNG files of {size}×{size} with Inception, and a scoring', settings, out, device)
     table.add(*measure_pass(images, size, repeats, device))
     if total:
-        table.add(*measure_scoring(total, size, device))
+        for part in measure_scoring(total, size, device):
+            table.add(part)
     table.finish()
 
 

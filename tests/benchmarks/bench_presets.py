@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_train import Trainer, step_flops, write_zip  # noqa: E402
-from tests.benchmarks.report import ROOT, Table, alternate_steps, environment, select  # noqa: E402
+from tests.benchmarks.report import ROOT, Table, alternate_steps, compiled_whole, environment, select  # noqa: E402
 from training.augment import AugmentPipe  # noqa: E402
 from warm.presets import PRESETS  # noqa: E402
 from warm.report.data import PAPER_GPUS, PAPER_KIMG  # noqa: E402
@@ -45,14 +45,15 @@ def network_of(config):
                 augment_dim=AugmentPipe(**config['augment_kwargs']).label_dim)
 
 
-def images_per_second(config, network_kwargs, batch, repeats, device, options):
-    """Images/s of whole training steps on synthetic images."""
+def speed(config, network_kwargs, batch, repeats, device, options):
+    """Images/s of whole training steps on synthetic images, and whether all was compiled, as a dict."""
     with tempfile.TemporaryDirectory() as folder:
         data = f'{folder}/data.zip'
         write_zip(data, 4 * batch, network_kwargs['img_resolution'])
         trainer = Trainer(config['system'], options, network_kwargs, data, batch, device)
         with contextlib.closing(trainer.batches):
-            return batch / alternate_steps({'step': trainer.step}, repeats, device)['step']
+            seconds = alternate_steps({'step': trainer.step}, repeats, device)['step']
+            return dict(images_per_second=batch / seconds, **compiled_whole(options))
 
 
 def chosen_presets(only):
@@ -108,6 +109,7 @@ def main(only, repeats, tiny, out):
     device, presets = 'cuda' if torch.cuda.is_available() else 'cpu', chosen_presets(only)
     here = environment(device)
     former = former_rows(out, here, tiny)
+    torch.backends.cudnn.benchmark = True  # as train.py does
     table = Table('Cost of training at full size', dict(gpus=PAPER_GPUS, kimg=PAPER_KIMG, tiny=tiny), out, device,
                   arrange=lambda rows: merged(rows, former))
     for preset in presets:
@@ -123,13 +125,12 @@ def main(only, repeats, tiny, out):
             def measure(_):
                 if tiny:  # no hours: they would be those of another network
                     small = {**network_kwargs, 'model_channels': 8, 'num_blocks': 1}
-                    return [dict(images_per_second=images_per_second(config, small, 2, 1, device,
-                                                                     dict(precision='bf16')))]
+                    return [speed(config, small, 2, 1, device, dict(precision='bf16'))]
                 if device != 'cuda':
                     return [{}]
-                rate = images_per_second(config, network_kwargs, config['batch_size'] // PAPER_GPUS, repeats, device,
-                                         FAST)
-                return [dict(images_per_second=rate, hours=1000 * PAPER_KIMG / (PAPER_GPUS * rate) / 3600)]
+                found = speed(config, network_kwargs, config['batch_size'] // PAPER_GPUS, repeats, device, FAST)
+                rate = found['images_per_second']
+                return [dict(found, hours=1000 * PAPER_KIMG / (PAPER_GPUS * rate) / 3600)]
             table.attempt([row], measure)
     table.finish()
 

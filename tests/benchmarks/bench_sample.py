@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
 from tests.benchmarks.bench_train import (backend_option, chosen_ways, forward_flops, matrix_peak,  # noqa: E402
                                           reference_layers, reference_option)
-from tests.benchmarks.report import Table, alternate  # noqa: E402
+from tests.benchmarks.report import Table, alternate, compiled_whole  # noqa: E402
 from torch_utils.precision import PRECISIONS, computed  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
 from training.generated import save_png, write_images  # noqa: E402
@@ -133,8 +133,8 @@ def measure(table, drawer, choices, chosen, total, repeats):
             seconds = alternate({name: lambda way=choices[name]: drawer.draw(way, drawer.count(way), folder)
                                  for name in names}, repeats, drawer.device)
         rates.update({name: drawer.count(choices[name]) / seconds[name] for name in names})
-        return [numbers(drawer.count(choices[name]), seconds[name], 'elapsed' if cuda else 'processor')
-                for name in names]
+        return [{**numbers(drawer.count(choices[name]), seconds[name], 'elapsed' if cuda else 'processor'),
+                 **compiled_whole(choices[name].options)} for name in names]
 
     def draw_all(_):
         with tempfile.TemporaryDirectory() as folder:

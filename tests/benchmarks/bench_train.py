@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
-from tests.benchmarks.report import Table, alternate, alternate_steps, select  # noqa: E402
+from tests.benchmarks.report import Table, alternate, alternate_steps, compiled_whole, select  # noqa: E402
 from torch_utils.precision import PRECISIONS, computed, float32_products  # noqa: E402
 from training import layers  # noqa: E402
 from training import training_loop as tl  # noqa: E402
@@ -272,11 +272,11 @@ def main(arch, cbase, cres, blocks, size, batch, images, repeats, compile, backe
                     stack.callback(trainers[name].batches.close)
                 steps = {name: trainer.step for name, trainer in trainers.items()}
                 if cuda and precision_of(choices[names[0]]) == 'fp32':  # over a second per step
-                    seconds.update(alternate(steps, 1, device, in_a_row=2))
+                    seconds.update(alternate(steps, 1, device, warm_up=2, in_a_row=2))
                 else:
                     seconds.update(alternate_steps(steps, repeats, device))
-                return [numbers(name, trainers[name], precision_of(choices[name]), seconds, flops, peaks)
-                        for name in names]
+                return [{**numbers(name, trainers[name], precision_of(choices[name]), seconds, flops, peaks),
+                         **compiled_whole(choices[name].options)} for name in names]
 
         # On a GPU one after the other: together they would need too much memory.
         for group in ([[name] for name in chosen] if cuda else [chosen]):

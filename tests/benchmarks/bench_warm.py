@@ -98,7 +98,7 @@ def measure(make, network_kwargs, device, precision, repeats):
 @click.option('--resolution', metavar='INT', type=int, default=32, help='Image resolution')
 @click.option('--batch', metavar='INT', type=int, default=None, help='Training batch  [default: CPU 4, CUDA 512]')
 @click.option('--sample-batch', metavar='INT', type=int, default=None,
-              help='Images drawn at a time  [default: CPU 4, CUDA 64]')
+              help='Images drawn at a time  [default: CPU 4, CUDA 512]')
 @click.option('--steps', metavar='INT', type=int, default=None, help="Heun's steps  [default: CPU 2, CUDA 18]")
 @click.option('--repeats', metavar='INT', type=int, default=5, help='Repeats per measurement; the median counts')
 @click.option('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='Where to run')
@@ -107,8 +107,9 @@ def measure(make, network_kwargs, device, precision, repeats):
 def main(arch, cbase, cres, resolution, batch, sample_batch, steps, repeats, device, precision, out):
     """Measure what Warm costs over EDM."""
     cuda = torch.device(device).type == 'cuda'
+    torch.backends.cudnn.benchmark = True  # as train.py does
     torch.set_num_threads(1)  # time that threads spend waiting for each other would count as processor time
-    batch, sample_batch = batch or (512 if cuda else 4), sample_batch or (64 if cuda else 4)
+    batch, sample_batch = batch or (512 if cuda else 4), sample_batch or (512 if cuda else 4)
     steps = steps or (18 if cuda else 2)
     network_kwargs = dict(ARCHITECTURES[arch], img_resolution=resolution, dropout=0.13)
     network_kwargs.update({'model_channels': cbase} if cbase else {}, **({'channel_mult': cres} if cres else {}))

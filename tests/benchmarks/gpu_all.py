@@ -3,10 +3,10 @@
     python tests/benchmarks/gpu_all.py --call=1 --out=gpu-1.json [--commit=REV] [--seconds=540] [--only=fid] [--tiny]
 
 The first call runs the commands and the tests and measures each target once; the others measure what the choices
-between fast paths rest on. What no longer fits into the time is skipped and named in the file; another call with --only
-makes up for it. Beside the file lies all that each run has printed (gpu-1-fid.log), and while a run goes on, its report
-(gpu-1-fid.json), with all rows until then; both are left if the call is killed. For a copy without .git, work out the
-commit in the checkout: --commit=$(git describe --always --tags).
+between fast paths rest on. Time that a run leaves unused goes to those after it. What no longer fits is skipped and
+named in the file; another call with --only makes up for it. Beside the file lies all that each run has printed
+(gpu-1-fid.log), and while a run goes on, its report (gpu-1-fid.json), with all rows until then; both are left if the
+call is killed. For a copy without .git, work out the commit in the checkout: --commit=$(git describe --always --tags).
 
 With --tiny, everything runs at a small size, on the CPU too, to try the script itself; networks are then compiled by a
 backend that compiles fast but does not speed them up. The cost of the presets goes to results/cost.json as well.
@@ -38,17 +38,17 @@ TINY_SAMPLE = ['--cbase=16', '--cres=1,1', '--blocks=1', '--batch=4', '--repeats
 TINY_COMPILE = ['--compile', '--backend=aot_eager']
 SAMPLE_ROWS = '--only=-fp16,-tf32,-by the sampler'
 
-# name → (script, options, options with --tiny, time limit in seconds); compiling a network takes minutes
+# name → (script, options, options with --tiny, seconds it is sure to have); compiling a network takes minutes
 RUNS = {
     'smoke': ('smoke.py', [], ['--tiny'], 90),
     'train-target': ('bench_train.py', ['--compile', '--only==bf16, compiled, channels-last'],
-                     [*TINY_TRAIN, *TINY_COMPILE, '--only==bf16, compiled, channels-last'], 160),
+                     [*TINY_TRAIN, *TINY_COMPILE, '--only==bf16, compiled, channels-last'], 170),
     'sample-target': ('bench_sample.py', ['--compile', '--only==bf16, compiled, CUDA graphs', '--repeats=1',
-                                          '--no-reference'],
+                                          '--no-reference', '--total=5120'],
                       [*TINY_SAMPLE, *TINY_COMPILE, '--only==bf16, compiled, CUDA graphs', '--total=10',
                        '--no-reference'], 120),
-    'fid-target': ('bench_fid.py', ['--dims=64', '--images=256', '--repeats=1', '--total=50000'],
-                   ['--images=8', '--dims=32', '--repeats=1', '--total=8'], 55),
+    'fid-target': ('bench_fid.py', ['--dims=64', '--images=256', '--repeats=1', '--total=20000'],
+                   ['--images=8', '--dims=32', '--repeats=1', '--total=8'], 50),
     'train': ('bench_train.py', [], TINY_TRAIN, 190),
     'warm': ('bench_warm.py', ['--precision=bf16'], [*TINY, '--resolution=8'], 90),
     'data': ('bench_data.py', ['--images=8000', '--repeats=2'], ['--images=64', '--repeats=1', '--size=8'], 50),
@@ -63,7 +63,7 @@ RUNS = {
                   [*TINY_SAMPLE, *TINY_COMPILE, '--only=compiled', '--total=0'], 330),
     'presets': ('bench_presets.py', ['--only=cifar10'], ['--only=ffhq', '--tiny'], 520),
 }
-TESTS = 'tests', 110  # name of the CUDA tests, and their time limit in seconds
+TESTS = 'tests', 110  # name of the CUDA tests, and the seconds they are sure to have
 SECONDS = 540  # time limit of a call; where commands end after ten minutes, what was started still has to end itself
 CALLS = {'1': ('smoke', 'tests', 'train-target', 'sample-target', 'fid-target'), '2': ('train', 'warm', 'data', 'fid'),
          '3': ('train-compiled',), '4': ('sample',), '5': ('train-64-a-gpu', 'sample-64'), '6': ('presets',)}
@@ -76,11 +76,11 @@ def run_one(command, limit, log):
     Returns:
         {'rc' (None after a time-out), 'seconds', 'output' (its end)}.
     """
-    start = time.monotonic()
+    start, paths = time.monotonic(), os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     with open(log, 'wb') as written, open(log, encoding='utf-8', errors='replace') as read:
         process = subprocess.Popen(dying_with_parent([sys.executable, *command]), cwd=ROOT, stdin=subprocess.DEVNULL,
                                    stdout=written, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': '1',
+                                   env={**os.environ, 'PYTHONPATH': paths, 'PYTHONUNBUFFERED': '1',
                                         'PYTEST_DISABLE_PLUGIN_AUTOLOAD': '1'})  # plugins we do not know may warn
         try:
             while (rc := process.poll()) is None and time.monotonic() < start + limit:
@@ -116,6 +116,11 @@ def run_benchmark(command, limit, file, kept=None):
     return dict(result, report=json.loads(content))
 
 
+def sure_seconds(name):
+    """Seconds that a run is sure to have, if those before it keep to theirs."""
+    return TESTS[1] if name == TESTS[0] else RUNS[name][-1]
+
+
 def seconds_old():
     """Age of this process, as importing PyTorch can take long; at most a minute, should the clocks disagree."""
     return min(max(time.time() - psutil.Process().create_time(), 0), 60)
@@ -144,18 +149,19 @@ def main(out, seconds, tiny, call, only, commit):
     if device == 'cuda' and not results['environment']['commit']:
         raise click.ClickException('nothing tells which commit this is, and numbers without it are of no use; add '
                                    '--commit=REV, what `git describe --always` says in the checkout')
-    for name in names:
+    for i, name in enumerate(names):
         left, file = end - time.monotonic(), out.with_name(f'{out.stem}-{name}.json')
+        granted = min(left, max(sure_seconds(name), left - sum(map(sure_seconds, names[i + 1:]))))
         if left < 20:
             result = dict(rc=None, left_out='no time left')
         elif name == TESTS[0]:
             # A warning is an error in the tests. Here, where versions differ, it should not hide what they are for.
-            result = run_one(['-m', 'pytest', '-q', '--tb=short', '--durations=5', '-W', 'default', *CUDA_TESTS,
-                              '-k', 'near_float32' if tiny else 'cuda or gpu'],
-                             min(TESTS[1], left), file.with_suffix('.log'))
+            result = run_one(['-m', 'pytest', '-q', '-p', 'tests.benchmarks.at_once', '--tb=short', '--durations=5',
+                              '-W', 'default', *CUDA_TESTS, '-k', 'near_float32' if tiny else 'cuda or gpu'],
+                             granted, file.with_suffix('.log'))
         else:
-            script, options, tiny_options, limit = RUNS[name]
-            result = run_benchmark([str(HERE / script), *(tiny_options if tiny else options)], min(limit, left), file,
+            script, options, tiny_options, _ = RUNS[name]
+            result = run_benchmark([str(HERE / script), *(tiny_options if tiny else options)], granted, file,
                                    None if tiny else KEPT.get(name))
         results['runs'][name] = result
         with atomic_write(out, 'w') as f:

@@ -90,6 +90,20 @@ def alternate_steps(steps, repeats, device='cpu'):
     return alternate(steps, repeats, device, **(dict(warm_up=GPU_WARM_UP, in_a_row=GPU_IN_A_ROW) if cuda else {}))
 
 
+def compiled_whole(options):
+    """{} for options of `accelerate` without compile, else what was not compiled since the last call: should be zeros.
+
+    A fast path that was not taken gives a row that looks right but is slow.
+    """
+    if not (options or {}).get('compile'):
+        return {}
+    from torch._dynamo.utils import counters  # importing it takes seconds
+    found = dict(graph_breaks=sum(counters['graph_break'].values()),
+                 cuda_graphs_skipped=counters['inductor']['cudagraph_skips'])
+    counters.clear()
+    return found
+
+
 def environment(device='cpu'):
     """Hardware, versions and commit, as plain JSON values."""
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else None

@@ -25,6 +25,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+from dnnlib.json_files import read_lines  # noqa: E402
 from tests.benchmarks.report import ROOT, Table, alternate, dying_with_parent  # noqa: E402
 from torch_utils.signals import EXIT_STOPPED  # noqa: E402
 from training import layers  # noqa: E402
@@ -63,8 +64,7 @@ def training(folder, device):
 def ticks(folder):
     """The kimg of all ticks of the training so far."""
     path = folder / 'run' / 'stats.jsonl'
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [json.loads(line)['Progress/kimg']['mean'] for line in lines]
+    return [line['Progress/kimg']['mean'] for line in read_lines(path)]
 
 
 def stop_training(folder, device):
@@ -161,9 +161,9 @@ def attention(backend, size, batch, channels, device):
             found = run(layers.attend, torch.bfloat16)
             seconds = alternate({'': lambda: run(layers.attend, torch.bfloat16)}, 3, device, warm_up=2, in_a_row=5)['']
     except RuntimeError as e:
-        if backend is None or 'No available kernel' not in str(e) and 'No viable backend' not in str(e):
+        if backend is None:
             raise
-        return dict(refused=True)
+        return dict(refused=str(e)[:200])  # of its own accord PyTorch takes only what works
     difference = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected))
     assert difference < TOLERANCE, difference
     return dict(milliseconds=1e3 * seconds, difference=difference)
