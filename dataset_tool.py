@@ -49,10 +49,12 @@ def main(source, dest, max_images, transform, resolution, workers):
         images = open_source(source)
         summary = convert(images, dest, transform, resolution, max_images, workers)
     skipped = f', {summary.num_skipped} too small and left out' if summary.num_skipped else ''
+    stretched = (f', {summary.num_stretched} of them stretched to a square (--transform=center-crop keeps proportions)'
+                 if summary.num_stretched else '')
     others = images.left_out
     unread = f'; {sum(others.values())} file(s) of other types left out ({", ".join(sorted(others))})' if others else ''
     click.echo(f'{dest}: {summary.num_images} images of {summary.size}x{summary.size}, {summary.channels} channel(s), '
-               f'{in_words(summary.labels)}{skipped}{unread}')
+               f'{in_words(summary.labels)}{stretched}{skipped}{unread}')
 
 
 def in_words(labels):

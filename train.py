@@ -193,12 +193,15 @@ def run(options, log):
     if options['seed'] is None:
         config['seed'] = start['settings'].get('seed', config['seed'])
     data_may_be_missing = options['dry_run'] and not typed_flags('data')  # a preset can be shown without its data
-    if options['data'] is None:
+    if options['data'] is None and not typed_flags('preset'):
         dist.print0(cfg.NO_DATA)
     if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
         dist.print0('Loading dataset...')
         dataset = cfg.open_data(**config['dataset_kwargs'])  # once, and by all ranks at a time: it may take a minute
         dist.on_rank0(lambda: cfg.check_config(config, dataset, start, fetch=not options['dry_run']))
+    if start['path'] is not None and not options['auto_resume'] and start['nimg'] >= config['total_kimg'] * 1000:
+        raise UserError(f"{start['path']} has seen {start['nimg'] / 1000:g} thousand images, all that --duration="
+                        f"{options['duration']:g} (in millions) asks for; give a longer --duration")
     if options['dry_run']:
         dist.on_rank0(lambda: check_run_dir(run_dir))
         dist.print0(cfg.summary(config, run_dir))

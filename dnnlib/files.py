@@ -110,7 +110,8 @@ def make_dirs(path):
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
-        raise UserError(f'could not create the folder {path}: {e.strerror or e}; choose another one') from e
+        reason = 'a file has that name' if os.path.isfile(path) else e.strerror or e
+        raise UserError(f'could not create the folder {path}: {reason}; choose another one') from e
 
 
 def check_writable(path, kind='a file'):

@@ -1,8 +1,27 @@
 """Types of command-line flags: numbers and text without what click's own let through, and keys of registries."""
 
+import errno
 import math
 
 import click
+
+from dnnlib.errors import UserError
+
+
+class Tool(click.Command):
+    """A command whose defaults and long lines are shown, and that says so if standard output is full."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, context_settings=dict(show_default=True, max_content_width=120), **kwargs)
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except OSError as e:
+            if e.errno != errno.ENOSPC:
+                raise
+            raise UserError(f'standard output cannot be written ({e.strerror}); send it elsewhere, and run the '
+                            'command again') from e
 
 
 class Number(click.types.FloatParamType):

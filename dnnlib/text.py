@@ -28,8 +28,9 @@ def parse_int_list(text):
     for part in text.split(','):
         m = re.fullmatch(rf'\s*({NUMBER})(?:-({NUMBER}))?\s*', part)
         if not m or (m[2] and int(m[2]) < int(m[1])):
+            reason = 'goes backwards' if m else 'cannot be read'
             raise UserError(f"'{excerpt(text, 100)}' is not a list of integers such as 1,2,5-10: "
-                            f"'{excerpt(part, 100)}' cannot be read")
+                            f"'{excerpt(part, 100)}' {reason}")
         span = range(int(m[1]), int(m[2] or m[1]) + 1)
         if len(values) + len(span) > MAX_INTS:
             raise UserError(f"'{excerpt(text, 100)}' names more than {MAX_INTS:,} numbers; give a shorter list, "

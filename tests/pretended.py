@@ -186,7 +186,7 @@ def step(system, precision='fp32', label_dim=0, *, device, **kwargs):
     optimizer = torch.optim.Adam(net.parameters())
     images = torch.rand([4, 1, 8, 8], device=NAME) * 2 - 1
     labels = torch.eye(10, device=NAME)[:4] if label_dim else None
-    loss_fn = system.loss(net)
+    loss_fn = system.make_loss(net)
     for _ in range(2):
         device.waits.clear()
         loss = one_step(net, ema, optimizer, loss_fn, images, labels, pipe)

@@ -1,8 +1,10 @@
 """Networks with D or R of another (warm.crossed)."""
 
 import dataclasses
+import errno
 import json
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -59,8 +61,8 @@ def test_images(pair):
 
 
 @pytest.mark.parametrize('name, options, words', [
-    ('edm', {}, 'is of EDMPrecond, which has no D and R'), ('warm', dict(bnr='1'), 'not the same path'),
-    ('warm', dict(blur='natural'), 'not the same kind of blur')])
+    ('edm', {}, 'is a EDMPrecond, which has no D and R'), ('warm', dict(bnr='1'), 'not have the same path'),
+    ('warm', dict(blur='natural'), 'not have the same kind of blur')])
 def test_networks_that_do_not_go_together(name, options, words):
     net = tiny_network('warm')
     for two in ((net, tiny_network(name, **options)), (tiny_network(name, **options), net)):
@@ -71,7 +73,7 @@ def test_networks_that_do_not_go_together(name, options, words):
 @pytest.mark.parametrize('name', ['img_channels', 'img_resolution', 'label_dim'])
 def test_networks_for_other_images(pair, name):
     setattr(pair[1], name, 3)
-    with pytest.raises(UserError, match='not the same'):
+    with pytest.raises(UserError, match='not have the same'):
         Crossed(*pair)
 
 
@@ -123,7 +125,8 @@ def test_no_table_takes_them_for_a_networks_own(tmp_path, files):
     scale = dataclasses.replace(SCALES['digits'], num=6)
     line = dict(run='warm-uncond-s0', seed=0, point=40, options=[], metric='FD-pixels', value=1.0, num_images=6)
     (tmp_path / 'digits.jsonl').write_text(json.dumps(line) + '\n')
-    assert measurements_of([read_run(log)]) == [] != measurements_of([read_run(tmp_path / 'digits.jsonl')])
+    (tmp_path / 'both.jsonl').write_text(log.read_text() + json.dumps(line) + '\n')
+    assert [m.values for m in measurements_of([read_run(tmp_path / 'both.jsonl')])] == [{'FD-pixels': 1.0}]
     with open(log, 'a') as f:  # of another detector, of another number of images, incomplete
         f.write('{"metric": "FD-corners", "num_images": 6}\n{"metric": "FD-pixels", "num_images": 5}\n'
                 '{"metric": "FD-pixels", "num_images": 6, "value": 2.0}\n')
@@ -135,6 +138,30 @@ def test_no_table_takes_them_for_a_networks_own(tmp_path, files):
         [own, 'R', other, 'all'], [own, 'D and R', other, '0.3 ≤ β'], [own, 'D', other, 'β < 0.3'],
         [own, 'R', other, '0.1 ≤ β < 1'], [own, 'nothing', '–', '–']]
     assert rows[2][4] == f"{json.loads(log.read_text().splitlines()[0])['value']:.3g}"
+
+
+def test_a_network_by_itself_needs_no_other(tmp_path, files):
+    """With --take=none; with anything else taken, the sentence says what is missing."""
+    options = [option for option in files if not option.startswith('--other=')]
+    scores = []
+    for given in (options, files):
+        result = CliRunner().invoke(crossed.main, [*given, '--take=none', '--num=20'], catch_exceptions=False)
+        assert result.exit_code == 0 and result.output.startswith('nothing taken'), result.output
+        scores.append(result.output.splitlines()[-1])
+    assert scores[0] == scores[1]
+    result = CliRunner().invoke(crossed.main, [*options, '--take=both'])
+    assert result.exit_code == 1 and 'takes D and R from another network; give it as --other' in result.output
+
+
+def test_scores_are_recorded_before_they_are_printed(tmp_path, files, monkeypatch):
+    """What reads them may be gone by then."""
+    def gone(text):
+        if 'FD-' in text:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(click, 'echo', gone)
+    result = CliRunner().invoke(crossed.main, [*files, '--take=D', '--num=20', f'--log={tmp_path}/crossed.jsonl'])
+    assert 'FD-pixels' in (tmp_path / 'crossed.jsonl').read_text()
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)  # a sentence (dnnlib.flags.Tool)
 
 
 @pytest.mark.parametrize('options, words', [

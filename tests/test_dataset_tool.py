@@ -263,6 +263,17 @@ def test_center_crop_wide(tmp_path):
     fails(tmp_path / 'src', tmp_path / 'x.zip', '--resolution=64x32', args[1], words=['none of the 5', 'smaller'])
 
 
+def test_images_that_are_stretched_are_counted(tmp_path):
+    """A size without a crop changes the proportions of what is not square; --workers does not matter."""
+    for name, size in (('a', (8, 8)), ('b', (16, 8)), ('c', (8, 12))):
+        save(tmp_path / 'src' / f'{name}.png', pixels(0, *size))
+    said_of = {(): ', 2 of them stretched to a square (--transform=center-crop keeps', ('center-crop',): ''}
+    for crop, words in said_of.items():
+        said = tool(f'--source={tmp_path}/src', f'--dest={tmp_path}/out.zip', '--resolution=8x8', '--workers=1',
+                    *(f'--transform={name}' for name in crop)).split('out.zip: ')[1]
+        assert '3 images of 8x8' in said and words in said and bool(words) == ('stretched' in said)
+
+
 def test_kinds_of_pixels(tmp_path):
     src = tmp_path / 'src'
     grey = pixels(0, channels=1)

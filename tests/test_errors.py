@@ -18,9 +18,11 @@ from warm.errors import BETAS, QUANTITIES, draw_errors, network_errors, relative
 from warm.figures import draw
 from warm.oracle import GaussianOracle
 from warm.path import BlurringSchedule, ConstantBNR
+from warm.precond import WarmPrecond
+from warm.systems import SYSTEMS
 
 
-KNOWN = ['edm', 'vp', 've', 'iddpm', 'stf', 'warm']
+KNOWN = [name for name, system in SYSTEMS.items() if issubclass(system.network_class, (WarmPrecond, *errors.DENOISERS))]
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +92,7 @@ def test_networks(digits, name):
     net = tiny_network(name)
     one, other = (network_errors(net, images[:20], betas=(0.1, 1), batch=batch) for batch in (20, 7))
     for level, again in zip(one, other, strict=True):
-        assert (level['alpha'] > 0) == (name == 'warm')
+        assert (level['alpha'] > 0) == isinstance(net, WarmPrecond)
         for quantity in QUANTITIES:
             assert level[quantity] == pytest.approx(again[quantity], rel=1e-4)
             assert np.isfinite(level[quantity]).all()

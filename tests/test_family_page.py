@@ -9,8 +9,9 @@ from tests.commands import ROOT, invoke
 from training import metrics
 from training.detectors import load_detector
 from training.snapshot import save_snapshot
+from warm import family
 from warm.demo import is_trained
-from warm.family import COLUMNS, PAPER_SETTINGS, Result, draw_sheet, evaluate, members, page, reals
+from warm.family import COLUMNS, PAPER_SETTINGS, Result, draw_sheet, evaluated, members, page, reals
 from warm.figures import draw
 from warm.systems import SYSTEMS
 
@@ -65,7 +66,7 @@ def test_docs_show_what_the_program_writes():
     assert without_versions(text) == without_versions(page_now)
 
 
-def test_a_member_is_drawn_scored_and_counted(tmp_path):
+def test_a_member_is_drawn_scored_and_counted(tmp_path, monkeypatch):
     """This holds for Cold Diffusion, which needs its data too, and for a variant that shares another's run."""
     detector, digits = load_detector('pixels'), reals()
     reference = metrics.accumulate([digits], detector, ['fid'], len(digits))
@@ -76,8 +77,15 @@ def test_a_member_is_drawn_scored_and_counted(tmp_path):
         (tmp_path / member.run).mkdir()
         save_snapshot(tmp_path / member.run / 'network-snapshot-000001.safetensors', net, member.system,
                       dataset=dict(name='digits-8x8', resolution=8, num_images=len(digits)))
-        result = evaluate(tmp_path, member, COLUMNS, detector, reference)
+        result = evaluated(tmp_path, member, COLUMNS, detector, reference)
         assert result.nfe == nfe and result.score > 0 and result.images.shape == (COLUMNS, 1, 8, 8)
+        with monkeypatch.context() as patch:  # the same again is not drawn anew, another number of images is
+            patch.setattr(family, 'evaluate', None)
+            again = evaluated(tmp_path, member, COLUMNS, detector, reference)
+            assert (again.images == result.images).all()
+            assert (again.nfe, again.score, again.seconds) == (result.nfe, result.score, result.seconds)
+            with pytest.raises(TypeError):
+                evaluated(tmp_path, member, COLUMNS + 1, detector, reference)
 
 
 @pytest.mark.parametrize('name', PAPER_SETTINGS)

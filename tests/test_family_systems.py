@@ -51,7 +51,7 @@ def test_systems_say_who_they_are():
                                             ('ve', dict(sigma_max=50)), ('vp', dict(beta_min=0.2))])
 def test_network_and_loss_share_their_constants(name, constant):
     net = SYSTEMS[name].network_class(img_resolution=8, img_channels=1, **TINY, **constant)
-    loss = SYSTEMS[name].loss(net)
+    loss = SYSTEMS[name].make_loss(net)
     assert {key: getattr(loss, key) for key in constant} == constant
 
 
@@ -138,7 +138,7 @@ def test_loss_has_gradients_everywhere(name):
     """There is one loss per element, float32 and finite, and every parameter has a finite gradient."""
     net = short_network(name).train().requires_grad_(True)
     images = torch.rand(4, 1, 8, 8) * 2 - 1
-    loss = SYSTEMS[name].loss(net)(net, images)
+    loss = SYSTEMS[name].make_loss(net)(net, images)
     assert loss.shape == images.shape and loss.dtype == torch.float32 and loss.isfinite().all()
     loss.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from training.provenance import training_facts
 from warm.figures import STYLE
+from warm.precond import WarmPrecond
 from warm.report import page as report
 from warm.report.data import best_match, flags_beyond_defaults, measurements_of, read_run
 from warm.report.plots import draw_curves, fid_against_bnr, fid_against_nfe, training_curves
@@ -167,7 +168,7 @@ def test_a_network_with_other_options_differs(tmp_path, system, option):
     other = OTHER_VALUES.get(option.name) or next(
         value for value in getattr(option.type, 'choices', ['blurring']) if value != option.default)
     usual, changed = said(option.default), said(other)
-    assert usual and changed and (changed - usual if system.name == 'warm' else
+    assert usual and changed and (changed - usual if issubclass(system.network_class, WarmPrecond) else
                                   changed - usual == {f'`{option.flag}={other}`'})
 
 
@@ -400,7 +401,17 @@ def test_line_styles_differ_in_the_legend():
 def test_a_run_named_twice_is_one_run(tmp_path):
     folder = make_run(tmp_path / 'run', rounds([2.0]))
     result = CLI.invoke(report.main, [str(folder), f'{folder}/', f'--outdir={tmp_path / "out"}'])
-    assert '1 measurements of 1 runs' in result.output
+    assert '1 measurement(s) of 1 run(s)' in result.output
+
+
+@pytest.mark.parametrize('content', ['notes', '{"levels": []}', json.dumps({**PAPER, 'value': 1.0, 'other': {}})])
+def test_a_file_without_scores_of_a_network(tmp_path, content):
+    """Text, errors of a network, and scores of crossed networks; a report that is there stays as it is."""
+    (tmp_path / 'a.jsonl').write_text(content)
+    (tmp_path / 'report.md').write_text('former')
+    result = CLI.invoke(report.main, [str(tmp_path / 'a.jsonl'), f'--outdir={tmp_path}'])
+    assert result.exit_code == 1 and 'a.jsonl holds no score of a network or images; give a run' in result.output
+    assert (tmp_path / 'report.md').read_text() == 'former'
 
 
 def test_a_folder_of_runs_stands_for_all_of_them(tmp_path):
@@ -411,7 +422,7 @@ def test_a_folder_of_runs_stands_for_all_of_them(tmp_path):
     (tmp_path / 'runs' / 'notes.txt').write_text('')
     named = [f'{tmp_path}/runs', f'{tmp_path}/runs/../runs/00001-b/']
     result = CLI.invoke(report.main, [*named, f'--outdir={tmp_path / "out"}'])
-    assert '2 measurements of 2 runs' in result.output
-    assert 'Runs: `00000-a` (1 scores), `00001-b` (1 scores)' in (tmp_path / 'out' / 'report.md').read_text()
+    assert '2 measurement(s) of 2 run(s)' in result.output
+    assert 'Runs: `00000-a` (1 score(s)), `00001-b` (1 score(s))' in (tmp_path / 'out' / 'report.md').read_text()
     make_run(tmp_path / 'runs', rounds([2.0]))  # a run itself now
-    assert '1 measurements of 1 runs' in CLI.invoke(report.main, [named[0], f'--outdir={tmp_path / "out"}']).output
+    assert '1 measurement(s) of 1 run(s)' in CLI.invoke(report.main, [named[0], f'--outdir={tmp_path / "out"}']).output

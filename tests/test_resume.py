@@ -214,6 +214,12 @@ def test_resume_takes_a_file_a_folder_or_latest(where, whole, cut):
     assert equal(final_state(new), final_state(whole)) and losses(new) == losses(whole)[-1:]
 
 
+def test_resume_of_a_finished_state_leaves_no_folder(whole, tmp_path):
+    refused(invoke('train.py', *RUN, f'--outdir={tmp_path}/new', '--duration=0.000512', f'--resume={whole}'),
+            'thousand images, all that --duration=0.000512 (in millions) asks for; give a longer --duration')
+    assert not (tmp_path / 'new').exists()
+
+
 def test_a_damaged_state_is_passed_over(whole, tmp_path):
     folder = tmp_path / 'run'
     shutil.copytree(whole, folder)

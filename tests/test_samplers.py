@@ -278,9 +278,9 @@ def test_seeds_count_modulo_2_to_the_32():
 # -- refusals
 
 BAD_OPTIONS = [(dict(num_steps=0), 'number of sampling steps is 0'), (dict(num_steps=2.5), 'sampling steps is 2.5'),
-               (dict(rho=0), 'rho is 0'), (dict(rho=math.nan), 'rho is nan'), (dict(sigma_min=0), 'sigma_min 0'),
-               (dict(sigma_min=-1), 'sigma_min -1'), (dict(sigma_min=90), 'sigma_min 90 and sigma_max 80'),
-               (dict(sigma_max=math.inf), 'sigma_max inf'), (dict(sigma_min=1, sigma_max=1), 'sigma_min 1'),
+               (dict(rho=0), 'rho is 0'), (dict(rho=math.nan), 'rho is nan'), (dict(sigma_min=0), 'sigma_min=0'),
+               (dict(sigma_min=-1), 'sigma_min=-1'), (dict(sigma_min=90), 'sigma_min=90 and --sigma_max=80'),
+               (dict(sigma_max=math.inf), 'sigma_max=inf'), (dict(sigma_min=1, sigma_max=1), 'sigma_min=1'),
                (dict(sigma_min=1e-46), '0 or infinite in float32'),
                (dict(sigma_max=1e39), '0 or infinite in float32'), (dict(rho=0.008), '0 or infinite in float32'),
                (dict(rho=0.004), 'rho is 0.004'),

@@ -278,7 +278,7 @@ def training_step(name, device):
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
     images = torch.zeros([4, 3, 8, 8], device=device)
-    loss_fn = SYSTEMS[system].loss(net)
+    loss_fn = SYSTEMS[system].make_loss(net)
 
     return lambda: one_step(net, ema, optimizer, loss_fn, images, None, pipe)
 

@@ -111,6 +111,13 @@ def test_the_choices_are_the_systems_defaults():
 
 # -- carrying it out
 
+def test_a_name_that_no_run_has(tmp_path):
+    for options in ([], ['-n']):
+        result = carry_out(tmp_path / 'none', '--questions=1', '--only=zzz', *options)
+        assert result.exit_code == 1 and 'no run of these questions has --only=zzz in its name' in result.output
+    assert not (tmp_path / 'none').exists()
+
+
 def test_a_study_in_pieces(short, tmp_path, monkeypatch):
     """Stopped while a training starts and run again, it has the numbers of one without a stop, each of them once."""
     options = ('--questions=1', '--only=edm-cond')

@@ -274,7 +274,7 @@ def test_every_parameter_learns(own):
     """With every choice, the loss is finite and every parameter gets a gradient."""
     net = seeded(WarmPrecond, **family_for(own), **own).train()
     x, _, _ = batch(8)
-    loss = SYSTEMS['warm'].loss(net)(net, x)
+    loss = SYSTEMS['warm'].make_loss(net)(net, x)
     assert loss.shape == x.shape and torch.isfinite(loss).all()
     loss.mean().backward()
     assert all(p.grad is not None and p.grad.any() and torch.isfinite(p.grad).all() for p in net.parameters())

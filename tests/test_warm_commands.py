@@ -113,8 +113,9 @@ def test_a_method_outside_the_repository(tmp_path, root):
     snapshot = tmp_path / 'run' / 'network-snapshot-000000.safetensors'
     run('generate', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0', '--steps=2')
     assert (tmp_path / 'out' / '000000.png').is_file()
+    assert '2 images of digits-8x8' in run('warm.errors', f'--network={snapshot}', '--num=2').stdout
     refused(invoke('generate.py', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0'),
-            "is of the system 'shifted', which this version does not know")
+            "is of the system 'shifted', which this version does not know", 'If a script of yours defines it')
 
 
 LAZY = """

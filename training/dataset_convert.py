@@ -87,6 +87,7 @@ class Summary:
 
     num_images: int
     num_skipped: int
+    num_stretched: int  # not square before, and resized without a crop
     size: int
     channels: int
     labels: list | None
@@ -112,7 +113,7 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
     job = functools.partial(_convert_chunk, source.load, make_transform(transform, resolution))
     total = len(source.items) if max_images is None else min(max_images, len(source.items))
     chunks = (source.items[i:min(i + CHUNK, total)] for i in range(0, total, CHUNK))
-    labels, first, skipped = [], None, 0
+    labels, first, skipped, stretched = [], None, 0, 0
     with open_dest(dest) as add, contextlib.closing(workers.map(job, chunks)) as results, \
             tqdm.tqdm(total=total, unit='img', disable=None) as progress:
         for i, result in enumerate(itertools.chain.from_iterable(results)):
@@ -122,7 +123,8 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
             if result is None:
                 skipped += 1
                 continue
-            png, kind = result
+            png, kind, reshaped = result
+            stretched += reshaped and transform is None
             first = first or (source.describe(i), kind)
             _check(source.describe(i), kind, *first)
             name = image_name(len(labels))
@@ -134,7 +136,8 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
         labels = labels if source.labels is not None else None
         add('dataset.json', json.dumps({'labels': labels}).encode())
     (size, _), mode = first[1]
-    return Summary(total - skipped, skipped, size, _channels(mode), labels and [label for _, label in labels])
+    return Summary(total - skipped, skipped, stretched, size, _channels(mode),
+                   labels and [label for _, label in labels])
 
 
 def _check(what, kind, first, first_kind):
@@ -162,14 +165,16 @@ def _is_power_of_two(n):
 
 
 def _convert_chunk(load, transform, items):
-    """For each item: (PNG bytes, (size, mode)), None if skipped, or the UserError that ends the list."""
+    """For each item: (PNG bytes, (size, mode), other proportions?), None if skipped, or the UserError that ends it."""
     results = []
     for item in items:
         try:
-            image = transform(load(item))
+            original = load(item)
+            image = transform(original)
         except UserError as e:
             return [*results, e]
-        results.append(image and (encode_png(image), (image.size, image.mode)))
+        results.append(image and (encode_png(image), (image.size, image.mode),
+                                  original.width * image.height != original.height * image.width))
     return results
 
 

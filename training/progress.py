@@ -189,7 +189,8 @@ def check_network(state, path, net, options=()):
     changed = [change for name, change in changed.items() if name not in REGIME]
     if changed:
         raise UserError(f"{path} is from a run with another network: {', '.join(changed)}; resume with that run's "
-                        'options, or start another run beside it: without --resume, with --desc=… or another --outdir')
+                        'options, or start another run beside it: without --resume or --auto-resume, with --desc=… or '
+                        'another --outdir')
 
 
 def _changes(state, net, names):

@@ -49,7 +49,7 @@ def start_point(flags, name):
     of ranks may differ); if there is none, or without --auto-resume, it is --resume's state.
 
     Returns:
-        The folder; {'path', 'settings', 'network_kwargs', 'tick', 'last_tick', 'complaints'} of a state
+        The folder; {'path', 'settings', 'network_kwargs', 'nimg', 'tick', 'last_tick', 'complaints'} of a state
         (training.progress.run_state), with 'path' None for a new run.
 
     Raises:
@@ -77,9 +77,11 @@ def start_point(flags, name):
             raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read '
                             f'({complaints[0]}); resume from another run')
     if path is None:
-        state = dict(settings={}, network_kwargs={}, progress={'tick': 0}, last_tick='{}')
+        state = dict(settings={}, network_kwargs={}, progress={'nimg': 0, 'tick': 0}, last_tick='{}')
+    progress = state['progress']
     return run_dir, dict(path=path and str(path), settings=state['settings'], network_kwargs=state['network_kwargs'],
-                         tick=state['progress']['tick'], last_tick=state['last_tick'], complaints=complaints)
+                         nimg=progress['nimg'], tick=progress['tick'], last_tick=state['last_tick'],
+                         complaints=complaints)
 
 
 def changed_options(path, config):

@@ -260,11 +260,11 @@ def _check_constants(epsilon_s, alpha, M):
 def _clipped(net, sigma_min, sigma_max):
     """The given range of noise levels, clipped to the network's: two floats."""
     if not (sigma_min > 0 and math.isfinite(sigma_max) and sigma_min < sigma_max):
-        raise UserError(f'sigma_min {sigma_min} and sigma_max {sigma_max} do not form a range; '
+        raise UserError(f'--sigma_min={sigma_min:g} and --sigma_max={sigma_max:g} do not form a range; '
                         'give 0 < sigma_min < sigma_max')
     low, high = max(float(sigma_min), float(net.sigma_min)), min(float(sigma_max), float(net.sigma_max))
     if not low < high:
-        raise UserError(f'the noise levels from sigma_min {sigma_min} to sigma_max {sigma_max} are outside the '
+        raise UserError(f'the noise levels from --sigma_min={sigma_min:g} to --sigma_max={sigma_max:g} are outside the '
                         f'range of the network, {float(net.sigma_min):g} to {float(net.sigma_max):g}; '
                         'choose a range that overlaps it')
     return low, high

@@ -198,7 +198,8 @@ def build_network(snapshot, systems, device='cpu'):
     """
     if snapshot.system not in systems:
         raise UserError(f"{snapshot.path} is of the system '{excerpt(snapshot.system)}', which this version does not "
-                        f"know; it knows {', '.join(systems)}")
+                        f"know; it knows {', '.join(systems)}. If a script of yours defines it, run the command "
+                        'through that script')
     network_class = systems[snapshot.system].network_class
     with torch.device('meta'), _Bounded(snapshot.state_dict):
         outline = _construct(network_class, snapshot.network_kwargs, snapshot.path)

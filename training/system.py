@@ -117,6 +117,10 @@ class System:
         """Arguments of `loss`, as `network_kwargs` gives the network's."""
         return self._filled(self.loss_options, given)
 
+    def make_loss(self, net, given=None):
+        """The loss for `net` with the options {name: value}, defaults filled in; raises as `network_kwargs`."""
+        return self.loss(net, **self.loss_kwargs(given or {}))
+
     def changed_loss(self, kwargs):
         """{name: value} of those arguments of `loss` that are not its options' defaults."""
         return _changed(self.loss_options, kwargs)

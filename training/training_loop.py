@@ -101,7 +101,7 @@ def training_loop(
     net = system.network_class(**interface_kwargs(dataset, augment_kwargs), **network_kwargs)
     net.train().requires_grad_(True).to(device)
     accelerate(net, **(accelerate_kwargs or {}))
-    loss_fn = system.loss(net, **loss_kwargs)
+    loss_fn = system.make_loss(net, loss_kwargs)
     augment_pipe = AugmentPipe(**augment_kwargs) if augment_kwargs else None
     optimizer = make_optimizer(net, **optimizer_kwargs)
     if state is not None:

@@ -17,7 +17,7 @@ import click
 import torch
 
 from dnnlib import UserError
-from dnnlib.flags import Key, NumberRange, Text
+from dnnlib.flags import Key, NumberRange, Text, Tool
 from dnnlib.json_files import check_json_lines
 from training import provenance
 from training.detectors import DETECTORS
@@ -48,13 +48,13 @@ class Crossed(torch.nn.Module):
 
     def __init__(self, net, other, take='R', low=0.0, high=math.inf):
         super().__init__()
-        for one in (net, other):
+        for shown, one in dict(network=net, other=other).items():
             if not hasattr(one, 'denoise_deblur'):
-                raise UserError(f'one network is of {type(one).__name__}, which has no D and R to exchange; give two '
-                                'of --precond=warm')
+                raise UserError(f'--{shown} is a {type(one).__name__}, which has no D and R to exchange; give two '
+                                'networks of --precond=warm')
         for name, shown in ALIKE.items():
             if getattr(net, name) != getattr(other, name):
-                raise UserError(f'the two networks have not the same {shown}; give two of the same path, kind of '
+                raise UserError(f'the two networks do not have the same {shown}; give two of the same path, kind of '
                                 'blur, image size and classes')
         self.net, self.other, self.take, self.low, self.high = net, other, TAKEN[take], low, high
         for name in (*ALIKE, 'sigma_min', 'sigma_max', 'round_sigma', 'model'):  # for samplers and generation
@@ -86,9 +86,9 @@ def record_of(net, other, take, low, high, levels):
                 levels=levels, **provenance.sampling_facts(net, system, {}, system.make_sampler(net, {})))
 
 
-@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.command(cls=Tool)
 @click.option('--network', metavar='FILE|URL', required=True, type=Text(), help='Snapshot of a Warm network')
-@click.option('--other', metavar='FILE|URL', required=True, type=Text(),
+@click.option('--other', metavar='FILE|URL', default=None, type=Text(),
               help='Snapshot of another, of the same path, kind of blur, image size and classes')
 @click.option('--take', type=Key(TAKEN), default='R',
               help='What is taken from the other; none scores the network by itself')
@@ -110,7 +110,11 @@ def main(network, other, take, low, high, num, batch, ref, detector, metrics, lo
     """
     if log is not None:
         check_json_lines(log)
-    net, theirs = load(network), load(other)
+    if other is None and take != 'none':
+        what = 'D and R' if take == 'both' else take
+        raise UserError(f'--take={take} takes {what} from another network; give it as --other, or choose --take=none')
+    net = load(network)
+    theirs = net if other is None else load(other)
     crossed = Crossed(net, theirs, take, low, high).eval()
     betas = edm_sigma_steps(**grid_options(crossed, {}), net=crossed)[:-1].tolist()
     levels = sum(map(crossed.crosses, betas))
@@ -118,7 +122,7 @@ def main(network, other, take, low, high, num, batch, ref, detector, metrics, lo
         raise UserError(f'the sampler visits no noise level from --low={low:g} to below --high={high:g}; it visits '
                         + ', '.join(f'{beta:.3g}' for beta in betas))
     record = record_of(net, theirs, take, low, high, levels)
-    if record['network_sha256'] == record['other']['network_sha256']:
+    if other is not None and record['network_sha256'] == record['other']['network_sha256']:
         raise UserError(f'--network={network} and --other={other} are the same network; give two that differ')
     scorer = load_scorer(parse_metrics(metrics), detector, ref)
     scorer.check(num)
@@ -126,11 +130,11 @@ def main(network, other, take, low, high, num, batch, ref, detector, metrics, lo
     scorer.warn_of_size(source)
     click.echo(f'{take} of {other} at {levels} of {len(betas)} noise levels ...' if levels else 'nothing taken ...')
     values, facts = scorer(source, batch or default_batch(net))
-    for name, value in values.items():
-        click.echo(f'{label(name, scorer.detector)}: {value:.8g}')
-    if log is not None:
+    if log is not None:  # before a full disk or a closed pipe behind stdout can end this
         facts = {**facts, 'ref': pathlib.Path(facts['ref']).name}  # the records travel; the SHA-256 identifies it
         provenance.log_scores(log, values, scorer.detector, {**source.record, **facts})
+    for name, value in values.items():
+        click.echo(f'{label(name, scorer.detector)}: {value:.8g}')
 
 
 if __name__ == '__main__':

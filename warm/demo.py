@@ -17,7 +17,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import cpu_cores, make_dirs
-from dnnlib.flags import NumberRange
+from dnnlib.flags import NumberRange, Tool
 from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch
 from training.pictures import tile
@@ -37,7 +37,7 @@ SHOWN = 4  # rows of digits in the picture
 STEPS_SHOWN = 9
 
 
-@click.command(context_settings=dict(show_default=True))
+@click.command(cls=Tool)
 @click.option('--outdir', metavar='DIR', default='demo', help='Where to save everything')
 @click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True),
               default=PRESETS['digits'].train['duration'], help='Length of each training, in millions of images')

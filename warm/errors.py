@@ -20,7 +20,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import make_dirs
-from dnnlib.flags import Text
+from dnnlib.flags import Text, Tool
 from dnnlib.json_files import append_line, check_json_lines
 from torch_utils import distributed as dist
 from torch_utils.precision import computed
@@ -197,7 +197,7 @@ def record_of(net, levels, bnr=None, **facts):
                 hardware=provenance.hardware(dist.device()), levels=levels)
 
 
-@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.command(cls=Tool)
 @click.option('--network', 'networks', multiple=True, required=True, metavar='FILE|URL', type=Text(),
               help='Snapshot of Warm or of EDM (vp, ve, iddpm, stf); may be given several times')
 @click.option('--data', metavar='ZIP|DIR', default=EMBEDDED, type=Text(),
@@ -206,7 +206,7 @@ def record_of(net, levels, bnr=None, **facts):
 @click.option('--bnr', metavar='FLOAT', default=None, type=Text(), show_default='as for generate.py',
               help='Blur-to-Noise Ratio of the path, for networks that are trained on several')
 @click.option('--num', metavar='INT', type=click.IntRange(min=1), default=1000, help='Images, chosen at random')
-@click.option('--seed', metavar='INT', type=click.IntRange(0, MAX_SEED), default=0, show_default='0',
+@click.option('--seed', metavar='INT', type=click.IntRange(0, MAX_SEED), default=0,
               help='Seed of choice and noise')
 @click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=None, show_default='by device',
               help='Images at a time')
@@ -220,10 +220,10 @@ def main(networks, data, bnr, num, seed, batch, out, outdir):
     They are relative to those of the best linear filter of each DCT band: below 1, a network knows more about images
     than their spectrum. `step` is the direction in which a sampler goes, to which D and R both contribute.
     """
-    if out is not None:
-        check_json_lines(out)
     if outdir is not None:
         make_dirs(outdir)
+    if out is not None:
+        check_json_lines(out)
     nets = {path: load(path) for path in networks}  # a path given twice counts once
     images = {path: sample_images(data, num, seed, net) for path, net in nets.items()}
     paths = {path: path_of(net, bnr) for path, net in nets.items()}

@@ -2,21 +2,24 @@
 
     python -m warm.family
 
-trains what is not trained yet (in --outdir) and writes docs/family.md with a table, and docs/family.png, a contact
-sheet. The systems come from the registry, so a new one appears in both.
+trains, samples and scores what is not done yet (in --outdir, so that an interrupted command continues there) and writes
+docs/family.md with a table, and docs/family.png, a contact sheet. The systems come from the registry, so a new one
+appears in both.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import textwrap
 import time
 
 import click
+import numpy as np
 import torch
 
-from dnnlib.files import atomic_write, make_dirs
-from dnnlib.flags import NumberRange
+from dnnlib.files import atomic_write, file_sha256, make_dirs
+from dnnlib.flags import NumberRange, Tool
 from torch_utils import distributed as dist
 from training import metrics
 from training.dataset import load_embedded
@@ -134,6 +137,21 @@ def evaluate(outdir, member, num, detector, reference):
     return Result(member, batches[0][:COLUMNS].cpu().numpy(), count_evaluations(net, sampler), score, seconds)
 
 
+def evaluated(outdir, member, num, detector, reference):
+    """`evaluate`, or its result of an earlier call for the same network, options and number of images."""
+    slug = '-'.join([member.run, *(f'{name}-{value}' for name, value in member.sample)])
+    path = outdir / f'{slug}.npz'
+    of = json.dumps([file_sha256(last_snapshot(outdir, member.run)), dict(member.sample), num])
+    if path.is_file():
+        with np.load(path) as kept:
+            if kept['of'] == of:
+                return Result(member, kept['images'], *(kept[name].item() for name in ('nfe', 'score', 'seconds')))
+    result = evaluate(outdir, member, num, detector, reference)
+    with atomic_write(path) as f:
+        np.savez(f, of=of, images=result.images, nfe=result.nfe, score=result.score, seconds=result.seconds)
+    return result
+
+
 def distance(batches, total, detector, reference):
     """Frechet distance between the detector's features of the images and the reference."""
     stats = metrics.accumulate(batches, detector, ['fid'], total)
@@ -199,7 +217,7 @@ def settings():
     return lines
 
 
-@click.command(context_settings=dict(show_default=True))
+@click.command(cls=Tool)
 @click.option('--outdir', metavar='DIR', default='family', help='Folder of the training runs')
 @click.option('--docs', metavar='DIR', default='docs', help='Where to write family.md and family.png')
 @click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=0.08,
@@ -217,7 +235,7 @@ def main(outdir, docs, duration, num):
     results = []
     for member in members():
         train(outdir, member, duration)
-        results.append(evaluate(outdir, member, num, detector, reference))
+        results.append(evaluated(outdir, member, num, detector, reference))
         print(f'{member.title}: FD-pixels {results[-1].score:.2f}, NFE {results[-1].nfe}', flush=True)
     rows = [(f'real digits: {floor:.2f}', sample[:COLUMNS].numpy()),
             *((f'{r.member.title}: {r.score:.2f}, NFE {r.nfe}', r.images) for r in results)]

@@ -19,6 +19,7 @@ import click
 import torch
 
 from dnnlib.files import atomic_write
+from dnnlib.flags import Tool
 from training.dataset import ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
 from warm.blur import blur_mask, dct2, frequencies, idct2, marginal_variance, prior_spectrum, rest_mask, wiener_filter
@@ -233,7 +234,7 @@ def _names(paths):
     return ', '.join(map(str, paths)) or 'none of the paths'
 
 
-@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.command(cls=Tool)
 @click.option('--outdir', metavar='DIR', required=True, help='Where to write solvers.md, solvers.png and solvers.svg')
 @click.option('--data', metavar='ZIP|DIR', default=None,
               help='Use the spectrum of these images  [default: the natural-image prior at 32x32]')

@@ -51,7 +51,7 @@ def euler_step(denoise, x, D, R, here, there, z, memory, eta):
 def check_eta(eta):
     """Raise UserError for an η outside [0, 1]."""
     if not 0 <= eta <= 1:
-        raise UserError(f'eta is {eta}, but it must lie between 0 and 1')
+        raise UserError(f'--eta={eta:g} is not between 0 (deterministic) and 1; choose a number there')
 
 
 def heun_step(denoise, x, D, R, here, there, z, memory):

@@ -12,7 +12,8 @@ import click
 import numpy as np
 import torch
 
-from dnnlib.flags import Key
+from dnnlib.files import make_dirs
+from dnnlib.flags import Key, Tool
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
 from warm.blur import BLUR_RATES, PAPER_BLUR, blur_mask, frequencies, rest_mask
@@ -136,7 +137,7 @@ def report(power, tolerance, recommended, rates=frequencies):
             f'{spectral_gap(power, recommended, rates):.3f} dB', f'recommended BNR {recommended:.2f}']
 
 
-@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.command(cls=Tool)
 @click.option('--data', metavar='ZIP|DIR', default=None, help='Images to measure  [default: the embedded digits]')
 @click.option('--outdir', metavar='DIR', default=None, help='Also draw spectrum and schedules here, as PNG and SVG')
 @click.option('--tolerance', metavar='DB', type=float, default=TOLERANCE, help='Largest gap to hot diffusion, in dB')
@@ -145,6 +146,8 @@ def report(power, tolerance, recommended, rates=frequencies):
 @click.option('--seed', metavar='INT', type=click.IntRange(min=0), default=0, help='Random seed of the subset')
 def main(data, outdir, tolerance, blur, max_images, seed):
     """Measure a data set's spectrum and recommend a Blur-to-Noise Ratio for it."""
+    if outdir is not None:
+        make_dirs(outdir)
     dataset, rates = ImageFolderDataset(data or EMBEDDED), BLUR_RATES[blur]
     power = band_power(dataset, max_images, seed)
     taken = min(max_images or len(dataset), len(dataset))

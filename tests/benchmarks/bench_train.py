@@ -110,7 +110,7 @@ class Trainer:
         self.net.train()
         self.ema.requires_grad_(False)
         accelerate(self.net, **(options or {}))
-        self.loss = SYSTEMS[system].loss(self.net)
+        self.loss = SYSTEMS[system].make_loss(self.net)
         adam = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
         self.optimizer = (torch.optim.Adam(self.net.parameters(), **adam) if self.reference
                           else tl.make_optimizer(self.net, **adam))
@@ -180,7 +180,7 @@ def matrix_peak(precision, device, repeats=10):
 def step_flops(network_kwargs, system='edm'):
     """FLOPs of a training step per image: the network's matrix products and convolutions, forward and backward."""
     return _count(network_kwargs, system,
-                  lambda net, images: SYSTEMS[system].loss(net)(net, images).sum().backward())
+                  lambda net, images: SYSTEMS[system].make_loss(net)(net, images).sum().backward())
 
 
 def forward_flops(network_kwargs, system='edm'):

@@ -109,7 +109,11 @@ def read_run(path):
     """
     path = pathlib.Path(path)
     if path.is_file():
-        return Run(path.parent.resolve().name, {}, [], read_lines(path))
+        lines = read_lines(path)
+        if not any(map(is_own_score, lines)):
+            raise UserError(f'{path} holds no score of a network or images; give a run folder, or a {SCORES_NAME} of '
+                            'fid.py')
+        return Run(path.parent.resolve().name, {}, [], lines)
     if not path.is_dir():
         raise UserError(f'there is no run folder {path}; give folders that train.py made, or metrics.jsonl files')
     stats, scores = read_lines(path / STATS_NAME), read_lines(path / SCORES_NAME)
@@ -119,16 +123,17 @@ def read_run(path):
     return Run(path.resolve().name, read_object(path / OPTIONS_NAME) or {}, stats, scores)
 
 
-def measurements_of(runs):
-    """Group the scores of all runs into `Measurement`s, in the order of the files.
+def is_own_score(line):
+    """Whether a line is a score, and not of images drawn with parts of another network (warm.crossed)."""
+    return 'other' not in line and isinstance(line.get('metric'), str) and isinstance(line.get('value'), (int, float))
 
-    Scores of images drawn with parts of another network (warm.crossed) are left out: they are no network's own.
-    """
+
+def measurements_of(runs):
+    """Group the scores of all runs into `Measurement`s, in the order of the files; only those that `is_own_score`."""
     groups = {}
     for run in runs:
         for line in run.scores:
-            own = 'other' not in line
-            if own and isinstance(line.get('metric'), str) and isinstance(line.get('value'), (int, float)):
+            if is_own_score(line):
                 same = {name: line.get(name) for name in SAME}
                 groups.setdefault((run.name, json.dumps(same, sort_keys=True)), (run, []))[1].append(line)
     return [_measurement(run, lines) for run, lines in groups.values()]
@@ -145,7 +150,7 @@ def _measurement(run, lines):
     if facts['network_options'] is None and facts['system'] in SYSTEMS and run.options:  # a record of an older version
         kwargs = run.options.get('network_kwargs', {})
         facts['network_options'] = SYSTEMS[facts['system']].changed_network(kwargs)
-    facts['seeds'] = '; '.join(dict.fromkeys(str(line.get('seeds')) for line in lines))
+    facts['seeds'] = '; '.join(dict.fromkeys(str(line.get('seeds') or '–') for line in lines))
     seconds = {str(line.get('seeds')): line.get('seconds') or 0 for line in lines}
     return Measurement(run.name, facts, values, len(seconds), sum(seconds.values()))
 

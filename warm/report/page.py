@@ -10,12 +10,13 @@ import os
 import click
 
 from dnnlib.files import atomic_write, make_dirs
+from dnnlib.flags import Tool
 from warm.report.data import measurements_of, read_run, run_paths
 from warm.report.plots import draw_all
 from warm.report.tables import all_scores, tables
 
 
-@click.command(context_settings=dict(show_default=True))
+@click.command(cls=Tool)
 @click.argument('runs', metavar='RUN…', nargs=-1, required=True)
 @click.option('--outdir', metavar='DIR', default='report', help='Where to save report.md and the plots')
 def main(runs, outdir):
@@ -30,7 +31,7 @@ def main(runs, outdir):
     path = os.path.join(outdir, 'report.md')
     with atomic_write(path, 'w') as f:
         f.write(report_page(runs, measurements, plots))
-    print(f'Wrote {path} with {len(measurements)} measurements of {len(runs)} runs and {len(plots)} plots.')
+    click.echo(f'Wrote {path} with {len(measurements)} measurement(s) of {len(runs)} run(s) and {len(plots)} plot(s).')
 
 
 def report_page(runs, measurements, plots):
@@ -46,7 +47,7 @@ def report_page(runs, measurements, plots):
         'The paper’s numbers are those of Warm Diffusion (ICLR 2025), of 50,000 images (in a part of Table 2: 10,000), '
         'the best of three rounds; of ours, the best round counts too. "–": the paper gives none, or there is no score '
         'of ours.',
-        'Runs: ' + ', '.join(f'`{run.name}` ({len(run.scores)} scores)' for run in runs),
+        'Runs: ' + ', '.join(f'`{run.name}` ({len(run.scores)} score(s))' for run in runs),
         tables(measurements),
         '## Plots',
         *(f'![{caption}]({os.path.basename(path)}.png)\n\n{caption}. [SVG]({os.path.basename(path)}.svg)'

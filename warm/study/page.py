@@ -13,6 +13,7 @@ import pathlib
 import click
 
 from dnnlib.files import atomic_write
+from dnnlib.flags import Tool
 from warm.figures import draw
 from warm.presets import PRESETS
 from warm.report.data import PAPER_GPUS, PAPER_KIMG
@@ -145,7 +146,7 @@ class Figures:
             self.drawn.append(path)
 
 
-@click.command(context_settings=dict(show_default=True))
+@click.command(cls=Tool)
 @click.option('--results', metavar='DIR', default='results', help='Where the numbers are')
 @click.option('--docs', metavar='DIR', default='docs', help='Where to write results.md and its figures')
 def main(results, docs):

@@ -68,6 +68,8 @@ def main(scale_name, outdir, results, detector, questions, only, prepares, minut
     study = Study(scale, pathlib.Path(outdir) / scale.name, pathlib.Path(results) / f'{file}.jsonl', Clock(minutes),
                   launcher(gpus))
     runs = [run for run in plan(scale, parse_questions(questions)) if only in run.name]
+    if not runs:
+        raise UserError(f'no run of these questions has --only={only} in its name; --dry-run without it lists them')
     if not dry_run:
         if prepares:
             prepare(scale)
