@@ -481,15 +481,17 @@ def test_the_notes_say_what_the_numbers_say():
     photos, digits = (Scores.read(SCALES[name], ROOT / 'results' / f'{name}.jsonl')
                       for name in ('cifar10-16', 'digits'))
 
-    def percent(scores, kimg, reference):
-        ours, theirs = (scores.values(name, kimg) for name in ('warm-rest-loss-unit', reference))
+    def percent(scores, kimg, reference, **options):
+        ours, theirs = (scores.values(name, kimg, **options) for name in ('warm-rest-loss-unit', reference))
         return [round(100 * (ours[seed] / theirs[seed] - 1)) for seed in ours]
-    ahead = [[-p for p in percent(photos, kimg, 'edm')] for kimg in (32, 64)]
-    assert 'score {}, {} and {} % better than EDM after 32'.format(*ahead[0]) in notes
-    assert '{}, {} and {} % better after 64 (undecided)'.format(*ahead[1]) in notes
-    assert 'they are {} and {} % behind EDM after 128 and {} and {} % after 256'.format(
-        *percent(photos, 128, 'edm'), *percent(photos, 256, 'edm')) in notes
-    assert percent(photos, 256, 'warm') == [0, 4] and 'scores the same as they do in one seed and 4 % better' in notes
+
+    def signed(*args, **options):
+        seeds = [f'{p:+}'.replace('-', '−') if p else '0' for p in percent(photos, *args, 'edm', **options)]
+        return '{}, {} and {} %'.format(*seeds)
+    assert 'score {}, {} and {} % better than EDM after 32 kimg (decided), with labels {}, {} and {} % (und'.format(
+        *(-p for cond in (False, True) for p in percent(photos, 32, 'edm', cond=cond))) in notes
+    assert (f'say {signed(64)} after 64 kimg (with labels {signed(64, cond=True)}), {signed(128)} after 128, '
+            f'{signed(256)} after 256, all undecided') in notes
     assert 'by {}, {} and {} % (decided)'.format(*percent(digits, 40, 'warm')) in notes
     d = compare(photos.values('warm-rest-loss-unit', 32), photos.values('edm', 32))
     p = 2 * scipy.special.stdtr(len(d.pairs) - 1, d.mean / d.spread * len(d.pairs) ** 0.5)
