@@ -61,7 +61,7 @@ def test_images(pair):
 
 
 @pytest.mark.parametrize('name, options, words', [
-    ('edm', {}, 'is a EDMPrecond, which has no D and R'), ('warm', dict(bnr='1'), 'not have the same path'),
+    ('edm', {}, 'is of EDMPrecond, which has no D and R'), ('warm', dict(bnr='1'), 'not have the same path'),
     ('warm', dict(blur='natural'), 'not have the same kind of blur')])
 def test_networks_that_do_not_go_together(name, options, words):
     net = tiny_network('warm')

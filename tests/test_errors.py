@@ -155,7 +155,7 @@ def test_command_at_one_of_several_bnrs(tmp_path):
 
 def test_a_bnr_that_the_network_does_not_know():
     assert errors.path_of(tiny_network('edm'), '0').is_hot
-    with pytest.raises(UserError, match='knows no blur, so --bnr=0.5 does not suit it'):
+    with pytest.raises(UserError, match='--bnr=0.5 does not suit a network of EDMPrecond, which knows no blur'):
         errors.path_of(tiny_network('edm'), '0.5')
     with pytest.raises(UserError, match='this network knows constant BNR 0.5, not constant BNR 2'):
         errors.path_of(tiny_network('warm'), '2')

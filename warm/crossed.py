@@ -50,7 +50,7 @@ class Crossed(torch.nn.Module):
         super().__init__()
         for shown, one in dict(network=net, other=other).items():
             if not hasattr(one, 'denoise_deblur'):
-                raise UserError(f'--{shown} is a {type(one).__name__}, which has no D and R to exchange; give two '
+                raise UserError(f'--{shown} is of {type(one).__name__}, which has no D and R to exchange; give two '
                                 'networks of --precond=warm')
         for name, shown in ALIKE.items():
             if getattr(net, name) != getattr(other, name):
