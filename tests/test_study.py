@@ -496,13 +496,20 @@ def test_the_notes_say_what_the_numbers_say():
     d = compare(photos.values('warm-rest-loss-unit', 32), photos.values('edm', 32))
     p = 2 * scipy.special.stdtr(len(d.pairs) - 1, d.mean / d.spread * len(d.pairs) ** 0.5)
     assert f'(p = {p:.3f})' in notes and d.verdict == 'better'
-    crossed = {(line['take'], line['low'], line['high']): f"{line['value']:.2f}" for line in photos.crossed}
-    own, R, D, above, below = (crossed[way] for way in (
-        ('none', 0, None), ('R', 0, None), ('D', 0, None), ('R', 0.3, None), ('R', 0, 0.3)))
-    other = f"{photos.values('warm-rest-loss-unit', 32)[0]:.2f}"
-    assert (f"scores {own}, with the other network's R {R}, with its D {D}, and the other network itself {other}"
-            in notes)
-    assert f'only at noise levels above 0.3, the default scores {above}, only below, {below}' in notes
+    parts = []
+    for number, network in enumerate(dict.fromkeys(line['network_sha256'] for line in photos.crossed)):
+        crossed = {(line['take'], line['low'], line['high']): line['value'] for line in photos.crossed
+                   if line['network_sha256'] == network}
+        own, R, D = (crossed[take, 0, None] for take in ('none', 'R', 'D'))
+        other = photos.values('warm-rest-loss-unit', 32)[number]
+        assert (f"n seed {number}, the default scores {own:.2f}, with the other network's R {R:.2f}, with its D "
+                f'{D:.2f}, and the other network itself {other:.2f}') in notes
+        assert own - R + own - D == pytest.approx(own - other, rel=0.05)  # the gains add up
+        parts.append(round(100 * (own - R) / (own - other)))
+        if number == 0:
+            assert (f"only at noise levels above 0.3, the default scores {crossed['R', 0.3, None]:.2f}, only below, "
+                    f"{crossed['R', 0, 0.3]:.2f}") in notes
+    assert '(R {} and {} %)'.format(*parts) in notes
 
 
 def test_every_question_has_a_section():

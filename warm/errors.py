@@ -121,7 +121,7 @@ def path_of(net, bnr=None):
         return chosen_path(net, BETAS[0], BETAS[-1], bnr)
     path = ConstantBNR(0) if bnr is None else parse_path(bnr)
     if not path.is_hot:
-        raise UserError(f'--bnr={bnr} does not suit a network of {type(net).__name__}, which knows no blur; leave --bnr '
+        raise UserError(f'--bnr={bnr} does not suit a network of {type(net).__name__}, which knows no blur; leave it '
                         'out, or measure such networks by a command of their own')
     return path
 
