@@ -131,8 +131,8 @@ def test_churn_keeps_the_marginal(path):
         here, there = (Level(path.alpha(b), b, path.is_hot) for b in (beta, raised))
         signal = dct2(add_churn(one, here, there, torch.zeros_like(one)))[0, 0]
         added = dct2(add_churn(torch.zeros_like(one), here, there, one))[0, 0]
-        variance = signal ** 2 * marginal_variance(path.alpha(beta), beta, S) + added ** 2
-        assert_close(variance / marginal_variance(path.alpha(raised), raised, S), torch.ones_like(S), 1e-10)
+        before, after = (marginal_variance(blur_mask(path.alpha(b), N), b, S) for b in (beta, raised))
+        assert_close((signal ** 2 * before + added ** 2) / after, torch.ones_like(S), 1e-10)
 
 
 def test_churn_scales_its_noise():
@@ -340,7 +340,7 @@ def test_solver_error_is_that_of_drawn_samples():
     spectrum, path = prior_spectrum(8), ConstantBNR(0.5)
     error, nfe = oracle.solver_error(spectrum, path, 'heun', 6)
     z = noise(3000, 1, 8, 8)
-    exact = filter_bands(80 * z, (spectrum / marginal_variance(path.alpha(80), 80, spectrum)).sqrt())
+    exact = filter_bands(80 * z, (spectrum / marginal_variance(blur_mask(path.alpha(80), 8), 80, spectrum)).sqrt())
     drawn = (warm_sampler(GaussianOracle(spectrum), z, num_steps=6, path=path) - exact).square().mean().sqrt().item()
     assert error == pytest.approx(drawn, rel=0.05) and nfe == 11
 

@@ -181,12 +181,9 @@ def rest_magnitude(alpha, n, sigma_data=SIGMA_DATA, rates=frequencies):
     return power.mean(dim=(-2, -1), keepdim=power.ndim > 2).sqrt()
 
 
-def marginal_variance(alpha, beta, spectrum, rates=frequencies):
-    """M²S + β²: power of the observation in each band, shaped like `blur_mask`; arguments as for `wiener_filter`.
-
-    Noise levels are numbers or shaped like the mask.
-    """
-    return blur_mask(alpha, len(spectrum), rates).square() * spectrum + beta ** 2
+def marginal_variance(M, beta, spectrum):
+    """M²S + β²: power of the observation in each band, for a mask M, a noise level that broadcasts to it, and S."""
+    return M.square() * spectrum + beta ** 2
 
 
 def wiener_filter(alpha, beta, spectrum, rates=frequencies):
@@ -202,6 +199,7 @@ def wiener_filter(alpha, beta, spectrum, rates=frequencies):
         (M S/(M²S + β²), S β²/(M²S + β²)), float64 [B or 1, 1, n, n]: V of the first times Vᵀx is the estimate of x₀
         (its expectation, for Gaussian data), the second is the power of its error in each band.
     """
+    M = blur_mask(alpha, len(spectrum), rates)
     beta = torch.as_tensor(beta, dtype=torch.float64, device=spectrum.device).reshape(-1, 1, 1, 1)
-    observed = marginal_variance(alpha, beta, spectrum, rates)
-    return blur_mask(alpha, len(spectrum), rates) * spectrum / observed, spectrum * beta.square() / observed
+    observed = marginal_variance(M, beta, spectrum)
+    return M * spectrum / observed, spectrum * beta.square() / observed

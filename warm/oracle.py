@@ -68,7 +68,7 @@ class GaussianOracle:
 
 def ode_factor(spectrum, path, beta, beta_next):
     """Factor by which the exact ODE solution scales each band from noise level β to β′: float64 [N, N]."""
-    before, after = (marginal_variance(path.alpha(b), b, spectrum) for b in (beta, beta_next))
+    before, after = (marginal_variance(blur_mask(path.alpha(b), len(spectrum)), b, spectrum) for b in (beta, beta_next))
     return (after / before).sqrt()
 
 

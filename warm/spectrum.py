@@ -16,7 +16,7 @@ from dnnlib.files import make_dirs
 from dnnlib.flags import Key, Tool
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
-from warm.blur import BLUR_RATES, PAPER_BLUR, blur_mask, frequencies, rest_mask
+from warm.blur import BLUR_RATES, PAPER_BLUR, blur_mask, frequencies, marginal_variance, rest_mask
 from warm.blurring import BLUR_SCHEDULES, BlurringProcess
 from warm.bnr import BETAS, TOLERANCE, band_power, fit_power_law, radius, recommended_bnr, spectral_gap
 from warm.figures import draw
@@ -49,7 +49,7 @@ def spectra(power, bnr, beta, rates=frequencies):
     n = len(power)
     M, gone = (mask(bnr * beta, n, rates) for mask in (blur_mask, rest_mask))
     curves = {'signal S': power, 'noise β²': torch.full_like(power, beta ** 2),
-              'hot diffusion S + β²': power + beta ** 2, 'observed M²S + β²': M ** 2 * power + beta ** 2,
+              'hot diffusion S + β²': power + beta ** 2, 'observed M²S + β²': marginal_variance(M, beta, power),
               'denoising target M²S': M ** 2 * power, 'deblurring target (1−M)²S': gone ** 2 * power}
     return {name: ring_mean(bands) for name, bands in curves.items()}
 
