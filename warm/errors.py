@@ -34,8 +34,8 @@ from warm.api import load
 from warm.blur import blur_and_rest, dct2, frequencies
 from warm.figures import draw
 from warm.oracle import GaussianOracle
-from warm.path import ConstantBNR, parse_path
-from warm.samplers import make_denoiser
+from warm.path import parse_path
+from warm.samplers import default_path, make_denoiser
 from warm.steps import Level, transition
 from warm.systems import SYSTEMS
 from warm.warm import chosen_path
@@ -57,7 +57,7 @@ def network_errors(net, images, labels=None, path=None, betas=BETAS, seed=0, bat
         net: A Warm network, or any that denoises x₀ + βε, in evaluation mode.
         images: uint8 [N, C, n, n].
         labels: float32 [N, label_dim]; needed if the network is class-conditional.
-        path: α for each β (warm.path); by default the network's (`path_of`).
+        path: α for each β (warm.path); by default `default_path`.
         betas: Noise levels β > 0.
         seed: Seed of the noise.
         batch: Images at a time; by default what suits the network's device.
@@ -73,7 +73,7 @@ def network_errors(net, images, labels=None, path=None, betas=BETAS, seed=0, bat
     """
     check_denoiser(net)
     device, batch = next(net.parameters()).device, batch or default_batch(net)
-    path = path_of(net) if path is None else path
+    path = default_path(net) if path is None else path
     x_0 = to_float(torch.as_tensor(images))
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
     rates = getattr(net, 'rates', frequencies)
@@ -112,14 +112,14 @@ def check_denoiser(net):
 
 
 def path_of(net, bnr=None):
-    """The path on which a network is measured: the one that --bnr selects, else its default, EDM's being BNR 0.
+    """The path on which a network is measured: the one that --bnr selects, else `default_path`.
 
     Raises:
         UserError: no BNR, or one that the network was not trained for.
     """
     if hasattr(net, 'family'):
         return chosen_path(net, BETAS[0], BETAS[-1], bnr)
-    path = ConstantBNR(0) if bnr is None else parse_path(bnr)
+    path = default_path(net) if bnr is None else parse_path(bnr)
     if not path.is_hot:
         raise UserError(f'--bnr={bnr} does not suit a network of {type(net).__name__}, which knows no blur; leave it '
                         'out, or measure such networks by a command of their own')
@@ -190,8 +190,7 @@ def sample_images(path, num, seed, net):
 def record_of(net, levels, bnr=None, **facts):
     """One line of JSON about a network's errors: what it is, how they were measured, and the errors."""
     system = SYSTEMS[net.system]
-    options = {'bnr': bnr} if hasattr(net, 'family') else {}
-    return dict(**provenance.snapshot_facts(net.snapshot, net, system), **system.describe(net, options),
+    return dict(**provenance.snapshot_facts(net.snapshot, net, system), **system.describe(net, {'bnr': bnr}),
                 precision=computed(net.precision, next(net.parameters()).device), **facts,
                 commit=provenance.code_version(), torch=torch.__version__,
                 hardware=provenance.hardware(dist.device()), levels=levels)

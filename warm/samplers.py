@@ -129,6 +129,11 @@ def make_denoiser(net, class_labels=None):
     return denoise
 
 
+def default_path(net):
+    """The path that a network is sampled along by default: its own, an EDM network's being BNR 0."""
+    return net.family.default if hasattr(net, 'family') else ConstantBNR(0)
+
+
 def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, num_steps=NUM_STEPS,
                  sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=RHO, S_churn=0, S_min=0, S_max=float('inf'), S_noise=1,
                  solver=SOLVER, path=None, **solver_options):
@@ -142,7 +147,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         num_steps, sigma_min, sigma_max, rho: EDM's grid of noise levels β.
         S_churn, S_min, S_max, S_noise: EDM's churn, along the path (`add_churn`).
         solver: A name in SOLVERS.
-        path: α for each β (warm.path); by default the network's own, an EDM network's being BNR 0.
+        path: α for each β (warm.path); by default `default_path`.
         solver_options: The solver's own, such as euler's `eta`.
 
     Returns:
@@ -152,8 +157,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         UserError: unknown solver, options that do not go together, an invalid grid.
     """
     own = check_options(num_steps, S_churn, S_noise, solver, solver_options)
-    if path is None:
-        path = net.family.default if hasattr(net, 'family') else ConstantBNR(0)
+    path = default_path(net) if path is None else path
     betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net)
     beta_hats = churned(net, betas[:-1], num_steps, S_churn, S_min, S_max)
     denoise, step, memory = make_denoiser(net, class_labels), SOLVERS[solver].step, {}

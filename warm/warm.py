@@ -15,7 +15,7 @@ from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST_LOSSES, REST_SCALES, fl
 from warm.loss import WarmLoss
 from warm.path import PAPER_BNR, parse_path, schedule_texts
 from warm.precond import WarmPrecond
-from warm.samplers import SOLVERS, grid_options, options_of, warm_sampler, with_defaults
+from warm.samplers import SOLVERS, default_path, grid_options, options_of, warm_sampler, with_defaults
 from warm.targets import PAPER_TARGETS, TARGETS
 from warm.trajectory import save_trajectory, watch
 
@@ -42,7 +42,7 @@ def chosen_path(net, beta_min, beta_max, bnr=None, bnr_schedule=None):
         UserError: a path that the network was not trained for at noise levels from `beta_min` to `beta_max`.
     """
     if bnr is None and bnr_schedule is None:
-        return net.family.default
+        return default_path(net)
     path = parse_path(bnr, bnr_schedule)
     if not net.family.contains(path, beta_min, beta_max):
         low, high = path.bnr_bounds(beta_min, beta_max)
