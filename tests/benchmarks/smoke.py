@@ -161,9 +161,9 @@ def attention(backend, size, batch, channels, device):
             found = run(layers.attend, torch.bfloat16)
             seconds = alternate({'': lambda: run(layers.attend, torch.bfloat16)}, 3, device, warm_up=2, in_a_row=5)['']
     except RuntimeError as e:
-        if backend is None:
+        if backend is None or 'No available kernel' not in str(e) and 'No viable backend' not in str(e):
             raise
-        return dict(refused=str(e)[:200])  # of its own accord PyTorch takes only what works
+        return dict(refused=str(e)[:200])
     difference = max(float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected))
     assert difference < TOLERANCE, difference
     return dict(milliseconds=1e3 * seconds, difference=difference)
