@@ -1,4 +1,4 @@
-"""Types of command-line flags: numbers and text without what click's own let through, and keys of registries."""
+"""Command-line flags: numbers and text without what click's own let through, keys of registries; the `Tool` command."""
 
 import errno
 import math

@@ -23,7 +23,7 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write, check_appendable, file_sha256, make_dirs
-from dnnlib.flags import NumberRange
+from dnnlib.flags import NumberRange, Tool
 from dnnlib.text import format_time
 from training.acceleration import check_compiler
 from training.classifier_net import MIN_RESOLUTION, Classifier, script_bytes
@@ -278,7 +278,7 @@ def write_detector(dest, record_path, net, record):
         r.flush()  # so that a full disk shows before either file is renamed
 
 
-@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.command(cls=Tool)
 @click.option('--data', metavar='PATH|ZIP', required=True, help='Labelled images to learn from')
 @click.option('--test', metavar='PATH|ZIP', required=True, help='Labelled images to test on')
 @click.option('--dest', metavar='TS', required=True, help='TorchScript file to write, with a record beside it as .json')

@@ -26,7 +26,7 @@ import click
 
 from dnnlib import UserError, chosen
 from dnnlib.files import make_dirs, sigterm_exits
-from dnnlib.flags import NumberRange
+from dnnlib.flags import NumberRange, Tool
 from torch_utils import distributed as dist
 from torch_utils.signals import EXIT_STOPPED
 from warm.study.pieces import Clock, OutOfTime
@@ -44,7 +44,7 @@ def overview(study, runs):
     return '\n'.join(lines)
 
 
-@click.command(context_settings=dict(show_default=True, max_content_width=120))
+@click.command(cls=Tool)
 @click.option('--scale', 'scale_name', type=click.Choice(list(SCALES)), required=True, help='Size of the study')
 @click.option('--outdir', metavar='DIR', default='study', help='Where to save the runs, in a subfolder named SCALE')
 @click.option('--results', metavar='DIR', default='results',
