@@ -433,6 +433,7 @@ BAD = {
     'steps without end': ('edm', ['--steps=1000000'], '--steps=1000000 is more than the 10000 steps'),
     'class out of range': ('cond', ['--class=10'], 'classes 0 to 9'),
     'seeds': ('edm', ['--seeds=1,x'], "'1,x'"),
+    'seeds backwards': ('edm', ['--seeds=5-1'], "'5-1' goes backwards"),
     'a seed twice': ('edm', ['--seeds=1,5-7,6'], 'the seed 6 occurs twice'),
     'seeds without end': ('edm', ['--seeds=0-99999999999'], 'more than 10,000,000 numbers'),
     'seeds without end, in parts': ('edm', ['--seeds=0-9999999,10000000'], 'more than 10,000,000 numbers'),

@@ -414,6 +414,11 @@ def test_a_file_without_scores_of_a_network(tmp_path, content):
     assert (tmp_path / 'report.md').read_text() == 'former'
 
 
+def test_images_in_files_have_no_seeds(tmp_path):
+    run = read_run(make_run(tmp_path / 'run', [dict(line, seeds=None) for line in rounds([2.0])]))
+    assert '| 1 | – | FID 2 |' in all_scores(measurements_of([run]))
+
+
 def test_a_folder_of_runs_stands_for_all_of_them(tmp_path):
     """Sorted by name, without those that have nothing to report; a run that is named as well counts once."""
     for name in ('00001-b', '00000-a'):

@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from dnnlib import UserError
+from tests.commands import ROOT
 from training.dataset import EMBEDDED, ImageFolderDataset
 from warm import bnr, spectrum
 from warm.blur import blur_mask, dct2, frequencies, idct2, prior_spectrum
@@ -307,9 +308,20 @@ def bad_inputs(folder):
 def test_bad_input_is_refused_in_a_sentence(tmp_path, name):
     args, said = bad_inputs(tmp_path)[name]
     result = run(*args)
+    assert name != 'outdir' or 'images of' not in result.output  # before anything is measured
     assert result.exit_code == 1 and said in result.output and isinstance(result.exception, SystemExit)
     error = result.output[result.output.index('Error: '):]
     assert error.count('\n') == 1 and 'recommended' not in result.output
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='a device that is full')
+def test_a_full_disk_behind_stdout_gets_a_sentence():
+    """As all tools of this package (dnnlib.flags.Tool)."""
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run([sys.executable, '-m', 'warm.spectrum'], stdout=full, stderr=subprocess.PIPE, text=True,
+                              cwd=ROOT, timeout=120)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert 'Error: standard output cannot be written (No space left on device); send it elsewhere' in done.stderr
 
 
 def test_library_refuses_too():

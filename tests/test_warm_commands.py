@@ -11,7 +11,7 @@ import torch
 import warm
 from dnnlib import UserError
 from dnnlib.files import file_sha256
-from tests.commands import SMALL, invoke, refused, run_command
+from tests.commands import SMALL, invoke, refused, run_command, succeed
 from tests.warm_examples import warm_net
 from training.dataset import EMBEDDED
 from training.pixels import to_uint8
@@ -100,6 +100,12 @@ def test_library(tmp_path):
         warm.load(tmp_path / 'none.safetensors')
 
 
+def test_only_who_names_no_data_is_told_of_the_digits():
+    """A preset names what it trains on; without one, the defaults are for larger images."""
+    for flags, told in (['--cbase=8'], True), (['--preset=digits'], False), ([f'--data={EMBEDDED}'], False):
+        assert ('No --data given' in succeed('train.py', '-n', *flags)) == told
+
+
 def test_a_method_outside_the_repository(tmp_path, root):
     """The README's script, as it stands there, trains its method and draws from it."""
     script = re.search(r'```python\n(# shifted\.py.*?)```', (root / 'README.md').read_text(), re.DOTALL)[1]
@@ -114,6 +120,8 @@ def test_a_method_outside_the_repository(tmp_path, root):
     run('generate', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0', '--steps=2')
     assert (tmp_path / 'out' / '000000.png').is_file()
     assert '2 images of digits-8x8' in run('warm.errors', f'--network={snapshot}', '--num=2').stdout
+    assert 'with 0 measurement(s) of 1 run(s)' in run('warm.report.page', tmp_path / 'run',
+                                                     f'--outdir={tmp_path / "report"}').stdout
     refused(invoke('generate.py', f'--network={snapshot}', f'--outdir={tmp_path / "out"}', '--seeds=0'),
             "is of the system 'shifted', which this version does not know", 'If a script of yours defines it')
 

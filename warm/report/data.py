@@ -150,7 +150,7 @@ def _measurement(run, lines):
     if facts['network_options'] is None and facts['system'] in SYSTEMS and run.options:  # a record of an older version
         kwargs = run.options.get('network_kwargs', {})
         facts['network_options'] = SYSTEMS[facts['system']].changed_network(kwargs)
-    facts['seeds'] = '; '.join(dict.fromkeys(str(line.get('seeds') or '–') for line in lines))
+    facts['seeds'] = '; '.join(dict.fromkeys(str(line['seeds']) for line in lines if line.get('seeds')))
     seconds = {str(line.get('seeds')): line.get('seconds') or 0 for line in lines}
     return Measurement(run.name, facts, values, len(seconds), sum(seconds.values()))
 

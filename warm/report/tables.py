@@ -309,7 +309,7 @@ def all_scores(measurements):
         scores = ', '.join(f'{label} {value:.5g}' for label, value in m.values.items())
         lines.append([m.run, f['network'] or NONE, _number(f['kimg'], 'g'), _network(f), _path(f),
                       f['solver'] or NONE, _number(f['nfe'], 'd'), _other_options(f), _number(f['num_images'], ',d'),
-                      str(m.rounds), f['seeds'], scores,
+                      str(m.rounds), f['seeds'] or NONE, scores,
                       f['detector'] or NONE, f['device'] or NONE, f'{m.seconds:.0f}', f['commit'] or NONE])
     return rows_of(heads, ['---'] * len(heads), lines)
 
