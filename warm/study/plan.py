@@ -46,6 +46,7 @@ class Scale:
         side: The same for all other questions; one of `main`.
         transfer: Thousands of images after which a transferred network is scored.
         main_seeds, side_seeds: Training seeds of the main comparison, and of all other questions.
+        longer: Names of runs of other questions that are scored at all of `main`, as their lead at `side` may not last.
         num: Images per score.
         batch: Batch size for sampling.
     """
@@ -65,6 +66,7 @@ class Scale:
     side_seeds: tuple
     num: int
     batch: int
+    longer: tuple = ()
     draw: tuple = ()
     start_sec: float = 0
     timed: bool = True
@@ -186,8 +188,9 @@ def question_2(scale):
 
 
 def side(scale, what, seed, *flags):
-    """A run of the smaller questions' length, scored once, at its end."""
-    return Run(run_name(what, seed=seed), seed, flags, (Score(scale.side),))
+    """A run of the smaller questions' length, scored once, at its end; or of the main one's (`Scale.longer`)."""
+    kimgs = scale.main if what in scale.longer else (scale.side,)
+    return Run(run_name(what, seed=seed), seed, flags, tuple(Score(kimg) for kimg in kimgs))
 
 
 OTHER_TARGETS = tuple(name for name in TARGETS if name != PAPER_TARGETS)  # Table 5's (a), (b), (c); (d) is question 1's
@@ -270,7 +273,7 @@ SCALES = {scale.name: scale for scale in (
         train=('--cbase=32', '--cres=1,2', '--batch=64', '--lr=1e-3', '--lr-rampup=0.01', '--ema=0.01',
                '--dropout=0', '--augment=0', '--xflip=1', '--grid=0'),
         main=(32, 64, 128, 256), side=64, transfer=(8, 16, 32), main_seeds=(0, 1, 2), side_seeds=(0, 1, 2), num=1000,
-        batch=250, unseen='datasets/cifar10-test-16x16.zip'),
+        batch=250, unseen='datasets/cifar10-test-16x16.zip', longer=(bnr_name(0.1), targets_name('clean-blurred'))),
     Scale(
         name='digits', title='The embedded digits, 8×8, on a CPU',
         note='Images so small and simple that they say whether the scripts work and which effects are large; what '
