@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -419,9 +420,26 @@ def test_all_pairs_together(tmp_path):
     text, = sentence([(False, 0, 40, 9.0), (False, 0, 80, 1.9), (False, 1, 40, 2.0), (True, 0, 20, 2.1)])
     assert text.startswith('Warm, BNR 0.5: all 3 pairs of runs together, each at the last score that both have, after '
                            "20 kimg to 80 kimg, score 1.00 times EDM's, between 0.88 and 1.13 with 95 % confidence; "
-                           "by the paper's FIDs it is 0.94.")
+                           "by the paper's FIDs it is 0.94 at BNR 0.5.")
     assert 'it takes 8 to find' in text
     assert 'it takes 2 to find' in sentence([(False, 0, 80, 2.0), (False, 1, 40, 2.0)])[0]  # equal to the bit
+
+
+def test_followed_further(tmp_path):
+    """A run named in `longer` is scored at all of `main`, and has rows beside EDM and Warm of the same seeds."""
+    scale = dataclasses.replace(SCALES['digits'], longer=('warm-bnr0.1',))
+    kimgs = {run.name: [score.kimg for score in run.scores] for run in plan(scale)}
+    assert kimgs['warm-bnr0.1-uncond-s2'] == list(scale.main) and kimgs['warm-bnr1-uncond-s2'] == [scale.side]
+    lines = [line(run_name(name, seed=s), k, v, s) for s in (0, 1) for name, k, v in (
+        ('edm', 40, 4.0), ('edm', 80, 2.0), ('warm', 40, 5.0), ('warm', 80, 1.0), ('warm-bnr0.1', 40, 3.0))]
+    lines.append(line('warm-bnr0.1-uncond-s0', 80, 1.5))
+    (tmp_path / 'digits.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
+    read = functools.partial(Scores.read, path=tmp_path / 'digits.jsonl')
+    text = study_answers.followed(read(scale), None)
+    assert '| BNR 0.1, 40 kimg | 3 ± 0 (2) | -1 ± 0 (-25%) | better | -2 ± 0 (-40%) | better |' in text
+    assert '| BNR 0.1, 80 kimg | 1.5 | -0.5 (-25%) | undecided (one seed) | +0.5 (+50%) | undecided (one seed) |' in text
+    assert 'BNR 0.1: all 2 pairs of runs together' in text and 'score 0.75 times' in text
+    assert study_answers.followed(read(SCALES['digits']), None) == study_answers.NOTHING
 
 
 def test_page_with_inception_scores_and_times(tmp_path):

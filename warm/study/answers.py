@@ -7,6 +7,7 @@ returns Markdown.
 import math
 
 from training.system import as_flags
+from warm.blur import BLUR_RATES
 from warm.errors import BETAS
 from warm.path import PAPER_BNR
 from warm.report.tables import BNR_SCORES, TABLE_3, TABLE_4, TABLE_5, rows_of
@@ -22,6 +23,11 @@ LINES = dict(zip(SOLVERS, ('-', ':', '--')))  # line styles in the figures
 KINDS = {'unconditional': False, 'class-conditional': True}
 TITLES = {EDM: 'EDM', WARM: f'Warm, BNR {PAPER_BNR:g}',
           choice_name(UNIT_LOSS): f'Warm, {UNIT_LOSS.lstrip("-")}'}
+# Of the runs of the other questions: {name: title}.
+OTHER_TITLES = {name: title for name, title in (
+    *((bnr_name(bnr), f'BNR {bnr:g}') for bnr in PAPER_BNRS),
+    *((targets_name(targets), row.title) for row, targets in zip(TABLE_5, OTHER_TARGETS)),
+    *((choice_name(*flags), ' '.join(flags)) for flags, _ in ALTERNATIVES)) if name not in METHODS}
 
 
 def table(heads, rows):
@@ -88,10 +94,10 @@ def question_1(scores, figures):
                         *([table(more_heads, more)] if inception or times else [])])
 
 
-def together(scores):
-    """[sentences]: each Warm's score relative to EDM's over all seeds, and how many would show the paper's."""
+def together(scores, titles=TITLES):
+    """[sentences]: each method's score relative to EDM's over all seeds, and how many would show the paper's gain."""
     texts, (edm, _), (warm, _) = [], BNR_SCORES[0], BNR_SCORES[PAPER_BNR]
-    for name in METHODS:
+    for name, title in titles.items():
         pairs = scores.log_ratios(name, EDM) if name != EDM else []
         if len(pairs) < 2:
             continue
@@ -100,10 +106,10 @@ def together(scores):
         lengths = ' to '.join(map(mimg, sorted({min(kimgs), max(kimgs)})))
         ratio, low, high = (f'{math.exp(x):.2f}' for x in (d.mean, d.mean - d.margin, d.mean + d.margin))
         texts.append(
-            f'{TITLES[name]}: all {len(logs)} pairs of runs together, each at the last score that both have, after '
+            f'{title}: all {len(logs)} pairs of runs together, each at the last score that both have, after '
             f"{lengths}, score {ratio} times EDM's, between {low} and {high} with {100 * (1 - LEVEL):g} % confidence; "
-            f"by the paper's FIDs it is {warm / edm:.2f}. With pairs that vary as these do, it takes "
-            f"{d.pairs_to_find(math.log(edm / warm))} to find a difference as large as the paper's with a probability "
+            f"by the paper's FIDs it is {warm / edm:.2f} at BNR {PAPER_BNR:g}. With pairs that vary as these do, it "
+            f"takes {d.pairs_to_find(math.log(edm / warm))} to find a difference as large as the paper's with a probability "
             f'of {100 * POWER:g} %.')
     return texts
 
@@ -212,6 +218,21 @@ def question_6(scores, figures):
         rows)
 
 
+def followed(scores, figures):
+    """Runs of the smaller questions that were ahead at their end, trained and scored for as long as question 1's."""
+    titles = {name: OTHER_TITLES[name] for name in scores.scale.longer}
+    rows = []
+    for name, title in titles.items():
+        for kimg in scores.scale.main:
+            values, edm, warm = (scores.values(what, kimg) for what in (name, EDM, WARM))
+            if values:
+                rows.append([f'{title}, {mimg(kimg)}', shown(values), *against(values, edm), *against(values, warm)])
+    if not rows:
+        return NOTHING
+    heads = ['', scores.label(), 'minus EDM', 'verdict', f'minus {TITLES[WARM]}', 'verdict']
+    return '\n\n'.join([table(heads, rows), *together(scores, titles)])
+
+
 def crossed_networks(scores):
     """[Markdown]: scores of images drawn with parts of two networks; [] where none were."""
     rows = []
@@ -230,16 +251,14 @@ def crossed_networks(scores):
 
 def where_networks_err(scores, figures):
     """Errors of D and R by noise level, and scores with those of another network."""
-    side = scores.scale.side
-    ends = dict.fromkeys((side, scores.scale.main[-1]))
-    kinds = [(' '.join(flags), choice_name(*flags), side) for flags, _ in ALTERNATIVES]
-    others = [*((TITLES[EDM], EDM, kimg) for kimg in ends),
-              *((f'BNR {bnr:g}', bnr_name(bnr), side) for bnr in PAPER_BNRS if bnr_name(bnr) not in METHODS),
-              *(kind for kind in kinds if kind[0].startswith('--blur='))]
-    alike = [*((TITLES[name], name, kimg) for name in METHODS if name != EDM for kimg in ends),  # of one path and blur
-             ('one network for all BNRs', 'warm-all', side),
-             *((row.title, targets_name(targets), side) for row, targets in zip(TABLE_5, OTHER_TARGETS)),
-             *(kind for kind in kinds if kind not in others and kind[1] not in METHODS)]
+    side, end = scores.scale.side, scores.scale.main[-1]
+    titles = {**TITLES, 'warm-all': 'one network for all BNRs', **OTHER_TITLES}
+    of_other_paths = {EDM, *(bnr_name(bnr) for bnr in PAPER_BNRS if bnr != PAPER_BNR),
+                      *(choice_name(f'--blur={blur}') for blur in BLUR_RATES)}
+    others, alike = [], []  # of other paths or blurs than Warm's, and of the same
+    for name, title in titles.items():
+        kimgs = dict.fromkeys((side, end)) if name in METHODS or name in scores.scale.longer else (side,)
+        (others if name in of_other_paths else alike).extend((title, name, kimg) for kimg in kimgs)
     rows = [[f'{title}, {mimg(kimg)}', *(shown(scores.errors_of(what, kimg, quantity, beta))
                                          for quantity in ERRORS for beta in ERROR_BETAS)]
             for title, what, kimg in (*others, *alike)]
@@ -267,5 +286,6 @@ QUESTIONS = {
     '4. Parametrisations and schedules (Tables 5 and 4)': question_4,
     '5. Our own choices, and the kind of blur': question_5,
     '6. From EDM to Warm by transfer': question_6,
+    'Leads of the smaller questions, followed further': followed,
     'Where the networks err, by noise level': where_networks_err,
 }
