@@ -2,7 +2,8 @@
 
     python -m warm.study.page
 
-The interpretation is written by hand in results/notes.md and stands at the top of the page.
+The interpretation is written by hand: results/notes.md for the top of the page, results/notes-NAME.md for the scores in
+results/NAME.jsonl.
 """
 
 import functools
@@ -55,15 +56,20 @@ def setup(scores):
     ])
 
 
-def page(results, notes, figures):
+def notes(results, name=''):
+    """[Markdown] written by hand: for the whole page, or for the file of scores of this name; [] if there is none."""
+    path = pathlib.Path(results) / f'notes{name and "-" + name}.md'
+    return [path.read_text(encoding='utf-8').strip()] if path.is_file() else []
+
+
+def page(results, figures):
     """The whole of docs/results.md.
 
     Args:
-        results: Folder of the SCALE.jsonl files.
-        notes: Hand-written text for the top.
+        results: Folder of the SCALE.jsonl files and of the notes.
         figures: A `Figures`.
     """
-    blocks = ['# Does it work?', notes.strip()]
+    blocks = ['# Does it work?', *notes(results)]
     for scale in SCALES.values():
         files = [path for path in (pathlib.Path(results) / f'{scale.name}.jsonl',
                                    *sorted(pathlib.Path(results).glob(f'{scale.name}--*.jsonl'))) if path.is_file()]
@@ -75,14 +81,14 @@ def page(results, notes, figures):
                        f'`python -m warm.study --scale={scale.name}` makes {len(runs)} training runs of '
                        f'{sum(run.kimg for run in runs) / 1000:.0f} Mimg in total.']
         for name, scores in found.items():
-            blocks += section(scores, name, figures)
+            blocks += section(scores, name, notes(results, name), figures)
     cost = pathlib.Path(results) / 'cost.json'
     return '\n\n'.join([*blocks, recipe(json.loads(cost.read_text()) if cost.is_file() else None)]) + '\n'
 
 
-def section(scores, name, figures):
-    """Markdown blocks for one file of scores; `name` is its name without ending."""
-    blocks = [f'## {scores.scale.title}, {scores.label()}', setup(scores)]
+def section(scores, name, comments, figures):
+    """Markdown blocks for one file of scores; `name` is its name without ending, `comments` are blocks about it."""
+    blocks = [f'## {scores.scale.title}, {scores.label()}', setup(scores), *comments]
     for title, question in QUESTIONS.items():
         before = len(figures.drawn)
         blocks += [f'### {title}', question(scores, functools.partial(figures, name))]
@@ -151,10 +157,8 @@ class Figures:
 @click.option('--docs', metavar='DIR', default='docs', help='Where to write results.md and its figures')
 def main(results, docs):
     """Write the results page from the numbers."""
-    notes = pathlib.Path(results) / 'notes.md'
-    text = notes.read_text(encoding='utf-8') if notes.is_file() else ''
     with atomic_write(os.path.join(docs, 'results.md'), 'w') as f:
-        f.write(page(results, text, Figures(docs)))
+        f.write(page(results, Figures(docs)))
     print(f"Wrote {os.path.join(docs, 'results.md')}.")
 
 
