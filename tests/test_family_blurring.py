@@ -9,8 +9,8 @@ from tests.family_oracle import LinearOracle, noise_gain, spectrum, variance, wo
 from dnnlib import UserError
 from warm.bands import Bands, ancestral_noise_step, diffuse, posterior, transition_moments
 from warm.blur import dct2
-from warm.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, blurring_samplers
-from warm.lee import MAX_LOG_GAIN, LeeChain, eq12_step, lee_loss, lee_sampler, lee_samplers
+from warm.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, make_blurring_sampler
+from warm.lee import MAX_LOG_GAIN, LeeChain, eq12_step, lee_loss, lee_sampler, make_lee_sampler
 
 S = spectrum()
 
@@ -163,10 +163,10 @@ def test_ancestral_steps_that_would_amplify_rounding_are_refused(f_type, few, en
     """With so few steps, a network that is exact but for rounding gives NaN or 1e18; with those let through, images."""
     net, latents = RoundedOracle(LeeChain(f_type=f_type)), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     with pytest.raises(UserError, match=f'--steps={few} .*1e.*--reverse-step=eq12.*--steps .at most 1000'):
-        lee_samplers(net, num_steps=few, reverse_step='ancestral')
-    lee_samplers(net, num_steps=few, reverse_step='eq12')
+        make_lee_sampler(net, num_steps=few, reverse_step='ancestral')
+    make_lee_sampler(net, num_steps=few, reverse_step='eq12')
     assert not lee_sampler(net, latents, num_steps=few, reverse_step='ancestral').abs().max() < 10
-    sampler = lee_samplers(net, num_steps=enough, reverse_step='ancestral')
+    sampler = make_lee_sampler(net, num_steps=enough, reverse_step='ancestral')
     assert sampler(net, latents).abs().max() < 3
 
 
@@ -218,9 +218,9 @@ def test_loss_is_the_plain_squared_error_of_the_noise(loss, process, draw_level,
     (lambda: BlurringProcess(d_min=0), '--d-min'),
     (lambda: LeeChain(f_type='cubic'), '--f-type'),
     (lambda: LeeChain(f_final=-1), '--f-final'),
-    (lambda: blurring_samplers(None, num_steps=0), 'steps'),
-    (lambda: lee_samplers(oracle(LeeChain()), num_steps=1001), '--steps=1000'),
-    (lambda: lee_samplers(oracle(LeeChain()), reverse_step='heun'), '--reverse-step'),
+    (lambda: make_blurring_sampler(None, num_steps=0), 'steps'),
+    (lambda: make_lee_sampler(oracle(LeeChain()), num_steps=1001), '--steps=1000'),
+    (lambda: make_lee_sampler(oracle(LeeChain()), reverse_step='heun'), '--reverse-step'),
 ])
 def test_bad_input(make, named):
     with pytest.raises(UserError, match=named):

@@ -15,9 +15,9 @@ from training.dataset import EMBEDDED, ImageFolderDataset
 from training.provenance import sampling_facts
 from warm.bands import diffuse
 from warm.blur import blur, dct2, idct2
-from warm.cold import (BLURS, PRIORS, STARTS, ColdPrecond, ColdProcess, cold_loss, cold_sampler, cold_samplers,
-                       colour_start, restoration_step)
-from warm.ihdm import HeatLevels, IHDMPrecond, ihdm_loss, ihdm_sampler, ihdm_samplers
+from warm.cold import (BLURS, PRIORS, STARTS, ColdPrecond, ColdProcess, cold_loss, cold_sampler, colour_start,
+                       make_cold_sampler, restoration_step)
+from warm.ihdm import HeatLevels, IHDMPrecond, ihdm_loss, ihdm_sampler, make_ihdm_sampler
 from warm.starts import TrainingImages, data_for
 from warm.systems import SYSTEMS
 
@@ -56,7 +56,7 @@ def test_recorded_ihdm(golden):
         torch.testing.assert_close(diffuse(u, torch.zeros_like(u), levels.at(level(k), 16)), torch.tensor(expected),
                                    rtol=1e-9, atol=1e-9)
     assert levels.at(level(7), 16).noise.item() == 0.01
-    assert ihdm_samplers.__defaults__ == (None, r.meta['delta'])
+    assert make_ihdm_sampler.__defaults__ == (None, r.meta['delta'])
 
 
 def ihdm_gain(levels):
@@ -387,12 +387,12 @@ def test_data_for():
     (lambda: HeatLevels(blur_max=0.1), '--ihdm-blur-max'),
     (lambda: ColdProcess(blur='weak'), '--cold-blur'),
     (lambda: ColdProcess(num_steps=0), '--cold-steps'),
-    (lambda: ihdm_samplers(stub(HeatLevels()), ihdm_delta=-1), '--ihdm-delta'),
-    (lambda: ihdm_samplers(stub(HeatLevels())), '--data'),
-    (lambda: ihdm_samplers(stub(HeatLevels(), channels=3), data=EMBEDDED), '1 channels.*--data'),
-    (lambda: cold_samplers(stub(ColdProcess()), num_steps=51, data=EMBEDDED), '--steps=50'),
-    (lambda: cold_samplers(stub(ColdProcess()), data=EMBEDDED, cold_start='noise'), '--cold-start'),
-    (lambda: cold_samplers(stub(ColdProcess()), data=EMBEDDED, cold_start='colours'), '--cold-blur=strong'),
+    (lambda: make_ihdm_sampler(stub(HeatLevels()), ihdm_delta=-1), '--ihdm-delta'),
+    (lambda: make_ihdm_sampler(stub(HeatLevels())), '--data'),
+    (lambda: make_ihdm_sampler(stub(HeatLevels(), channels=3), data=EMBEDDED), '1 channels.*--data'),
+    (lambda: make_cold_sampler(stub(ColdProcess()), num_steps=51, data=EMBEDDED), '--steps=50'),
+    (lambda: make_cold_sampler(stub(ColdProcess()), data=EMBEDDED, cold_start='noise'), '--cold-start'),
+    (lambda: make_cold_sampler(stub(ColdProcess()), data=EMBEDDED, cold_start='colours'), '--cold-blur=strong'),
 ])
 def test_bad_input(make, named):
     with pytest.raises(UserError, match=named):

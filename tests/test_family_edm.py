@@ -15,7 +15,8 @@ from warm.bands import Bands, diffuse
 from warm.blur import blur, dct2, idct2
 from warm.epsilon_scaling import parse_scale, scaled_sampler
 from warm.path import ConstantBNR
-from warm.pfgmpp import (PFGMPPLoss, PFGMPPPrecond, chi_square_of, heavy_tailed, pfgmpp_samplers, with_heavy_tails)
+from warm.pfgmpp import (PFGMPPLoss, PFGMPPPrecond, chi_square_of, heavy_tailed, make_pfgmpp_sampler,
+                         with_heavy_tails)
 from warm.soft import SoftLoss, SoftPrecond, momentum_step, soft_bands, soft_sampler
 from warm.stf import STFLoss, posterior_mean
 from warm.systems import SYSTEMS
@@ -167,7 +168,7 @@ def test_pfgmpp_sampler_gives_the_datas_covariance():
     def errors(samples):
         return dct2(samples).square().mean(dim=(0, 1)) / S - 1
 
-    sample = errors(pfgmpp_samplers(net, num_steps=80)(net, latents, None, randn_like))
+    sample = errors(make_pfgmpp_sampler(net, num_steps=80)(net, latents, None, randn_like))
     assert sample.abs().max() < 0.15 and sample.mean().abs() < 0.02
     gaussian = errors(edm_sampler(net, latents, num_steps=80))
     assert gaussian.mean() < -0.03

@@ -337,6 +337,15 @@ class TestAnyArchitecture:
             value = {'cbase': 32, 'cres': [1, 1]}[flag]
             assert small_net(model_type, **{argument: value}).init_kwargs[argument] == value
 
+    def test_output_layers_make_up_the_image(self, model_type):
+        net = small_net(model_type, label_dim=0)
+        parameters = [p for layer in net.model.output_layers for p in net.model.get_submodule(layer).parameters()]
+        for parameter in parameters:
+            assert len(parameter) == net.model.out_channels
+            torch.nn.init.zeros_(parameter)
+        x, sigma, _ = batch_of()
+        assert not parameters or not net.model(x, sigma).any()
+
     def test_features_decide_the_batch_of_a_gpu(self, model_type, monkeypatch):
         net = small_net(model_type)
         features = net.model.features_per_image()

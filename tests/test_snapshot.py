@@ -340,6 +340,7 @@ def test_transfer_copies_what_matches_and_leaves_the_rest():
     del source['low']
     source['steps'] = torch.zeros(9)
     source['surplus'] = torch.zeros(1)
+    target.model = types.SimpleNamespace(output_layers=())
     copied = networks.Precond.transfer(target, source)
     assert sorted(copied) == ['empty', 'tied', 'view', 'weight']
     after = target.state_dict()

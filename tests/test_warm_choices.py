@@ -95,7 +95,6 @@ def test_rest_loss_of_unit_weight(family):
     images = images_of()
     training_stats.Collector().update()
     collector, net = training_stats.Collector(), Spy(family)
-    net.point = lambda x, sigma, alpha: point_of(x, sigma, alpha)
     torch.manual_seed(7)
     loss = WarmLoss(rest_loss='unit', rest_weight=3.0)(net, images)
     torch.manual_seed(7)
@@ -113,12 +112,10 @@ def test_unit_weights(scale):
     """1/s² for every scale; EDM's is λ(β) itself, so this choice is refused. 0 where 1/s² would be infinite."""
     beta = torch.tensor([1e-3, 0.3, 80.0, 0.3, 1e-3]).reshape(-1, 1, 1, 1)
     alpha = beta * torch.tensor([0.5, 0.5, 0.5, 0, 1e-9]).reshape(-1, 1, 1, 1)
-    net = Spy('0.5')
-    net.point = lambda *at: dataclasses.replace(point_of(*at), rest_scale=scale)
-    at = torch.zeros([5, 3, 8, 8]), beta, alpha
-    weight = REST_LOSSES['unit'](edm_loss_weight(beta), net, *at)
+    point = dataclasses.replace(point_of(torch.zeros([5, 3, 8, 8]), beta, alpha), rest_scale=scale)
+    weight = REST_LOSSES['unit'](edm_loss_weight(beta), point)
     assert torch.isfinite(weight).all() and weight[3] == 0 and weight.dtype == torch.float32
-    s = REST_SCALES[scale].scale(net.point(*at)).float()
+    s = REST_SCALES[scale].scale(point).float()
     torch.testing.assert_close(weight[:3] * s[:3] ** 2, torch.ones([3, 1, 1, 1]))
     if scale == 'edm':
         torch.testing.assert_close(weight[:3], edm_loss_weight(beta)[:3])

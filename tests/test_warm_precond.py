@@ -358,16 +358,37 @@ def test_transfer_from_edm_pickle(root):
         assert torch.equal(images, edm_sampler(edm, x, labels, num_steps=3))
 
 
-def test_transfer_from_warm_copies_all():
-    source = warm_net()
-    net = seeded(WarmPrecond, perturb=False).eval()
-    net.transfer(source.state_dict())
+@pytest.mark.parametrize('kwargs', [SMALL, ADM], ids=['song', 'adm'])
+@pytest.mark.parametrize('targets', TABLE_5)
+def test_transfer_between_parametrisations(kwargs, targets):
+    """Estimates of the same thing stay the same, those of another image take the first, and an unknown rest is 0."""
     x, sigma, _ = batch()
-    assert torch.equal(net(x, sigma), source(x, sigma))
+    for own in TABLE_5:
+        source = seeded(WarmPrecond, perturb=True, **kwargs, targets=targets, bnr='0.5').eval()
+        net = seeded(WarmPrecond, perturb=False, **kwargs, targets=own, bnr='0.5').eval()
+        assert set(net.transfer(source.state_dict(), source.init_kwargs)) == set(net.state_dict())
+        theirs = dict(zip(source.parametrisation.names, source.estimates(source.point(x, sigma))))
+        for name, estimate in zip(net.parametrisation.names, net.estimates(net.point(x, sigma))):
+            if name == REST and name not in theirs:
+                assert not estimate.any()
+            else:
+                expected = theirs.get(name, next(iter(theirs.values())))
+                torch.testing.assert_close(estimate, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('kwargs', [SMALL, ADM], ids=['song', 'adm'])
+def test_transfer_from_warm_to_edm_takes_the_denoiser(kwargs):
+    source = seeded(WarmPrecond, perturb=True, **kwargs, bnr='0,0.5').eval()
+    edm = seeded(EDMPrecond, **kwargs).eval()
+    assert set(edm.transfer(source.state_dict(), source.init_kwargs)) == set(edm.state_dict())
+    x, sigma, _ = batch()
+    torch.testing.assert_close(edm(x, sigma), source.denoise_deblur(x, sigma, alpha=0)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_transfer_from_a_narrower_network_copies_what_matches():
-    """Twice the length means a second branch in the output's tensors only; others of another shape are left alone."""
+    """Only the output's tensors are cut into branches; others of another shape, and images' channels, are left alone."""
+    grey = seeded(EDMPrecond, img_channels=1)
+    assert not [name for name in seeded(EDMPrecond).transfer(grey.state_dict(), grey.init_kwargs) if 'aux_conv' in name]
     source = seeded(EDMPrecond).state_dict()
     net = seeded(WarmPrecond, model_channels=16)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}

@@ -88,6 +88,7 @@ class Spy:
         self.family = family_of(family)
         self.parametrisation = Hot() if self.family.is_hot else TARGETS[targets]
         self.rates = frequencies
+        self.point = point_of
 
     def __call__(self, x, sigma, labels, alpha, return_estimates, augment_labels=None):
         assert return_estimates

@@ -38,6 +38,8 @@ class Network(torch.nn.Module):
             subclass that runs its blocks through `run_block` sets `can_recompute`.
         size_arguments: The arguments that train.py's --cbase and --cres set, {'cbase': argument, 'cres': argument},
             as far as the network has them.
+        output_layers: Names of the submodules whose outputs make up the image: the first dimension of their parameters
+            is out_channels. A network with more branches, or fewer, can start from its weights if they are named.
         small: Arguments for a network of at most a million parameters on 8×8 images, for the tests, which iterate
             over MODELS.
     """
@@ -45,6 +47,7 @@ class Network(torch.nn.Module):
     memory_format = torch.contiguous_format
     recompute = can_recompute = False
     size_arguments = {}
+    output_layers = ()
     small = {}
 
     def __init__(self, img_resolution, in_channels, out_channels, noise_channels):

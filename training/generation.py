@@ -26,24 +26,23 @@ def check_class(net, class_idx, name='--class'):
 
 
 @torch.no_grad()
-def generate_batch(net, seeds, sampler, class_idx=None, size=None, **extra):
+def generate_batch(net, seeds, sampler, class_idx=None, size=None):
     """Images of `seeds` [B]: latents, class and sampler noise come from each seed's own generator.
 
     Args:
         net: Preconditioned network on its device, in evaluation mode.
         seeds: B integers.
-        sampler: callable(latents, class_labels, randn_like, **extra) (System.make_sampler).
+        sampler: callable(latents, class_labels, randn_like) (System.make_sampler).
         class_idx: Class of all images, or None for one drawn per seed; the draw is made in either case.
         size: Batch size for a compiled network, at least B: it would recompile for B images. Seeds are repeated to
             fill the batch, and the surplus is dropped. Other networks draw B.
-        extra: Passed on to the sampler.
 
     Returns:
         Floating-point images [B, C, H, W], nominally in [−1, 1].
     """
     if size is not None and size > len(seeds) and is_compiled(net):
         filled = [seeds[i % len(seeds)] for i in range(size)]
-        return generate_batch(net, filled, sampler, class_idx, **extra)[:len(seeds)]
+        return generate_batch(net, filled, sampler, class_idx)[:len(seeds)]
     device = next(net.parameters()).device
     rnd = StackedRandomGenerator(device, seeds)
     # An explicit dtype: a seed gives the same image whatever PyTorch's default is.
@@ -55,7 +54,7 @@ def generate_batch(net, seeds, sampler, class_idx=None, size=None, **extra):
         if class_idx is not None:
             index = torch.full_like(index, class_idx)
         class_labels = torch.nn.functional.one_hot(index, net.label_dim).to(torch.float32)
-    return sampler(latents, class_labels, rnd.randn_like, **extra)
+    return sampler(latents, class_labels, rnd.randn_like)
 
 
 def default_batch(net):
@@ -96,5 +95,8 @@ def gather_images(net, seeds, sampler):
     """All images of `seeds` as one uint8 array [N, C, H, W] in the order of `seeds`, on every rank."""
     share = -(-len(seeds) // dist.get_world_size())  # spread over the ranks, however few the seeds
     parts = [(s, x.cpu().numpy()) for s, x in generate_images(net, seeds, sampler, min(BATCH, share))]
-    images = {seed: image for rank in dist.gather_objects(parts) for s, x in rank for seed, image in zip(s, x)}
+    images = {}
+    for rank_parts in dist.gather_objects(parts):
+        for part_seeds, part_images in rank_parts:
+            images.update(zip(part_seeds, part_images))
     return np.stack([images[seed] for seed in seeds])

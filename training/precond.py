@@ -139,14 +139,35 @@ class Precond(torch.nn.Module):
         return dict(kwargs)
 
     @torch.no_grad()
-    def transfer(self, source):
-        """Copy every tensor of state dict `source` whose name and shape match; returns their names."""
+    def transfer(self, source, source_kwargs=None):
+        """Start from the weights of another network; returns the names of the tensors that it set.
+
+        Every tensor of the same name and shape is copied; in the output layers, branch by branch (`taken_branches`).
+
+        Args:
+            source: State dict of that network.
+            source_kwargs: Its constructor arguments; None: it has this network's.
+        """
+        source_kwargs = self.init_kwargs if source_kwargs is None else source_kwargs
+        outputs = {f'model.{layer}.{kind}' for layer in self.model.output_layers for kind in ('weight', 'bias')}
         copied = []
         for name, own in self.state_dict().items():
-            if name in source and source[name].shape == own.shape:
-                own.copy_(source[name])
+            theirs = source.get(name)
+            if theirs is None or theirs.shape[1:] != own.shape[1:]:
+                continue
+            if name in outputs and source_kwargs['img_channels'] == self.img_channels:
+                theirs = self.taken_branches(theirs.split(self.img_channels), source_kwargs)
+            if theirs.shape == own.shape:
+                own.copy_(theirs)
                 copied.append(name)
         return copied
+
+    def taken_branches(self, branches, source_kwargs):
+        """Of an output layer's tensor, cut into the branches of a network with these arguments, what `transfer` takes.
+
+        The first ones, as many as this network has: of Warm's, D.
+        """
+        return torch.cat(branches[:self.model.out_channels // self.img_channels])
 
     def round_sigma(self, sigma):
         """The noise level nearest to σ that the network supports, as a tensor like σ."""

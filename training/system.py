@@ -74,7 +74,8 @@ class System:
         loss_options: Options of train.py that become arguments of `loss`; snapshots record those that were changed.
         sample_options: Names of generate.py's common options that its sampler accepts.
         own_sample_options: Options of generate.py specific to such systems.
-        sampler: sampler(net, **options) → callable(net, latents, class_labels, randn_like) → float64 images.
+        sampler: sampler(net, **options), which checks the options for this network → callable(net, latents,
+            class_labels, randn_like) → float64 images.
         trainable: Whether train.py offers it; otherwise only existing snapshots can be used.
         describe: describe(net, sample options) → {name: plain value}: what tables of results say of the sampled
             path, such as Warm's `bnr`.
@@ -151,7 +152,7 @@ class System:
                                 f"{', '.join(map(shown, known))}")
 
     def make_sampler(self, net, options=None):
-        """The sampler as callable(latents, class_labels, randn_like, **extra) with `options` checked and bound.
+        """The sampler as callable(latents, class_labels, randn_like) with `options` checked and bound.
 
         Raises:
             UserError: an option that this system's sampler does not have, or a value that it refuses.
@@ -166,7 +167,7 @@ def _changed(options, kwargs):
             if kwargs.get(option.name, option.default) != option.default}
 
 
-def edm_samplers(net, **options):
+def make_edm_sampler(net, **options):
     """EDM's sampler, or the generalised ablation sampler as soon as one of its own four options is given."""
     ablated = any(name in options for name in ABLATION_OPTIONS)
     return functools.partial(ablation_sampler if ablated else edm_sampler, **options)
@@ -182,8 +183,8 @@ def loss_for(loss_class):
 
 def _edm_system(name, title, paper, network_class, loss_class, trainable=True):
     return System(name=name, title=title, paper=paper, network_class=network_class, loss=loss_for(loss_class),
-                  sampler=edm_samplers, sample_options=COMMON_SAMPLE_OPTIONS + ABLATION_OPTIONS, trainable=trainable,
-                  describe=lambda net, options: {'bnr': 0.0})
+                  sampler=make_edm_sampler, sample_options=COMMON_SAMPLE_OPTIONS + ABLATION_OPTIONS,
+                  trainable=trainable, describe=lambda net, options: {'bnr': 0.0})
 
 
 EDM_SYSTEMS = (

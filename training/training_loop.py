@@ -286,7 +286,7 @@ def transfer_weights(path, net):
         UserError: it is not a snapshot, or one of another architecture, with hardly a tensor in common.
     """
     snapshot = read_snapshot(path)
-    copied, total = net.transfer(snapshot.state_dict), len(net.state_dict())
+    copied, total = net.transfer(snapshot.state_dict, snapshot.network_kwargs), len(net.state_dict())
     if len(copied) < MIN_TRANSFER * total:
         theirs, ours = ('{img_resolution} pixels and {img_channels} channels'.format(**kwargs)
                         for kwargs in (snapshot.network_kwargs, net.init_kwargs))

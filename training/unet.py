@@ -197,6 +197,11 @@ class SongUNet(UNet):
     def decoder_block_may_attend(self, index):
         return index == self.num_blocks
 
+    @property
+    def output_layers(self):
+        """One per level that adds to the image; all but the finest only with the skip decoder."""
+        return tuple(f'dec.{key}' for key in self.dec if key.endswith('_aux_conv'))
+
     def add_encoder_aux(self, style, level, channels):
         resampling = dict(down=True, resample_filter=style.resample_filter)
         if self.encoder_type == 'skip':
@@ -251,6 +256,7 @@ class DhariwalUNet(UNet):
     """ADM: adaptive group norm, 64 channels per attention head. Arguments as for SongUNet."""
 
     small = dict(model_channels=16, channel_mult=[1, 4], num_blocks=1, attn_resolutions=[4])
+    output_layers = ('out_conv',)
 
     def __init__(self, img_resolution, in_channels, out_channels, label_dim=0, augment_dim=0, model_channels=192,
                  channel_mult=(1, 2, 3, 4), channel_mult_emb=4, num_blocks=3, attn_resolutions=(32, 16, 8),

@@ -8,7 +8,7 @@ Another blur has other rates λ, at which the bands fade. To add one: a function
 of its own, and one line in BLUR_RATES; whatever depends on the blur takes that function as `rates`. Rates are ≥ 0, and
 0 for the mean, λ[0,0], which no blur changes.
 
-Everything here is computed in float64 and returned in the precision of its input. TF32 and autocast
+Everything here is computed in float64; `blur`, `rest` and `filter_bands` return their input's dtype. TF32 and autocast
 affect only float32 products, so no global switch is needed against them; at these sizes the cost is
 far below that of a network (tests/benchmarks/bench_warm.py).
 """
@@ -52,8 +52,8 @@ def natural_rates(n, device=torch.device('cpu')):
     """λ ∝ 1/S − 1/S[0,0] [n, n], S from `prior_spectrum`; the highest band has the Gaussian's rate (ours).
 
     But for the subtraction, which matters in the lowest bands, λα² is proportional to β²/S at constant BNR. M then
-    depends on a band's signal-to-noise ratio alone: the bands begin to fade when the noise drowns them to the same
-    degree, whereas the Gaussian takes low ones at higher ratios.
+    depends on a band's signal-to-noise ratio alone: all bands fade at the same ratio, whereas with the Gaussian, low bands
+    fade while theirs is still high.
     """
     rates = 1 / prior_spectrum(n)
     rates = rates - rates[0, 0]
@@ -151,12 +151,11 @@ def blur_and_rest(x, alpha, rates=frequencies):
 
 def _on(alpha, x):
     check_alpha(alpha)
-    return alpha.to(x.device) if isinstance(alpha, torch.Tensor) else torch.tensor(
-        alpha, dtype=torch.float64, device=x.device)
+    return torch.as_tensor(alpha, dtype=torch.float64, device=x.device)
 
 
 def check_alpha(alpha):
-    """Raise UserError for a negative or non-finite blur; not for a tensor's, whose values the host would wait for."""
+    """Raise UserError for a negative or non-finite blur; not for a tensor's, as the host would wait for its values."""
     if isinstance(alpha, torch.Tensor):
         return
     given = torch.as_tensor(alpha, dtype=torch.float64)
@@ -187,7 +186,7 @@ def marginal_variance(M, beta, spectrum):
 
 
 def wiener_filter(alpha, beta, spectrum, rates=frequencies):
-    """The best linear filter for images of a given spectrum, and what it cannot know.
+    """The best linear filter for images of a given spectrum, and the power of its error.
 
     Args:
         alpha: Blur in pixels, [B, 1, 1, 1] or a number.

@@ -125,7 +125,7 @@ def blurring_sampler(net, latents, class_labels=None, randn_like=torch.randn_lik
     return x
 
 
-def blurring_samplers(net, num_steps=NUM_STEPS):
+def make_blurring_sampler(net, num_steps=NUM_STEPS):
     """`blurring_sampler` with its options checked."""
     check_steps(num_steps)
     return functools.partial(blurring_sampler, num_steps=num_steps)
@@ -137,7 +137,7 @@ BLURRING = System(
     paper='Hoogeboom and Salimans 2023',
     network_class=BlurringPrecond,
     loss=lambda net: blurring_loss,
-    sampler=blurring_samplers,
+    sampler=make_blurring_sampler,
     sample_options=('num_steps',),
     network_options=(
         Option('sigma_blur_max', BlurringProcess.sigma_blur_max, "Blur at t = 1, in pixels; 0 is the paper's DDPM",

@@ -1,6 +1,4 @@
-"""Choices in Warm, each with alternatives to compare it with; all but the first are ours, as the paper is silent.
-
-The options, their defaults, and the reasons for these:
+"""Options of Warm that the paper leaves open (and the blur, which it does not), their defaults, and the reasons.
 
 - `blur`, how fast each DCT band fades (warm.blur.BLUR_RATES): 'gaussian', the paper's.
 - `rest_weight`, a constant factor of R's term in the loss: 1. At small blur and constant BNR an error in R enters the
@@ -85,16 +83,15 @@ REST_SCALES = {'prior': RestScale(prior_scale), 'edm': RestScale(edm_scale), 'un
                'wiener': RestScale(wiener_scale, wiener_rest)}
 
 
-# Weights of R's squared error in the loss, [B, 1, 1, 1], from D's weight λ(β), the network and what its `point` takes.
+# Weights of R's squared error in the loss, [B, 1, 1, 1], from D's weight λ(β) and the warm.targets.Point.
 
-def shared_weight(weight, net, *at):
+def shared_weight(weight, point):
     """λ(β), as for D."""
     return weight
 
 
-def unit_weight(weight, net, *at):
+def unit_weight(weight, point):
     """1/s², s being the scale of F_R; 0 without blur, where R is 0 whatever F_R is."""
-    point = net.point(*at)
     square = REST_SCALES[point.rest_scale].scale(point).to(weight.dtype).square()
     return torch.where(square >= torch.finfo(square.dtype).tiny, 1 / square, 0)  # of less, 1/s² would be infinite
 

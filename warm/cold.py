@@ -186,7 +186,7 @@ def cold_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, s
     return x
 
 
-def cold_samplers(net, num_steps=None, data=None, cold_start=DEFAULT_START):
+def make_cold_sampler(net, num_steps=None, data=None, cold_start=DEFAULT_START):
     """`cold_sampler` with its options checked; by default as many steps as the network has."""
     process = net.process
     num_steps = process.num_steps if num_steps is None else num_steps
@@ -211,7 +211,7 @@ COLD = System(
     paper='Bansal et al. 2022, blur',
     network_class=ColdPrecond,
     loss=lambda net: cold_loss,
-    sampler=cold_samplers,
+    sampler=make_cold_sampler,
     sample_options=('num_steps',),
     describe=cold_facts,
     own_sample_options=(

@@ -62,14 +62,16 @@ class Crossed(torch.nn.Module):
 
     def crosses(self, beta):
         """Whether anything is taken from the other network at the noise level β."""
-        return True in self.take and self.low <= beta < self.high
+        return any(self.take) and self.low <= beta < self.high
 
     def denoise_deblur(self, x, sigma, class_labels=None, alpha=None):
         """(D, R) as of warm.precond.WarmPrecond; `sigma` is a single noise level."""
-        taken = self.take if self.crosses(float(sigma)) else (False, False)
-        parts = {of: net.denoise_deblur(x, sigma, class_labels, alpha=alpha)
-                 for of, net in ((False, self.net), (True, self.other)) if of in taken}
-        return tuple(parts[of][i] for i, of in enumerate(taken))
+        take_D, take_R = self.take if self.crosses(float(sigma)) else (False, False)
+        if not (take_D and take_R):
+            D, R = self.net.denoise_deblur(x, sigma, class_labels, alpha=alpha)
+        if take_D or take_R:
+            other_D, other_R = self.other.denoise_deblur(x, sigma, class_labels, alpha=alpha)
+        return other_D if take_D else D, other_R if take_R else R
 
 
 def record_of(net, other, take, low, high, levels):

@@ -83,15 +83,18 @@ def network_errors(net, images, labels=None, path=None, betas=BETAS, seed=0, bat
     def level(beta):
         return Level(torch.tensor(path.alpha(beta), dtype=torch.float64, device=device), beta, path.is_hot, rates)
 
+    filtered = make_denoiser(linear)
     levels = []
     for beta in betas:
-        here, there, sums = level(beta), level((1 - SMALL_STEP) * beta), 0
+        here, there = level(beta), level((1 - SMALL_STEP) * beta)
+        sums = torch.zeros([2, len(QUANTITIES)], dtype=torch.float64, device=device)  # of the network, of the filter
         for i in range(0, len(x_0), batch):
             clean, eps = (t[i:i + batch].to(device, torch.float64) for t in (x_0, noise))
             classes = None if labels is None else torch.as_tensor(labels[i:i + batch]).to(device)
             blurred, rest = (clean, torch.zeros_like(clean)) if here.hot else blur_and_rest(clean, here.alpha, rates)
-            estimates = [make_denoiser(*of)(blurred + beta * eps, here) for of in ((net, classes), (linear,))]
-            sums = sums + torch.stack([squares(D - blurred, R - rest, here, there) for D, R in estimates])
+            for own, denoise in zip(sums, (make_denoiser(net, classes), filtered)):
+                D, R = denoise(blurred + beta * eps, here)
+                own += squares(D - blurred, R - rest, here, there)
         own, filters = (sums / x_0.numel()).tolist()
         errors = {name: pair for name, *pair in zip(QUANTITIES, own, filters)}
         levels.append(dict(beta=beta, alpha=here.alpha.item(), **errors))

@@ -127,7 +127,7 @@ def ihdm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, i
     return 2 * mean - 1
 
 
-def ihdm_samplers(net, data=None, ihdm_delta=DELTA):
+def make_ihdm_sampler(net, data=None, ihdm_delta=DELTA):
     """`ihdm_sampler` with its options checked."""
     if not (math.isfinite(ihdm_delta) and ihdm_delta >= 0):
         raise UserError(f'--ihdm-delta={ihdm_delta} is not a valid noise level; give a number ≥ 0, such as {DELTA}')
@@ -140,7 +140,7 @@ IHDM = System(
     paper='Rissanen et al. 2022',
     network_class=IHDMPrecond,
     loss=lambda net: ihdm_loss,
-    sampler=ihdm_samplers,
+    sampler=make_ihdm_sampler,
     sample_options=(),
     describe=lambda net, options: {'prior': BLURRED_IMAGES},
     own_sample_options=(

@@ -173,7 +173,7 @@ def check_gain(net, num_steps):
                         f'--reverse-step=eq12, or more --steps (at most {process.num_levels})')
 
 
-def lee_samplers(net, num_steps=None, reverse_step=DEFAULT_STEP):
+def make_lee_sampler(net, num_steps=None, reverse_step=DEFAULT_STEP):
     """`lee_sampler` with its options checked; by default as many steps as the chain has."""
     num_steps = net.process.num_levels if num_steps is None else num_steps
     check_steps(num_steps, at_most=net.process.num_levels)
@@ -189,7 +189,7 @@ LEE = System(
     paper='Lee et al. 2022',
     network_class=LeePrecond,
     loss=lambda net: lee_loss,
-    sampler=lee_samplers,
+    sampler=make_lee_sampler,
     sample_options=('num_steps',),
     own_sample_options=(
         Option('reverse_step', DEFAULT_STEP, 'Reverse step of the sampler', type=click.Choice(list(REVERSE_STEPS))),

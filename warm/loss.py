@@ -54,6 +54,7 @@ class WarmLoss:
             term = weight * square
             training_stats.report(f'Loss/{name}', term)
             if name == REST:
-                term = self.rest_weight * (REST_LOSSES[self.rest_loss](weight, bare, x, sigma, alpha) * square)
+                rest_weight = REST_LOSSES[self.rest_loss](weight, bare.point(x, sigma, alpha))
+                term = self.rest_weight * (rest_weight * square)
             terms.append(term)
         return sum(terms[1:], start=terms[0])

@@ -96,7 +96,7 @@ def with_heavy_tails(sampler):
     return sample
 
 
-def pfgmpp_samplers(net, **options):
+def make_pfgmpp_sampler(net, **options):
     """EDM's sampler without churn from the heavy-tailed prior, its options checked."""
     return with_heavy_tails(functools.partial(edm_sampler, **grid_options(net, options)))
 
@@ -107,7 +107,7 @@ PFGMPP = System(
     paper='Xu et al. 2023, PFGM++',
     network_class=PFGMPPPrecond,
     loss=loss_for(PFGMPPLoss),
-    sampler=pfgmpp_samplers,
+    sampler=make_pfgmpp_sampler,
     sample_options=GRID_OPTIONS,
     network_options=(
         Option('aug_dim', AUG_DIM, 'Number of extra dimensions, D', type=int),

@@ -6,7 +6,7 @@ from dnnlib import chosen
 from training.layers import Init, Linear, PositionalEmbedding
 from training.precond import SIGMA_DATA, Precond, edm_scalings, per_image
 from warm.blur import BLUR_RATES, check_alpha
-from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, checked_choices, log_blur
+from warm.choices import BLUR_EMBEDDINGS, DEFAULTS, REST, checked_choices, log_blur
 from warm.path import parse_family
 from warm.targets import PAPER_TARGETS, TARGETS, Hot, Point
 
@@ -46,10 +46,8 @@ class WarmPrecond(Precond):
                  targets=PAPER_TARGETS, blur=DEFAULTS['blur'], rest_weight=DEFAULTS['rest_weight'],
                  rest_scale=DEFAULTS['rest_scale'], rest_loss=DEFAULTS['rest_loss'],
                  blur_embedding=DEFAULTS['blur_embedding'], **network):
-        parametrisation = chosen('targets', targets, TARGETS)
         family = parse_family(bnr, bnr_schedule)
-        if family.is_hot:
-            parametrisation = Hot()
+        parametrisation = parametrisation_of(family, targets)
         choices = checked_choices(dict(blur=blur, rest_weight=rest_weight, rest_scale=rest_scale, rest_loss=rest_loss,
                                        blur_embedding=blur_embedding), family, targets, parametrisation.names)
         super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, **family.flags,
@@ -116,29 +114,32 @@ class WarmPrecond(Precond):
         D, R = self.denoise_deblur(x, sigma, class_labels, alpha, force_fp32, **model_kwargs)
         return D + R
 
-    @torch.no_grad()
-    def transfer(self, source):
-        """Start from the weights of an EDM (or Warm) network; returns the names of the tensors it set.
+    def transfer(self, source, source_kwargs=None):
+        """As training.precond.Precond.transfer, from a Warm network or EDM's; the latter has no blur embedding.
 
-        Every tensor of the same name and shape is copied. Where this network has an output for each of
-        several branches, the first takes EDM's and the others start at zero, as does the blur embedding: at
-        BNR 0 the network then equals its source, if the first branch estimates an image as EDM does (as in
-        all of Table 5).
-
-        Args:
-            source: State dict of the source network.
+        This network's then starts at zero, as does R (`taken_branches`). So it equals EDM's at BNR 0.
         """
-        copied = super().transfer(source)
-        for name, own in self.state_dict().items():
-            first = source.get(name)
-            if name in copied or first is None or first.shape[1:] != own.shape[1:]:
-                continue
-            if len(first) == self.img_channels and len(own) == self.model.out_channels:  # the output layer's
-                own.zero_()[:len(first)].copy_(first)
-                copied.append(name)
+        copied = super().transfer(source, source_kwargs)
         if self.map_blur is not None and 'map_blur.linear.weight' not in source:
-            self.map_blur.linear.weight.zero_()
+            with torch.no_grad():
+                self.map_blur.linear.weight.zero_()
         return copied
+
+    def taken_branches(self, branches, source_kwargs):
+        """The rest's from the rest's, or zeros; an image's from the branch of the same name, or else from the first."""
+        theirs = {}  # EDM's only branch has no name here
+        if 'targets' in source_kwargs:
+            family = parse_family(source_kwargs.get('bnr'), source_kwargs.get('bnr_schedule'))
+            theirs = dict(zip(parametrisation_of(family, source_kwargs['targets']).names, branches))
+        zeros = torch.zeros_like(branches[0])
+        return torch.cat([theirs.get(name, zeros if name == REST else branches[0])
+                          for name in self.parametrisation.names])
+
+
+def parametrisation_of(family, targets):
+    """The warm.targets.Parametrisation of a network that is trained on these paths, with these --targets."""
+    parametrisation = chosen('targets', targets, TARGETS)
+    return Hot() if family.is_hot else parametrisation
 
 
 class BlurEmbedding(torch.nn.Module):

@@ -5,8 +5,8 @@ The deterministic limit of Eq. 4 is the probability-flow ODE of the process:
     dx/dβ = (x − D)/β + V [Ṁ/(1−M)] Vᵀ R.
 
 Unprimed symbols belong to the current level (α, β), primed ones to the next. Grid, churn and NFE are EDM's
-(training.samplers), but that steps between equal levels, to which a network may round its grid, are skipped; at BNR 0
-every step here does the same arithmetic as EDM's sampler, without a DCT.
+(training.samplers), except that steps between equal levels, to which a network may round its grid, are skipped; at
+BNR 0 every step here does the same arithmetic as EDM's sampler, without a DCT.
 
 To add a solver: one function here, or in a file of its own, and one line in SOLVERS; warm.steps says what it is given
 and has to return.
@@ -31,6 +31,12 @@ def add_churn(x, here, there, z, S_noise=1):
 
     The blur rises with the noise, so that the marginal stays exactly that of the path (for S_noise = 1); at BNR 0
     it is EDM's churn.
+
+    Args:
+        x: State at `here`, float64 [B, C, N, N].
+        here, there: Levels before and after, there.beta ≥ here.beta.
+        z: Standard normal noise like x.
+        S_noise: Standard deviation of the noise added, relative to the exact one.
     """
     if here.hot:
         return x + S_noise * math.sqrt(max(there.beta ** 2 - here.beta ** 2, 0)) * z
@@ -66,8 +72,6 @@ def heun_step(denoise, x, D, R, here, there, z, memory):
     D_next, R_next = denoise(x_next, there)
     slope, slope_next = (x - D) / here.beta, (x_next - D_next) / there.beta
     corrected = x + (there.beta - here.beta) * (0.5 * slope + 0.5 * slope_next)
-    if here.hot:
-        return corrected
     # Seen from the next level the step runs backwards, hence the minus sign.
     return corrected + 0.5 * (deblur(R, here, there) - deblur(R_next, there, here))
 
@@ -156,11 +160,13 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     Raises:
         UserError: unknown solver, options that do not go together, an invalid grid.
     """
-    own = check_options(num_steps, S_churn, S_noise, solver, solver_options)
+    own = checked_solver_options(num_steps, S_churn, S_noise, solver, solver_options)
     path = default_path(net) if path is None else path
     betas = edm_sigma_steps(num_steps, sigma_min, sigma_max, rho, net)
     beta_hats = churned(net, betas[:-1], num_steps, S_churn, S_min, S_max)
-    denoise, step, memory = make_denoiser(net, class_labels), SOLVERS[solver].step, {}
+    denoise = make_denoiser(net, class_labels)
+    step = SOLVERS[solver].step
+    memory = {}
     rates = getattr(net, 'rates', frequencies)  # the Gaussian's where a network names none
 
     def level(beta):
@@ -168,9 +174,12 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
 
     x = latents.to(torch.float64) * betas[0].item()
     for beta, beta_hat, beta_next in zip(betas[:-1].tolist(), beta_hats.tolist(), betas[1:].tolist()):
-        here, there, z = level(beta), level(beta_next), randn_like(x)
+        here, there = level(beta), level(beta_next)
+        z = randn_like(x)  # drawn at every step, used or not, as in EDM
         if beta_hat > beta:
-            x, here = add_churn(x, here, level(beta_hat), z, S_noise), level(beta_hat)
+            churned_level = level(beta_hat)
+            x = add_churn(x, here, churned_level, z, S_noise)
+            here = churned_level
         if there.beta == here.beta:  # the network rounded two levels to one
             continue
         D, R = denoise(x, here)
@@ -178,7 +187,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     return x
 
 
-def check_options(num_steps, S_churn, S_noise, solver, solver_options):
+def checked_solver_options(num_steps, S_churn, S_noise, solver, solver_options):
     """The solver's own options, defaults filled in; raises UserError for options that do not go together."""
     check_churn(S_churn, S_noise)
     kind = chosen('solver', solver, SOLVERS)
@@ -218,7 +227,7 @@ def with_defaults(options):
     """All options of `warm_sampler`, defaults filled in; raises UserError if they do not go together."""
     full = {name: options.get(name, default) for name, default in SAMPLER_DEFAULTS.items()}
     solver_options = {name: value for name, value in options.items() if name not in full}
-    own = check_options(full['num_steps'], full['S_churn'], full['S_noise'], full['solver'], solver_options)
+    own = checked_solver_options(full['num_steps'], full['S_churn'], full['S_noise'], full['solver'], solver_options)
     return {**full, **own}
 
 

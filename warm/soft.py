@@ -107,7 +107,7 @@ def soft_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     return x
 
 
-def soft_samplers(net, **options):
+def make_soft_sampler(net, **options):
     """`soft_sampler` with its options checked."""
     return functools.partial(soft_sampler, **grid_options(net, {'num_steps': NUM_STEPS, **options}))
 
@@ -118,7 +118,7 @@ SOFT = System(
     paper='Daras et al. 2022',
     network_class=SoftPrecond,
     loss=lambda net: SoftLoss(),
-    sampler=soft_samplers,
+    sampler=make_soft_sampler,
     sample_options=GRID_OPTIONS,
     network_options=(
         Option('soft_bnr', PAPER_BNR, 'Blur-to-Noise Ratio of Soft Diffusion', type=float),

@@ -50,7 +50,9 @@ def blur_fraction(here, there, n):
 
 
 def deblur(R, here, there):
-    """V [(M′−M)/(1−M)] Vᵀ R: the detail that a step from `here` to `there` adds (Eq. 4, first term)."""
+    """V [(M′−M)/(1−M)] Vᵀ R: the detail that a step from `here` to `there` adds (Eq. 4, first term); 0 without blur."""
+    if here.hot:
+        return 0
     return filter_bands(R, blur_fraction(here, there, R.shape[-1]))
 
 
@@ -69,9 +71,7 @@ def transition(x, D, R, here, there, sigma=0, z=None):
     if not 0 <= sigma <= there.beta * (1 + 1e-9):  # a σ computed as β′ may be rounded up
         raise ValueError(f'σ_t = {sigma:g} is not between 0 and the noise level {there.beta:g} that the step leads to')
     kept = math.sqrt(max(there.beta ** 2 - sigma ** 2, 0))
-    x_next = x + (kept - here.beta) * ((x - D) / here.beta)
-    if not here.hot:
-        x_next = x_next + deblur(R, here, there)
+    x_next = x + (kept - here.beta) * ((x - D) / here.beta) + deblur(R, here, there)
     return x_next if z is None else x_next + sigma * z
 
 

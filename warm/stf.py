@@ -20,7 +20,7 @@ import torch
 
 from training.loss import P_MEAN, P_STD, augment, edm_loss_weight, sample_edm_sigma
 from training.precond import SIGMA_DATA, EDMPrecond
-from training.system import ABLATION_OPTIONS, COMMON_SAMPLE_OPTIONS, System, edm_samplers, loss_for
+from training.system import ABLATION_OPTIONS, COMMON_SAMPLE_OPTIONS, System, loss_for, make_edm_sampler
 
 
 def posterior_mean(x, sigma, images, labels=None):
@@ -67,6 +67,6 @@ STF = System(
     paper='Xu et al. 2023, stable target fields',
     network_class=EDMPrecond,
     loss=loss_for(STFLoss),
-    sampler=edm_samplers,
+    sampler=make_edm_sampler,
     sample_options=COMMON_SAMPLE_OPTIONS + ABLATION_OPTIONS,
 )

@@ -23,7 +23,7 @@ DRAWN_SEEDS = (0, 1)  # whose reverse process is drawn beside the image grids
 SCHEDULES = f"Schedule of the blur: {', '.join(schedule_texts())}"
 
 
-def warm_samplers(net, bnr=None, bnr_schedule=None, **options):
+def make_warm_sampler(net, bnr=None, bnr_schedule=None, **options):
     """`warm_sampler` with its options checked, along the path that --bnr and --bnr-schedule select.
 
     Raises:
@@ -78,7 +78,7 @@ WARM = System(
     paper='Warm Diffusion, ICLR 2025',
     network_class=WarmPrecond,
     loss=lambda net: WarmLoss(sigma_data=net.sigma_data, rest_weight=net.rest_weight, rest_loss=net.rest_loss),
-    sampler=warm_samplers,
+    sampler=make_warm_sampler,
     sample_options=(*COMMON_SAMPLE_OPTIONS, 'solver'),
     describe=warm_facts,
     draw_process=lambda path, net: save_trajectory(path, watch(net, WARM, DRAWN_SEEDS)),
