@@ -53,7 +53,7 @@ def main(**options):
     # 50,000 images on 8 GPUs; after an interruption the same command continues
     torchrun --standalone --nproc_per_node=8 generate.py --network=… --outdir=out --seeds=0-49999 --subdirs
     """
-    again = 'the same command' + ' without --overwrite' * options['overwrite']
+    again = 'the same command without --overwrite' if options['overwrite'] else 'the same command'
     kept = f"the finished images in {options['outdir']} are kept, and {again} continues from there"
     with interruptible(kept), dist.process_group():
         run(**options)

@@ -28,11 +28,12 @@ import dataset_tool
 from dnnlib import UserError, download
 from dnnlib.files import sigterm_exits
 from tests.commands import refused, torchrun
+from torch_utils.signals import defer_signals
 from training import dataset_sources, image_codec
 from training.dataset import ImageFolderDataset
 from training.dataset_convert import ARCHIVES, TRANSFORMS, check_apart, convert, open_dest
 from training.dataset_sources import open_source
-from training.workers import Workers, signals_wait
+from training.workers import Workers
 
 
 def pixels(seed, w=8, h=8, channels=3):
@@ -466,7 +467,7 @@ def test_signals_wait_while_a_worker_starts(number, error):
     """They take effect right afterwards; a pool that is interrupted while it starts a process may wait for ever."""
     steps = []
     with sigterm_exits(143), pytest.raises(error):
-        with signals_wait():
+        with defer_signals():
             signal.raise_signal(number)
             steps.append('started')
         steps.append('went on')
@@ -479,7 +480,7 @@ def blocked_signals():
 
 def test_signals_do_not_wait_for_ever_after_an_error():
     before = blocked_signals()
-    with pytest.raises(RuntimeError), signals_wait():
+    with pytest.raises(RuntimeError), defer_signals():
         raise RuntimeError('no more processes can be started')
     assert signal.pthread_sigmask(signal.SIG_SETMASK, before) == before
 
@@ -487,7 +488,7 @@ def test_signals_do_not_wait_for_ever_after_an_error():
 def test_signals_wait_outside_the_main_thread():
     """There only the mask can be changed, not the handlers."""
     def inside():
-        with signals_wait():
+        with defer_signals():
             found.append(blocked_signals())
     found = []
     thread = threading.Thread(target=inside)
@@ -762,8 +763,8 @@ def test_a_destination_beside_the_source_may_begin_like_it(tmp_path):
 
 
 def test_signals_that_wait_already_go_on_waiting():
-    with signals_wait():
-        with signals_wait():
+    with defer_signals():
+        with defer_signals():
             pass
         assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])

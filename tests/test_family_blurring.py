@@ -9,8 +9,8 @@ from tests.family_oracle import LinearOracle, noise_gain, spectrum, variance, wo
 from dnnlib import UserError
 from warm.bands import Bands, ancestral_noise_step, diffuse, posterior, transition_moments
 from warm.blur import dct2
-from warm.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, make_blurring_sampler
-from warm.lee import MAX_LOG_GAIN, LeeChain, eq12_step, lee_loss, lee_sampler, make_lee_sampler
+from warm.systems.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, make_blurring_sampler
+from warm.systems.lee import MAX_LOG_GAIN, LeeChain, eq12_step, lee_loss, lee_sampler, make_lee_sampler
 
 S = spectrum()
 
@@ -117,7 +117,7 @@ def test_blurring_sampler_is_first_order(process):
 
 
 def test_the_guard_of_a1_costs_two_percent_of_the_variance():
-    """At the paper's T = 1000, it costs 1.8 % in the lowest band (see warm.blurring) and over 0.5 % in each other."""
+    """At the paper's T = 1000, it costs 1.8 % in the lowest band (see the module) and over 0.5 % in each other."""
     lost = blurring_errors(1000, 0) - blurring_errors(1000, DELTA)
     assert lost.min() > 0.005 and 0.017 < lost[0, 0] < 0.019
 

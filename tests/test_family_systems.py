@@ -24,7 +24,7 @@ from training.system import EDM_SYSTEMS, GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
 from warm import flags
 from warm.config import check_config
-from warm.edm_like import with_multistep
+from warm.systems.edm_like import with_multistep
 from warm.samplers import SOLVERS
 from warm.sources import open_network
 from warm.steps import Solver

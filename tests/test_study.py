@@ -440,7 +440,8 @@ def test_followed_further(tmp_path):
     read = functools.partial(Scores.read, path=tmp_path / 'digits.jsonl')
     text = study_answers.followed(read(scale), None)
     assert '| BNR 0.1, 40 kimg | 3 ± 0 (2) | -1 ± 0 (-25%) | better | -2 ± 0 (-40%) | better |' in text
-    assert '| BNR 0.1, 80 kimg | 1.5 | -0.5 (-25%) | undecided (one seed) | +0.5 (+50%) | undecided (one seed) |' in text
+    assert ('| BNR 0.1, 80 kimg | 1.5 | -0.5 (-25%) | undecided (one seed) | +0.5 (+50%) | undecided (one seed) |'
+            in text)
     assert 'BNR 0.1: all 2 pairs of runs together' in text and 'score 0.75 times' in text
     assert study_answers.followed(read(SCALES['digits']), None) == study_answers.NOTHING
 

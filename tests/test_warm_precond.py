@@ -386,7 +386,7 @@ def test_transfer_from_warm_to_edm_takes_the_denoiser(kwargs):
 
 
 def test_transfer_from_a_narrower_network_copies_what_matches():
-    """Only the output's tensors are cut into branches; others of another shape, and images' channels, are left alone."""
+    """Only the output's tensors are cut into branches, and not into colours; what else has another shape is left."""
     grey = seeded(EDMPrecond, img_channels=1)
     assert not [name for name in seeded(EDMPrecond).transfer(grey.state_dict(), grey.init_kwargs) if 'aux_conv' in name]
     source = seeded(EDMPrecond).state_dict()

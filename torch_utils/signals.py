@@ -132,3 +132,39 @@ class Watchdog:
             sys.__stderr__.flush()
             faulthandler.dump_traceback(sys.__stderr__)
         os._exit(EXIT_HUNG)
+
+
+@contextlib.contextmanager
+def defer_signals():
+    """Context that holds Ctrl-C and SIGTERM back until the block ends: a pool that is interrupted may wait for ever."""
+    with _defer_interrupts(), defer_signal(signal.SIGTERM):
+        yield
+
+
+@contextlib.contextmanager
+def _defer_interrupts():
+    """Ctrl-C by the mask, which processes that are started in it inherit: they never see it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def defer_signal(number):
+    """Context that holds a signal back by its handler, which processes started in it do not inherit.
+
+    Only the main thread can set handlers; in others it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived = []
+    handler = signal.signal(number, lambda *_: arrived.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(number, handler or signal.SIG_DFL)
+        if arrived:
+            signal.raise_signal(number)

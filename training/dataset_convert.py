@@ -14,8 +14,9 @@ import tqdm
 
 from dnnlib import UserError
 from dnnlib.files import atomic_write, make_dirs
+from torch_utils.signals import defer_signals
 from training.image_codec import encode_png
-from training.workers import ALONE, signals_wait
+from training.workers import ALONE
 
 CHUNK = 64  # images handed to a worker process at once
 ARCHIVES = ('.tar', '.gz', '.tgz', '.bz2', '.xz', '.7z', '.rar')  # endings of archives that cannot be written
@@ -248,7 +249,7 @@ def _folder_dest(dest):
         os.mkdir(stage)
         yield add
         if exists:
-            with signals_wait():
+            with defer_signals():
                 for name in sorted(os.listdir(stage)):
                     os.rename(os.path.join(stage, name), os.path.join(dest, name))
         else:

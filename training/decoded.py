@@ -39,8 +39,12 @@ def decoded_images(dataset, max_bytes=MAX_BYTES, min_bytes=MIN_BYTES):
     return dist.first_on_rank0(lambda: _open_or_make(dataset))
 
 
+class DamagedImage(UserError):
+    """An image that does not decode, as opposed to a file of decoded images that cannot be written."""
+
+
 def _open_or_make(dataset):
-    path, bad_images = decoded_path(dataset), []
+    path = decoded_path(dataset)
     images = _open(path, dataset)
     if images is not None:
         return images
@@ -49,10 +53,10 @@ def _open_or_make(dataset):
         _check_space(path.parent, num_bytes(dataset))
         _remove_former(path)
         with atomic_write(path) as f:
-            _write(f, dataset, bad_images)
+            _write(f, dataset)
+    except DamagedImage:
+        raise
     except UserError as e:
-        if bad_images:
-            raise
         print(f'Warning: the data set is not decoded in advance: {e.message} (DNNLIB_CACHE_DIR names the folder).')
         return None
     return _open(path, dataset)
@@ -77,16 +81,15 @@ def _check_space(folder, size):
         raise UserError(f'{folder} has {free >> 20} MiB of free space, but {size >> 20} MiB are needed')
 
 
-def _write(f, dataset, bad_images):
-    """Write the .npy file; an error in the images themselves is also appended to `bad_images`."""
+def _write(f, dataset):
+    """Write the .npy file; DamagedImage for an error in the images themselves."""
     np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False,
                                                  shape=(dataset.num_files, *dataset.image_shape)))
     for i in range(dataset.num_files):
         try:
             image = dataset.decode_file(i)
         except UserError as e:
-            bad_images.append(e)
-            raise
+            raise DamagedImage(e.message) from e
         f.write(image.tobytes())
 
 

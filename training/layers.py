@@ -127,22 +127,30 @@ def norm_gradients(grad, x, weight, bias, mean, rstd, num_groups, silu):
 def norm_gradients_to_compile(grad, x, weight, bias, mean, rstd, num_groups, silu):
     """The same, written out as pixelwise products and sums, which a compiler fuses into two passes, the sums first.
 
-    As the norm is x̂·weight + bias with x̂ = (x − mean)·rstd, all gradients follow from each channel's Σ grad and
-    Σ grad·x̂. PyTorch's kernel would force float32 features, in another layout, to be written before and after it.
+    As the norm is x̂·w + b with x̂ = (x − mean)·rstd, all gradients follow from each channel's Σ g and Σ g·x̂, the
+    gradients of b and w:
+
+        grad_x = rstd·(w·g − mean(w·g) − x̂·mean(w·g·x̂)),
+
+    both means over a group. PyTorch's kernel would force float32 features, in another layout, to be written before and
+    after it.
     """
     batch, channels, pixels = _sizes(x)
 
     def spread(t):  # [B, num_groups, 1 or channels per group] → [B, C, 1, 1]
         return t.expand(batch, num_groups, channels // num_groups).reshape(batch, channels, 1, 1)
-    mean, rstd, weight, bias = mean[:, :, None], rstd[:, :, None], *(t.view(num_groups, -1) for t in (weight, bias))
-    wide, grad, scale = x.to(torch.float32), grad.to(torch.float32), spread(rstd * weight)
+    mean, rstd = mean[:, :, None], rstd[:, :, None]
+    weight, bias = weight.view(num_groups, -1), bias.view(num_groups, -1)
+    wide, grad = x.to(torch.float32), grad.to(torch.float32)
+    scale = spread(rstd * weight)
     if silu:
         grad = grad * _silu_slope(wide * scale + spread(bias - mean * rstd * weight))
     grad_bias = grad.sum((2, 3)).view(batch, num_groups, -1)
     grad_weight = ((grad * wide).sum((2, 3)).view(batch, num_groups, -1) - mean * grad_bias) * rstd
     size = pixels * channels // num_groups
-    of_mean, of_std = ((t * weight).sum(2, keepdim=True) / size for t in (grad_bias, grad_weight))
-    grad_x = grad * scale - wide * spread(rstd ** 2 * of_std) + spread(mean * rstd ** 2 * of_std - rstd * of_mean)
+    mean_wg = (grad_bias * weight).sum(2, keepdim=True) / size
+    mean_wgx = (grad_weight * weight).sum(2, keepdim=True) / size
+    grad_x = grad * scale - wide * spread(rstd ** 2 * mean_wgx) + spread(mean * rstd ** 2 * mean_wgx - rstd * mean_wg)
     return grad_x.to(x.dtype, memory_format=_layout(x)), grad_weight.sum(0).flatten(), grad_bias.sum(0).flatten()
 
 

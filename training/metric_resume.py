@@ -21,7 +21,7 @@ from dnnlib import UserError
 from dnnlib.download import cache_dir
 from dnnlib.files import atomic_write, make_dirs
 from torch_utils import distributed as dist
-from training.workers import signal_waits
+from torch_utils.signals import defer_signal
 
 FORMAT = 1  # increase it whenever the same images would give other statistics, or other arrays are saved
 SAVE_SECONDS = 60  # between two saves
@@ -66,7 +66,7 @@ class Unfinished:
             yield
         except KeyboardInterrupt:
             if self.works and accumulator.index > accumulator.share.start:
-                with signal_waits(signal.SIGINT):  # it comes twice: from the terminal, and from torchrun
+                with defer_signal(signal.SIGINT):  # it comes twice: from the terminal, and from torchrun
                     self.save(accumulator)
             raise
 

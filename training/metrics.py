@@ -284,12 +284,13 @@ def load_reference(path_or_url, metrics, detector):
 
 
 def _check_arrays(ref, metrics, what):
-    for array, user in ((array, name) for name in metrics for array in METRICS[name].ref_arrays):
-        if array not in ref:
-            needs = {name: set(metric.ref_arrays) for name, metric in METRICS.items() if metric.ref_arrays}
-            wanted = ','.join(name for name in needs if name in metrics or needs[name] <= ref.keys())
-            raise UserError(f"{what} has no array '{array}', which {user} needs; recreate the reference "
-                            f'with fid.py ref --metrics={wanted}')
+    for name in metrics:
+        for array in METRICS[name].ref_arrays:
+            if array not in ref:
+                needs = {other: set(metric.ref_arrays) for other, metric in METRICS.items() if metric.ref_arrays}
+                wanted = ','.join(other for other in needs if other in metrics or needs[other] <= ref.keys())
+                raise UserError(f"{what} has no array '{array}', which {name} needs; recreate the reference "
+                                f'with fid.py ref --metrics={wanted}')
     dim = num_features_of(ref)
     shapes = {'mu': (dim,), 'sigma': (dim, dim), 'features': (*np.shape(ref.get('features'))[:1], dim)}
     for name in (n for n in shapes if n in ref):

@@ -32,10 +32,10 @@ ARGUMENT_NAMES = {
 # Arguments of a network that change how it is trained, not what its tensors mean: a run may resume with others.
 REGIME = ('use_fp16', 'dropout')
 
-# What a state's settings say of the run besides its network, in the user's words; and what all older runs had.
-ORIGIN = {'system': '--precond=', 'augmentations': '--augment-with=', 'optimizer': 'the optimizer ',
-          'loss': 'the loss options '}
-ORIGIN_BEFORE = {'optimizer': 'Adam'}
+# What a state's settings say of the run besides its network: {name: how a message introduces its value}.
+ORIGIN_SHOWN_AS = {'system': '--precond=', 'augmentations': '--augment-with=', 'optimizer': 'the optimizer ',
+                   'loss': 'the loss options '}
+ORIGIN_IF_UNRECORDED = {'optimizer': 'Adam'}  # of states from before it was recorded
 
 MAX_SEED = (1 << 32) - 1  # the largest of NumPy's generators, which make the training order
 
@@ -147,7 +147,7 @@ def check_origin(state, path, **origin):
     Args:
         state: Its `settings` are compared; what those of older states do not record is taken as equal.
         path: For the message.
-        origin: What this run has, by the names in ORIGIN.
+        origin: What this run has, by the names in ORIGIN_SHOWN_AS.
 
     Raises:
         UserError: they differ.
@@ -155,11 +155,11 @@ def check_origin(state, path, **origin):
     def shown(value):
         return excerpt(' '.join(as_flags(value)) if isinstance(value, dict) else value or '') or 'none'
 
-    before = {**origin, **ORIGIN_BEFORE, **state['settings']}
+    before = {**origin, **ORIGIN_IF_UNRECORDED, **state['settings']}
     for name, now in origin.items():
         if before[name] != now:
-            raise UserError(f'{path} is from a run with {ORIGIN[name]}{shown(before[name])}, not {shown(now)}; '
-                            'resume with that, or start from a snapshot of it with --transfer')
+            raise UserError(f'{path} is from a run with {ORIGIN_SHOWN_AS[name]}{shown(before[name])}, '
+                            f'not {shown(now)}; resume with that, or start from a snapshot of it with --transfer')
 
 
 def tell_other_data(state, dataset):

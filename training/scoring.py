@@ -21,13 +21,13 @@ from dnnlib.download import local_path
 from dnnlib.files import file_sha256
 from dnnlib.text import NUMBER, check_once, excerpt, format_int_list
 from torch_utils import distributed as dist
+from torch_utils.signals import defer_signal
 from training import metrics as m
 from training.detectors import Detector, load_detector
 from training.generation import BATCH, generate_batch
 from training.metric_images import image_batches
 from training.metric_resume import Unfinished
 from training.pixels import to_uint8
-from training.workers import signal_waits
 
 
 class ImageFiles:
@@ -136,7 +136,7 @@ def statistics(source, detector, metrics, batch, num_features=None, unfinished=N
                     disable=None if shown else True) as bar,
           unfinished.saved_on_ctrl_c(accumulator) if unfinished else contextlib.nullcontext()):
         for images in source.batches(range(accumulator.index, accumulator.share.stop), batch):
-            with signal_waits(signal.SIGINT) if unfinished else contextlib.nullcontext():
+            with defer_signal(signal.SIGINT) if unfinished else contextlib.nullcontext():
                 accumulator.add(images)
             bar.update(len(images))
             if unfinished:

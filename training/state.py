@@ -17,6 +17,7 @@ from training.run_files import SNAPSHOT, STATE
 STATE_FORMAT = 1
 MAX_REPEATS = 4  # a state's values may total this many times its file's size, since tensors can share storage
 KIND = 'warm-diffusion training state'
+REMEDY = 'resume from another training-state-*.pt'
 EDM_WORDS = (b'optimizer_state', b'torch_utils.persistence')  # a key and a module found in every EDM state
 
 
@@ -93,31 +94,27 @@ def load_state(path):
         raise UserError(f"{path} is a training state of EDM's own program, which cannot be continued here; start from "
                         f'the snapshot beside it with --transfer={snapshot}') from e
     except Refused as e:
-        raise UserError(f'{path} was refused as a training state: {e}; {_remedy()}') from e
+        raise UserError(f'{path} was refused as a training state: {e}; {REMEDY}') from e
     except OSError as e:
-        raise UserError(f'{path} cannot be read ({e.strerror or e}); {_remedy()}') from e
+        raise UserError(f'{path} cannot be read ({e.strerror or e}); {REMEDY}') from e
     except Exception as e:  # a damaged file makes zipfile and torch raise many kinds of errors
-        raise UserError(f'{path} is not a training state, or it is damaged or cut off; {_remedy()}') from e
+        raise UserError(f'{path} is not a training state, or it is damaged or cut off; {REMEDY}') from e
     if damaged is not None:
-        raise UserError(f'{path} is damaged: the checksum of its part {excerpt(damaged)} is wrong; {_remedy()}')
+        raise UserError(f'{path} is damaged: the checksum of its part {excerpt(damaged)} is wrong; {REMEDY}')
     state = _unwrap(content, path)
     if not intact:
-        raise UserError(f'{path} is damaged: the checksum of its content is wrong; {_remedy()}')
+        raise UserError(f'{path} is damaged: the checksum of its content is wrong; {REMEDY}')
     return state
-
-
-def _remedy():
-    return 'resume from another training-state-*.pt'
 
 
 def _unwrap(content, path):
     if not isinstance(content, dict) or content.get('kind') != KIND or not isinstance(content.get('format'), int):
-        raise UserError(f'{path} is not a training state of this program; {_remedy()}')
+        raise UserError(f'{path} is not a training state of this program; {REMEDY}')
     if content['format'] > STATE_FORMAT:
         raise UserError(f"{path} was written by a newer version of this program (format {content['format']}, "
                         f'this one reads up to {STATE_FORMAT}); update it')
     if 'state' not in content:
-        raise UserError(f'{path} is damaged; {_remedy()}')
+        raise UserError(f'{path} is damaged; {REMEDY}')
     return content['state']
 
 

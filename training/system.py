@@ -1,7 +1,7 @@
 """What a system (EDM, Warm, …) must provide to be trained, sampled and scored: `System`, and EDM's own systems.
 
 A system is a network class, a loss, and samplers, with the options they take. The registry of all
-systems is warm/systems.py; training code is handed the system that it works on.
+systems is warm.systems; training code is handed the system that it works on.
 """
 
 import dataclasses

@@ -8,10 +8,10 @@ import itertools
 import multiprocessing
 import os
 import pickle
-import signal
 import threading
 
 from dnnlib import UserError
+from torch_utils.signals import defer_signals
 
 AHEAD = 2  # chunks queued for each of the other processes
 
@@ -44,7 +44,7 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def _submit(self, *call):
-        with signals_wait():  # a process started in it never sees Ctrl-C
+        with defer_signals():  # a process started in it never sees Ctrl-C
             return self.pool.submit(*call)
 
     def map(self, function, chunks):
@@ -89,42 +89,6 @@ def _broken_pool_named():
         yield
     except concurrent.futures.process.BrokenProcessPool as e:
         raise UserError('a worker process died, perhaps for lack of memory; run again with --workers=1') from e
-
-
-@contextlib.contextmanager
-def signals_wait():
-    """Context that holds Ctrl-C and SIGTERM back until the block ends: a pool that is interrupted may wait for ever."""
-    with _interrupts_wait(), signal_waits(signal.SIGTERM):
-        yield
-
-
-@contextlib.contextmanager
-def _interrupts_wait():
-    """Ctrl-C by the mask, which processes that are started in it inherit: they never see it."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextlib.contextmanager
-def signal_waits(number):
-    """Context that holds a signal back by its handler, which processes started in it do not inherit.
-
-    Only the main thread can set handlers; in others it does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived = []
-    handler = signal.signal(number, lambda *_: arrived.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(number, handler or signal.SIG_DFL)
-        if arrived:
-            signal.raise_signal(number)
 
 
 def _end_with_parent():

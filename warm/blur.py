@@ -52,8 +52,8 @@ def natural_rates(n, device=torch.device('cpu')):
     """λ ∝ 1/S − 1/S[0,0] [n, n], S from `prior_spectrum`; the highest band has the Gaussian's rate (ours).
 
     But for the subtraction, which matters in the lowest bands, λα² is proportional to β²/S at constant BNR. M then
-    depends on a band's signal-to-noise ratio alone: all bands fade at the same ratio, whereas with the Gaussian, low bands
-    fade while theirs is still high.
+    depends on a band's signal-to-noise ratio alone: all bands fade at the same ratio, whereas with the Gaussian, low
+    bands fade while theirs is still high.
     """
     rates = 1 / prior_spectrum(n)
     rates = rates - rates[0, 0]

@@ -38,7 +38,7 @@ from warm.path import parse_path
 from warm.samplers import default_path, make_denoiser
 from warm.steps import Level, transition
 from warm.systems import SYSTEMS
-from warm.warm import chosen_path
+from warm.systems.warm import chosen_path
 
 BETAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 SMALL_STEP = 1e-3  # how much lower the next noise level is, relatively, in the error of a step

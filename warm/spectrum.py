@@ -17,10 +17,10 @@ from dnnlib.flags import Key, Tool
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
 from warm.blur import BLUR_RATES, PAPER_BLUR, blur_mask, frequencies, marginal_variance, rest_mask
-from warm.blurring import BLUR_SCHEDULES, BlurringProcess
+from warm.systems.blurring import BLUR_SCHEDULES, BlurringProcess
 from warm.bnr import BETAS, TOLERANCE, band_power, fit_power_law, radius, recommended_bnr, spectral_gap
 from warm.figures import draw
-from warm.ihdm import HeatLevels
+from warm.systems.ihdm import HeatLevels
 from warm.path import PAPER_BNR, PATHS, ConstantBNR, parse_path
 from warm.report.tables import BNR_SCORES
 

@@ -13,7 +13,7 @@ from training.samplers import ablation_sampler
 from training.schedules import SOLVER
 from training.system import as_flags
 from warm.choices import DEFAULTS as CHOICES
-from warm.cold import ColdProcess
+from warm.systems.cold import ColdProcess
 from warm.samplers import SAMPLER_DEFAULTS
 from warm.systems import SYSTEMS
 
@@ -57,8 +57,11 @@ class Run:
         if system is None or not number.isdecimal():
             return self.name
         kwargs = self.options.get('network_kwargs', {})
-        path = f" {kwargs['bnr_schedule']}" if kwargs.get('bnr_schedule') else \
-            f" BNR {kwargs['bnr']}" if kwargs.get('bnr') else ''
+        path = ''
+        if kwargs.get('bnr_schedule'):
+            path = f" {kwargs['bnr_schedule']}"
+        elif kwargs.get('bnr'):
+            path = f" BNR {kwargs['bnr']}"
         return f'{number} {system}{path}'
 
 

@@ -103,7 +103,12 @@ def fid_against_nfe(measurements):
     for m in measurements:
         f = m.facts
         other_system = f['system'] not in (None, 'warm')
-        path = f['system'].upper() if other_system else f'BNR {f["bnr"]:g}' if f['bnr'] is not None else str(f['path'])
+        if other_system:
+            path = f['system'].upper()
+        elif f['bnr'] is not None:
+            path = f'BNR {f["bnr"]:g}'
+        else:
+            path = str(f['path'])
         name = ', '.join([path, *(str(f[key]) for key in several)])
         points.setdefault((other_system, f['bnr'] is None, f['bnr'] or 0, name), {}).setdefault(f['nfe'], []).append(m)
     curves = []

@@ -109,8 +109,8 @@ def together(scores, titles=TITLES):
             f'{title}: all {len(logs)} pairs of runs together, each at the last score that both have, after '
             f"{lengths}, score {ratio} times EDM's, between {low} and {high} with {100 * (1 - LEVEL):g} % confidence; "
             f"by the paper's FIDs it is {warm / edm:.2f} at BNR {PAPER_BNR:g}. With pairs that vary as these do, it "
-            f"takes {d.pairs_to_find(math.log(edm / warm))} to find a difference as large as the paper's with a probability "
-            f'of {100 * POWER:g} %.')
+            f"takes {d.pairs_to_find(math.log(edm / warm))} to find a difference as large as the paper's with a "
+            f'probability of {100 * POWER:g} %.')
     return texts
 
 
