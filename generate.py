@@ -13,7 +13,7 @@ from dnnlib.files import check_writable, interruptible
 from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
-from training.generated import check_kept, image_path, other_code, remaining_seeds, write_images
+from training.generated import check_kept, image_path, code_change_warning, remaining_seeds, write_images
 from training.generation import BATCH, GPU_BATCH, default_batch, generate_images
 from training.pictures import save_grid
 from training.provenance import code_version
@@ -81,7 +81,7 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
     dist.on_rank0(lambda: check_kept(outdir, set(seeds).difference(missing), subdirs, net))
     if len(missing) < len(seeds):
         dist.print0(f'{len(seeds) - len(missing)} of {len(seeds)} images already exist and are kept.')
-        warning = dist.on_rank0(lambda: other_code(outdir, version))
+        warning = dist.on_rank0(lambda: code_change_warning(outdir, version))
         if warning:
             dist.print0(f'Warning: {warning}.')
     dist.print0(f'Generating {len(missing)} images to {outdir}...')

@@ -178,11 +178,7 @@ def run(options, log):
     Returns:
         False if a signal stopped the training, else True.
     """
-    unused = typed_flags('eval_num', 'eval_ref', 'eval_detector', 'eval_metrics')
-    if unused and not typed_flags('eval_ticks') and not options['eval_ticks']:
-        raise UserError(f'{unused[0]} has no effect without scores; add --eval=TICKS, or leave it out')
-    if typed_flags('augment_with') and not options['augment']:
-        raise UserError('--augment-with has no effect without augmentation; add --augment=PROB, or leave it out')
+    check_unused_flags(options)
     for flag in cfg.SIZE_FLAGS:
         if flag not in cfg.size_arguments(options['arch']) and not typed_flags(flag):
             options[flag] = None  # from a preset, which is for the U-Nets
@@ -192,13 +188,7 @@ def run(options, log):
     config['resume'] = start['path']
     if options['seed'] is None:
         config['seed'] = start['settings'].get('seed', config['seed'])
-    data_may_be_missing = options['dry_run'] and not typed_flags('data')  # a preset can be shown without its data
-    if options['data'] is None and not typed_flags('preset'):
-        dist.print0(cfg.NO_DATA)
-    if os.path.exists(config['dataset_kwargs']['path']) or not data_may_be_missing:
-        dist.print0('Loading dataset...')
-        dataset = cfg.open_data(**config['dataset_kwargs'])  # once, and by all ranks at a time: it may take a minute
-        dist.on_rank0(lambda: cfg.check_config(config, dataset, start, fetch=not options['dry_run']))
+    dataset = open_and_check(options, config, start)
     if start['path'] is not None and not options['auto_resume'] and start['nimg'] >= config['total_kimg'] * 1000:
         raise UserError(f"{start['path']} has seen {start['nimg'] / 1000:g} thousand images, all that --duration="
                         f"{options['duration']:g} (in millions) asks for; give a longer --duration")
@@ -215,7 +205,35 @@ def run(options, log):
     if log is not None:
         log.open(os.path.join(run_dir, LOG_NAME))
     dist.print0(cfg.summary(config, run_dir))
-    for complaint in start['complaints']:
+    print_warnings(options, start['complaints'], changes)
+    return training_loop(run_dir=run_dir, systems=SYSTEMS, dataset=dataset, **config)
+
+
+def check_unused_flags(options):
+    """Raise UserError for flags typed that have no effect with the others."""
+    unused = typed_flags('eval_num', 'eval_ref', 'eval_detector', 'eval_metrics')
+    if unused and not typed_flags('eval_ticks') and not options['eval_ticks']:
+        raise UserError(f'{unused[0]} has no effect without scores; add --eval=TICKS, or leave it out')
+    if typed_flags('augment_with') and not options['augment']:
+        raise UserError('--augment-with has no effect without augmentation; add --augment=PROB, or leave it out')
+
+
+def open_and_check(options, config, start):
+    """The data set, after checking that all options suit it; None if it is missing in a dry run of a preset."""
+    if options['data'] is None and not typed_flags('preset'):
+        dist.print0(cfg.NO_DATA)
+    may_be_missing = options['dry_run'] and not typed_flags('data')
+    if may_be_missing and not os.path.exists(config['dataset_kwargs']['path']):
+        return None
+    dist.print0('Loading dataset...')
+    dataset = cfg.open_data(**config['dataset_kwargs'])  # once, and by all ranks at a time: it may take a minute
+    dist.on_rank0(lambda: cfg.check_config(config, dataset, start, fetch=not options['dry_run']))
+    return dataset
+
+
+def print_warnings(options, complaints, changes):
+    """Print what is unusual: damaged states (`complaints`), other options than before, files that replace others."""
+    for complaint in complaints:
         dist.print0(f'Warning: skipping a damaged state: {complaint}')
     if changes:
         dist.print0(f"Warning: this run continues with other options: {', '.join(changes)}.")
@@ -223,7 +241,6 @@ def run(options, log):
     if interval < 1:
         dist.print0('Warning: files are numbered by whole thousands of images, so those saved within the same thousand '
                     'replace each other; raise --tick, --snap or --dump to keep all.')
-    return training_loop(run_dir=run_dir, systems=SYSTEMS, dataset=dataset, **config)
 
 
 if __name__ == '__main__':

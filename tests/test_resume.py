@@ -22,7 +22,7 @@ from training import saving, training_loop
 from training.dataset import EMBEDDED
 from training.health import Health
 from training.progress import (MALFORMED, check_origin, checked_seed, load_optimizer, load_run_state, random_state,
-                               seed_rank, tell_other_data)
+                               seed_rank, warn_if_dataset_changed)
 from training.run_files import OPTIONS_NAME, saved_files
 from training.run_folder import check_run_dir, create_run_dir, start_point
 from training.saving import MAX_WAITING, Saver, find_states, host_copy, prune
@@ -509,11 +509,11 @@ def test_a_run_that_goes_on_with_other_options_says_so(whole, tmp_path):
 
 def test_more_images_under_the_same_name_are_said(capsys):
     data = types.SimpleNamespace(name='cats', num_files=20)
-    tell_other_data({'settings': dict(dataset='cats', num_images=10)}, data)
+    warn_if_dataset_changed({'settings': dict(dataset='cats', num_images=10)}, data)
     assert capsys.readouterr().out == ('Warning: this run was trained on cats (10 images) and continues with cats '
                                        '(20 images).\n')
     for settings in ({}, dict(dataset='cats'), dict(dataset='cats', num_images=20)):
-        tell_other_data({'settings': settings}, data)
+        warn_if_dataset_changed({'settings': settings}, data)
         assert capsys.readouterr().out == '', 'older runs do not say how many'
 
 

@@ -29,7 +29,7 @@ PRECISIONS = {
 }
 
 
-def computed(name, device):
+def effective_precision(name, device):
     """The name of the precision that a network set to `name` really has on a torch.device."""
     only_cuda = PRECISIONS[name].cuda_only or PRECISIONS[name].tf32
     return 'fp32' if only_cuda and device.type != 'cuda' else name

@@ -1,4 +1,4 @@
-"""Signals as requests (finish the step, save, leave), and a watchdog for steps that never end."""
+"""Signals as requests (finish the step, save, leave) or held back, and a watchdog for steps that never end."""
 
 import contextlib
 import faulthandler

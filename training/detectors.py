@@ -183,6 +183,11 @@ def _inception_weights(device):
 DETECTORS = {'inception': _inception_script, 'inception-pth': _inception_weights, 'pixels': PixelDetector}
 
 
+def needs_download(spec):
+    """Whether `load_detector` downloads what this names, if it is not in the cache."""
+    return is_url(spec) or DETECTORS.get(spec, PixelDetector) is not PixelDetector
+
+
 def load_detector(spec='inception', device='cpu'):
     """The detector with that name, or the one in a file.
 

@@ -77,7 +77,7 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
     return [s for name, s in wanted.items() if overwrite or name not in present]
 
 
-def other_code(outdir, version):
+def code_change_warning(outdir, version):
     """A sentence if the code may have changed since the images of `outdir` were recorded, as far as that is known.
 
     Args:

@@ -145,14 +145,14 @@ def accumulate(batches, detector, metrics, total):
     return accumulator.statistics()
 
 
-def check_images(metrics, total, detector, flags='--'):
-    """Raise UserError unless `metrics` are defined for that many images and this detector.
+def check_images(metrics, total, detector=None, flags='--'):
+    """Raise UserError unless `metrics` are defined for that many images and this detector, if it is known.
 
     `flags` is the prefix of the flags that the message names: train.py's are --eval-metrics and --eval-detector.
     """
     for name in metrics:
         _check_enough(name, total, 'images', flags)
-        if 'splits' in METRICS[name].collectors and not detector.has_probs:
+        if detector is not None and 'splits' in METRICS[name].collectors and not detector.has_probs:
             raise UserError(f"the metric '{name}' needs class probabilities, which the detector "
                             f"'{detector.name}' does not give; use {flags}detector=inception or leave '{name}' out")
     if total < 2:

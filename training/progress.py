@@ -162,7 +162,7 @@ def check_origin(state, path, **origin):
                             f'not {shown(now)}; resume with that, or start from a snapshot of it with --transfer')
 
 
-def tell_other_data(state, dataset):
+def warn_if_dataset_changed(state, dataset):
     """Print a warning if a run goes on with another data set than it began with: another name, or number of files."""
     now = dict(dataset=dataset.name, num_images=dataset.num_files)
     before = {**now, **{name: state['settings'][name] for name in now if name in state['settings']}}

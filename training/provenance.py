@@ -13,7 +13,7 @@ import torch
 from dnnlib.files import file_sha256
 from dnnlib.json_files import append_line
 from torch_utils import distributed as dist
-from torch_utils.precision import computed
+from torch_utils.precision import effective_precision
 from training import metrics as m
 from training.schedules import SOLVER
 from training.stand_ins import count_evaluations, trace
@@ -51,7 +51,7 @@ def training_facts(net, system, dataset_name, loss):
 def sampling_facts(net, system, options, sampler):
     """How the network is sampled: NFE, solver, precision, the system's own facts (Warm's BNR), all options given."""
     solver = options.get('solver', SOLVER) if 'solver' in system.sample_options else None
-    precision = computed(net.precision, next(net.parameters()).device)
+    precision = effective_precision(net.precision, next(net.parameters()).device)
     return dict(nfe=count_evaluations(net, sampler), solver=solver, precision=precision,
                 **system.describe(net, options), sampler=options)
 

@@ -22,7 +22,7 @@ from training.generation import gather_images
 from training.health import AGAIN, Health
 from training.pictures import save_grid
 from training.progress import (Progress, check_origin, checked_seed, restore, resume_from, run_state, seed_rank,
-                               tell_other_data)
+                               warn_if_dataset_changed)
 from training.saving import Saver
 from training.snapshot import read_snapshot
 from training.status import Status
@@ -90,7 +90,7 @@ def training_loop(
     state = resume_from(resume) if resume is not None else None
     if state is not None:  # before the early return: a finished run of another system must not count as this one's
         check_origin(state, resume, system=system.name, augmentations=augmentations, loss=changed_loss)
-        tell_other_data(state, dataset)
+        warn_if_dataset_changed(state, dataset)
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_nimg:
         dist.print0(f'All {total_kimg:g} kimg are already done.')
@@ -197,8 +197,10 @@ def watched_sec(timeout, device):
 
     There a step may take any time, such as 20 minutes for 512 images, and no rank waits for another.
     """
+    if timeout is not None:
+        return timeout
     alone = device.type == 'cpu' and dist.get_world_size() == 1
-    return timeout if timeout is not None else 0 if alone else TIMEOUT
+    return 0 if alone else TIMEOUT
 
 
 def split_batch(batch_size, batch_gpu=None):

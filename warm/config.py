@@ -13,7 +13,7 @@ from torch_utils.precision import PRECISIONS
 from training.augment import enabled_names, training_strengths
 from training.batches import check_data_device
 from training.dataset import EMBEDDED, ImageFolderDataset
-from training.detectors import DETECTORS, Detector, PixelDetector, load_detector
+from training.detectors import load_detector, needs_download
 from training.metrics import METRICS, check_images, load_reference, parse_metrics
 from training.progress import check_network, check_origin
 from training.status import check_tensorboard
@@ -172,16 +172,15 @@ def check_evaluation(num_files, num, ref, detector, metrics, ticks=None, fetch=F
         UserError: what `make_evaluator` would refuse, as far as can be told so.
     """
     names = parse_metrics(metrics)
-    elsewhere = is_url(detector) or DETECTORS.get(detector, PixelDetector) is not PixelDetector
-    found = Detector(detector, '', 'cpu', has_probs=True) if elsewhere else load_detector(detector)
-    check_images(names, num, found, '--eval-')
+    here = None if needs_download(detector) else load_detector(detector)
+    check_images(names, num, here, '--eval-')
     if ref is None:
-        check_images([name for name in names if METRICS[name].ref_arrays], num_files, found, '--eval-')
+        check_images([name for name in names if METRICS[name].ref_arrays], num_files, here, '--eval-')
     elif not is_url(ref):
         local_path(ref)
-        if not elsewhere:
-            load_reference(ref, names, found)
-    if fetch and elsewhere:
+        if here is not None:
+            load_reference(ref, names, here)
+    if fetch and here is None:
         load_detector(detector)
 
 

@@ -23,7 +23,7 @@ from dnnlib.files import make_dirs
 from dnnlib.flags import Text, Tool
 from dnnlib.json_files import append_line, check_json_lines
 from torch_utils import distributed as dist
-from torch_utils.precision import computed
+from torch_utils.precision import effective_precision
 from training import provenance
 from training.dataset import EMBEDDED, ImageFolderDataset, name_of
 from training.generation import default_batch
@@ -194,7 +194,7 @@ def record_of(net, levels, bnr=None, **facts):
     """One line of JSON about a network's errors: what it is, how they were measured, and the errors."""
     system = SYSTEMS[net.system]
     return dict(**provenance.snapshot_facts(net.snapshot, net, system), **system.describe(net, {'bnr': bnr}),
-                precision=computed(net.precision, next(net.parameters()).device), **facts,
+                precision=effective_precision(net.precision, next(net.parameters()).device), **facts,
                 commit=provenance.code_version(), torch=torch.__version__,
                 hardware=provenance.hardware(dist.device()), levels=levels)
 

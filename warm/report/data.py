@@ -22,12 +22,12 @@ PAPER_KIMG, PAPER_GPUS = 200_000, 8  # the length of training is EDM's
 BETTER = {name: metric.best for metric in METRICS.values() for name in metric.scores if not name.endswith(STD)}
 DISTANCES = ('FID', 'FD')  # kinds of a distance's label: Inception's, any other detector's
 # Two scores that agree in these are rounds of one measurement; everything else may differ between rounds.
-SAME = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'precision', 'bnr', 'path',
-        'trained_on', 'targets', 'prior', 'cold_blur', 'cold_start', 'sampler', 'class_idx', 'detector',
-        'detector_sha256', 'ref_sha256', 'num_images')
+GROUP_KEYS = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe', 'solver', 'precision', 'bnr', 'path',
+              'trained_on', 'targets', 'prior', 'cold_blur', 'cold_start', 'sampler', 'class_idx', 'detector',
+              'detector_sha256', 'ref_sha256', 'num_images')
 # What the network's content determines, or what does not matter: taken from the last round.
-OF_THE_LAST = ('resolution', 'commit', 'device', 'ranks', 'network', 'architecture', 'parameters', 'network_options',
-               'loss')
+LAST_ROUND_KEYS = ('resolution', 'commit', 'device', 'ranks', 'network', 'architecture', 'parameters',
+                   'network_options', 'loss')
 # Options that the facts hold under another name: as NFE, solver, path, targets and blur; `data` is the training set.
 NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data', 'targets', *CHOICES, 'cold_blur')
 ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
@@ -71,7 +71,7 @@ class Measurement:
 
     Attributes:
         run: Name of the run.
-        facts: What the rounds have in common (SAME); OF_THE_LAST; all their seeds. None where unknown.
+        facts: What the rounds have in common (GROUP_KEYS); LAST_ROUND_KEYS; all their seeds. None where unknown.
         values: {metric's label: best value}.
         rounds: Number of different sets of seeds.
         seconds: Scoring time of all rounds together.
@@ -137,7 +137,7 @@ def measurements_of(runs):
     for run in runs:
         for line in run.scores:
             if is_own_score(line):
-                same = {name: line.get(name) for name in SAME}
+                same = {name: line.get(name) for name in GROUP_KEYS}
                 groups.setdefault((run.name, json.dumps(same, sort_keys=True)), (run, []))[1].append(line)
     return [_measurement(run, lines) for run, lines in groups.values()]
 
@@ -149,7 +149,7 @@ def _measurement(run, lines):
         best = BETTER.get('FID' if base == 'FD' else base)
         if best is not None:
             values[line['metric']] = best(line['value'], values.get(line['metric'], line['value']))
-    facts = {name: lines[-1].get(name) for name in (*SAME, *OF_THE_LAST)}
+    facts = {name: lines[-1].get(name) for name in (*GROUP_KEYS, *LAST_ROUND_KEYS)}
     if facts['network_options'] is None and facts['system'] in SYSTEMS and run.options:  # a record of an older version
         kwargs = run.options.get('network_kwargs', {})
         facts['network_options'] = SYSTEMS[facts['system']].changed_network(kwargs)
