@@ -15,14 +15,14 @@ from dnnlib.json_files import check_json_lines, read_object
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
 from training import metrics as m
-from training.detectors import DETECTORS
+from training.detectors import DETECTORS, scoring_batch
 from training.generated import RECORD
 from training.generation import BATCH, GPU_BATCH, default_batch
 from training.metric_images import open_images
 from training.provenance import log_scores
 from training.run_files import SCORES_NAME
-from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, say, scoring_batch,
-                              unfinished_pass, write_reference)
+from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, say, unfinished_pass,
+                              write_reference)
 from training.system import flag_of
 from warm.flags import class_flag, sampler_flags
 from warm.sources import open_network

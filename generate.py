@@ -13,7 +13,7 @@ from dnnlib.files import check_writable, interruptible
 from dnnlib.flags import Text
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
-from training.generated import check_kept, image_path, code_change_warning, remaining_seeds, write_images
+from training.generated import check_kept, code_change_warning, image_path, remaining_seeds, write_images
 from training.generation import BATCH, GPU_BATCH, default_batch, generate_images
 from training.pictures import save_grid
 from training.provenance import code_version
@@ -86,7 +86,8 @@ def run(network_path, outdir, seeds, subdirs, class_idx, max_batch, grid, trajec
             dist.print0(f'Warning: {warning}.')
     dist.print0(f'Generating {len(missing)} images to {outdir}...')
     with tqdm.tqdm(total=len(missing), unit='img', disable=None if dist.get_rank() == 0 else True) as bar:
-        batches = generate_images(net, seeds, sampler, max_batch or default_batch(net), class_idx, set(missing))
+        batches = generate_images(net, seeds, sampler, max_batch or default_batch(net), class_idx, set(missing),
+                                  must_be_finite=True)
         ranks = dist.get_world_size()
         write_images(outdir, batches, subdirs, progress=lambda n: bar.update(min(n * ranks, bar.total - bar.n)))
     dist.barrier()

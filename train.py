@@ -50,6 +50,8 @@ def check_desc(ctx, param, value):
 
 
 TRAINABLE = [name for name, system in SYSTEMS.items() if system.trainable]
+SYSTEMS_HELP = 'System: preconditioning and loss; ' + ', '.join(
+    f'{name} ({SYSTEMS[name].paper})' for name in TRAINABLE)
 # Defaults are written only where they take effect.
 LOOP, SCORES = ({name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
                 for function in (training_loop, make_evaluator))
@@ -63,7 +65,7 @@ GRID = LOOP['grid_images'] if torch.cuda.is_available() else 16
 @click.option('--data', metavar='ZIP|DIR', type=Text(), default=None, help='Data set  [default: the embedded digits]')
 @click.option('--cond', metavar='BOOL', type=bool, default=False, help='Train a class-conditional model')
 @click.option('--arch', type=Key(cfg.ARCHITECTURES), default='ddpmpp', help='Network architecture')
-@click.option('--precond', type=click.Choice(TRAINABLE), default='edm', help='System: preconditioning and loss')
+@click.option('--precond', type=click.Choice(TRAINABLE), default='edm', help=SYSTEMS_HELP)
 # Hyperparameters.
 @click.option('--duration', metavar='MIMG', type=NumberRange(min=0, min_open=True), default=LOOP['total_kimg'] // 1000,
               help='Length of training, in millions of images')

@@ -9,9 +9,9 @@ from tests.family_oracle import ancestral_step, implicit_step
 from training.samplers import ablation_sampler, edm_sigma_steps
 from warm.bands import Bands, ancestral_noise_step, diffuse, posterior, spread_levels, transition_moments
 from warm.blur import blur_and_rest, dct2, frequencies, idct2
+from warm.steps import Level, transition
 from warm.systems.blurring import BlurringProcess
 from warm.systems.lee import LeeChain
-from warm.steps import Level, transition
 
 N = 8
 

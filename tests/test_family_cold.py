@@ -15,11 +15,11 @@ from training.dataset import EMBEDDED, ImageFolderDataset
 from training.provenance import sampling_facts
 from warm.bands import diffuse
 from warm.blur import blur, dct2, idct2
+from warm.starts import TrainingImages, data_for
+from warm.systems import SYSTEMS
 from warm.systems.cold import (BLURS, PRIORS, STARTS, ColdPrecond, ColdProcess, cold_loss, cold_sampler, colour_start,
                        make_cold_sampler, restoration_step)
 from warm.systems.ihdm import HeatLevels, IHDMPrecond, ihdm_loss, ihdm_sampler, make_ihdm_sampler
-from warm.starts import TrainingImages, data_for
-from warm.systems import SYSTEMS
 
 S = spectrum() / 4  # of images in [0, 1]
 ONES = torch.ones(8, 8, dtype=torch.float64)

@@ -13,13 +13,13 @@ from training.loss import EDMLoss
 from training.samplers import ablation_sampler, edm_sampler
 from warm.bands import Bands, diffuse
 from warm.blur import blur, dct2, idct2
-from warm.systems.epsilon_scaling import parse_scale, scaled_sampler
 from warm.path import ConstantBNR
+from warm.systems import SYSTEMS
+from warm.systems.epsilon_scaling import parse_scale, scaled_sampler
 from warm.systems.pfgmpp import (PFGMPPLoss, PFGMPPPrecond, chi_square_of, heavy_tailed, make_pfgmpp_sampler,
                          with_heavy_tails)
 from warm.systems.soft import SoftLoss, SoftPrecond, momentum_step, soft_bands, soft_sampler
 from warm.systems.stf import STFLoss, posterior_mean
-from warm.systems import SYSTEMS
 
 S = spectrum()
 

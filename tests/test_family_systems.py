@@ -24,11 +24,11 @@ from training.system import EDM_SYSTEMS, GRID_OPTIONS, Option, own_options
 from training.training_loop import training_loop
 from warm import flags
 from warm.config import check_config
-from warm.systems.edm_like import with_multistep
 from warm.samplers import SOLVERS
 from warm.sources import open_network
 from warm.steps import Solver
 from warm.systems import SYSTEMS
+from warm.systems.edm_like import with_multistep
 
 EDM_NFE = 35  # of EDM's sampler, and so of a system that takes it
 DEFAULT_NFE = {'soft': 200, 'blurring': 1000, 'lee': 1000, 'ihdm': 200, 'cold': 50}  # where it is not EDM's

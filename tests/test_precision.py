@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dnnlib import UserError
 from tests.commands import SMALL, invoke, json_lines, refused, succeed
 from tests.small_networks import DEVICES, NETWORKS, distance, make_net, outputs_and_gradients
-from torch_utils.precision import PRECISIONS, computed
+from torch_utils.precision import PRECISIONS, effective_precision
 from training import layers
 from training.augment import TRAIN_AUGMENT, AugmentPipe
 from training.loss import EDMLoss
@@ -49,7 +49,7 @@ def test_near_float32(precision, model_type, device):
     ('fp16', 'cpu', 'fp32'), ('tf32', 'cpu', 'fp32'), ('bf16', 'cpu', 'bf16'), ('fp32', 'cpu', 'fp32'),
     ('fp16', 'cuda', 'fp16'), ('tf32', 'cuda', 'tf32')])
 def test_records_name_the_precision_that_was_computed_in(name, kind, expected):
-    assert computed(name, torch.device(kind)) == expected
+    assert effective_precision(name, torch.device(kind)) == expected
     if kind == 'cpu':
         net = make_net()
         net.precision = name

@@ -61,6 +61,17 @@ def test_public_names_have_docstrings(path):
             assert ast.get_docstring(node) or is_click(node), f'{node.name} has no docstring'
 
 
+@pytest.mark.parametrize('page', ['README.md', 'docs/robustness.md'])
+def test_the_tests_that_a_page_names_exist(page):
+    text = (ROOT / page).read_text(encoding='utf-8')
+    named = re.findall(r'`(tests/[\w/]+\.py)(?:::(\w+))?`((?:, `test_\w+`)*)', text)
+    assert len(named) > 5
+    for path, first, others in named:
+        functions = {node.name for node in ast.walk(ast.parse((ROOT / path).read_text(encoding='utf-8')))
+                     if isinstance(node, ast.FunctionDef)}
+        assert {name for name in (first, *re.findall(r'test_\w+', others)) if name} <= functions, path
+
+
 def test_lines_fit():
     """120 columns, tests and benchmarks too."""
     paths = [path for pattern in ('*.py', *(f'{layer}/**/*.py' for layer in LAYERS[:-1]), 'tests/**/*.py')

@@ -16,16 +16,16 @@ import torch
 
 from dnnlib import UserError
 from dnnlib.text import format_time
+from tests.commands import READ_ONLY, SMALL, invoke, json_lines, refused, run_command, succeed, torchrun
 from torch_utils import training_stats
+from train import main
 from training import training_loop as tl
+from training import status as st
 from training.dataset import EMBEDDED, ImageFolderDataset, load_embedded
 from training.run_folder import next_run_dir, run_name, same_run_dir
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.state import load_state
-from training import status as st
 from training.status import ProgressLine, Status, trim_records
-from tests.commands import READ_ONLY, SMALL, invoke, json_lines, refused, run_command, succeed, torchrun
-from train import main
 from warm.systems import SYSTEMS
 
 

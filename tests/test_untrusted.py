@@ -134,13 +134,18 @@ def test_wild_json_beside_images(tmp_path):
     assert read_object(tmp_path / 'generation.json') is None
 
 
-def test_names_are_keys_and_never_places(tmp_path):
-    names = ['../../evil.png', '/evil.png', 'C:\\evil.png', 'a/../../evil2.png']
+@pytest.mark.parametrize('name', ['../../evil.png', '/evil.png', 'C:\\evil.png', 'a/../../evil.png', '\\evil.png',
+                                  'a\\..\\evil.png', '..'])
+def test_names_outside_a_zip_are_refused(name, tmp_path):
     (tmp_path / 'in').mkdir()
-    path = data_set(tmp_path / 'in' / 'set.zip', {name: png(4, 4, bytes(20)) for name in names})
-    dataset = ImageFolderDataset(path)
-    assert len(dataset) == 4 and dataset[3][0].shape == (1, 4, 4)
+    path = data_set(tmp_path / 'in' / 'set.zip', {'good.png': png(4, 4, bytes(20)), name: png(4, 4, bytes(20))})
+    assert 'a place outside of it' in refusal(ImageFolderDataset, path)
     assert sorted(p.name for p in tmp_path.rglob('*')) == ['in', 'set.zip']
+
+
+def test_dots_in_names_are_no_places(tmp_path):
+    names = ['a..b.png', 'c../d.png', 'e/f...png', 'g/h..i/j.png', 'j:k.png']
+    assert len(ImageFolderDataset(data_set(tmp_path / 'set.zip', {name: png(4, 4, bytes(20)) for name in names}))) == 5
 
 
 def npy(shape, dtype='<f8', data=b''):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import time
 import warnings
 
@@ -18,6 +19,7 @@ from dnnlib import UserError
 from dnnlib.files import escape_on_stdout
 
 TIMEOUT = datetime.timedelta(minutes=30)
+TORCHRUN_NAMES = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')  # of its environment, what a process group needs
 
 
 def init():
@@ -35,15 +37,22 @@ def init():
             raise UserError(f'there is no GPU for process {local_rank()} (counted from 0), as this machine has {gpus}; '
                             f'start at most one per GPU, with --nproc_per_node={gpus}')
         torch.cuda.set_device(local_rank())
-    if 'RANK' in os.environ and 'WORLD_SIZE' in os.environ and not torch.distributed.is_initialized():
-        lacking = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
+    if {'RANK', 'WORLD_SIZE'} & os.environ.keys() and not torch.distributed.is_initialized():
+        given = [name for name in TORCHRUN_NAMES if name in os.environ]
+        lacking = [name for name in TORCHRUN_NAMES if name not in os.environ]
         if lacking:
-            raise UserError(f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}; start the ranks with "
+            raise UserError(f"{' and '.join(given)} are set, but not {' and '.join(lacking)}; start the ranks with "
                             'torchrun, or unset all of these for a single process')
         own, number = os.environ['RANK'], os.environ['WORLD_SIZE']
         if not (own.isdecimal() and number.isdecimal() and int(own) < int(number)):
             raise UserError(f'RANK={own} is none of WORLD_SIZE={number} ranks, which are counted from 0; start the '
                             'ranks with torchrun, or correct these two')
+        address = os.environ['MASTER_ADDR']
+        try:
+            socket.getaddrinfo(address, None)
+        except OSError as e:  # PyTorch would try again for as long as TIMEOUT
+            raise UserError(f'MASTER_ADDR={address} is no known host ({e.strerror or e}); correct it, or the '
+                            '--rdzv_endpoint of torchrun') from e
         on_cuda = torch.cuda.is_available()
         try:
             store, rank, ranks = next(torch.distributed.rendezvous('env://', timeout=TIMEOUT))

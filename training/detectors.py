@@ -30,6 +30,11 @@ INCEPTION = 'inception-2015-12-05'  # in either of its files; the only detector 
 FILE_PREFIX = 'file:'  # begins the names of user-supplied detectors, which are identified by digest, not by name
 
 
+def scoring_batch(device):
+    """How many images a detector on this device takes at a time; more are no faster."""
+    return 256 if torch.device(device).type == 'cuda' else 64
+
+
 class Detector:
     """Images in, features and class probabilities out.
 

@@ -44,7 +44,7 @@ class Evaluator:
         if not (done or (tick > 0 and tick % self.ticks == 0)):
             return {}
         sampler = self.system.make_sampler(net, self.sample_options)
-        source = NetworkImages(net, sampler, range(self.num))
+        source = NetworkImages(net, sampler, range(self.num), must_be_finite=False)
         values, facts = self.scorer(source, default_batch(net), progress=False)
         named = {m.label(name, self.scorer.detector): value for name, value in values.items()}
         if dist.get_rank() == 0:

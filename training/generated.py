@@ -14,7 +14,7 @@ from dnnlib.files import atomic_write, make_dirs
 from dnnlib.json_files import read_object
 from dnnlib.text import excerpt, format_int_list
 from training.image_archive import find_images, open_archive
-from training.image_codec import PNG_HEADER_BYTES, png_shape
+from training.image_codec import PNG_END, PNG_HEADER_BYTES, png_shape
 from training.pictures import to_pil
 
 RECORD = 'generation.json'
@@ -31,7 +31,7 @@ def image_path(outdir, seed, subdirs=False):
 
 def save_png(path, image):
     """Write uint8 image [C, H, W] as PNG; the file appears only when it is complete."""
-    tmp = path.with_name(f'.tmp-{path.name}')
+    tmp = path.with_name(f'.tmp-{os.getpid()}-{path.name}')  # another process may be writing the same image
     try:
         to_pil(image).save(tmp, format='PNG')
         os.replace(tmp, path)
@@ -42,7 +42,7 @@ def save_png(path, image):
 
 
 def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=False):
-    """The seeds whose images OUTDIR still lacks, after checking that all images there were made in the same way.
+    """The seeds whose images OUTDIR lacks, or holds cut off, after checking that all there were made in the same way.
 
     `settings` (plain JSON values: everything that determines the images) is kept in OUTDIR/generation.json and applies
     to every image in the folder: fid.py copies it beside their score. A record of equal images is kept as it is.
@@ -74,7 +74,8 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
     if reason:
         with atomic_write(record, 'w') as f:
             json.dump(settings, f, indent=2)
-    return [s for name, s in wanted.items() if overwrite or name not in present]
+    return [s for name, s in wanted.items()
+            if overwrite or name not in present or not _is_complete(pathlib.Path(outdir) / name)]
 
 
 def code_change_warning(outdir, version):
@@ -104,6 +105,16 @@ def check_kept(outdir, seeds, subdirs, net):
         if found != shape:
             raise UserError(f"{path} does not match this network's images, which are {shape[2]}x{shape[1]} pixels "
                             f'with {shape[0]} channel(s); remove it, and run the same command again')
+
+
+def _is_complete(path):
+    """Whether a PNG file has its end, which one that was being written when the power failed may lack."""
+    try:
+        with open(path, 'rb') as f:
+            f.seek(-min(len(PNG_END), os.fstat(f.fileno()).st_size), os.SEEK_END)
+            return f.read() == PNG_END
+    except OSError:
+        return True  # `check_kept` names the reason
 
 
 def _name(seed, subdirs):

@@ -57,6 +57,17 @@ def generate_batch(net, seeds, sampler, class_idx=None, size=None):
     return sampler(latents, class_labels, rnd.randn_like)
 
 
+def finite_uint8(images, seeds):
+    """`to_uint8` of the images of `seeds`; UserError for one with NaN or infinite values, of which it would make 0."""
+    finite = images.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        bad = [seed for seed, ok in zip(seeds, finite.tolist()) if not ok]
+        raise UserError(f'the network drew NaN or infinite values for seed {bad[0]} ({len(bad)} of {len(seeds)} images '
+                        'of its batch); it is damaged or its training went wrong: use another snapshot, or '
+                        '--precision=fp32 if it was fp16')
+    return to_uint8(images)
+
+
 def default_batch(net):
     """A batch size that suits the network's device: BATCH, or on a large GPU a power of two up to GPU_BATCH.
 
@@ -74,18 +85,23 @@ def default_batch(net):
     return max(BATCH, min(GPU_BATCH, 1 << int(np.log2(max(fitting, 1)))))
 
 
-def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted=None):
+def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted=None,
+                    must_be_finite=False):
     """Yield (seeds, uint8 images [B, C, H, W]) for this rank's share of `seeds`, in batches.
 
     With `wanted` (a set), yield only those seeds. The batches are still those of all seeds, and are drawn whole: an
     image's rounding depends on its batch, and images drawn later must equal an uninterrupted run's. A compiled network
     draws all batches at the size of the first.
+
+    With `must_be_finite`, UserError for an image with NaN or infinite values; otherwise they are cast as they are:
+    training goes on whatever its pictures show.
     """
+    to_pixels = finite_uint8 if must_be_finite else lambda images, seeds: to_uint8(images)
     batches = [seeds[i:i + max_batch] for i in range(0, len(seeds), max_batch)]
     if wanted is not None:
         batches = [batch for batch in batches if not wanted.isdisjoint(batch)]
     for batch in batches[dist.get_rank()::dist.get_world_size()]:
-        images = to_uint8(generate_batch(net, batch, sampler, class_idx, size=min(max_batch, len(seeds))))
+        images = to_pixels(generate_batch(net, batch, sampler, class_idx, size=min(max_batch, len(seeds))), batch)
         rows = [i for i, seed in enumerate(batch) if wanted is None or seed in wanted]
         # Taking rows copies their numbers to the GPU, for which the host would wait.
         yield [batch[i] for i in rows], images if len(rows) == len(batch) else images[rows]

@@ -5,16 +5,19 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
 
 from dnnlib import UserError
+from dnnlib.text import excerpt
 from training.image_codec import is_image_name
 
 MAX_FILE_BYTES = 1 << 28  # no image of a dataset is near this; a zip may claim anything
 MAX_LABEL_BYTES = 16 << 20  # for dataset.json, plus LABEL_BYTES_PER_IMAGE; parsed JSON takes 20 times its text
 LABEL_BYTES_PER_IMAGE = 256
+OUTSIDE = re.compile(r'[/\\]|[A-Za-z]:[/\\]|(.*[/\\])?\.\.([/\\]|$)', re.DOTALL)  # names of places outside an archive
 MAX_CLASSES = 100_000  # a one-hot vector longer than this means a wrong label
 NO_IMAGES = ('.csv', '.db', '.html', '.ini', '.json', '.jsonl', '.log', '.md', '.txt', '.tsv', '.xml', '.yaml', '.yml')
 
@@ -117,8 +120,17 @@ class ZipArchive:
         return self._zip
 
     def names(self):
-        """All files of the zip. Names are keys only: nothing is ever extracted to them."""
-        return [name for info in self._open().infolist() if (name := info.filename) and not name.endswith('/')]
+        """All files of the zip. Names are keys only: nothing is ever extracted to them.
+
+        Raises:
+            UserError: an absolute name or one with '..', which no proper archive has.
+        """
+        names = [name for info in self._open().infolist() if (name := info.filename) and not name.endswith('/')]
+        for name in names:
+            if OUTSIDE.match(name):
+                raise UserError(f'{self.path} holds a file named {excerpt(name, 100)}, a place outside of it; remove '
+                                'that file, or make the zip again from a folder')
+        return names
 
     def has(self, name):
         return name in self._open().NameToInfo

@@ -19,6 +19,7 @@ except ImportError:
 FORMATS = ('AVIF', 'BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'MPO', 'PNG', 'PPM', 'QOI', 'SGI', 'TGA', 'TIFF', 'WEBP')
 MAX_PIXELS = 1 << 26  # 8192×8192; half of it where a pixel takes more than 3 bytes, so that memory stays under 1 GiB
 PNG_HEADER_BYTES = 33  # signature, then the IHDR chunk
+PNG_END = b'\0\0\0\0IEND\xaeB`\x82'  # the last chunk, which is empty
 PNG_CHANNELS = {0: 1, 2: 3, 3: 3}  # colour type → channels after decoding (palettes become RGB)
 PLAIN = {'1': 'L', 'L': 'L', 'RGB': 'RGB', 'P': 'RGB', 'CMYK': 'RGB', 'YCbCr': 'RGB'}  # loses nothing but CMYK's K
 

@@ -20,6 +20,7 @@ from dnnlib import UserError
 from dnnlib.download import is_url, local_path
 from dnnlib.files import atomic_write, check_writable
 from training import metric_fid, metric_is, metric_kid, metric_pr
+from training.detectors import scoring_batch
 from training.metric_collectors import Features, Moments, SplitProbabilities, rank_share
 from training.npz import read_npz
 
@@ -108,7 +109,10 @@ class Accumulator:
         Raises:
             UserError: features that are not finite, or not `num_features` of them.
         """
-        features, probs = self.detector(images, features=True, probs=self.need_probs)
+        # In parts of one size, however images are drawn or read: the last bits of features depend on it.
+        parts = [self.detector(part, features=True, probs=self.need_probs)
+                 for part in images.split(scoring_batch(self.detector.device))]
+        features, probs = (torch.cat(part) if part[0] is not None else None for part in zip(*parts))
         _check_features(features, self.index, self.detector, self.num_features)
         for c in self.collectors.values():
             c.update(features if c.uses == 'features' else probs)

@@ -4,10 +4,12 @@ One class per column of that table; they differ in `scalings` and in the range o
 """
 
 import copy
+import math
 
 import torch
 
 from dnnlib import UserError, chosen
+from dnnlib.text import excerpt
 from torch_utils.precision import PRECISIONS, float32_products
 from training.schedules import (IDDPM_C_1, IDDPM_C_2, IDDPM_M, VE_SIGMA_MAX, VE_SIGMA_MIN, VP_BETA_D, VP_BETA_MIN,
                                 VP_EPSILON_T, iddpm_noise_levels, vp_sigma, vp_sigma_inv)
@@ -40,6 +42,16 @@ def per_image(levels, x, what):
     if levels.numel() not in (1, len(x)):
         raise UserError(f'there are {levels.numel()} {what} for {len(x)} images; give one for all, or one per image')
     return levels.reshape(-1, 1, 1, 1)
+
+
+def check_numbers(constants, model_kwargs):
+    """Raise UserError for constants, or a dropout, that a file names but no network can be computed with."""
+    sigma_data, dropout = constants.get('sigma_data', SIGMA_DATA), model_kwargs.get('dropout', 0)
+    if not (isinstance(sigma_data, (int, float)) and 0 < sigma_data < math.inf):
+        raise UserError(f'sigma_data={excerpt(sigma_data)} is no standard deviation of images; give a number > 0, such '
+                        f'as {SIGMA_DATA}')
+    if not (isinstance(dropout, (int, float)) and 0 <= dropout < 1):
+        raise UserError(f'dropout={excerpt(dropout)} is no probability; give a number from 0 to below 1')
 
 
 class Precond(torch.nn.Module):
@@ -80,6 +92,7 @@ class Precond(torch.nn.Module):
             **constants, model_type=model_type, **model_kwargs))
         self.img_resolution, self.img_channels, self.label_dim = img_resolution, img_channels, label_dim
         self.use_fp16 = use_fp16
+        check_numbers(constants, model_kwargs)
         for name, value in constants.items():
             setattr(self, name, value)
         self.sigma_min, self.sigma_max = float(sigma_min), float(sigma_max)

@@ -24,7 +24,7 @@ from torch_utils import distributed as dist
 from torch_utils.signals import defer_signal
 from training import metrics as m
 from training.detectors import Detector, load_detector
-from training.generation import BATCH, generate_batch
+from training.generation import finite_uint8, generate_batch
 from training.metric_images import image_batches
 from training.metric_resume import Unfinished
 from training.pixels import to_uint8
@@ -75,15 +75,17 @@ class NetworkImages:
         seeds: Distinct integers; they are sorted, as the file names would be.
         class_idx: As for `generate_batch`.
         facts: Plain values that identify the network and its sampler (`training.provenance`).
+        must_be_finite: Whether `batches` raises UserError for an image with NaN or infinite values.
 
     Raises:
         UserError: a seed occurs twice.
     """
 
-    def __init__(self, net, sampler, seeds, class_idx=None, facts=None):
+    def __init__(self, net, sampler, seeds, class_idx=None, facts=None, must_be_finite=True):
         self.seeds = sorted(seeds)
         check_once(self.seeds)
         self.net, self.sampler, self.class_idx, self.facts = net, sampler, class_idx, facts or {}
+        self.to_pixels = finite_uint8 if must_be_finite else lambda images, seeds: to_uint8(images)
         self.total, self.name = len(self.seeds), f'seeds {seeds_text(self.seeds)}'
         self.size = net.img_channels, net.img_resolution
         self.record = {**self.facts, 'images': None, 'seeds': seeds_text(self.seeds)}
@@ -92,7 +94,8 @@ class NetworkImages:
         """Yield the images of `indices` in batches, uint8 [≤ batch, C, H, W], on the network's device."""
         for start in range(0, len(indices), batch):
             seeds = [self.seeds[i] for i in indices[start:start + batch]]
-            yield to_uint8(generate_batch(self.net, seeds, self.sampler, self.class_idx, size=min(batch, self.total)))
+            images = generate_batch(self.net, seeds, self.sampler, self.class_idx, size=min(batch, self.total))
+            yield self.to_pixels(images, seeds)
 
     def identity(self):
         """What identifies these images: network, sampler and seeds."""
@@ -102,11 +105,6 @@ class NetworkImages:
 def seeds_text(seeds):
     """Seeds as text, such as '0-49999' for consecutive ones; long lists are truncated."""
     return excerpt(format_int_list(seeds), 200)
-
-
-def scoring_batch(device):
-    """Batch size for scoring image files on a detector's device: BATCH, on a GPU four times that."""
-    return 4 * BATCH if torch.device(device).type == 'cuda' else BATCH
 
 
 def say(text):

@@ -16,6 +16,9 @@ import torch
 
 from warm.blur import dct2, idct2
 
+MAX_LEVELS = 10_000  # of a process with levels; a mistyped number, or a hostile file's, would fill the memory
+MAX_BLUR = 10_000  # pixels; far beyond any image, and finite when squared
+
 
 @dataclasses.dataclass(frozen=True)
 class Bands:

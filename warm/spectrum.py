@@ -17,12 +17,12 @@ from dnnlib.flags import Key, Tool
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
 from warm.blur import BLUR_RATES, PAPER_BLUR, blur_mask, frequencies, marginal_variance, rest_mask
-from warm.systems.blurring import BLUR_SCHEDULES, BlurringProcess
 from warm.bnr import BETAS, TOLERANCE, band_power, fit_power_law, radius, recommended_bnr, spectral_gap
 from warm.figures import draw
-from warm.systems.ihdm import HeatLevels
 from warm.path import PAPER_BNR, PATHS, ConstantBNR, parse_path
 from warm.report.tables import BNR_SCORES
+from warm.systems.blurring import BLUR_SCHEDULES, BlurringProcess
+from warm.systems.ihdm import HeatLevels
 
 TABLE = tuple(bnr for bnr in BNR_SCORES if bnr)  # the BNRs of the paper's Table 3
 SHOWN = (0, 0.5, 2, 10)  # the first two are columns of Fig. 3, the others ours

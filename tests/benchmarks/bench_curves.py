@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.json_files import read_lines  # noqa: E402
 from tests.benchmarks.report import ROOT, report  # noqa: E402
-from torch_utils.precision import PRECISIONS, computed  # noqa: E402
+from torch_utils.precision import PRECISIONS, effective_precision  # noqa: E402
 from torch_utils.signals import EXIT_STOPPED  # noqa: E402
 from warm.study.plan import CIFAR10_REF  # noqa: E402
 
@@ -99,7 +99,7 @@ def main(data, kimg, tick, precisions, minutes, outdir, out, flags):
     cuda, end = torch.cuda.is_available(), time.monotonic() + 60 * (minutes or float('inf'))
     names = precisions.split(',') if precisions else [
         name for name in PRECISIONS
-        if name != REFERENCE and computed(name, torch.device('cuda' if cuda else 'cpu')) == name]
+        if name != REFERENCE and effective_precision(name, torch.device('cuda' if cuda else 'cpu')) == name]
     unknown = [name for name in names if name not in PRECISIONS]
     if unknown:
         raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(PRECISIONS)}",

@@ -24,12 +24,12 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from tests.benchmarks.bench_train import write_zip  # noqa: E402
 from tests.benchmarks.report import Table, alternate, report  # noqa: E402
-from training.detectors import InceptionDetector  # noqa: E402
+from training.detectors import InceptionDetector, scoring_batch  # noqa: E402
 from training.inception import InceptionV3  # noqa: E402
 from training.metric_fid import frechet_distance  # noqa: E402
 from training.metric_images import image_batches, open_images  # noqa: E402
 from training.metrics import score  # noqa: E402
-from training.scoring import ImageFiles, scoring_batch, statistics  # noqa: E402
+from training.scoring import ImageFiles, statistics  # noqa: E402
 
 BATCH = 64
 TARGET_SECONDS, TARGET_IMAGES = 20, 50_000

@@ -27,7 +27,7 @@ from dnnlib.text import parse_int_list  # noqa: E402
 from tests.benchmarks.bench_train import (backend_option, chosen_ways, forward_flops, matrix_peak,  # noqa: E402
                                           reference_layers, reference_option)
 from tests.benchmarks.report import Table, alternate, compiled_whole  # noqa: E402
-from torch_utils.precision import PRECISIONS, computed  # noqa: E402
+from torch_utils.precision import PRECISIONS, effective_precision  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
 from training.generated import save_png, write_images  # noqa: E402
 from training.generation import BATCH, generate_images  # noqa: E402
@@ -64,7 +64,7 @@ def ways(device, compile, backend='inductor'):
     plain = dict(precision='bf16')
     found = {'reference': Way('edm', None, write_waiting)}
     found.update({name: Way('edm', dict(precision=name)) for name in PRECISIONS
-                  if computed(name, torch.device(device)) == name})
+                  if effective_precision(name, torch.device(device)) == name})
     found['bf16, written by the sampler'] = Way('edm', plain, write_waiting)
     found['bf16, written behind it'] = Way('edm', plain, write_images)
     if compile:

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from dnnlib.text import parse_int_list  # noqa: E402
 from tests.benchmarks.report import Table, alternate, alternate_steps, compiled_whole, select  # noqa: E402
-from torch_utils.precision import PRECISIONS, computed, float32_products  # noqa: E402
+from torch_utils.precision import PRECISIONS, effective_precision, float32_products  # noqa: E402
 from training import layers  # noqa: E402
 from training import training_loop as tl  # noqa: E402
 from training.acceleration import accelerate  # noqa: E402
@@ -82,7 +82,7 @@ def ways(device, compile, backend='inductor'):
     cuda = device == 'cuda'
     found = {'reference': Way()}
     found.update({name: Way('edm', dict(precision=name)) for name in PRECISIONS
-                  if computed(name, torch.device(device)) == name})
+                  if effective_precision(name, torch.device(device)) == name})
     if cuda:
         found['bf16, --data-device=cuda'] = Way('edm', dict(precision='bf16'), 'cuda')
     found['bf16, channels-last'] = Way('edm', dict(precision='bf16', channels_last=True))

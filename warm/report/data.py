@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import pathlib
+from types import NoneType
 
 from dnnlib import UserError
 from dnnlib.json_files import read_lines, read_object
@@ -13,9 +14,9 @@ from training.samplers import ablation_sampler
 from training.schedules import SOLVER
 from training.system import as_flags
 from warm.choices import DEFAULTS as CHOICES
-from warm.systems.cold import ColdProcess
 from warm.samplers import SAMPLER_DEFAULTS
 from warm.systems import SYSTEMS
+from warm.systems.cold import ColdProcess
 
 PAPER_IMAGES, PAPER_ROUNDS = 50_000, 3  # Sec. 3.1
 PAPER_KIMG, PAPER_GPUS = 200_000, 8  # the length of training is EDM's
@@ -28,6 +29,10 @@ GROUP_KEYS = ('network_sha256', 'kimg', 'system', 'dataset', 'label_dim', 'nfe',
 # What the network's content determines, or what does not matter: taken from the last round.
 LAST_ROUND_KEYS = ('resolution', 'commit', 'device', 'ranks', 'network', 'architecture', 'parameters',
                    'network_options', 'loss')
+# What a score has, as fid.py writes it; what is recorded of some only may be None.
+SCORE_TYPES = {'metric': str, 'value': (int, float), 'num_images': int, 'nfe': (int, NoneType),
+               'kimg': (int, float, NoneType), 'bnr': (int, float, NoneType), 'sampler': (dict, NoneType),
+               'seconds': (int, float, NoneType)}
 # Options that the facts hold under another name: as NFE, solver, path, targets and blur; `data` is the training set.
 NAMED_OTHERWISE = ('num_steps', 'solver', 'bnr', 'bnr_schedule', 'data', 'targets', *CHOICES, 'cold_blur')
 ABLATION_DEFAULTS = {name: p.default for name, p in inspect.signature(ablation_sampler).parameters.items()}
@@ -128,7 +133,7 @@ def read_run(path):
 
 def is_own_score(line):
     """Whether a line is a score, and not of images drawn with parts of another network (warm.crossed)."""
-    return 'other' not in line and isinstance(line.get('metric'), str) and isinstance(line.get('value'), (int, float))
+    return 'other' not in line and all(isinstance(line.get(name), kinds) for name, kinds in SCORE_TYPES.items())
 
 
 def measurements_of(runs):

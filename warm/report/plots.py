@@ -7,7 +7,7 @@ from matplotlib.ticker import LogLocator
 from training.metrics import kind_of
 from training.schedules import SOLVER
 from warm.figures import draw
-from warm.report.data import DISTANCES, best_match, flags_beyond_defaults, is_plain
+from warm.report.data import DISTANCES, best_match, flags_beyond_defaults, is_own_score, is_plain
 from warm.report.tables import BNR_SCORES, CIFAR10, TABLE_4, is_dataset, of_bnr, title_of
 from warm.targets import PAPER_TARGETS
 
@@ -126,19 +126,26 @@ def fid_against_nfe(measurements):
     return dict(curves=curves, xlabel='NFE', ylabel=label, log=True)
 
 
+def mean_of(line, name):
+    """A statistic's mean in a line of stats.jsonl; None if there is none, or it was NaN."""
+    statistic = line.get(name)
+    value = statistic.get('mean') if isinstance(statistic, dict) else None
+    return value if isinstance(value, (int, float)) else None
+
+
 def training_curves(runs):
     """(plot of the loss, plot of the score) against kimg, a curve per run; None for a plot without curves."""
     losses, scores = [], []
     for i, run in enumerate(runs):
         colour = f'C{i % 10}'  # a run has the same colour in both panels
-        points = [(line['Progress/kimg']['mean'], line['Loss/loss']['mean']) for line in run.stats
-                  if 'Progress/kimg' in line and line.get('Loss/loss', {}).get('mean') is not None]  # null: NaN
+        points = [tuple(mean_of(line, name) for name in ('Progress/kimg', 'Loss/loss')) for line in run.stats]
+        points = [point for point in points if None not in point]
         if points:
             xs, ys = map(list, zip(*sorted(points)))
             losses.append(dict(x=xs, y=ys, label=run.label, marker='', color=colour))
         curves = {}
         for line in run.scores:
-            if kind_of(str(line.get('metric'))) in DISTANCES and None not in (line.get('kimg'), line.get('value')):
+            if is_own_score(line) and kind_of(line['metric']) in DISTANCES and line.get('kimg') is not None:
                 key = (line['metric'], line['num_images'], line.get('nfe'), line.get('path'), line.get('solver'),
                        line.get('precision'), line.get('class_idx'), *flags_beyond_defaults(line))
                 curves.setdefault(key, {})[line['kimg']] = line['value']

@@ -3,10 +3,10 @@
 import dataclasses
 
 from training.schedules import SOLVER
-from warm.systems.cold import DEFAULT_START, STARTS
 from warm.path import PAPER_BNR
 from warm.report.data import PAPER_IMAGES, best_match, differences, flags_beyond_defaults, training_flags
 from warm.systems import SYSTEMS
+from warm.systems.cold import DEFAULT_START, STARTS
 from warm.targets import PAPER_TARGETS
 
 NONE = '–'

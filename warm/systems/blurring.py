@@ -32,7 +32,7 @@ from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps, evaluate
 from training.system import Option, System
-from warm.bands import Bands, ancestral_noise_step, diffuse
+from warm.bands import MAX_BLUR, Bands, ancestral_noise_step, diffuse
 from warm.blur import blur_mask
 
 NUM_STEPS = 1000
@@ -60,8 +60,9 @@ class BlurringProcess:
     d_min: float = 0.001
 
     def __post_init__(self):
-        if not (math.isfinite(self.sigma_blur_max) and self.sigma_blur_max >= 0):
-            raise UserError(f'--sigma-blur-max={self.sigma_blur_max} is not a valid blur; give a number of pixels ≥ 0')
+        if not 0 <= self.sigma_blur_max <= MAX_BLUR:
+            raise UserError(f'--sigma-blur-max={self.sigma_blur_max} is not a valid blur; give a number of pixels from '
+                            f'0 to {MAX_BLUR}')
         chosen('--blur-schedule', self.blur_schedule, BLUR_SCHEDULES)
         if not 0 < self.d_min <= 1:
             raise UserError(f'--d-min={self.d_min} must be above 0 and at most 1, since sampling divides by it')

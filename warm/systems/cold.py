@@ -34,7 +34,7 @@ from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps, evaluate
 from training.system import Option, System
-from warm.bands import Bands, diffuse, spread_blurs, spread_levels
+from warm.bands import MAX_LEVELS, Bands, diffuse, spread_blurs, spread_levels
 from warm.blur import dct2, filter_bands, idct2, log_blur_mask
 from warm.starts import BLURRED_IMAGES, DATA, TrainingImages
 
@@ -82,8 +82,8 @@ class ColdProcess:
 
     def __post_init__(self):
         chosen('--cold-blur', self.blur, BLURS)
-        if self.num_steps < 2:
-            raise UserError(f'--cold-steps={self.num_steps} is too few; give at least 2')
+        if not 2 <= self.num_steps <= MAX_LEVELS:
+            raise UserError(f'--cold-steps={self.num_steps} is too few or too many; give 2 to {MAX_LEVELS}')
 
     def check(self, n):
         """Raise UserError if there are more of the paper's kernels than can blur N×N images.

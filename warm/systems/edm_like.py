@@ -6,8 +6,8 @@ import functools
 from dnnlib import UserError
 from training.samplers import SOLVERS as EDM_SOLVERS
 from training.system import COMMON_SAMPLE_OPTIONS, flag_of
-from warm.systems.epsilon_scaling import with_epsilon_scaling
 from warm.samplers import SAMPLER_DEFAULTS, SOLVERS, check_foreign, options_of, warm_sampler, with_defaults
+from warm.systems.epsilon_scaling import with_epsilon_scaling
 
 
 def with_multistep(system):

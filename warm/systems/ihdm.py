@@ -30,7 +30,7 @@ from training.loss import augment
 from training.precond import Precond
 from training.samplers import evaluate
 from training.system import Option, System
-from warm.bands import Bands, diffuse, spread_blurs
+from warm.bands import MAX_BLUR, MAX_LEVELS, Bands, diffuse, spread_blurs
 from warm.blur import blur, log_blur_mask
 from warm.starts import BLURRED_IMAGES, DATA, TrainingImages
 
@@ -53,11 +53,11 @@ class HeatLevels:
     noise: float = 0.01
 
     def __post_init__(self):
-        if self.num_levels < 2:
-            raise UserError(f'--ihdm-levels={self.num_levels} is too few; give at least 2')
-        if not (math.isfinite(self.blur_max) and self.blur_max > self.blur_min):
+        if not 2 <= self.num_levels <= MAX_LEVELS:
+            raise UserError(f'--ihdm-levels={self.num_levels} is too few or too many; give 2 to {MAX_LEVELS}')
+        if not self.blur_min < self.blur_max <= MAX_BLUR:
             raise UserError(f'--ihdm-blur-max={self.blur_max} must be more than the {self.blur_min:g} pixels of the '
-                            'first level')
+                            f'first level, and at most {MAX_BLUR}')
 
     @constant
     def alphas(self, device=torch.device('cpu')):

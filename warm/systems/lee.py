@@ -33,7 +33,8 @@ from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps, evaluate
 from training.system import Option, System
-from warm.bands import Bands, ancestral_noise_step, diffuse, spread_levels, transition_moments
+from warm.bands import (MAX_LEVELS, Bands, ancestral_noise_step, diffuse, spread_levels,
+                        transition_moments)
 from warm.blur import dct2, frequencies, idct2
 
 # f(i)/f(N) at level i of N (appendix B), i = 1 … N.
@@ -73,6 +74,8 @@ class LeeChain:
         chosen('--f-type', self.f_type, F_TYPES)
         if self.f_final is not None and not (math.isfinite(self.f_final) and self.f_final >= 0):
             raise UserError(f'--f-final={self.f_final} is not a valid amount of blur; give a number ≥ 0, such as 0.14')
+        if not 1 <= self.num_levels <= MAX_LEVELS:
+            raise UserError(f'num_levels={self.num_levels} is not a valid length of the chain; give 1 to {MAX_LEVELS}')
 
     @constant
     def sums(self, device=torch.device('cpu')):

@@ -26,6 +26,7 @@ from training.system import GRID_OPTIONS, Option, System, loss_for
 from warm.samplers import grid_options
 
 AUG_DIM = 2048  # the paper's best on CIFAR-10
+MAX_AUG_DIM = 10 ** 9  # the paper tries up to 3·10⁶
 
 
 class PFGMPPPrecond(Precond):
@@ -38,9 +39,9 @@ class PFGMPPPrecond(Precond):
     """
 
     def __init__(self, *args, sigma_min=0, sigma_max=float('inf'), sigma_data=SIGMA_DATA, aug_dim=AUG_DIM, **network):
-        if not 1 <= aug_dim < float('inf'):
-            raise UserError(f'--aug-dim={aug_dim} is not a valid number of extra dimensions; give a whole number of '
-                            'at least 1, or use --precond=edm for infinitely many')
+        if not 1 <= aug_dim <= MAX_AUG_DIM:
+            raise UserError(f'--aug-dim={aug_dim} is not a valid number of extra dimensions; give a whole number from '
+                            f'1 to {MAX_AUG_DIM}, or use --precond=edm for infinitely many')
         super().__init__(dict(sigma_min=sigma_min, sigma_max=sigma_max, sigma_data=sigma_data, aug_dim=aug_dim),
                          sigma_min, sigma_max, 1, *args, **network)
 
