@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tests.family_oracle import LinearOracle, noise_gain, spectrum, variance, worst
 
 from dnnlib import UserError
+from tests.family_oracle import LinearOracle, noise_gain, spectrum, variance, worst
 from warm.bands import Bands, ancestral_noise_step, diffuse, posterior, transition_moments
 from warm.blur import dct2
 from warm.systems.blurring import DELTA, BlurringProcess, blurring_loss, blurring_sampler, make_blurring_sampler
@@ -218,6 +218,8 @@ def test_loss_is_the_plain_squared_error_of_the_noise(loss, process, draw_level,
     (lambda: BlurringProcess(d_min=0), '--d-min'),
     (lambda: LeeChain(f_type='cubic'), '--f-type'),
     (lambda: LeeChain(f_final=-1), '--f-final'),
+    (lambda: BlurringProcess(sigma_blur_max=1e300), '--sigma-blur-max'),
+    (lambda: LeeChain(num_levels=10 ** 8), 'num_levels.*1 to 10000'),
     (lambda: make_blurring_sampler(None, num_steps=0), 'steps'),
     (lambda: make_lee_sampler(oracle(LeeChain()), num_steps=1001), '--steps=1000'),
     (lambda: make_lee_sampler(oracle(LeeChain()), reverse_step='heun'), '--reverse-step'),

@@ -384,6 +384,9 @@ def test_data_for():
 
 @pytest.mark.parametrize('make, named', [
     (lambda: HeatLevels(num_levels=1), '--ihdm-levels'),
+    (lambda: HeatLevels(num_levels=10 ** 8), '--ihdm-levels.*2 to 10000'),
+    (lambda: HeatLevels(blur_max=1e300), '--ihdm-blur-max'),
+    (lambda: ColdProcess(num_steps=10 ** 8), '--cold-steps.*2 to 10000'),
     (lambda: HeatLevels(blur_max=0.1), '--ihdm-blur-max'),
     (lambda: ColdProcess(blur='weak'), '--cold-blur'),
     (lambda: ColdProcess(num_steps=0), '--cold-steps'),

@@ -179,8 +179,9 @@ def test_pfgmpp_has_the_papers_best_dimensions_by_default():
 
 
 def test_pfgmpp_refuses_senseless_dimensions():
-    with pytest.raises(UserError, match='--aug-dim'):
-        PFGMPPPrecond(8, 1, aug_dim=0)
+    for aug_dim in (0, 10 ** 400):
+        with pytest.raises(UserError, match='--aug-dim'):
+            PFGMPPPrecond(8, 1, aug_dim=aug_dim)
 
 
 # -- epsilon scaling

@@ -21,7 +21,8 @@ from training.generation import generate_batch, generate_images
 from training.networks import EDMPrecond
 from training.pixels import to_uint8
 from training.samplers import StackedRandomGenerator
-from training.snapshot import save_snapshot
+from training.scoring import NetworkImages
+from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.stand_ins import trace
 from warm.precond import WarmPrecond
 from warm.sources import open_network
@@ -493,6 +494,32 @@ def test_full_disk(tmp_path, networks):
     assert done.returncode == 1 and 'Traceback' not in done.stderr
     assert 'grid.png' in done.stderr and 'free some space' in done.stderr
     assert len(images_in(tmp_path / 'o')) == 64 and not list(tmp_path.rglob('.tmp*'))
+
+
+def test_an_image_that_was_cut_off_is_drawn_again(tmp_path, networks):
+    """As after a power failure; all others are kept."""
+    args = f'--network={networks["warm"]}', f'--outdir={tmp_path / "o"}', '--steps=1', '--seeds=0-4'
+    invoke('generate.py', *args)
+    whole = (tmp_path / 'o' / '000003.png').read_bytes()
+    for size in (0, 50, len(whole) - 1):
+        (tmp_path / 'o' / '000003.png').write_bytes(whole[:size])
+        assert '4 of 5 images already exist' in invoke('generate.py', *args).output
+        assert (tmp_path / 'o' / '000003.png').read_bytes() == whole
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_images_that_are_not_finite_are_refused(value, tmp_path, networks):
+    """A cast to pixels would make black or white ones of them, and scores would count these."""
+    snapshot = read_snapshot(networks['warm'])
+    net = build_network(snapshot, SYSTEMS)
+    with torch.no_grad():
+        next(net.parameters()).fill_(value)
+    save_snapshot(tmp_path / 'bad.safetensors', net, 'warm', kimg=1)
+    refused(invoke('generate.py', f'--network={tmp_path / "bad.safetensors"}', f'--outdir={tmp_path / "o"}',
+                   '--steps=2', '--seeds=7,9'), 'NaN or infinite values for seed 7 (2 of 2', 'use another snapshot')
+    assert not images_in(tmp_path / 'o')
+    with pytest.raises(UserError, match='for seed 3 '):
+        next(NetworkImages(net, SYSTEMS['warm'].make_sampler(net, {'num_steps': 1}), [3]).batches(range(1), 1))
 
 
 def test_an_image_that_cannot_get_its_name_leaves_no_file(tmp_path):

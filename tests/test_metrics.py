@@ -390,3 +390,18 @@ def test_a_collector_continues_from_its_state(collector):
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_a_detector_sees_batches_of_one_size():
+    """Whatever batches images come in, since the last bits of features depend on it; all that remains in one."""
+    sizes = []
+
+    class Spy(PixelDetector):
+        def run(self, rgb, features, probs):
+            sizes.append(len(rgb))
+            return super().run(rgb, features, probs)
+    images = torch.randint(256, [300, 3, 8, 8], dtype=torch.uint8)
+    accumulator = metrics.Accumulator(Spy('cpu'), ['fid'], 300, 128)
+    for batch in images.split(128):
+        accumulator.add(batch)
+    assert sizes == [64] * 4 + [44] and accumulator.index == 300

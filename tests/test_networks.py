@@ -573,3 +573,12 @@ def test_layers_keep_float32_weights():
                          (Conv2d(4, 8, 3, init), [1, 4, 2, 2])):
         for dtype in (torch.float16, torch.float32, torch.float64):
             assert layer(torch.ones(shape, dtype=dtype)).dtype == dtype and layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize('name, value', [(name, value) for name, values in {
+    'sigma_data': ['a', [1], None, 0, -1, float('nan'), float('inf')], 'dropout': [1, -0.1, float('nan'), 'a']}.items()
+    for value in values])
+def test_numbers_that_no_network_can_use_are_refused(name, value):
+    """As in a snapshot that somebody else has edited."""
+    with pytest.raises(UserError, match=f'{name}=.*; give a number'):
+        networks.EDMPrecond(8, 3, **{name: value}, **SMALL['SongUNet'])

@@ -182,6 +182,23 @@ def test_ranks_that_find_no_rank_0_say_so(rank, reason, monkeypatch):
             dist.init()
 
 
+@pytest.mark.parametrize('name', ['RANK', 'WORLD_SIZE'])
+def test_one_half_of_a_rank_is_refused(name, monkeypatch):
+    """It would be a second rank 0 in the same folder."""
+    alone(monkeypatch)
+    monkeypatch.setenv(name, '1')
+    with pytest.raises(UserError, match=f'^{name} is set, but not .*MASTER_PORT; start the ranks with torchrun'):
+        dist.init()
+
+
+def test_an_unknown_host_is_named_at_once(monkeypatch):
+    """PyTorch would look for it for half an hour."""
+    for name, value in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR='no such host', MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match='MASTER_ADDR=no such host is no known host'):
+        dist.init()
+
+
 def alone(monkeypatch):
     """This process without torchrun's environment."""
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):

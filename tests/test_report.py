@@ -404,6 +404,18 @@ def test_a_run_named_twice_is_one_run(tmp_path):
     assert '1 measurement(s) of 1 run(s)' in result.output
 
 
+def test_lines_of_other_kinds_are_left_out(tmp_path):
+    """Of a file that somebody else wrote: only what has a score's fields, of their types, counts."""
+    good = rounds([2.0])[0]
+    bad = [{name: value for name, value in good.items() if name != 'num_images'}, dict(good, nfe='35'),
+           dict(good, sampler=[1]), dict(good, kimg='1'), dict(good, bnr=[0.5])]
+    folder = make_run(tmp_path / 'run', [*bad, good, *bad], stats=[(1, 'x'), (2, None)])
+    with open(folder / 'stats.jsonl', 'a') as f:
+        f.write('{"Loss/loss": 4, "Progress/kimg": 1}\n')
+    run = read_run(folder)
+    assert len(measurements_of([run])) == 1 and training_curves([run]) == (None, None)
+
+
 @pytest.mark.parametrize('content', ['notes', '{"levels": []}', json.dumps({**PAPER, 'value': 1.0, 'other': {}})])
 def test_a_file_without_scores_of_a_network(tmp_path, content):
     """Text, errors of a network, and scores of crossed networks; a report that is there stays as it is."""

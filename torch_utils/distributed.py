@@ -38,10 +38,11 @@ def init():
                             f'start at most one per GPU, with --nproc_per_node={gpus}')
         torch.cuda.set_device(local_rank())
     if {'RANK', 'WORLD_SIZE'} & os.environ.keys() and not torch.distributed.is_initialized():
-        given = [name for name in TORCHRUN_NAMES if name in os.environ]
         lacking = [name for name in TORCHRUN_NAMES if name not in os.environ]
         if lacking:
-            raise UserError(f"{' and '.join(given)} are set, but not {' and '.join(lacking)}; start the ranks with "
+            given = [name for name in ('RANK', 'WORLD_SIZE') if name in os.environ]
+            set_ = f"{' and '.join(given)} {'are' if len(given) > 1 else 'is'} set"
+            raise UserError(f"{set_}, but not {' and '.join(lacking)}; start the ranks with "
                             'torchrun, or unset all of these for a single process')
         own, number = os.environ['RANK'], os.environ['WORLD_SIZE']
         if not (own.isdecimal() and number.isdecimal() and int(own) < int(number)):
