@@ -10,7 +10,7 @@ import re
 import urllib.parse
 
 from dnnlib.errors import UserError
-from dnnlib.files import atomic_write, make_dirs
+from dnnlib.files import ABANDONED_SEC, atomic_write, make_dirs, remove_temporary_files
 
 LOOPBACK = {'localhost', '127.0.0.1', '::1'}
 CHUNK = 1 << 20
@@ -79,6 +79,7 @@ def fetch(url, sha256=None, md5=None, max_bytes=8 << 30, timeout=30):
         _check_cached(path, digests)
         return path
     make_dirs(path.parent)
+    remove_temporary_files(path.parent, ABANDONED_SEC)
     remedy = f'download it by other means and save it as {path}'
     try:
         # Ask for the raw bytes: a .gz file that a server calls "encoded" would otherwise be unpacked in transit.

@@ -10,9 +10,12 @@ import secrets
 import signal
 import sys
 import tempfile
+import time
 import traceback
 
 from dnnlib.errors import UserError
+
+ABANDONED_SEC = 24 * 3600  # a temporary file this old is of a process that was killed
 
 
 @contextlib.contextmanager
@@ -94,11 +97,15 @@ def cpu_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def remove_temporary_files(folder):
-    """Delete what `atomic_write` left in `folder` when it was killed. No other process may be writing there."""
+def remove_temporary_files(folder, min_age_sec=0):
+    """Delete what `atomic_write` left in `folder` when it was killed, if it has not changed for `min_age_sec`.
+
+    Another process may be writing there only if that is long enough.
+    """
     for path in pathlib.Path(folder).glob('.tmp-*'):
         with contextlib.suppress(OSError):
-            path.unlink()
+            if time.time() - path.stat().st_mtime >= min_age_sec:
+                path.unlink()
 
 
 def make_dirs(path):

@@ -16,7 +16,7 @@ import pytest
 
 from dnnlib import UserError, download
 from dnnlib.download import cache_dir, fetch, is_url, local_path
-from dnnlib.files import Tee, atomic_write, check_writable, make_dirs
+from dnnlib.files import ABANDONED_SEC, Tee, atomic_write, check_writable, make_dirs, remove_temporary_files
 
 BODY = bytes(range(256)) * 5000
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -346,3 +346,12 @@ def test_atomic_write_of_a_long_name(tmp_path):
     with atomic_write(tmp_path / ('x' * 250)) as f:
         f.write(b'1')
     assert [len(path.name) for path in tmp_path.glob('x*')] == [250]
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path):
+    """Not before: another process may be writing it."""
+    for name, age in (('.tmp-old.bin', 25 * 3600), ('.tmp-new.bin', 3600), ('kept.bin', 99 * 3600)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    remove_temporary_files(tmp_path, ABANDONED_SEC)
+    assert {path.name for path in tmp_path.iterdir()} == {'.tmp-new.bin', 'kept.bin'}

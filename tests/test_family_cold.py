@@ -1,6 +1,7 @@
 """Systems that start from training images: IHDM and Cold Diffusion."""
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -372,9 +373,22 @@ def facts(**changed):
                                                                 'num_images': 1797, **changed})
 
 
-def test_data_for():
-    assert data_for(facts()) == EMBEDDED
+def test_data_for(tmp_path, capsys):
+    assert data_for(facts()) == EMBEDDED and not capsys.readouterr().out
     assert data_for(facts(name='other'), EMBEDDED) == EMBEDDED
+    assert 'was trained on other, and its samples start from' in capsys.readouterr().out
+    snapshot = facts(name='mine', num_images=1797, resolution=4)
+    snapshot.path = tmp_path / 'network-snapshot-000001.safetensors'
+    data = tmp_path / 'mine.zip'
+    for content, exists in (('{}', True), ('[]', True), ('{"dataset_kwargs": {"path": 3}}', True),
+                            (json.dumps(dict(dataset_kwargs=dict(path=str(data)))), False),
+                            (json.dumps(dict(dataset_kwargs=dict(path=str(EMBEDDED)))), True)):
+        (tmp_path / 'training_options.json').write_text(content)
+        with pytest.raises(UserError, match='the data set it was trained on .mine. with --data'):
+            data_for(snapshot)
+    shutil.copy(EMBEDDED, data)
+    (tmp_path / 'training_options.json').write_text(json.dumps(dict(dataset_kwargs=dict(path=str(data)))))
+    assert data_for(snapshot) == str(data) and not capsys.readouterr().out
     assert data_for(facts(num_images=2 * 1797), EMBEDDED) == EMBEDDED
     with pytest.raises(UserError, match='cifar10-32x32.*--data'):
         data_for(facts(name='cifar10-32x32', resolution=32))

@@ -15,7 +15,7 @@ import numpy as np
 
 from dnnlib import UserError
 from dnnlib.download import cache_dir
-from dnnlib.files import atomic_write, make_dirs
+from dnnlib.files import ABANDONED_SEC, atomic_write, make_dirs, remove_temporary_files
 from torch_utils import distributed as dist
 
 MAX_BYTES = 32 << 30  # sets that would be larger than this are read from their files by worker processes
@@ -50,6 +50,7 @@ def _open_or_make(dataset):
         return images
     try:
         make_dirs(path.parent)
+        remove_temporary_files(path.parent, ABANDONED_SEC)
         _check_space(path.parent, num_bytes(dataset))
         _remove_former(path)
         with atomic_write(path) as f:

@@ -10,7 +10,7 @@ import re
 import torch
 
 from dnnlib import UserError
-from dnnlib.files import atomic_write, make_dirs
+from dnnlib.files import ABANDONED_SEC, atomic_write, make_dirs, remove_temporary_files
 from dnnlib.json_files import read_object
 from dnnlib.text import excerpt, format_int_list
 from training.image_archive import find_images, open_archive
@@ -59,6 +59,8 @@ def remaining_seeds(outdir, seeds, subdirs, settings, difference, overwrite=Fals
         UserError: OUTDIR holds images of other or unknown settings, or a seed's image in the other --subdirs layout.
     """
     make_dirs(outdir)
+    for folder in {image_path(outdir, seed, subdirs).parent for seed in seeds}:
+        remove_temporary_files(folder, ABANDONED_SEC)
     record = pathlib.Path(outdir) / RECORD
     recorded = read_object(record)
     present = _images_in(outdir, only_seeds=record.exists())

@@ -5,13 +5,19 @@ therefore needs the data set (--data of generate.py), of which a snapshot only r
 """
 
 import functools
+import os
+import pathlib
 
 import numpy as np
 import torch
 
 from dnnlib import UserError
-from training.dataset import EMBEDDED, ImageFolderDataset
+from dnnlib.json_files import read_object
+from dnnlib.text import excerpt
+from torch_utils import distributed as dist
+from training.dataset import EMBEDDED, ImageFolderDataset, name_of
 from training.pixels import to_float
+from training.run_files import OPTIONS_NAME
 from training.system import Option
 
 DATA = Option('data', None, 'Data set whose blurred images sampling starts from', shown='the embedded digits, '
@@ -86,16 +92,20 @@ def _scaled(pixels):
 
 
 def data_for(snapshot, path=None):
-    """The data set that a snapshot's sampler starts from: `path`, or the embedded digits if it was trained on them.
+    """The data set that a snapshot's sampler starts from: `path`, by default the one that it was trained on.
+
+    That is known where the options of its run lie beside it, and for the embedded digits. Prints a warning if the data
+    set has another name than the one trained on: scores would say that they start from the training images.
 
     Args:
         snapshot: training.snapshot.Snapshot, whose `dataset` says what it was trained on.
         path: What the user gave, or None.
 
     Raises:
-        UserError: no path, but it was not trained on the digits; a data set of another size than it was trained on.
+        UserError: no path, and the data set is not found; a data set of another size than it was trained on.
     """
     facts = snapshot.dataset
+    path = path or _recorded_path(snapshot)
     if path is None:
         embedded = ImageFolderDataset(EMBEDDED)
         if (facts.get('name'), facts.get('resolution')) != (embedded.name, embedded.resolution):
@@ -106,4 +116,15 @@ def data_for(snapshot, path=None):
     if expected is not None and expected not in (count, 2 * count):  # twice as many with --xflip
         raise UserError(f'{path} has {count} images, but {snapshot.path} was trained on {expected}; '
                         'give that data set with --data')
+    if facts.get('name') not in (None, name_of(path)):
+        dist.print0(f"Warning: {snapshot.path} was trained on {excerpt(facts['name'])}, and its samples start from "
+                    f'{path}, a data set of another name.')
     return path
+
+
+def _recorded_path(snapshot):
+    """The training data according to the options beside a snapshot, if it is still there under its name; or None."""
+    options = (read_object(pathlib.Path(snapshot.path).parent / OPTIONS_NAME) or {}).get('dataset_kwargs')
+    path = options.get('path') if isinstance(options, dict) else None
+    found = isinstance(path, str) and os.path.exists(path) and name_of(path) == snapshot.dataset.get('name')
+    return path if found else None
