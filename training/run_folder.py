@@ -16,7 +16,7 @@ from training.saving import find_states, newest_good
 from training.status import trim_records
 
 
-# Options of a run that change what it learns, and that training.progress does not check.
+# Options of a run that change what it learns, and that are not already checked elsewhere (training.progress).
 LEARNING = ('seed', 'batch_size', 'optimizer_kwargs', 'ema_halflife_kimg', 'lr_rampup_kimg', 'augment_kwargs',
             'dataset_kwargs.use_labels', 'dataset_kwargs.xflip', 'accelerate_kwargs.precision')
 
