@@ -187,19 +187,19 @@ def run(options, log):
     config = cfg.training_config(options, given_flags('train_options', options))
     name = run_name(config, options['arch'], options['desc'])
     run_dir, start = dist.on_rank0(lambda: start_point(options, name))
-    config['resume'] = start['path']
+    config['resume'] = start.path
     if options['seed'] is None:
-        config['seed'] = start['settings'].get('seed', config['seed'])
+        config['seed'] = start.settings.get('seed', config['seed'])
     dataset = open_and_check(options, config, start)
-    if start['path'] is not None and not options['auto_resume'] and start['nimg'] >= config['total_kimg'] * 1000:
-        raise UserError(f"{start['path']} has seen {start['nimg'] / 1000:g} thousand images, all that --duration="
+    if start.path is not None and not options['auto_resume'] and start.nimg >= config['total_kimg'] * 1000:
+        raise UserError(f'{start.path} has seen {start.nimg / 1000:g} thousand images, all that --duration='
                         f"{options['duration']:g} (in millions) asks for; give a longer --duration")
     if options['dry_run']:
         dist.on_rank0(lambda: check_run_dir(run_dir))
         dist.print0(cfg.summary(config, run_dir))
         dist.print0('Dry run; exiting.')
         return True
-    changes = dist.on_rank0(lambda: changed_options(start['path'], config))  # before they are replaced
+    changes = dist.on_rank0(lambda: changed_options(start.path, config))  # before they are replaced
     # Before the run folder is made: an unreadable image must not leave an empty folder behind.
     decode_in_advance(dataset, config['dataset_kwargs']['cache'])
     run_dir = dist.on_rank0(lambda: create_run_dir(run_dir, config, start if options['auto_resume'] else None,
@@ -207,7 +207,7 @@ def run(options, log):
     if log is not None:
         log.open(os.path.join(run_dir, LOG_NAME))
     dist.print0(cfg.summary(config, run_dir))
-    print_warnings(options, start['complaints'], changes)
+    print_warnings(options, start.complaints, changes)
     return training_loop(run_dir=run_dir, systems=SYSTEMS, dataset=dataset, **config)
 
 

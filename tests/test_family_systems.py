@@ -18,6 +18,7 @@ from training.dataset import EMBEDDED, load_embedded
 from training.generation import generate_batch
 from training.loss import EDMLoss
 from training.precond import Precond
+from training.run_folder import StartPoint
 from training.snapshot import build_network, read_snapshot, save_snapshot
 from training.snapshot import SYSTEM_OF_EDM_CLASS
 from training.system import EDM_SYSTEMS, GRID_OPTIONS, Option, own_options
@@ -206,7 +207,7 @@ def test_options_of_a_loss(tmp_path, monkeypatch):
     config = dict(system='other', batch_size=4, batch_gpu=None, dataset_kwargs=dict(path=EMBEDDED, use_labels=False),
                   network_kwargs=TINY, augment_kwargs=None, accelerate_kwargs=dict(recompute=False), loss_kwargs={})
     with pytest.raises(UserError, match='from a run with the loss options --p-mean=0.5, not none'):
-        check_config(config, load_embedded(use_labels=False), {'path': state, 'settings': {'loss': {'p_mean': 0.5}}})
+        check_config(config, load_embedded(use_labels=False), StartPoint(state, {'loss': {'p_mean': 0.5}}))
 
 
 def foreign(attribute):

@@ -509,11 +509,11 @@ def test_a_run_that_goes_on_with_other_options_says_so(whole, tmp_path):
 
 def test_more_images_under_the_same_name_are_said(capsys):
     data = types.SimpleNamespace(name='cats', num_files=20)
-    warn_if_dataset_changed({'settings': dict(dataset='cats', num_images=10)}, data)
+    warn_if_dataset_changed(dict(dataset='cats', num_images=10), data)
     assert capsys.readouterr().out == ('Warning: this run was trained on cats (10 images) and continues with cats '
                                        '(20 images).\n')
     for settings in ({}, dict(dataset='cats'), dict(dataset='cats', num_images=20)):
-        warn_if_dataset_changed({'settings': settings}, data)
+        warn_if_dataset_changed(settings, data)
         assert capsys.readouterr().out == '', 'older runs do not say how many'
 
 
@@ -540,13 +540,13 @@ def test_nothing_is_written_after_an_error(tmp_path, monkeypatch):
 def test_a_state_of_its_own_goes_before_resume(whole, cut):
     """The same command, started again, goes on from where it was, not from the other run again."""
     flags = dict(outdir=cut, nosubdir=True, auto_resume=True, resume=whole, dry_run=False)
-    assert start_point(flags, 'name')[1]['path'] == str(cut / 'training-state-000000.pt')
+    assert start_point(flags, 'name')[1].path == str(cut / 'training-state-000000.pt')
 
 
 def test_resume_goes_on_where_no_state_of_its_own_can_be_read(whole, cut):
     damage(cut / 'training-state-000000.pt')
     flags = dict(outdir=cut, nosubdir=True, auto_resume=True, resume=whole, dry_run=False)
-    assert start_point(flags, 'name')[1]['path'] == str(whole / 'training-state-000001.pt')
+    assert start_point(flags, 'name')[1].path == str(whole / 'training-state-000001.pt')
 
 
 @pytest.mark.parametrize('last', ['00000-a', '00001-b', '.'])
@@ -582,9 +582,9 @@ def test_a_link_to_nowhere_is_no_place_for_a_run(tmp_path):
 # -- what a run takes from a state
 
 def test_runs_that_do_not_name_their_optimizer_are_adams():
-    check_origin({'settings': {}}, 'x.pt', optimizer='Adam')
+    check_origin({}, 'x.pt', optimizer='Adam')
     with pytest.raises(UserError, match='with the optimizer Adam, not SGD'):
-        check_origin({'settings': {}}, 'x.pt', optimizer='SGD')
+        check_origin({}, 'x.pt', optimizer='SGD')
 
 
 @pytest.fixture

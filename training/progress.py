@@ -141,11 +141,11 @@ def resume_from(path):
         return expand(state)
 
 
-def check_origin(state, path, **origin):
+def check_origin(settings, path, **origin):
     """Raise UserError if a state is of another kind of run, even one with tensors of the same names and shapes.
 
     Args:
-        state: Its `settings` are compared; what those of older states do not record is taken as equal.
+        settings: The state's; what those of older states do not record is taken as equal.
         path: For the message.
         origin: What this run has, by the names in ORIGIN_SHOWN_AS.
 
@@ -155,28 +155,28 @@ def check_origin(state, path, **origin):
     def shown(value):
         return excerpt(' '.join(as_flags(value)) if isinstance(value, dict) else value or '') or 'none'
 
-    before = {**origin, **ORIGIN_IF_UNRECORDED, **state['settings']}
+    before = {**origin, **ORIGIN_IF_UNRECORDED, **settings}
     for name, now in origin.items():
         if before[name] != now:
             raise UserError(f'{path} is from a run with {ORIGIN_SHOWN_AS[name]}{shown(before[name])}, '
                             f'not {shown(now)}; resume with that, or start from a snapshot of it with --transfer')
 
 
-def warn_if_dataset_changed(state, dataset):
-    """Print a warning if a run goes on with another data set than it began with: another name, or number of files."""
+def warn_if_dataset_changed(settings, dataset):
+    """Print a warning if the data set is not the one in a state's settings: another name, or number of files."""
     now = dict(dataset=dataset.name, num_images=dataset.num_files)
-    before = {**now, **{name: state['settings'][name] for name in now if name in state['settings']}}
+    before = {**now, **{name: settings[name] for name in now if name in settings}}
     if before != now:
         def shown(data):
             return f"{excerpt(data['dataset'])} ({excerpt(data['num_images'])} images)"
         dist.print0(f'Warning: this run was trained on {shown(before)} and continues with {shown(now)}.')
 
 
-def check_network(state, path, net, options=()):
+def check_network(network_kwargs, path, net, options=()):
     """Raise UserError if a state is of a run with another network.
 
     Args:
-        state: Its `network_kwargs` are compared.
+        network_kwargs: The state's.
         path: For the message.
         net: The network that is to continue from it (training.precond.Precond).
         options: Those of its arguments that train.py has as flags of the same names, for the message.
@@ -185,7 +185,7 @@ def check_network(state, path, net, options=()):
         UserError: they differ in meaning, REGIME apart.
     """
     with _refusing(path):
-        changed = _changes(state, net, {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}})
+        changed = _changes(network_kwargs, net, {**ARGUMENT_NAMES, **{name: flag_of(name) for name in options}})
     changed = [change for name, change in changed.items() if name not in REGIME]
     if changed:
         raise UserError(f"{path} is from a run with another network: {', '.join(changed)}; resume with that run's "
@@ -193,9 +193,9 @@ def check_network(state, path, net, options=()):
                         'another --outdir')
 
 
-def _changes(state, net, names):
-    """{argument: sentence} where the arguments of `net` and the state's network differ; `names` in the user's words."""
-    before, now = net.meaning(state['network_kwargs']), net.meaning(net.init_kwargs)
+def _changes(network_kwargs, net, names):
+    """{argument: sentence} where the arguments of `net` and a state's network differ; `names` in the user's words."""
+    before, now = net.meaning(network_kwargs), net.meaning(net.init_kwargs)
     return {name: f'{names.get(name) or excerpt(name)} was {_shown(before.get(name))} there and is '
                   f'{_shown(now.get(name))} here' for name in {**before, **now} if before.get(name) != now.get(name)}
 
@@ -215,8 +215,8 @@ def restore(state, path, net, ema, optimizer):
     Raises:
         UserError: the state belongs to another network.
     """
-    check_network(state, path, net)
-    for change in _changes(state, net, ARGUMENT_NAMES).values():
+    check_network(state['network_kwargs'], path, net)
+    for change in _changes(state['network_kwargs'], net, ARGUMENT_NAMES).values():
         dist.print0(f'Warning: {change}.')
     with _refusing(path):
         net.load_state_dict(state['net'])

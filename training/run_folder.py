@@ -1,5 +1,6 @@
 """The folder of a training run: its name and number, what to resume from, and that no two runs share one."""
 
+import dataclasses
 import json
 import os
 import re
@@ -42,46 +43,89 @@ def next_run_dir(outdir, name):
     return os.path.join(outdir, f'{max(numbers, default=-1) + 1:05d}-{name}')
 
 
+@dataclasses.dataclass(frozen=True)
+class StartPoint:
+    """Where a run starts: at a training state, or, with the defaults, at none.
+
+    Attributes:
+        path: The state's file; None for a new run.
+        settings, network_kwargs, last_tick: As in the state (training.progress.run_state); `last_tick` is JSON text.
+        nimg, tick: Images seen and ticks completed there.
+        complaints: What is wrong with newer states, which were skipped: a sentence each.
+    """
+
+    path: str | None = None
+    settings: dict = dataclasses.field(default_factory=dict)
+    network_kwargs: dict = dataclasses.field(default_factory=dict)
+    nimg: int = 0
+    tick: int = 0
+    last_tick: str = '{}'
+    complaints: list = dataclasses.field(default_factory=list)
+
+
 def start_point(flags, name):
-    """(run folder, what to resume), without creating anything.
+    """(run folder, `StartPoint`), without creating anything.
 
     --auto-resume takes the newest good state in the run folder with the highest number and this run's name (the number
     of ranks may differ); if there is none, or without --auto-resume, it is --resume's state.
-
-    Returns:
-        The folder; {'path', 'settings', 'network_kwargs', 'nimg', 'tick', 'last_tick', 'complaints'} of a state
-        (training.progress.run_state), with 'path' None for a new run.
 
     Raises:
         UserError: --nosubdir without --auto-resume where a run already exists; no state where --resume points, or no
             readable one; states for --auto-resume that cannot be read, without a --resume to fall back on.
     """
-    if flags['nosubdir'] and not flags['auto_resume'] and not flags['dry_run']:
-        if os.path.exists(os.path.join(flags['outdir'], OPTIONS_NAME)):
-            raise UserError(f"{flags['outdir']} already holds a run, which --nosubdir would overwrite; choose another "
-                            '--outdir, or continue that run with --auto-resume')
-    run_dir = flags['outdir'] if flags['nosubdir'] else next_run_dir(flags['outdir'], name)
-    path, state, complaints = None, None, []
+    run_dir = _folder(flags, name)
+    start = None
     if flags['auto_resume']:
-        run_dir = run_dir if flags['nosubdir'] else same_run_dir(flags['outdir'], name) or run_dir
-        path, state, complaints = newest_good(saved_files(run_dir, STATE))
-        if path is None and complaints and not flags['resume']:  # starting over would overwrite what is there
-            raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are '
-                            'lost, delete them to start over there, or start elsewhere with another --outdir or --desc')
-    if path is None and flags['resume']:
-        states = find_states(flags['resume'], flags['outdir'])
-        path, state, complaints = newest_good(states)
-        if path is None and len(states) == 1:
-            raise UserError(complaints[0])
-        if path is None:
-            raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read '
-                            f'({complaints[0]}); resume from another run')
+        start = _own_start(run_dir, flags['resume'])
+    if start is None and flags['resume']:
+        start = _resumed_start(flags['resume'], flags['outdir'])
+    return run_dir, start or StartPoint()
+
+
+def _folder(flags, name):
+    """The run's folder: --outdir itself with --nosubdir, that of an earlier run with --auto-resume, or a new one."""
+    outdir = flags['outdir']
+    if flags['nosubdir']:
+        replaces = not flags['auto_resume'] and not flags['dry_run']
+        if replaces and os.path.exists(os.path.join(outdir, OPTIONS_NAME)):
+            raise UserError(f'{outdir} already holds a run, which --nosubdir would overwrite; choose another '
+                            '--outdir, or continue that run with --auto-resume')
+        return outdir
+    earlier = same_run_dir(outdir, name) if flags['auto_resume'] else None
+    return earlier or next_run_dir(outdir, name)
+
+
+def _own_start(run_dir, resume):
+    """The newest good state in the run's own folder, or None; with --resume (`resume`) they may be unreadable."""
+    start, complaints = _newest_start(saved_files(run_dir, STATE))
+    if start is None and complaints and not resume:  # starting over would overwrite what is there
+        raise UserError(f'none of the training states in {run_dir} can be read ({complaints[0]}); if they are '
+                        'lost, delete them to start over there, or start elsewhere with another --outdir or --desc')
+    return start
+
+
+def _resumed_start(resume, outdir):
+    """The newest good state of those that --resume can mean."""
+    states = find_states(resume, outdir)
+    start, complaints = _newest_start(states)
+    if start is None and len(states) == 1:
+        raise UserError(complaints[0])
+    if start is None:
+        raise UserError(f'none of the {len(states)} training states in {states[0].parent} can be read '
+                        f'({complaints[0]}); resume from another run')
+    return start
+
+
+def _newest_start(states):
+    """(StartPoint of the newest state that can be read, or None; what is wrong with those before it)."""
+    path, state, complaints = newest_good(states)
     if path is None:
-        state = dict(settings={}, network_kwargs={}, progress={'nimg': 0, 'tick': 0}, last_tick='{}')
+        return None, complaints
     progress = state['progress']
-    return run_dir, dict(path=path and str(path), settings=state['settings'], network_kwargs=state['network_kwargs'],
-                         nimg=progress['nimg'], tick=progress['tick'], last_tick=state['last_tick'],
-                         complaints=complaints)
+    start = StartPoint(path=str(path), settings=state['settings'], network_kwargs=state['network_kwargs'],
+                       nimg=progress['nimg'], tick=progress['tick'], last_tick=state['last_tick'],
+                       complaints=complaints)
+    return start, complaints
 
 
 def changed_options(path, config):
@@ -129,7 +173,7 @@ def create_run_dir(run_dir, config, start, name=None):
     """Create the run folder with its training_options.json. On rank 0.
 
     Args:
-        start: From `start_point` with --auto-resume: the folder is reused, and later ticks are dropped from its
+        start: The `StartPoint` with --auto-resume: the folder is reused, and later ticks are dropped from its
             records. None otherwise: the folder must not hold a run yet.
         name: Name of the run, if it may move on to the next number when another run has just taken this folder.
 
@@ -146,7 +190,7 @@ def create_run_dir(run_dir, config, start, name=None):
             run_dir = next_run_dir(os.path.dirname(run_dir), name)
     else:
         make_dirs(run_dir)
-        trim_records(run_dir, start['tick'], json.loads(start['last_tick']))
+        trim_records(run_dir, start.tick, json.loads(start.last_tick))
         remove_temporary_files(run_dir)
     with atomic_write(os.path.join(run_dir, OPTIONS_NAME), 'w') as f:
         json.dump(config, f, indent=2)

@@ -89,8 +89,8 @@ def training_loop(
     augmentations = enabled_names(augment_kwargs)
     state = resume_from(resume) if resume is not None else None
     if state is not None:  # before the early return: a finished run of another system must not count as this one's
-        check_origin(state, resume, system=system.name, augmentations=augmentations, loss=changed_loss)
-        warn_if_dataset_changed(state, dataset)
+        check_origin(state['settings'], resume, system=system.name, augmentations=augmentations, loss=changed_loss)
+        warn_if_dataset_changed(state['settings'], dataset)
     progress = Progress(**state['progress']) if state else Progress()
     if progress.nimg >= total_nimg:
         dist.print0(f'All {total_kimg:g} kimg are already done.')
@@ -115,7 +115,7 @@ def training_loop(
                     loss=changed_loss)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     if state is not None:
-        check_origin(state, resume, optimizer=type(optimizer).__name__)
+        check_origin(state['settings'], resume, optimizer=type(optimizer).__name__)
         restore(state, resume, net, ema, optimizer)
     ddp = dist.data_parallel(net)
     sample_options = {'data': dataset_kwargs['path']} if system.starts_from_data else None

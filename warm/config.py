@@ -136,7 +136,7 @@ def check_config(config, dataset, start, fetch=True):
     Args:
         config: From `training_config`.
         dataset: Its data set, from `open_data`.
-        start: From training.run_folder.start_point.
+        start: Where the run starts, a training.run_folder.StartPoint.
         fetch: Whether a snapshot to transfer from, or a detector, may be downloaded.
 
     Raises:
@@ -150,10 +150,11 @@ def check_config(config, dataset, start, fetch=True):
         net = system.network_class(**interface_kwargs(dataset, config['augment_kwargs']), **config['network_kwargs'])
     if config['accelerate_kwargs']['recompute']:
         net.model.check_recompute()
-    if start['path'] is not None:
-        check_origin(start, start['path'], system=system.name, augmentations=enabled_names(config['augment_kwargs']),
+    if start.path is not None:
+        check_origin(start.settings, start.path, system=system.name,
+                     augmentations=enabled_names(config['augment_kwargs']),
                      loss=system.changed_loss(config['loss_kwargs']))
-        check_network(start, start['path'], net, [option.name for option in system.network_options])
+        check_network(start.network_kwargs, start.path, net, [option.name for option in system.network_options])
     elif config['transfer'] is not None and (fetch or not is_url(config['transfer'])):
         transfer_weights(config['transfer'], net)  # only a check here: on the meta device there is nothing to set
     if config['eval_kwargs'] is not None:
