@@ -1,4 +1,4 @@
-"""Snapshots and training states of a run: written in the background, old ones deleted, the newest good state found."""
+"""Snapshots and training states of a run: when to save, writing in the background, deleting old ones, finding them."""
 
 import contextlib
 import os
@@ -18,6 +18,38 @@ MAX_WAITING = 2  # saves that may queue for the disk; beyond that training waits
 LEAVE_SEC = 60  # how long leaving the `with` block, as after an error elsewhere, waits for pending writes
 READERS = {STATE: load_state, SNAPSHOT: read_snapshot}
 LATEST = 'latest'
+
+
+# -- when to save
+
+class SaveSchedule:
+    """What is due to be saved. What is due at a bad step is not saved then and stays due, until `saved` is called.
+
+    Args:
+        snapshot_ticks, state_dump_ticks: Intervals of snapshots and of training states; 0: only at the end.
+
+    Attributes:
+        snapshot_due, dump_due: Whether a snapshot, and a training state, are due; with a state always a snapshot.
+    """
+
+    def __init__(self, snapshot_ticks, state_dump_ticks):
+        self.snapshot_ticks, self.state_dump_ticks = snapshot_ticks, state_dump_ticks
+        self.saved()
+
+    def update(self, tick, leaving):
+        """Note what the end of a tick makes due; when leaving, both. Tick 0, of a single step, makes no state due."""
+        if leaving or (tick != 0 and _is_due(tick, self.state_dump_ticks)):
+            self.dump_due = True
+        if self.dump_due or _is_due(tick, self.snapshot_ticks):
+            self.snapshot_due = True
+
+    def saved(self):
+        """All that was due is saved."""
+        self.snapshot_due = self.dump_due = False
+
+
+def _is_due(tick, interval):
+    return bool(interval) and tick % interval == 0
 
 
 # -- writing

@@ -23,7 +23,7 @@ from training.health import AGAIN, Health
 from training.pictures import save_grid
 from training.progress import (Progress, check_origin, checked_seed, restore, resume_from, run_state, seed_rank,
                                warn_if_dataset_changed)
-from training.saving import Saver
+from training.saving import Saver, SaveSchedule
 from training.snapshot import read_snapshot
 from training.status import Status
 
@@ -131,7 +131,7 @@ def training_loop(
     dist.print0(f'Training for {total_kimg:g} kimg...')
     status = Status(run_dir, progress.nimg, total_nimg, progress.seconds, device, tensorboard)
     health = Health(max_nonfinite, progress.nonfinite)
-    dump_owed = snapshot_owed = False  # what was due at a bad step, and is made up for at the end of the next tick
+    schedule = SaveSchedule(snapshot_ticks, state_dump_ticks)
     with (StopRequest() as stop, Watchdog(watched_sec(timeout, device), f'rank {dist.get_rank()}') as watchdog,
           Saver(run_dir, keep, compact if compact_state else None) as saver, lost_workers_named(),
           contextlib.closing(batches)):
@@ -166,13 +166,12 @@ def training_loop(
                     batches.report_wait(data_wait)
                 progress.tick, progress.tick_nimg, health.count = tick + 1, progress.nimg, 0
             leaving = done or health.stopping
-            dump = leaving or dump_owed or (tick != 0 and is_due(tick, state_dump_ticks))
-            snapshot = dump or snapshot_owed or is_due(tick, snapshot_ticks)
-            saving = snapshot and worth_saving(health, progress, ema, leaving)
-            dump_owed, snapshot_owed = dump and not saving, snapshot and not saving
-            if saving:
+            schedule.update(tick, leaving)
+            if schedule.snapshot_due and worth_saving(health, progress, ema, leaving):
                 progress.seconds, progress.nonfinite = status.elapsed(), health.count
-                save_run(saver, net, ema, optimizer, progress, settings, facts(dataset), status.last_line(), dump)
+                save_run(saver, net, ema, optimizer, progress, settings, facts(dataset), status.last_line(),
+                         schedule.dump_due)
+                schedule.saved()
                 if grid_images and not health.stopping:
                     draw_images(run_dir, ema, system, grid_sampler, grid_images, progress)
                 dist.barrier()  # the others wait for rank 0 here, where the watchdog does not count it as a hang
@@ -382,11 +381,6 @@ def ema_beta(batch_size, nimg, halflife_nimg, rampup_ratio):
 def update_ema(ema, net, beta):
     """ema ← β·ema + (1 − β)·net, all tensors at once."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
-
-
-def is_due(tick, interval):
-    """Whether something done every `interval` ticks (0: never) is due at `tick`."""
-    return bool(interval) and tick % interval == 0
 
 
 def some_reals(dataset, count):
