@@ -23,6 +23,7 @@ from training.generation import generate_batch
 from training.pictures import tile
 from training.pixels import to_uint8
 from training.run_files import SNAPSHOT, parse_kimg, saved_files
+from training.schedules import NUM_STEPS
 from training.snapshot import build_network, read_snapshot
 from warm.figures import draw
 from warm.path import PAPER_BNR
@@ -35,6 +36,7 @@ RUNS = {'edm': ['--precond=edm'], 'warm': ['--precond=warm', f'--bnr={PAPER_BNR:
 TRAINING = ['--preset=digits', '--seed=0', '--grid=0']
 SHOWN = 4  # rows of digits in the picture
 STEPS_SHOWN = 9
+NFE = 2 * NUM_STEPS - 1  # of Heun's solver, the default: two evaluations per step, one in the last
 
 
 @click.command(cls=Tool)
@@ -116,7 +118,7 @@ def score(outdir, name, num):
     printed = calc[1].stdout.read().decode()
     finish([calc])
     print(printed, end='')
-    return f'{SYSTEMS[name].title:<5s}{printed.strip().splitlines()[-1]}   ({num} images, NFE 35)'
+    return f'{SYSTEMS[name].title:<5s}{printed.strip().splitlines()[-1]}   ({num} images, NFE {NFE})'
 
 
 def samples_by_class(net, name, rows):
