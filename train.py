@@ -163,7 +163,7 @@ def main(**options):
     """
     # After set-up, Ctrl-C is a signal to save and stop (torch_utils.signals).
     with (interruptible('still setting up, before the first step: run the command again to start'),
-          dist.process_group(), dist.lost_ranks_named()):
+          dist.process_group(), dist.report_lost_ranks()):
         with Tee() if dist.get_rank() == 0 else contextlib.nullcontext() as log:
             done = run(options, log)
     if not done:

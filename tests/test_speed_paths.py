@@ -530,7 +530,7 @@ def test_a_workers_error_keeps_its_sentence(tmp_path):
     ('DataLoader worker (pid(s) 7, 8) exited unexpectedly', True), ('shapes do not match', False), ('', False),
     ('Caught ...\nRuntimeError: unable to allocate shared memory(shm) for file </torch_7>: No space left\n', True)])
 def test_errors_that_mean_a_lost_worker(reason, lost):
-    with pytest.raises(UserError if lost else RuntimeError), b.lost_workers_named():
+    with pytest.raises(UserError if lost else RuntimeError), b.report_lost_workers():
         raise RuntimeError(reason)
 
 

@@ -22,7 +22,7 @@ from tests.commands import ROOT, SMALL, free_port, invoke
 from tests.kills import check_same, equal, final_state, losses
 from torch_utils import distributed as dist
 from torch_utils import training_stats
-from torch_utils.distributed import LostRank, lost_ranks_named
+from torch_utils.distributed import LostRank, report_lost_ranks
 from torch_utils.signals import EXIT_HUNG, EXIT_STOPPED, StopRequest, Watchdog
 from training.health import Health
 from training.run_files import saved_files
@@ -277,7 +277,7 @@ def test_the_former_wakeup_pipe_is_back():
 
 def test_a_single_process_has_no_rank_to_lose():
     """PyTorch's loader of data, say, reports a time limit in the same words."""
-    with pytest.raises(RuntimeError, match='timed out'), lost_ranks_named():
+    with pytest.raises(RuntimeError, match='timed out'), report_lost_ranks():
         raise RuntimeError('DataLoader timed out after 5 seconds')
 
 
@@ -287,7 +287,7 @@ def test_a_single_process_has_no_rank_to_lose():
 def test_errors_that_mean_a_lost_rank(reason, monkeypatch):
     """What matters stands at the end of a line that may begin with a long path, before many more lines."""
     monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
-    with pytest.raises(LostRank, match='run the same command with --auto-resume') as e, lost_ranks_named():
+    with pytest.raises(LostRank, match='run the same command with --auto-resume') as e, report_lost_ranks():
         raise RuntimeError(f"[{'gloo/' * 60}pair.cc:544] {reason}\nException raised from ...")
     assert f'{reason})' in e.value.message
 
@@ -295,7 +295,7 @@ def test_errors_that_mean_a_lost_rank(reason, monkeypatch):
 @pytest.mark.parametrize('reason', ['', 'shapes do not match'])
 def test_errors_that_do_not(reason, monkeypatch):
     monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
-    with pytest.raises(RuntimeError) as e, lost_ranks_named():
+    with pytest.raises(RuntimeError) as e, report_lost_ranks():
         raise RuntimeError(reason)
     assert str(e.value) == reason
 

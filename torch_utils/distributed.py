@@ -145,7 +145,7 @@ class LostRank(UserError):
 
 
 @contextlib.contextmanager
-def lost_ranks_named():
+def report_lost_ranks():
     """Context that turns the errors by which gloo and NCCL report a lost rank into a `LostRank`."""
     try:
         yield

@@ -130,7 +130,7 @@ def _on_device(batches, device):
 
 
 @contextlib.contextmanager
-def lost_workers_named():
+def report_lost_workers():
     """Context that turns PyTorch's errors about a loader's processes into UserErrors. It raises them at any place."""
     try:
         yield

@@ -13,7 +13,7 @@ from torch_utils import training_stats
 from torch_utils.signals import StopRequest, Watchdog
 from training.acceleration import accelerate
 from training.augment import AugmentPipe, enabled_names
-from training.batches import Batches, lost_workers_named
+from training.batches import Batches, report_lost_workers
 from training.compact import compact
 from training.dataset import ImageFolderDataset
 from training.decoded import decoded_images
@@ -133,7 +133,7 @@ def training_loop(
     health = Health(max_nonfinite, progress.nonfinite)
     schedule = SaveSchedule(snapshot_ticks, state_dump_ticks)
     with (StopRequest() as stop, Watchdog(watched_sec(timeout, device), f'rank {dist.get_rank()}') as watchdog,
-          Saver(run_dir, keep, compact if compact_state else None) as saver, lost_workers_named(),
+          Saver(run_dir, keep, compact if compact_state else None) as saver, report_lost_workers(),
           contextlib.closing(batches)):
         while True:
             optimizer.zero_grad(set_to_none=True)

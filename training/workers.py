@@ -34,7 +34,7 @@ class Workers:
                                                                    initializer=_end_with_parent)
             except (ImportError, OSError) as e:  # no shared memory, as in some containers
                 raise UserError(f'could not start worker processes ({e}); run again with --workers=1') from e
-            with _broken_pool_named():
+            with _report_broken_pool():
                 for _ in range(self.others):
                     self._submit(_nothing)
         return self
@@ -64,7 +64,7 @@ class Workers:
             return
         chunks, pickled = iter(chunks), pickle.dumps(function)
         pending = collections.deque()  # in order: the others' futures, or this process's results
-        with _broken_pool_named():
+        with _report_broken_pool():
             while True:
                 waiting = sum(isinstance(result, concurrent.futures.Future) and not result.done() for result in pending)
                 pending.extend(self._submit(_call, pickled, chunk) for chunk in
@@ -84,7 +84,7 @@ ALONE = Workers()  # this process alone; need not be entered
 
 
 @contextlib.contextmanager
-def _broken_pool_named():
+def _report_broken_pool():
     try:
         yield
     except concurrent.futures.process.BrokenProcessPool as e:
