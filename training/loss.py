@@ -19,7 +19,7 @@ import dataclasses
 
 import torch
 
-from training.precond import SIGMA_DATA
+from training.pixels import SIGMA_DATA
 from training.schedules import VE_SIGMA_MAX, VE_SIGMA_MIN, VP_BETA_D, VP_BETA_MIN, VP_EPSILON_T, vp_sigma
 
 # EDM's training noise levels: mean and standard deviation of ln σ.

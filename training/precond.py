@@ -11,11 +11,10 @@ import torch
 from dnnlib import UserError, chosen
 from dnnlib.text import excerpt
 from torch_utils.precision import PRECISIONS, float32_products
+from training.pixels import SIGMA_DATA, check_floats
 from training.schedules import (IDDPM_C_1, IDDPM_C_2, IDDPM_M, VE_SIGMA_MAX, VE_SIGMA_MIN, VP_BETA_D, VP_BETA_MIN,
                                 VP_EPSILON_T, iddpm_noise_levels, vp_sigma, vp_sigma_inv)
 from training.unet import MODELS
-
-SIGMA_DATA = 0.5  # standard deviation of images in [−1, 1]: EDM's assumption
 
 
 def edm_scalings(sigma, sigma_data=SIGMA_DATA):
@@ -29,13 +28,6 @@ def edm_scalings(sigma, sigma_data=SIGMA_DATA):
 
 
 # -- base
-
-def check_floats(x):
-    """Raise UserError for images of whole numbers: pixel values 0…255, where −1…1 is meant."""
-    if not x.is_floating_point():
-        raise UserError(f'images of type {str(x.dtype).removeprefix("torch.")} are pixel values; scale them to [−1, 1] '
-                        'first: x.float() / 127.5 - 1')
-
 
 def per_image(levels, x, what):
     """The tensor `levels` as [B or 1, 1, 1, 1]; UserError unless one is for all B images x or each has its own."""

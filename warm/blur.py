@@ -20,7 +20,7 @@ import torch
 from dnnlib import UserError
 from dnnlib.text import excerpt
 from torch_utils.constants import constant
-from training.precond import SIGMA_DATA, check_floats
+from training.pixels import SIGMA_DATA, check_floats
 
 
 @constant
