@@ -14,11 +14,11 @@ from dnnlib.flags import Text
 from dnnlib.json_files import check_json_lines, read_object
 from dnnlib.text import parse_seeds
 from torch_utils import distributed as dist
-from training import metrics as m
 from training.detectors import DETECTORS, scoring_batch
 from training.generated import RECORD
 from training.generation import BATCH, GPU_BATCH, default_batch
 from training.metric_images import open_images
+from training.metrics import METRICS, best_scores, check_destination, check_reference, label, parse_metrics
 from training.provenance import log_scores
 from training.run_files import SCORES_NAME
 from training.scoring import (ImageFiles, NetworkImages, load_scorer, open_detector, say, unfinished_pass,
@@ -41,8 +41,8 @@ def calc(images, network, ref, num, seed, seeds, rounds, log, batch, detector, m
     check_exclusive(images, network, {flag_of(k): v for k, v in network_only.items()}, {'--num': num})
     if log:
         check_json_lines(log)
-    metrics = m.parse_metrics(metrics)
-    m.check_reference(metrics, ref)
+    metrics = parse_metrics(metrics)
+    check_reference(metrics, ref)
     if images:
         sources, usual_batch, usual_log = file_sources(images, num, seed)
     else:
@@ -98,7 +98,7 @@ def score_rounds(scorer, sources, batch, log, usual_log):
             print_scores(scorer, results[-1][0], f'Round {i} of {len(sources)}, ')
     best = {}
     if dist.get_rank() == 0:
-        best = m.best_scores(scorer.metrics, [values for values, _ in results])
+        best = best_scores(scorer.metrics, [values for values, _ in results])
         try:
             for i, (source, (values, facts)) in enumerate(zip(sources, results), 1):
                 log_scores(log or usual_log, values, scorer.detector,
@@ -111,7 +111,7 @@ def score_rounds(scorer, sources, batch, log, usual_log):
             print_scores(scorer, best)
     for done in passes:
         done.remove()
-    return {m.label(name, scorer.detector): value for name, value in best.items()}
+    return {label(name, scorer.detector): value for name, value in best.items()}
 
 
 def print_scores(scorer, values, prefix=''):
@@ -122,7 +122,7 @@ def print_scores(scorer, values, prefix=''):
     """
     try:
         for name, value in values.items():
-            print(f'{prefix}{m.label(name, scorer.detector)}: {value:.8g}', flush=True)
+            print(f'{prefix}{label(name, scorer.detector)}: {value:.8g}', flush=True)
     except OSError as e:
         with contextlib.suppress(OSError):
             sys.stdout.close()  # or the interpreter would try again at its end, and say so
@@ -132,8 +132,8 @@ def print_scores(scorer, values, prefix=''):
 
 def ref(data, dest, batch, detector, metrics):
     """Write reference statistics of a folder or zip of images to an .npz file."""
-    metrics = m.parse_metrics(metrics)
-    m.check_destination(dest, data)
+    metrics = parse_metrics(metrics)
+    check_destination(dest, data)
     source = ImageFiles(open_images(data), data)
     detector = open_detector(detector)
     say(f'Reference statistics of {source.total} images of {data} ...')
@@ -143,13 +143,13 @@ def ref(data, dest, batch, detector, metrics):
 
 # -- flags
 
-NAMES = ', '.join(f'{name} ({metric.title})' for name, metric in m.METRICS.items())
+NAMES = ', '.join(f'{name} ({metric.title})' for name, metric in METRICS.items())
 COMMON = (
     click.option('--batch', metavar='INT', type=click.IntRange(min=1), default=None,
                  help=f'Images per batch and process  [default: {BATCH}; up to {GPU_BATCH} on a GPU]'),
     click.option('--detector', metavar='NAME|PATH|URL', type=Text(), default=next(iter(DETECTORS)), show_default=True,
                  help=f'{", ".join(DETECTORS)}, or a TorchScript or .pth file'),
-    click.option('--metrics', metavar='LIST', type=Text(), default=next(iter(m.METRICS)), show_default=True,
+    click.option('--metrics', metavar='LIST', type=Text(), default=next(iter(METRICS)), show_default=True,
                  help=f'Comma-separated: {NAMES}'),
 )
 

@@ -8,8 +8,8 @@ import dataclasses
 import os
 
 from torch_utils import distributed as dist
-from training import metrics as m
 from training.generation import BATCH, default_batch
+from training.metrics import check_images, label, parse_metrics
 from training.provenance import log_scores, sampling_facts, training_facts
 from training.run_files import REF_NAME, SCORES_NAME
 from training.scoring import ImageFiles, NetworkImages, load_scorer, open_detector, write_reference
@@ -46,7 +46,7 @@ class Evaluator:
         sampler = self.system.make_sampler(net, self.sample_options)
         source = NetworkImages(net, sampler, range(self.num), must_be_finite=False)
         values, facts = self.scorer(source, default_batch(net), progress=False)
-        named = {m.label(name, self.scorer.detector): value for name, value in values.items()}
+        named = {label(name, self.scorer.detector): value for name, value in values.items()}
         if dist.get_rank() == 0:
             facts.update(training_facts(net, self.system, self.dataset_name, self.loss), kimg=nimg / 1000, network=None,
                          **sampling_facts(net, self.system, self.sample_options, sampler), **source.record)
@@ -78,9 +78,9 @@ def make_evaluator(run_dir, system, dataset, sample_options=None, loss=None, tic
     """
     if not ticks:
         return no_evaluation
-    names = m.parse_metrics(metrics)
+    names = parse_metrics(metrics)
     detector, images = open_detector(detector), ImageFiles(dataset.unmirrored(), dataset.path)
-    m.check_images(names, num, detector, '--eval-')
+    check_images(names, num, detector, '--eval-')
     if ref is None:
         ref = os.path.join(run_dir, REF_NAME)
         dist.print0(f'Reference statistics of {dataset.path} for --eval...')

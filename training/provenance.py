@@ -14,7 +14,7 @@ from dnnlib.files import file_sha256
 from dnnlib.json_files import append_line
 from torch_utils import distributed as dist
 from torch_utils.precision import effective_precision
-from training import metrics as m
+from training.metrics import label
 from training.schedules import SOLVER
 from training.stand_ins import count_evaluations, trace
 from training.system import as_flags
@@ -158,4 +158,4 @@ def log_scores(path, values, detector, facts):
     common = dict(facts, commit=code_version(), torch=torch.__version__, device=dist.device().type,
                   ranks=dist.get_world_size(), timestamp=round(time.time(), 3))
     for name, value in values.items():
-        append_line(path, {'metric': m.label(name, detector), 'value': value, **common}, remedy='choose another file')
+        append_line(path, {'metric': label(name, detector), 'value': value, **common}, remedy='choose another file')

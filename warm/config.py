@@ -46,12 +46,13 @@ def training_config(flags, system_options):
     split_batch(flags['batch'], flags['batch_gpu'])  # only a check here
     strengths = training_strengths(flags['augment_with'])
     system = SYSTEMS[flags['precond']]
-    own = system.network_kwargs(system_options)
+    network_options = system.network_kwargs(system_options)
     dataset_kwargs = dict(path=EMBEDDED if flags['data'] is None else flags['data'], use_labels=flags['cond'],
                           xflip=flags['xflip'], cache=flags['cache'])
-    own.update(measured(system, own, dataset_kwargs))
-    own = system.network_class.meaning(own)  # says, for one, what BNR the default is
-    network_kwargs = dict(ARCHITECTURES[flags['arch']], dropout=flags['dropout'], use_fp16=precision == 'fp16', **own)
+    network_options.update(measure_from_data(system, network_options, dataset_kwargs))
+    network_options = system.network_class.meaning(network_options)  # says, for one, what BNR the default is
+    network_kwargs = dict(ARCHITECTURES[flags['arch']], dropout=flags['dropout'], use_fp16=precision == 'fp16',
+                          **network_options)
     for flag in SIZE_FLAGS:
         if flags[flag] is not None:
             if flag not in size_arguments(flags['arch']):
@@ -108,13 +109,19 @@ def chosen_precision(precision, fp16):
     return precision or ('fp16' if fp16 else next(iter(PRECISIONS)))
 
 
-def measured(system, own, dataset_kwargs):
-    """{name: value} of the system's options that are measured on the data; if there are none, nothing is read."""
-    wanted = [option for option in system.network_options if option.from_data and own[option.name] is not None]
+def measure_from_data(system, values, dataset_kwargs):
+    """{name: value} of those of the system's network options that the data determine; without any, nothing is read.
+
+    Args:
+        system: Its `network_options` say how (training.system.Option.from_data).
+        values: {name: value} of all of them.
+        dataset_kwargs: As for `open_data`.
+    """
+    wanted = [option for option in system.network_options if option.from_data and values[option.name] is not None]
 
     def measure():
         dataset = open_data(**dataset_kwargs)
-        return {option.name: option.from_data(own[option.name], dataset, own) for option in wanted}
+        return {option.name: option.from_data(values[option.name], dataset, values) for option in wanted}
     return dist.on_rank0(measure) if wanted else {}
 
 
