@@ -190,7 +190,7 @@ DETECTORS = {'inception': _inception_script, 'inception-pth': _inception_weights
 
 def needs_download(spec):
     """Whether `load_detector` downloads what this names, if it is not in the cache."""
-    return is_url(spec) or DETECTORS.get(spec, PixelDetector) is not PixelDetector
+    return is_url(spec) or (spec in DETECTORS and DETECTORS[spec] is not PixelDetector)  # pixels need no file
 
 
 def load_detector(spec='inception', device='cpu'):
