@@ -172,19 +172,15 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         """Names of the image files in order."""
         return [self._names[i] for i in self._raw_idx]
 
-    def file_stamps(self):
-        """[(name, *stamp), …] of the image files in order; a stamp holds numbers that change with the content."""
-        return [(name, *self._archive.stamp(name)) for name in self.file_names]
-
     def unmirrored(self):
         """The same data set without `xflip`'s mirrored copies, read from the files."""
         dataset = copy.copy(self)
         dataset._xflip = False
         return dataset
 
-    def fingerprint(self):
-        """A digest that changes with the content at the path, computed without reading the images."""
-        return fingerprint(self._archive, self._names)
+    def fingerprint(self, names=None):
+        """A digest that changes with the content of the files `names` (None: all at the path), without reading it."""
+        return fingerprint(self._archive, self._names if names is None else names)
 
     def get_details(self, idx):
         """`raw_idx` (index among all images of the path), `xflip` and `raw_label` of item `idx`."""
