@@ -65,7 +65,8 @@ def colour_map(luma=1, chroma=1, quarter_turn=0, offset=0):
     `offset` is then added to every channel. Each argument is a number or a tensor [N].
     """
     diagonal = (luma + 2 * chroma) / 3
-    mean, odd = (luma - chroma) / 3, quarter_turn / math.sqrt(3)
+    mean = (luma - chroma) / 3
+    odd = quarter_turn / math.sqrt(3)
     rest = (mean - odd, mean + odd)
     return matrix([diagonal, rest[0], rest[1], offset], [rest[1], diagonal, rest[0], offset],
                   [rest[0], rest[1], diagonal, offset], [0, 0, 0, 1])

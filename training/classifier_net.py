@@ -38,7 +38,8 @@ class Residual(torch.nn.Module):
 
 def trunk(channels, resolution, width):
     """The layers before the global pooling: [B, channels, resolution, resolution] → [B, 8·width, ≥ 4, ≥ 4]."""
-    layers, size = [ConvBlock(channels, width)], resolution
+    layers = [ConvBlock(channels, width)]
+    size = resolution
     for residual in STAGES:
         layers.append(ConvBlock(width, 2 * width))
         width *= 2

@@ -114,7 +114,8 @@ def convert(source, dest, transform=None, resolution=None, max_images=None, work
     job = functools.partial(_convert_chunk, source.load, make_transform(transform, resolution))
     total = len(source.items) if max_images is None else min(max_images, len(source.items))
     chunks = (source.items[i:min(i + CHUNK, total)] for i in range(0, total, CHUNK))
-    labels, first, skipped, stretched = [], None, 0, 0
+    labels, first = [], None
+    skipped = stretched = 0
     with open_dest(dest) as add, contextlib.closing(workers.map(job, chunks)) as results, \
             tqdm.tqdm(total=total, unit='img', disable=None) as progress:
         for i, result in enumerate(itertools.chain.from_iterable(results)):

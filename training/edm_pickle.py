@@ -165,7 +165,8 @@ def _load_edm(data):
 
 def _network_kwargs(net, machine):
     """All arguments that made a network, by name; EDM's own training passes none by position."""
-    args, kwargs = _plain(net.state.get('_init_args') or (), machine), _init_kwargs(net, machine)
+    args = _plain(net.state.get('_init_args') or (), machine)
+    kwargs = _init_kwargs(net, machine)
     require(type(args) is tuple, 'the arguments of its network are malformed')
     require(len(args) <= len(POSITIONAL),
             f"its network was made with more positional arguments than {', '.join(POSITIONAL)}")

@@ -79,7 +79,8 @@ def make_evaluator(run_dir, system, dataset, sample_options=None, loss=None, tic
     if not ticks:
         return no_evaluation
     names = parse_metrics(metrics)
-    detector, images = open_detector(detector), ImageFiles(dataset.unmirrored(), dataset.path)
+    detector = open_detector(detector)
+    images = ImageFiles(dataset.unmirrored(), dataset.path)
     check_images(names, num, detector, '--eval-')
     if ref is None:
         ref = os.path.join(run_dir, REF_NAME)

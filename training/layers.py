@@ -197,7 +197,8 @@ class GroupNorm(torch.nn.Module):
 
 def make_resample_filter(taps):
     """The 2-D low-pass [1, 1, k, k] of a 1-D filter with k taps: their outer product, normalised to a sum of 1."""
-    total, taps = sum(taps) ** 2, torch.as_tensor(taps, dtype=torch.float32)
+    total = sum(taps) ** 2
+    taps = torch.as_tensor(taps, dtype=torch.float32)
     ones = torch.ones([1, 1, len(taps), len(taps)])
     return ones.mul_(taps[:, None]).mul_(taps).div_(total)  # in place: see `_uniform`
 

@@ -21,7 +21,8 @@ def rank_share(total, batch=1, rank=None):
     the network and the detector make of an image depends, in the last digit, on the batch it is in.
     """
     rank = dist.get_rank() if rank is None else rank
-    batches, world = -(-total // batch), dist.get_world_size()
+    batches = -(-total // batch)  # rounded up
+    world = dist.get_world_size()
     first, last = (min(-(-batches * r // world) * batch, total) for r in (rank, rank + 1))
     return range(first, last)
 

@@ -121,7 +121,8 @@ class Precond(torch.nn.Module):
         Raises:
             UserError: images, noise levels or labels of the wrong shape.
         """
-        x, sigma = self.check_images(x), self.as_sigma(sigma, x)
+        x = self.check_images(x)
+        sigma = self.as_sigma(sigma, x)
         c_skip, c_out, c_in, c_noise = self.scalings(sigma)
         F_x = self.run_model(c_in * x, c_noise, class_labels, force_fp32, **model_kwargs)
         return c_skip * x + c_out * F_x[:, :self.img_channels]

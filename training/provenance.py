@@ -105,7 +105,8 @@ def code_version():
     in results/ do not count, since a study appends to its files there while it runs; nor do untracked files.
     """
     root = pathlib.Path(__file__).resolve().parents[1]
-    version, script = _repository_version(root), getattr(sys.modules['__main__'], '__file__', None)
+    version = _repository_version(root)
+    script = getattr(sys.modules['__main__'], '__file__', None)
     if script is None or not os.path.isfile(script) or _is_below(script, (root, sys.prefix, sys.base_prefix)):
         return version
     return f'{version}+{pathlib.Path(script).name}@{file_sha256(script)[:12]}'

@@ -173,7 +173,8 @@ class ProgressLine:
     """Progress on a terminal: images/s and time left, rewritten at most once a second; otherwise silent."""
 
     def __init__(self, nimg, total_nimg):
-        self.start, self.total, self.began, self.shown = nimg, total_nimg, time.monotonic(), 0.0
+        self.start, self.total = nimg, total_nimg
+        self.began, self.shown = time.monotonic(), 0.0
         self.active = dist.get_rank() == 0 and sys.stderr.isatty()
 
     def show(self, nimg):

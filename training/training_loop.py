@@ -164,7 +164,8 @@ def training_loop(
                 status.end_tick(tick, progress.nimg)
                 if tick > 0:  # the first waits for everything to start
                     batches.report_wait(data_wait)
-                progress.tick, progress.tick_nimg, health.count = tick + 1, progress.nimg, 0
+                progress.tick, progress.tick_nimg = tick + 1, progress.nimg
+                health.count = 0
             leaving = done or health.stopping
             schedule.update(tick, leaving)
             if schedule.snapshot_due and worth_saving(health, progress, ema, leaving):
@@ -287,7 +288,8 @@ def transfer_weights(path, net):
         UserError: it is not a snapshot, or one of another architecture, with hardly a tensor in common.
     """
     snapshot = read_snapshot(path)
-    copied, total = net.transfer(snapshot.state_dict, snapshot.network_kwargs), len(net.state_dict())
+    copied = net.transfer(snapshot.state_dict, snapshot.network_kwargs)
+    total = len(net.state_dict())
     if len(copied) < MIN_TRANSFER * total:
         theirs, ours = ('{img_resolution} pixels and {img_channels} channels'.format(**kwargs)
                         for kwargs in (snapshot.network_kwargs, net.init_kwargs))
@@ -311,7 +313,8 @@ def accumulate_gradients(ddp, loss_fn, batches, rounds, augment_pipe, scale, beg
     Returns:
         Whether each round's loss was finite: 0-d bool tensors, which stay on the device.
     """
-    net, finite = dist.unwrapped(ddp), []
+    net = dist.unwrapped(ddp)
+    finite = []
     for i in range(rounds):
         begin_round()
         with ddp.no_sync() if ddp is not net and i < rounds - 1 else contextlib.nullcontext():

@@ -62,7 +62,8 @@ class Workers:
         if not self.others:
             yield from map(function, chunks)
             return
-        chunks, pickled = iter(chunks), pickle.dumps(function)
+        chunks = iter(chunks)
+        pickled = pickle.dumps(function)
         pending = collections.deque()  # in order: the others' futures, or this process's results
         with _report_broken_pool():
             while True:

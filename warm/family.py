@@ -129,11 +129,16 @@ class Result:
 def evaluate(outdir, member, num, detector, reference):
     """Generate the images of seeds 0 … num − 1 and score them."""
     snapshot = read_snapshot(last_snapshot(outdir, member.run))
-    net, system = build_network(snapshot, SYSTEMS, dist.device()), SYSTEMS[member.system]
-    options = {**dict(member.sample), **({'data': data_for(snapshot)} if system.starts_from_data else {})}
-    sampler, began = system.make_sampler(net, options), time.monotonic()
+    net = build_network(snapshot, SYSTEMS, dist.device())
+    system = SYSTEMS[member.system]
+    options = dict(member.sample)
+    if system.starts_from_data:
+        options['data'] = data_for(snapshot)
+    sampler = system.make_sampler(net, options)
+    began = time.monotonic()
     batches = [images for _, images in generate_images(net, list(range(num)), sampler, BATCH)]
-    score, seconds = distance(batches, num, detector, reference), time.monotonic() - began
+    score = distance(batches, num, detector, reference)
+    seconds = time.monotonic() - began
     return Result(member, batches[0][:COLUMNS].cpu().numpy(), count_evaluations(net, sampler), score, seconds)
 
 

@@ -148,7 +148,8 @@ def main(data, outdir, tolerance, blur, max_images, seed):
     """Measure a data set's spectrum and recommend a Blur-to-Noise Ratio for it."""
     if outdir is not None:
         make_dirs(outdir)
-    dataset, rates = ImageFolderDataset(data or EMBEDDED), BLUR_RATES[blur]
+    dataset = ImageFolderDataset(data or EMBEDDED)
+    rates = BLUR_RATES[blur]
     power = band_power(dataset, max_images, seed)
     taken = min(max_images or len(dataset), len(dataset))
     subset = f'a random subset (seed {seed}) of {taken} of the' if taken < len(dataset) else 'all'
