@@ -131,7 +131,16 @@ def cold_loss(net, images, labels=None, augment_pipe=None):
 
 
 def restoration_step(x, x0, here, there):
-    """x − blur_s(x̂₀) + blur_{s′}(x̂₀), float64."""
+    """x − blur_s(x̂₀) + blur_{s′}(x̂₀).
+
+    Args:
+        x: State [B, C, N, N]: images in [−1, 1], blurred.
+        x0: The network's x̂₀, shaped like x.
+        here, there: `Bands` at steps s and s′ < s (`ColdProcess.at`); only their signal counts, there is no noise.
+
+    Returns:
+        The next state, float64 [B, C, N, N].
+    """
     return idct2(dct2(x) + (there.signal - here.signal) * dct2(x0))
 
 

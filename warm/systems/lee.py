@@ -33,8 +33,7 @@ from training.loss import augment
 from training.precond import Precond
 from training.samplers import check_steps, evaluate
 from training.system import Option, System
-from warm.bands import (MAX_LEVELS, Bands, ancestral_noise_step, diffuse, spread_levels,
-                        transition_moments)
+from warm.bands import MAX_LEVELS, Bands, ancestral_noise_step, diffuse, spread_levels, transition_moments
 from warm.blur import dct2, frequencies, idct2
 
 # f(i)/f(N) at level i of N (appendix B), i = 1 … N.
@@ -132,7 +131,17 @@ def lee_loss(net, images, labels=None, augment_pipe=None):
 
 
 def eq12_step(x, eps, here, there, z=None):
-    """x′ = x + H(x) − U B (I−Ā)^−½ Uᵀ ε̂ + U B^½ Uᵀ z, H(x) = x − U a_{i|i′} Uᵀ x (Eq. 12)."""
+    """x′ = x + H(x) − U B (I−Ā)^−½ Uᵀ ε̂ + U B^½ Uᵀ z, H(x) = x − U a_{i|i′} Uᵀ x (Eq. 12).
+
+    Args:
+        x: State [B, C, N, N] of unit variance where it is noise; images are in [−1, 1].
+        eps: The network's ε̂, shaped like x.
+        here, there: `Bands` at levels i ≥ 1 and i′ < i (`LeeChain.at`). At i = 0 there is no noise to divide by.
+        z: Standard normal noise shaped like x; None adds no noise.
+
+    Returns:
+        The next state, float64 [B, C, N, N].
+    """
     ratio, B = transition_moments(there, here)
     u = (2 - ratio) * dct2(x) - B / here.noise * dct2(eps)
     return idct2(u if z is None else u + B.sqrt() * dct2(z))

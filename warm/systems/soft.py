@@ -78,7 +78,19 @@ class SoftLoss:
 
 
 def momentum_step(x, x0, alpha, sigma, alpha_next, sigma_next, z=None):
-    """The sampler's step (see the top) from (α, σ) to (α′, σ′ < σ), blurs as 0-d tensors; no noise if z is None."""
+    """The sampler's step (see the top) from (α, σ) to (α′, σ′).
+
+    Args:
+        x: State [B, C, N, N], in the units of images in [−1, 1] plus noise.
+        x0: The network's x̂₀, shaped like x.
+        alpha, alpha_next: Blurs α and α′ in pixels, ≥ 0: 0-d float64 tensors on x's device.
+        sigma, sigma_next: Noise levels, 0 ≤ σ′ < σ, as numbers in the units of x. They are not checked: the grid
+            descends.
+        z: Standard normal noise shaped like x; None adds no noise.
+
+    Returns:
+        The next state, float64 [B, C, N, N].
+    """
     n, share = x.shape[-1], 1 - (sigma_next / sigma) ** 2
     u, clean = dct2(x), dct2(x0)
     u = u + mask_difference(alpha, alpha_next, n) * clean + share * (blur_mask(alpha, n) * clean - u)
