@@ -67,7 +67,13 @@ def format_int_list(values):
             runs[-1][1] = value
         else:
             runs.append([value, value])
-    return ','.join(f'{a}' if a == b else f'{a},{b}' if b == a + 1 else f'{a}-{b}' for a, b in runs)
+    parts = []
+    for first, last in runs:
+        if last - first > 1:
+            parts.append(f'{first}-{last}')
+        else:
+            parts.extend(map(str, range(first, last + 1)))
+    return ','.join(parts)
 
 
 def format_time(seconds):

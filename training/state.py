@@ -1,6 +1,7 @@
 """Training states on disk: everything `--resume` needs, as tensors and plain values, never as code."""
 
 import hashlib
+import itertools
 import os
 import re
 import zipfile
@@ -131,7 +132,8 @@ def _add_to_digest(digest, value):
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, (dict, list, tuple)):
         digest.update(f'{type(value).__name__}{len(value)}:'.encode())
-        for item in (part for pair in value.items() for part in pair) if isinstance(value, dict) else value:
+        items = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
+        for item in items:
             _add_to_digest(digest, item)
     else:
         digest.update(f'{value!r},'.encode())

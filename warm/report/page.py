@@ -24,7 +24,8 @@ def main(runs, outdir):
 
     A folder of runs, such as training-runs, stands for all runs in it.
     """
-    runs = [read_run(path) for path in dict.fromkeys(path for run in runs for path in run_paths(os.path.normpath(run)))]
+    paths = [path for run in runs for path in run_paths(os.path.normpath(run))]
+    runs = [read_run(path) for path in dict.fromkeys(paths)]
     measurements = measurements_of(runs)
     make_dirs(outdir)
     plots = draw_all(outdir, runs, measurements)
