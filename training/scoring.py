@@ -13,7 +13,6 @@ import time
 
 import click
 import numpy as np
-import torch
 import tqdm
 
 from dnnlib.download import local_path
