@@ -493,8 +493,8 @@ def test_the_committed_page_is_made_of_the_committed_numbers(tmp_path):
         ahead, behind = round(100 - 100 * float(low)), round(100 * float(high) - 100)
         assert re.search(f'{ahead} % ahead (of EDM )?and {behind} % behind', said)
     verdicts = re.findall(r'\| (better|worse|undecided) (?=\|)', text)
-    assert f'Of {len(verdicts)} verdicts below, six decide' in said
-    assert len(verdicts) - verdicts.count('undecided') == 6
+    assert f'Of {len(verdicts)} verdicts below, ten decide' in said
+    assert len(verdicts) - verdicts.count('undecided') == 10
 
 
 def written_notes():
@@ -508,17 +508,20 @@ def test_the_notes_say_what_the_numbers_say():
     photos, digits = (Scores.read(SCALES[name], ROOT / 'results' / f'{name}.jsonl')
                       for name in ('cifar10-16', 'digits'))
 
-    def percent(scores, kimg, reference, **options):
-        ours, theirs = (scores.values(name, kimg, **options) for name in ('warm-rest-loss-unit', reference))
+    def percent(scores, kimg, reference, what='warm-rest-loss-unit', **options):
+        ours, theirs = (scores.values(name, kimg, **options) for name in (what, reference))
         return [round(100 * (ours[seed] / theirs[seed] - 1)) for seed in ours]
 
     def signed(*args, **options):
-        seeds = [f'{p:+}'.replace('-', '−') if p else '0' for p in percent(photos, *args, 'edm', **options)]
-        return '{}, {} and {} %'.format(*seeds)
+        *seeds, last = [f'{p:+}'.replace('-', '−') if p else '0' for p in percent(photos, *args, 'edm', **options)]
+        return ' and '.join([', '.join(seeds), last] if seeds else [last]) + ' %'
     assert 'score {}, {} and {} % better than EDM after 32 kimg (decided), with labels {}, {} and {} % (und'.format(
         *(-p for cond in (False, True) for p in percent(photos, 32, 'edm', cond=cond))) in notes
     assert (f'say {signed(64)} after 64 kimg (with labels {signed(64, cond=True)}), {signed(128)} after 128, '
             f'{signed(256)} after 256, all undecided') in notes
+    others = [[signed(kimg, what=name) for kimg in SCALES['cifar10-16'].main] for name in SCALES['cifar10-16'].longer]
+    assert 'BNR 0.1 stands at {} after 32 kimg, {} after 64, {} after 128 and {} after 256;'.format(*others[0]) in notes
+    assert '(c) at {}, {}, {} and {} (seeds 0, 1, 2'.format(*others[1]) in notes
     digits_say = percent(digits, 40, 'warm')
     assert 'worse than the default after 40 kimg, by {}, {} and {} % (decided)'.format(*digits_say) in notes
     d = compare(photos.values('warm-rest-loss-unit', 32), photos.values('edm', 32))
