@@ -23,7 +23,7 @@ from dnnlib.files import atomic_write, make_dirs
 from torch_utils import distributed as dist
 from torch_utils.signals import defer_signal
 
-FORMAT = 1  # increase it whenever the same images would give other statistics, or other arrays are saved
+FORMAT = 2  # increase it whenever the same images would give other statistics, or other arrays are saved
 SAVE_SECONDS = 60  # between two saves
 SAVE_SHARE = 0.05  # largest share of the time spent on saving; 50,000 features are 400 MB
 

@@ -11,7 +11,7 @@ from warm.blur import BLUR_RATES
 from warm.errors import BETAS
 from warm.path import PAPER_BNR
 from warm.report.tables import BNR_SCORES, TABLE_3, TABLE_4, TABLE_5, rows_of
-from warm.study.data import LEVEL, POWER, Difference, compare, mean_and_spread, shown
+from warm.study.data import LEVEL, POWER, Difference, compare, shown
 from warm.study.plan import (ALTERNATIVES, UNIT_LOSS, EVALUATIONS, FIGURE_5_BNRS, METHODS, OTHER_TARGETS, PAPER_BNRS,
                              SCHEDULE_STEPS, SOLVERS, STEPS, bnr_name, choice_name, drawn, targets_name)
 
