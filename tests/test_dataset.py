@@ -163,13 +163,6 @@ def test_other_files_are_ignored(place):
     assert len(ImageFolderDataset(place)) == 2
 
 
-def test_zip_names_are_only_keys(tmp_path):
-    path = write(tmp_path / 'set.zip', {'/abs/a.png': encoded(picture(0)), '../../b.png': encoded(picture(1))})
-    ds = ImageFolderDataset(path)
-    assert len(ds) == 2 and ds[0][0].shape == (3, 8, 8)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['set.zip']
-
-
 def test_linked_folders_are_entered(tmp_path):
     """Data sets may be put together from links to folders; a link that leads back to the set does not loop."""
     write(tmp_path / 'far', {'1.png': encoded(picture(1)), 'deep/2.png': encoded(picture(2))})
@@ -490,3 +483,13 @@ def test_a_forked_process_opens_the_zip_for_itself(monkeypatch):
         assert archive._open().fp is inherited
         monkeypatch.setattr(os, 'getpid', lambda: 1)
         assert archive._open().fp is not inherited and archive._open().NameToInfo is directory
+
+
+def test_indices_may_be_tensors():
+    """As from torch.randperm, which PyTorch's Subset passes on."""
+    embedded = load_embedded()
+    image, label = embedded[torch.tensor(-1)]
+    assert np.array_equal(image, embedded[len(embedded) - 1][0]) and np.array_equal(label, embedded.get_label(-1))
+    subset = torch.utils.data.Subset(embedded, torch.tensor([5, 3]))
+    assert np.array_equal(subset[1][0], embedded[3][0])
+    assert np.array_equal(embedded.get_label(torch.tensor(3)), embedded[3][1])

@@ -329,3 +329,9 @@ def test_library_refuses_too():
         recommended_bnr(prior_spectrum(8), 0)
     with pytest.raises(UserError, match='--max-images'):
         band_power(ImageFolderDataset(EMBEDDED), 0)
+
+
+def test_blank_data_is_refused():
+    """An unset variable of the shell must not measure the embedded digits."""
+    result = run('--data=')
+    assert result.exit_code != 0 and '--data' in result.output

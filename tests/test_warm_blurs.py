@@ -226,6 +226,7 @@ def test_auto_measures_with_the_blur(tmp_path):
     """The natural blur leaves more of what decides, so the rule allows more of it."""
     def chosen(*flags):
         output = succeed('train.py', '-n', '--precond=warm', '--bnr=auto', f'--outdir={tmp_path}', *flags)
+        assert 'The spectrum of digits-8x8 recommends BNR 0.' in output
         return float(json.loads(output[output.index('{'):output.rindex('}') + 1])['network_kwargs']['bnr'])
     def measured(*flags):
         return float(succeed('warm.spectrum', *flags).split()[-1])

@@ -112,3 +112,13 @@ def test_churn_keeps_to_the_networks_levels(record, path):
     warm_sampler(Coarse(torch.tensor(record.spectrum)), torch.tensor(record.latents), num_steps=6, sigma_min=0.4,
                  sigma_max=20.2, S_churn=2, path=PATHS[path])
     np.testing.assert_allclose(seen, np.round(seen, 1), rtol=0, atol=1e-12)
+
+
+def test_a_path_needs_no_more_than_alpha():
+    """Such as a script's own, that is none of the classes here."""
+    class Half:
+        def alpha(self, beta):
+            return 0.5 * beta
+    net, x = GaussianOracle(prior_spectrum(8)), torch.randn([2, 3, 8, 8], dtype=torch.float64)
+    assert torch.equal(warm_sampler(net, x, path=Half(), num_steps=3),
+                       warm_sampler(net, x, path=ConstantBNR(0.5), num_steps=3))

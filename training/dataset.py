@@ -1,6 +1,7 @@
 """Images and labels for training: uint8 pixels in [C, H, W], one-hot float32 labels, as EDM reads them."""
 
 import copy
+import operator
 import os
 import pathlib
 import shlex
@@ -157,6 +158,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
         return len(self._raw_idx) * (2 if self._xflip else 1)
 
     def __getitem__(self, idx):
+        idx = operator.index(idx)  # of a tensor, too, as torch.randperm gives
         if not -len(self) <= idx < len(self):
             raise IndexError(f'index {idx} in a dataset of {len(self)} items')
         raw_idx, flipped = self._place(idx)  # `batch` takes 40 % longer for one item, and data loaders ask for one
@@ -165,7 +167,7 @@ class ImageFolderDataset(torch.utils.data.Dataset):
 
     def get_label(self, idx):
         """Label of item `idx`: float32 vector [label_dim]."""
-        return self.labels_of_files(self.locate([idx])[0])[0]
+        return self.labels_of_files(self.locate([operator.index(idx)])[0])[0]
 
     @property
     def file_names(self):

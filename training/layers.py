@@ -73,7 +73,7 @@ def cast(parameter, like):
 class Linear(torch.nn.Module):
     """Affine map [B, in_features] → [B, out_features]."""
 
-    def __init__(self, in_features, out_features, init, bias=True):
+    def __init__(self, in_features, out_features, init=Init('kaiming_normal'), bias=True):
         super().__init__()
         self.weight, self.bias = draw_parameters([out_features, in_features], init, bias)
 
@@ -244,8 +244,8 @@ class Conv2d(torch.nn.Module):
 
     memory_format = torch.preserve_format
 
-    def __init__(self, in_channels, out_channels, kernel, init=None, up=False, down=False, resample_filter=(1, 1),
-                 fused_resample=False):
+    def __init__(self, in_channels, out_channels, kernel, init=Init('kaiming_normal'), up=False, down=False,
+                 resample_filter=(1, 1), fused_resample=False):
         super().__init__()
         if up and down:
             raise UserError('a convolution resamples up or down, not both; choose one of up and down')

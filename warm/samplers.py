@@ -151,7 +151,7 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
         num_steps, sigma_min, sigma_max, rho: EDM's grid of noise levels β.
         S_churn, S_min, S_max, S_noise: EDM's churn, along the path (`add_churn`).
         solver: A name in SOLVERS.
-        path: α for each β (warm.path); by default `default_path`.
+        path: Anything with alpha(β), the blur in pixels (warm.path); by default `default_path`.
         solver_options: The solver's own, such as euler's `eta`.
 
     Returns:
@@ -170,7 +170,8 @@ def warm_sampler(net, latents, class_labels=None, randn_like=torch.randn_like, n
     rates = getattr(net, 'rates', frequencies)  # the Gaussian's where a network names none
 
     def level(beta):
-        return Level(latents.new_full([], path.alpha(beta), dtype=torch.float64), beta, path.is_hot, rates)
+        return Level(latents.new_full([], path.alpha(beta), dtype=torch.float64), beta,
+                     getattr(path, 'is_hot', False), rates)
 
     x = latents.to(torch.float64) * betas[0].item()
     for beta, beta_hat, beta_next in zip(betas[:-1].tolist(), beta_hats.tolist(), betas[1:].tolist()):

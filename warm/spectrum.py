@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dnnlib.files import make_dirs
-from dnnlib.flags import Key, Tool
+from dnnlib.flags import Key, Text, Tool
 from training.dataset import EMBEDDED, ImageFolderDataset
 from training.schedules import SIGMA_MAX, SIGMA_MIN
 from warm.blur import BLUR_RATES, PAPER_BLUR, blur_mask, frequencies, marginal_variance, rest_mask
@@ -138,7 +138,8 @@ def report(power, tolerance, recommended, rates=frequencies):
 
 
 @click.command(cls=Tool)
-@click.option('--data', metavar='ZIP|DIR', default=None, help='Images to measure  [default: the embedded digits]')
+@click.option('--data', metavar='ZIP|DIR', type=Text(), default=None,
+              help='Images to measure  [default: the embedded digits]')
 @click.option('--outdir', metavar='DIR', default=None, help='Also draw spectrum and schedules here, as PNG and SVG')
 @click.option('--tolerance', metavar='DB', type=float, default=TOLERANCE, help='Largest gap to hot diffusion, in dB')
 @click.option('--blur', type=Key(BLUR_RATES), default=PAPER_BLUR, help='Kind of blur, as for train.py')
@@ -148,7 +149,7 @@ def main(data, outdir, tolerance, blur, max_images, seed):
     """Measure a data set's spectrum and recommend a Blur-to-Noise Ratio for it."""
     if outdir is not None:
         make_dirs(outdir)
-    dataset = ImageFolderDataset(data or EMBEDDED)
+    dataset = ImageFolderDataset(EMBEDDED if data is None else data)
     rates = BLUR_RATES[blur]
     power = band_power(dataset, max_images, seed)
     taken = min(max_images or len(dataset), len(dataset))

@@ -56,7 +56,9 @@ def measured_bnr(bnr, dataset, options):
     """--bnr as given, or for 'auto' the largest that the spectrum of the data allows for this --blur (warm.bnr)."""
     if bnr != 'auto':
         return bnr
-    return f"{recommended_bnr(band_power(dataset), rates=BLUR_RATES[options['blur']]):.2f}"
+    measured = f"{recommended_bnr(band_power(dataset), rates=BLUR_RATES[options['blur']]):.2f}"
+    print(f'The spectrum of {dataset.name} recommends BNR {measured} (python -m warm.spectrum shows why).')
+    return measured
 
 
 def warm_facts(net, options):
