@@ -57,15 +57,17 @@ def generate_batch(net, seeds, sampler, class_idx=None, size=None):
     return sampler(latents, class_labels, rnd.randn_like)
 
 
-def finite_uint8(images, seeds):
-    """`to_uint8` of the images of `seeds`; UserError for one with NaN or infinite values, of which it would make 0."""
+def check_finite(images, seeds):
+    """Raise UserError if an image of `seeds` has NaN or infinite values, which `to_uint8` would hide.
+
+    On a GPU the host waits for the images, once per batch.
+    """
     finite = images.isfinite().flatten(1).all(dim=1)
     if not finite.all():
         bad = [seed for seed, ok in zip(seeds, finite.tolist()) if not ok]
         raise UserError(f'the network drew NaN or infinite values for seed {bad[0]} ({len(bad)} of {len(seeds)} images '
                         'of its batch); it is damaged or its training went wrong: use another snapshot, or '
                         '--precision=fp32 if it was fp16')
-    return to_uint8(images)
 
 
 def default_batch(net):
@@ -96,12 +98,14 @@ def generate_images(net, seeds, sampler, max_batch=BATCH, class_idx=None, wanted
     With `must_be_finite`, UserError for an image with NaN or infinite values; otherwise they are cast as they are:
     training goes on whatever its pictures show.
     """
-    to_pixels = finite_uint8 if must_be_finite else lambda images, seeds: to_uint8(images)
     batches = [seeds[i:i + max_batch] for i in range(0, len(seeds), max_batch)]
     if wanted is not None:
         batches = [batch for batch in batches if not wanted.isdisjoint(batch)]
     for batch in batches[dist.get_rank()::dist.get_world_size()]:
-        images = to_pixels(generate_batch(net, batch, sampler, class_idx, size=min(max_batch, len(seeds))), batch)
+        drawn = generate_batch(net, batch, sampler, class_idx, size=min(max_batch, len(seeds)))
+        if must_be_finite:
+            check_finite(drawn, batch)
+        images = to_uint8(drawn)
         rows = [i for i, seed in enumerate(batch) if wanted is None or seed in wanted]
         # Taking rows copies their numbers to the GPU, for which the host would wait.
         yield [batch[i] for i in rows], images if len(rows) == len(batch) else images[rows]

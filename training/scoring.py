@@ -22,7 +22,7 @@ from torch_utils import distributed as dist
 from torch_utils.signals import defer_signal
 from training import metrics as m
 from training.detectors import Detector, load_detector
-from training.generation import finite_uint8, generate_batch
+from training.generation import check_finite, generate_batch
 from training.metric_images import image_batches
 from training.metric_resume import Unfinished
 from training.pixels import to_uint8
@@ -80,7 +80,7 @@ class NetworkImages:
         self.seeds = sorted(seeds)
         check_once(self.seeds)
         self.net, self.sampler, self.class_idx, self.facts = net, sampler, class_idx, facts or {}
-        self.to_pixels = finite_uint8 if must_be_finite else lambda images, seeds: to_uint8(images)
+        self.must_be_finite = must_be_finite
         self.total, self.name = len(self.seeds), f'seeds {seeds_text(self.seeds)}'
         self.size = net.img_channels, net.img_resolution
         self.record = {**self.facts, 'images': None, 'seeds': seeds_text(self.seeds)}
@@ -90,7 +90,9 @@ class NetworkImages:
         for start in range(0, len(indices), batch):
             seeds = [self.seeds[i] for i in indices[start:start + batch]]
             images = generate_batch(self.net, seeds, self.sampler, self.class_idx, size=min(batch, self.total))
-            yield self.to_pixels(images, seeds)
+            if self.must_be_finite:
+                check_finite(images, seeds)
+            yield to_uint8(images)
 
     def identity(self):
         """What identifies these images: network, sampler and seeds."""

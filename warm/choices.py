@@ -83,12 +83,7 @@ REST_SCALES = {'prior': RestScale(prior_scale), 'edm': RestScale(edm_scale), 'un
                'wiener': RestScale(wiener_scale, wiener_rest)}
 
 
-# Weights of R's squared error in the loss, [B, 1, 1, 1], from D's weight λ(β) and the warm.targets.Point.
-
-def shared_weight(weight, point):
-    """λ(β), as for D."""
-    return weight
-
+# Weights of R's squared error in the loss, [B, 1, 1, 1], from D's weight λ(β) and the warm.targets.Point; None: D's.
 
 def unit_weight(weight, point):
     """1/s², s being the scale of F_R; 0 without blur, where R is 0 whatever F_R is."""
@@ -96,7 +91,7 @@ def unit_weight(weight, point):
     return torch.where(square >= torch.finfo(square.dtype).tiny, 1 / square, 0)  # of less, 1/s² would be infinite
 
 
-REST_LOSSES = {'edm': shared_weight, 'unit': unit_weight}
+REST_LOSSES = {'edm': None, 'unit': unit_weight}
 
 
 # Inputs of the blur's positional embedding, from α [B] in pixels, ≥ 0: float tensors like it.

@@ -54,7 +54,9 @@ class WarmLoss:
             term = weight * square
             training_stats.report(f'Loss/{name}', term)
             if name == REST:
-                rest_weight = REST_LOSSES[self.rest_loss](weight, bare.point(x, sigma, alpha))
-                term = self.rest_weight * (rest_weight * square)
+                own_weight = REST_LOSSES[self.rest_loss]
+                if own_weight is not None:
+                    term = own_weight(weight, bare.point(x, sigma, alpha)) * square
+                term = self.rest_weight * term
             terms.append(term)
         return sum(terms[1:], start=terms[0])
