@@ -72,6 +72,19 @@ def test_the_tests_that_a_page_names_exist(page):
         assert {name for name in (first, *re.findall(r'test_\w+', others)) if name} <= functions, path
 
 
+def test_every_package_is_installed():
+    """`pip install .` takes those that pyproject.toml lists."""
+    found = {path.parent.relative_to(ROOT).as_posix().replace('/', '.')
+             for layer in LAYERS[:-1] for path in (ROOT / layer).rglob('__init__.py')}
+    listed = re.search(r'^packages = \[(.*)\]$', (ROOT / 'pyproject.toml').read_text(), re.MULTILINE)[1]
+    assert set(re.findall(r'"([\w.]+)"', listed)) == found and 'warm.systems' in found
+
+
+def test_samplers_are_found_where_edm_has_them():
+    for name in ('edm_sampler', 'ablation_sampler', 'StackedRandomGenerator'):
+        assert callable(getattr(importlib.import_module('generate'), name))
+
+
 def test_lines_fit():
     """120 columns, tests and benchmarks too."""
     paths = [path for pattern in ('*.py', *(f'{layer}/**/*.py' for layer in LAYERS[:-1]), 'tests/**/*.py')

@@ -522,6 +522,9 @@ def test_the_notes_say_what_the_numbers_say():
     others = [[signed(kimg, what=name) for kimg in SCALES['cifar10-16'].main] for name in SCALES['cifar10-16'].longer]
     assert 'BNR 0.1 stands at {} after 32 kimg, {} after 64, {} after 128 and {} after 256;'.format(*others[0]) in notes
     assert '(c) at {}, {}, {} and {} (seeds 0, 1, 2'.format(*others[1]) in notes
+    assert f"Warm by default is {percent(photos, 256, 'edm', 'warm')[0]} % behind at the end" in notes
+    errors = photos.errors_of('warm-clean-blurred', 64, 'R', 0.1).values()
+    assert f"({sum(errors) / len(errors):.2f} of the filter's error at β = 0.1)" in notes
     digits_say = percent(digits, 40, 'warm')
     assert 'worse than the default after 40 kimg, by {}, {} and {} % (decided)'.format(*digits_say) in notes
     d = compare(photos.values('warm-rest-loss-unit', 32), photos.values('edm', 32))
