@@ -73,7 +73,7 @@ def test_families_from_texts(text, family):
     ('0.1,,1', None, "''"), ('2-0.1', None, 'empty'), ('0.5-0.5', None, 'empty'), ('0-2', None, 'starts at 0'),
     ('0.1-inf', None, 'range'), ('0.1-warm', None, "'warm'"), (None, 'linear', 'constant, blurring'),
     (None, 'constant:3', '--bnr=0.5'), ('0.5', 'blurring', 'give one'), ('0.1,0.5', 'blurring', 'give one'),
-    (None, 'blurring:5,', 'one number'), (None, 'blurring:,', "''"),
+    (None, 'blurring:5,', 'one number'), (None, 'blurring:,', "''"), (None, 'blurring:', "''"),
     (None, 'blurring:0', 'largest blur'), (None, 'blurring:-2', 'largest blur'), (None, 'blurring:x', "'x'"),
     (None, 'blurring:x', 'sigma_b_max of the schedule blurring; give a number, such as --bnr-schedule=blurring:20'),
     ('1e-2-1', None, 'without exponents'), ('1e30', None, '0 to 1000'), ('0.5,1001', None, '0 to 1000'),

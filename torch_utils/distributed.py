@@ -60,6 +60,7 @@ def init():
             torch.distributed.init_process_group(
                 'nccl' if on_cuda else 'gloo', store=fresh_store(store, rank, ranks), rank=rank, world_size=ranks,
                 timeout=TIMEOUT, device_id=device() if on_cuda else None)
+            barrier()  # a rank that now ends at bad input would else look lost to one still connecting
         except (RuntimeError, ValueError) as e:  # PyTorch's stores, gloo and NCCL raise all kinds of the first
             raise UserError(f"rank {os.environ['RANK']} could not join the others at {os.environ['MASTER_ADDR']}:"
                             f"{os.environ['MASTER_PORT']} ({_first_line(e)[-160:]}); check that rank 0 runs there, "

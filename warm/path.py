@@ -229,7 +229,7 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
     Raises:
         UserError: unknown schedule, bad number, or a BNR together with a schedule that takes none.
     """
-    name, _, argument = (schedule or 'constant').partition(':')
+    name, colon, argument = (schedule or 'constant').partition(':')
     make_path = chosen('--bnr-schedule', name, PATHS)
     if name == 'constant':
         if argument:
@@ -237,7 +237,7 @@ def parse_path(bnr=None, schedule=None, expected=ONE_BNR):
         return ConstantBNR(PAPER_BNR if bnr is None else _number(bnr, '--bnr', expected))
     if bnr is not None:
         raise UserError(f'--bnr={bnr} does not go with --bnr-schedule={schedule}, which sets α itself; give one')
-    if not argument:
+    if not colon:
         return make_path()
     fields, texts = arguments_of(name), argument.split(',')
     example = ':'.join([name, *([','.join(f'{field.default:g}' for field in fields)] if fields else [])])
