@@ -34,6 +34,14 @@ RUN = [*SMALL, '--batch=64', '--grid=0', '--augment=0.12', '--dropout=0.1', '--t
 
 # -- signals
 
+def wait_for(condition, seconds=60):
+    """Return once condition() holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole') / 'run'
@@ -55,13 +63,19 @@ def hangups_heard():
     (signal.SIGHUP, 7, 512, 320)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(number, during, nimg, tick_nimg, whole, tmp_path, monkeypatch):
     """Stopped within a tick or at its end, the resumed run equals the undisturbed one, that tick's statistics too."""
-    end_step, former = Health.end_step, signal.getsignal(signal.SIGTERM)
+    end_step, former, begin = Health.end_step, signal.getsignal(signal.SIGTERM), StopRequest.__enter__
+    requests = []
+
+    def begun(self):
+        requests.append(self)
+        return begin(self)
 
     def signalled(self, step, finite, stop):
         if step == during and not stop:
             os.kill(os.getpid(), number)
-            time.sleep(0.3)  # the thread that reads signals gets its turn
+            wait_for(lambda: requests[0].name)  # the thread that reads signals gets its turn
         end_step(self, step, finite, stop)
+    monkeypatch.setattr(StopRequest, '__enter__', begun)
     monkeypatch.setattr(Health, 'end_step', signalled)
     out = invoke('train.py', *RUN, f'--outdir={tmp_path}')
     assert out.exit_code == EXIT_STOPPED and 'continues from there' in out.output, out.output
@@ -154,20 +168,20 @@ import time
 from torch_utils.signals import Watchdog
 def stuck():
     time.sleep(30)
-with Watchdog(0.8, 'rank 3') as dog:
-    time.sleep(1.2)  # before the first step it does not count
+with Watchdog(1.6, 'rank 3') as dog:
+    time.sleep(2)  # before the first step it does not count
     dog.beat()
     for _ in range(4):
-        time.sleep(0.4)
+        time.sleep(0.5)
         dog.beat()
     dog.rest()
-    time.sleep(1.2)
+    time.sleep(2)
     dog.beat()
     print('so far', flush=True)
     stuck()
 ''')
-    assert code == EXIT_HUNG and said.startswith('so far') and seconds < 20
-    assert 'rank 3 made no progress for 0.8 seconds' in said and 'in stuck' in said
+    assert code == EXIT_HUNG and said.startswith('so far') and seconds < 30
+    assert 'rank 3 made no progress for 1.6 seconds' in said and 'in stuck' in said
 
 
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='not on macOS')
